@@ -1,0 +1,166 @@
+#include "api/options.h"
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "runtime/status.h"
+
+namespace vattn::api {
+namespace {
+
+using Json = nlohmann::json;
+
+// Every scalar field that the C struct and Options share: X(name).
+#define VATTN_OPTION_FIELDS(X)                                                                      \
+  X(num_layers) X(num_q_heads) X(num_kv_heads) X(head_dim_k) X(head_dim_v) X(dtype) X(shared_kv)    \
+  X(softmax_scale) X(backend) X(device) X(num_threads) X(numa_node) X(huge_pages) X(prefault)       \
+  X(host_bytes) X(sinks) X(window) X(exact_below) X(index) X(index_bytes) X(value_bits) X(policy)   \
+  X(norm) X(on_unverified) X(bound) X(epsilon) X(delta) X(norm_floor) X(max_looks) X(seed)          \
+  X(refresh) X(min_selected) X(max_selected_share) X(topk_share) X(base_share) X(target) X(hot_share)
+
+const std::map<std::string, std::vector<std::string>>& EnumNames() {
+  static const auto* const names = new std::map<std::string, std::vector<std::string>>{
+      {"dtype", {"f32", "f16", "bf16"}},
+      {"backend", {"auto", "cpu", "cuda"}},
+      {"policy", {"verified", "topk", "topk_uniform", "dense"}},
+      {"index", {"balanced", "exact"}},
+      {"norm", {"value", "output"}},
+      {"on_unverified", {"dense", "best_effort"}},
+      {"bound", {"sharp", "safe"}},
+      {"target", {"sdpa", "numerator", "denominator"}}};
+  return *names;
+}
+
+absl::Status Wrong(const std::string& key, const Json& value, const std::string& must) {
+  return InvalidArgumentError(key, " is ", value.dump(), ", must be ", must);
+}
+
+absl::Status SetEnum(const std::string& key, const Json& value, int32_t& field) {
+  const std::vector<std::string>& names = EnumNames().at(key);
+  std::string list;
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (value.is_string() && value.get<std::string>() == names[i]) {
+      field = static_cast<int32_t>(i);
+      return absl::OkStatus();
+    }
+    absl::StrAppend(&list, i == 0 ? "" : i + 1 == names.size() ? " or " : ", ", "\"", names[i], "\"");
+  }
+  return Wrong(key, value, list);
+}
+
+absl::Status SetField(const std::string& key, const Json& value, int32_t& field) {
+  if (EnumNames().count(key) > 0) return SetEnum(key, value, field);
+  if (value.is_boolean()) {
+    field = value.get<bool>() ? 1 : 0;
+    return absl::OkStatus();
+  }
+  const bool fits = value.is_number_integer() &&
+                    (value.is_number_unsigned() ? value.get<uint64_t>() <= std::numeric_limits<int32_t>::max()
+                                                : value.get<int64_t>() >= std::numeric_limits<int32_t>::min());
+  if (!fits) return Wrong(key, value, "a whole number of 32 bits");
+  field = value.get<int32_t>();
+  return absl::OkStatus();
+}
+
+absl::Status SetField(const std::string& key, const Json& value, uint64_t& field) {
+  if (!value.is_number_unsigned()) return Wrong(key, value, "a whole number, 0 or more");
+  field = value.get<uint64_t>();
+  return absl::OkStatus();
+}
+
+absl::Status SetField(const std::string& key, const Json& value, float& field) {
+  if (!value.is_number()) return Wrong(key, value, "a number");
+  field = value.get<float>();
+  return absl::OkStatus();
+}
+
+absl::Status SetHeads(const Json& value, vattn_options& options, std::vector<int32_t>& heads) {
+  if (!value.is_array() || value.empty()) return Wrong("layer_kv_heads", value, "an array of whole numbers");
+  heads.clear();
+  for (const Json& entry : value) {
+    int32_t number;
+    VATTN_RETURN_IF_ERROR(SetField("layer_kv_heads", entry, number));
+    heads.push_back(number);
+  }
+  options.layer_kv_heads = heads.data();
+  if (options.num_layers != static_cast<int32_t>(heads.size())) {
+    return InvalidArgumentError("layer_kv_heads has ", heads.size(), " entries, must have num_layers = ",
+                                options.num_layers);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SetPreset(const Json& value, vattn_options& options) {
+  const std::string name = value.is_string() ? value.get<std::string>() : "";
+  if (name != "strict" && name != "default" && name != "fast") {
+    return Wrong("preset", value, "\"strict\", \"default\" or \"fast\"");
+  }
+  options.policy = VATTN_POLICY_VERIFIED;
+  options.epsilon = name == "fast" ? .2f : .1f;
+  options.norm = name == "strict" ? VATTN_NORM_OUTPUT : VATTN_NORM_VALUE;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+vattn_options DefaultOptions() {
+  Options defaults;
+  vattn_options options = FromOptions(defaults);
+  options.layer_kv_heads = nullptr;
+  return options;
+}
+
+Options ToOptions(const vattn_options& from) {
+  Options to;
+#define VATTN_COPY(name) to.name = from.name;
+  VATTN_OPTION_FIELDS(VATTN_COPY)
+#undef VATTN_COPY
+  if (from.layer_kv_heads != nullptr && from.num_layers > 0 && from.num_layers <= 1024) {
+    to.layer_kv_heads.assign(from.layer_kv_heads, from.layer_kv_heads + from.num_layers);
+  }
+  return to;
+}
+
+vattn_options FromOptions(const Options& from) {
+  vattn_options to;
+  std::memset(&to, 0, sizeof(to));
+  to.struct_size = sizeof(to);
+#define VATTN_COPY(name) to.name = from.name;
+  VATTN_OPTION_FIELDS(VATTN_COPY)
+#undef VATTN_COPY
+  to.layer_kv_heads = from.layer_kv_heads.data();
+  return to;
+}
+
+absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vector<int32_t>& heads) {
+  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (json.is_discarded()) return InvalidArgumentError("json is not valid JSON");
+  if (!json.is_object()) return InvalidArgumentError("json is ", json.type_name(), ", must be an object");
+  vattn_options changed = options;
+  std::vector<int32_t> changed_heads;
+  if (json.contains("preset")) VATTN_RETURN_IF_ERROR(SetPreset(json["preset"], changed));
+  std::map<std::string, std::function<absl::Status(const Json&)>> setters;
+#define VATTN_SETTER(name) \
+  setters[#name] = [&](const Json& value) { return SetField(#name, value, changed.name); };
+  VATTN_OPTION_FIELDS(VATTN_SETTER)
+#undef VATTN_SETTER
+  for (const auto& [key, value] : json.items()) {
+    if (key == "preset" || key == "layer_kv_heads") continue;
+    const auto setter = setters.find(key);
+    if (setter == setters.end()) return InvalidArgumentError("json has the unknown key \"", key, "\"");
+    VATTN_RETURN_IF_ERROR(setter->second(value));
+  }
+  // After num_layers is known.
+  if (json.contains("layer_kv_heads")) VATTN_RETURN_IF_ERROR(SetHeads(json["layer_kv_heads"], changed, changed_heads));
+  if (!changed_heads.empty()) {
+    heads.swap(changed_heads);
+    changed.layer_kv_heads = heads.data();
+  }
+  options = changed;
+  return absl::OkStatus();
+}
+
+}  // namespace vattn::api

@@ -1,0 +1,24 @@
+// The options of the C API in C++ clothes, and their JSON form.
+#ifndef VATTN_API_OPTIONS_H_
+#define VATTN_API_OPTIONS_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "api/vattn.h"
+#include "runtime/options.h"
+
+namespace vattn::api {
+
+vattn_options DefaultOptions();
+Options ToOptions(const vattn_options& from);
+// layer_kv_heads of the result points into `from`.
+vattn_options FromOptions(const Options& from);
+
+// Applies a JSON object; `heads` keeps an array that options then points to.
+absl::Status ApplyJson(const std::string& json, vattn_options& options, std::vector<int32_t>& heads);
+
+}  // namespace vattn::api
+
+#endif  // VATTN_API_OPTIONS_H_

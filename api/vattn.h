@@ -1,0 +1,389 @@
+/* vattn: decode attention over long contexts with most of the KV cache outside the accelerator.
+ *
+ * (1) Handles are opaque; the library makes and frees them. destroy(NULL) is a no-op.
+ * (2) Calls that can fail return vattn_code; vattn_last_error() has the text, per thread.
+ * (3) A call with a stream enqueues: its pointers stay valid until the stream has passed it. A call
+ *     without a stream, or with stream NULL on the CPU backend, blocks until the result is there.
+ * (4) Structs start with struct_size and have no implicit padding. Fields are only appended; zero in
+ *     a new field means "as before". Fill a struct with its _init function, then change fields.
+ * (5) A runtime serves many threads at a time, a sequence or a batch one at a time. A sequence that
+ *     sits in a batch is used through the batch while a step is open.
+ * (6) Nothing here exits, prints, or reads the environment but for VATTN_LOG_LEVEL and VATTN_BACKEND.
+ *
+ * Terms: a row is the K and V of one token and one KV head. Sinks are the first tokens, the window
+ * the last ones; both are always attended exactly. The tokens between them are the middle: their
+ * rows are chosen by sampling from a small index (codes). A decode step answers one query token per
+ * sequence and layer. A GQA group is the query heads that share one KV head.
+ */
+#ifndef VATTN_H_
+#define VATTN_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define VATTN_EXPORT __attribute__((visibility("default")))
+#else
+#define VATTN_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define VATTN_VERSION_MAJOR 0
+#define VATTN_VERSION_MINOR 1
+#define VATTN_VERSION_PATCH 0
+
+struct CUstream_st; /* what cudaStream_t points to */
+typedef struct vattn_runtime vattn_runtime;
+typedef struct vattn_sequence vattn_sequence;
+typedef struct vattn_batch vattn_batch;
+
+/* ---- Codes and texts ------------------------------------------------------------------------ */
+
+typedef enum vattn_code {
+  VATTN_OK = 0,
+  VATTN_INVALID_ARGUMENT = 1, /* the text names the argument, its value and the limit */
+  VATTN_OUT_OF_MEMORY = 2,    /* the system refused memory */
+  VATTN_NOT_SUPPORTED = 3,    /* valid, but not by this build or backend */
+  VATTN_DEVICE_ERROR = 4,
+  VATTN_IO_ERROR = 5,
+  VATTN_INTERNAL = 6,  /* a bug of the library */
+  VATTN_FULL = 7,      /* our own pool is full: need, limit and knob are in the text; nothing is lost */
+  VATTN_DEVICE_LOST = 8,
+  VATTN_DATA_LOSS = 9, /* a stored copy failed its check */
+  VATTN_NOT_FOUND = 10
+} vattn_code;
+
+/* Text of the last failed call of this thread; never NULL, "" before the first failure. Valid until
+ * the next failing call of the same thread. */
+VATTN_EXPORT const char* vattn_last_error(void);
+/* "OK", "INVALID_ARGUMENT", ...; "UNKNOWN" for a number that is no code. */
+VATTN_EXPORT const char* vattn_code_name(int32_t code);
+/* "0.1.0" and what the library was built with: commit, compiler, backends. Static strings. */
+VATTN_EXPORT const char* vattn_version(void);
+VATTN_EXPORT const char* vattn_build_info(void);
+
+/* ---- Options -------------------------------------------------------------------------------- */
+
+typedef enum vattn_dtype {
+  VATTN_F32 = 0,
+  VATTN_F16 = 1,
+  VATTN_BF16 = 2
+  /* 3.. are kept for fp8 and int4 rows with scales */
+} vattn_dtype;
+
+typedef enum vattn_backend {
+  VATTN_BACKEND_AUTO = 0, /* CUDA when built with it and a device is there, else CPU */
+  VATTN_BACKEND_CPU = 1,
+  VATTN_BACKEND_CUDA = 2
+} vattn_backend;
+
+typedef enum vattn_policy {
+  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (ALGORITHM 4 to 6) */
+  VATTN_POLICY_TOPK = 1,         /* the best topk_share of the middle by index score, no sample */
+  VATTN_POLICY_TOPK_UNIFORM = 2, /* vAttention (arXiv 2510.05688): top-k plus a uniform sample */
+  VATTN_POLICY_DENSE = 3         /* every row: exact */
+} vattn_policy;
+
+typedef enum vattn_index {
+  VATTN_INDEX_BALANCED = 0, /* balanced-truncation codes, index_bytes a token */
+  VATTN_INDEX_EXACT = 1     /* true scores: reads every key; a yardstick, not a way to save bytes */
+} vattn_index;
+
+typedef enum vattn_norm {
+  VATTN_NORM_VALUE = 0, /* ref = max(|o|, norm_floor * rms|v|), rms weighted by attention */
+  VATTN_NORM_OUTPUT = 1 /* ref = |o| */
+} vattn_norm;
+
+typedef enum vattn_on_unverified {
+  VATTN_ON_UNVERIFIED_DENSE = 0,      /* read the rest: exact */
+  VATTN_ON_UNVERIFIED_BEST_EFFORT = 1 /* return the estimate, flagged and counted */
+} vattn_on_unverified;
+
+typedef enum vattn_bound {
+  VATTN_BOUND_SHARP = 0, /* chi-square quantile at the effective rank of the error */
+  VATTN_BOUND_SAFE = 1   /* one-dimensional normal quantile: wider, needs no rank estimate */
+} vattn_bound;
+
+typedef enum vattn_target { /* what the sample of VATTN_POLICY_TOPK_UNIFORM is sized for */
+  VATTN_TARGET_SDPA = 0,    /* the attention output */
+  VATTN_TARGET_NUMERATOR = 1,
+  VATTN_TARGET_DENOMINATOR = 2
+} vattn_target;
+
+typedef enum vattn_verdict {
+  VATTN_VERDICT_EXACT = 0,      /* nothing was sampled away */
+  VATTN_VERDICT_VERIFIED = 1,   /* P(|o' - o| > epsilon * ref) <= delta */
+  VATTN_VERDICT_DENSE = 2,      /* could not be verified, so every row was read: exact */
+  VATTN_VERDICT_BEST_EFFORT = 3 /* no promise: policy without one, or on_unverified = best effort */
+} vattn_verdict;
+
+typedef enum vattn_log_level {
+  VATTN_LOG_ERROR = 0,
+  VATTN_LOG_WARNING = 1,
+  VATTN_LOG_INFO = 2,
+  VATTN_LOG_DEBUG = 3
+} vattn_log_level;
+/* Called on the thread of the API call that caused the line, with no lock held that a vattn call on
+ * another handle would need. message ends without a newline and dies with the call. */
+typedef void (*vattn_log_function)(void* user, int32_t level, const char* message);
+
+typedef struct vattn_options {
+  size_t struct_size;
+
+  /* Model shape. Query head h reads KV head h / (num_q_heads / kv_heads of the layer). */
+  int32_t num_layers;   /* 1 to 1024 */
+  int32_t num_q_heads;  /* 1 to 1024, a multiple of every layer's KV heads */
+  int32_t num_kv_heads; /* 1 to 1024 */
+  int32_t head_dim_k;   /* 16 to 1024, a multiple of 16 */
+  int32_t head_dim_v;   /* as head_dim_k */
+  int32_t dtype;        /* vattn_dtype of rows, q, k and v */
+  int32_t shared_kv;    /* 1: MLA-shaped rows, V is the first head_dim_v elements of K */
+  float softmax_scale;  /* 0: 1 / sqrt(head_dim_k) */
+  /* NULL: every layer has num_kv_heads. Else [num_layers] KV heads by layer, read during the call
+   * only; 0 leaves a layer out (sliding window layers that the engine serves itself). */
+  const int32_t* layer_kv_heads;
+
+  /* Machine. */
+  int32_t backend;     /* vattn_backend */
+  int32_t device;      /* CUDA ordinal */
+  int32_t num_threads; /* CPU worker threads, 0: all that this process may use; 0 to 4096 */
+  int32_t numa_node;   /* host pool placement; -1: where the threads first touch it */
+  int32_t huge_pages;  /* 1: ask for transparent huge pages */
+  int32_t prefault;    /* 1: touch the whole host pool at create, in parallel */
+  uint64_t host_bytes; /* limit of the host pool in bytes; mapped at create, touched as used */
+
+  /* Sets that are always exact, in tokens. */
+  int32_t sinks;       /* 16: first tokens; multiple of 16, 0 to 256 */
+  int32_t window;      /* 128: last tokens; 1 to 65536 */
+  int32_t exact_below; /* 1024: a middle with fewer tokens is attended whole; >= 64 */
+
+  /* Index and value codes. */
+  int32_t index;       /* vattn_index */
+  int32_t index_bytes; /* bytes of code per token and KV head: 16, 32, 48 or 64 */
+  int32_t value_bits;  /* 0, 2 or 4 bits per value element kept beside the rows */
+
+  /* Promise. */
+  int32_t policy;        /* vattn_policy */
+  int32_t norm;          /* vattn_norm */
+  int32_t on_unverified; /* vattn_on_unverified */
+  int32_t bound;         /* vattn_bound */
+  float epsilon;         /* relative error, over 0, at most 10 */
+  float delta;           /* probability of more, over 0, at most .215 */
+  float norm_floor;      /* .5: c of VATTN_NORM_VALUE; 0 to 1 */
+  int32_t max_looks;     /* 6: draws in one step before on_unverified; 1 to 8 */
+
+  /* Sampling. */
+  uint64_t seed;              /* all random numbers derive from it */
+  int32_t refresh;            /* 64: 1 / refresh of the random numbers are renewed a step; 1 to 4096 */
+  int32_t min_selected;       /* 64: expected rows drawn per KV head at least; 0 to 65536 */
+  float max_selected_share;   /* .5: of the middle; above it a head counts as unverified; (0, 1] */
+  float topk_share;           /* .05: top-k of the middle per query head; [0, 1] */
+  float base_share;           /* .05: base sample of the middle, VATTN_POLICY_TOPK_UNIFORM; [0, 1] */
+  int32_t target;             /* vattn_target */
+  float hot_share;            /* .05: share of the middle that the hot set may hold; [0, 1] */
+  int32_t reserved0;          /* 0 */
+
+  /* Logger; NULL keeps the library silent. */
+  vattn_log_function log;
+  void* log_user;
+} vattn_options;
+
+/* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
+ * pool, verified (epsilon .1, delta .1, norm value), 32-byte balanced codes. struct_size is
+ * sizeof(vattn_options) as the caller compiled it. NULL is ignored. */
+VATTN_EXPORT void vattn_options_init(vattn_options* options, size_t struct_size);
+
+/* Applies a JSON object over options, for engines that pass settings through as text:
+ *   {"num_layers": 28, "dtype": "bf16", "policy": "verified", "preset": "strict", "epsilon": 0.1}
+ * Keys are the field names above; enums by lower-case name ("f16", "value", "best_effort", ...);
+ * "preset" is "strict" (.1, norm output), "default" (.1, norm value) or "fast" (.2, norm value) and
+ * is applied first. layer_kv_heads is an array, kept alive by the library until the thread's next
+ * call of this function. Unknown keys and wrong types are refused by name.
+ * INVALID_ARGUMENT leaves options unchanged. */
+VATTN_EXPORT vattn_code vattn_options_from_json(const char* json, vattn_options* options);
+
+/* ---- Runtime -------------------------------------------------------------------------------- */
+
+/* Creates a runtime: checks every option and maps the host pool. host-sync.
+ * INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED. *out is NULL after a failure. */
+VATTN_EXPORT vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** out);
+/* Defaults, then the JSON object, then vattn_runtime_create. */
+VATTN_EXPORT vattn_code vattn_runtime_create_json(const char* json, vattn_runtime** out);
+/* Sequences and batches of the runtime must be destroyed first; those that were not are reported to
+ * the logger and stay valid for destroy only. */
+VATTN_EXPORT void vattn_runtime_destroy(vattn_runtime* runtime);
+/* The options in force, every default resolved. layer_kv_heads points into the runtime. */
+VATTN_EXPORT vattn_code vattn_runtime_options(const vattn_runtime* runtime, vattn_options* options);
+
+/* What this machine offers, as JSON (CPU, SIMD target, NUMA, memory, huge pages, memlock, io_uring,
+ * CUDA). Writes at most size bytes with the final 0 and the full length without it to *needed.
+ * buffer may be NULL with size 0. */
+VATTN_EXPORT vattn_code vattn_doctor(char* buffer, size_t size, size_t* needed);
+
+/* ---- Sequences ------------------------------------------------------------------------------ */
+
+typedef struct vattn_sequence_options {
+  size_t struct_size;
+  uint64_t id;            /* keys the random numbers; 0: a number of the runtime's own */
+  int64_t reserve_tokens; /* blocks for so many tokens in every layer are set aside now; 0: none */
+} vattn_sequence_options;
+
+VATTN_EXPORT void vattn_sequence_options_init(vattn_sequence_options* options, size_t struct_size);
+
+/* An empty sequence. options may be NULL. FULL if reserve_tokens cannot be set aside. */
+VATTN_EXPORT vattn_code vattn_sequence_create(vattn_runtime* runtime,
+                                              const vattn_sequence_options* options,
+                                              vattn_sequence** out);
+/* Frees its blocks. A sequence that sits in a batch is taken out of it first. */
+VATTN_EXPORT void vattn_sequence_destroy(vattn_sequence* sequence);
+/* A second sequence with the same tokens. Blocks are shared, the first write to a shared block
+ * copies it. Random numbers of the copy differ (id as in vattn_sequence_options, 0: next). */
+VATTN_EXPORT vattn_code vattn_sequence_fork(const vattn_sequence* sequence, uint64_t id,
+                                            vattn_sequence** out);
+/* Keeps the first `tokens` tokens of every layer; layers that have fewer are left alone. */
+VATTN_EXPORT vattn_code vattn_sequence_truncate(vattn_sequence* sequence, int64_t tokens);
+/* Tokens held by one layer. */
+VATTN_EXPORT vattn_code vattn_sequence_length(const vattn_sequence* sequence, int32_t layer,
+                                              int64_t* tokens);
+
+typedef struct vattn_append_params {
+  size_t struct_size;
+  int32_t layer;
+  int32_t num_queries; /* tokens in q, 0 to num_tokens: the last ones of k */
+  int64_t num_tokens;  /* 1 or more */
+  /* [num_tokens, kv_heads, head_dim] in the runtime's dtype, post-RoPE, v NULL with shared_kv. */
+  const void* k;
+  const void* v;
+  /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k], post-RoPE
+   * and unscaled. They calibrate the index (ALGORITHM 3): pass those of the last 512 prompt tokens. */
+  const void* q;
+  /* Strides in elements; 0: contiguous as above. The head dimension itself is contiguous. */
+  int64_t k_token_stride, k_head_stride;
+  int64_t v_token_stride, v_head_stride;
+  int64_t q_token_stride, q_head_stride;
+} vattn_append_params;
+
+VATTN_EXPORT void vattn_append_params_init(vattn_append_params* params, size_t struct_size);
+
+/* Adds prompt tokens to one layer, in chunks of any size. Blocks until copied.
+ * FULL: nothing was added and the sequence goes on as before. */
+VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* params);
+
+/* Codes every token that has left the window, fixing the index of layers that have none yet. The
+ * first step after an append does the same; call this to choose the moment. */
+VATTN_EXPORT vattn_code vattn_sequence_build_index(vattn_sequence* sequence);
+
+/* Writes rows, codes and tables to a file that appears whole or not at all (temporary name,
+ * fdatasync, rename). IO_ERROR leaves the sequence and any older file as they were. */
+VATTN_EXPORT vattn_code vattn_sequence_save(const vattn_sequence* sequence, const char* path);
+/* Reads a saved sequence back: attention on it is bit-identical. NOT_FOUND: no such file.
+ * DATA_LOSS: truncated, changed, or of another layout; nothing is created. FULL as create. */
+VATTN_EXPORT vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path,
+                                               vattn_sequence** out);
+/* Saves, then frees the host blocks; the sequence stays known and refuses use until woken. */
+VATTN_EXPORT vattn_code vattn_sequence_hibernate(vattn_sequence* sequence, const char* path);
+/* Brings a hibernated sequence back from its file, which is left in place. Errors as restore, after
+ * which it is still hibernated. No-op on a sequence that is awake. */
+VATTN_EXPORT vattn_code vattn_sequence_wake(vattn_sequence* sequence);
+
+/* ---- Decode steps --------------------------------------------------------------------------- */
+
+/* A batch with room for `slots` sequences, 1 to 4096. */
+VATTN_EXPORT vattn_code vattn_batch_create(vattn_runtime* runtime, int32_t slots,
+                                           vattn_batch** out);
+VATTN_EXPORT void vattn_batch_destroy(vattn_batch* batch);
+/* Puts a sequence into a slot (its former one is taken out). A sequence sits in one slot at most. */
+VATTN_EXPORT vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_sequence* sequence);
+VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
+
+/* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence, copies
+ * shared tails, codes what has left the window. Every layer must have been attended in the step
+ * before. FULL: nothing changed, no step is open, and the sequences stay usable. */
+VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens);
+
+typedef struct vattn_attend_params {
+  size_t struct_size;
+  int32_t layer;
+  int32_t num_tokens; /* query tokens per slot; 1 */
+  int32_t out_dtype;  /* vattn_dtype of out */
+  int32_t reserved0;  /* 0 */
+  const void* q;      /* [slots, num_tokens, q_heads, head_dim_k] runtime dtype, unscaled */
+  const void* k_new;  /* [slots, num_tokens, kv_heads, head_dim_k]; NULL iff new_tokens was 0 */
+  const void* v_new;  /* [slots, num_tokens, kv_heads, head_dim_v]; NULL also with shared_kv */
+  void* out;          /* [slots, num_tokens, q_heads, head_dim_v] in out_dtype */
+  float* lse;         /* [slots, num_tokens, q_heads] ln(sum exp(s)); may be NULL */
+  /* Report, each may be NULL. Rows of empty slots are not written. */
+  int32_t* verdict;   /* [slots, num_tokens, q_heads] vattn_verdict */
+  float* error;       /* [slots, num_tokens, q_heads] bound on the relative error; 0 when exact */
+  int32_t* selected;  /* [slots, num_tokens, kv_heads] middle rows read */
+  int32_t* fetched;   /* [slots, num_tokens, kv_heads] of them not in the hot set */
+  int32_t* looks;     /* [slots, num_tokens, kv_heads] draws made */
+  int64_t* middle;    /* [slots, num_tokens, kv_heads] tokens in the middle */
+} vattn_attend_params;
+
+VATTN_EXPORT void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size);
+
+/* Writes the new token's row and attends, for every filled slot. Each layer once per step. */
+VATTN_EXPORT vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params,
+                                     struct CUstream_st* stream);
+
+/* As vattn_attend, over the caller's tokens in place of ours: DSA-like indexers, MLA top-k. */
+typedef struct vattn_selection {
+  size_t struct_size;
+  int64_t capacity;          /* entries per (slot, KV head) in the arrays below */
+  int32_t* tokens;           /* [slots, kv_heads, capacity] ascending token numbers */
+  float* log_weights;        /* [slots, kv_heads, capacity] added to the logits: -ln pi; may be NULL */
+  int32_t* counts;           /* [slots, kv_heads] entries in use */
+} vattn_selection;
+
+VATTN_EXPORT void vattn_selection_init(vattn_selection* selection, size_t struct_size);
+
+/* Attends exactly the listed tokens (sinks and window included only if listed). Out of range or
+ * descending tokens are INVALID_ARGUMENT, and nothing is written. Verdict is BEST_EFFORT. */
+VATTN_EXPORT vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_attend_params* params,
+                                              const vattn_selection* selection,
+                                              struct CUstream_st* stream);
+/* For engines with their own attention kernel: fills selection with sinks, window and the first
+ * look's draw, log-weights included. Reads no row of the middle but for VATTN_INDEX_EXACT. Of params
+ * layer, num_tokens, q, k_new, v_new, selected and middle are used. FULL if capacity is too small:
+ * counts then hold the need. */
+VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params,
+                                     vattn_selection* selection, struct CUstream_st* stream);
+
+/* ---- Counters ------------------------------------------------------------------------------- */
+
+typedef struct vattn_stats {
+  size_t struct_size;
+  uint64_t host_bytes_limit;   /* host pool */
+  uint64_t host_bytes_used;    /* in blocks that a sequence holds or has reserved */
+  uint64_t table_bytes;        /* block tables, index tables, controller state */
+  uint64_t sequences;          /* alive */
+  uint64_t tokens;             /* over sequences and layers */
+  uint64_t steps;              /* vattn_attend calls x filled slots */
+  uint64_t heads_exact;        /* query heads by verdict */
+  uint64_t heads_verified;
+  uint64_t heads_dense;
+  uint64_t heads_best_effort;
+  uint64_t rows_middle;        /* rows that dense attention would have read from the middle */
+  uint64_t rows_selected;      /* rows read */
+  uint64_t rows_fetched;       /* of them not in the hot set */
+  uint64_t bytes_fetched;
+  uint64_t looks;              /* draws, over KV heads */
+  uint64_t full_refusals;      /* calls answered VATTN_FULL */
+  uint64_t blocks_copied;      /* shared blocks copied on write */
+} vattn_stats;
+
+VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
+                                            size_t struct_size);
+/* The same as Prometheus text; buffer, size and needed as in vattn_doctor. */
+VATTN_EXPORT vattn_code vattn_stats_prometheus(const vattn_runtime* runtime, char* buffer,
+                                               size_t size, size_t* needed);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* VATTN_H_ */

@@ -1,0 +1,15 @@
+// `vattn doctor`: what this machine offers.
+#ifndef VATTN_BENCH_DOCTOR_H_
+#define VATTN_BENCH_DOCTOR_H_
+
+#include <CLI/CLI.hpp>
+
+#include "bench/environment.h"
+
+namespace vattn::bench {
+
+void AddDoctorCommand(CLI::App* app, const CommandLine& command);
+
+}  // namespace vattn::bench
+
+#endif  // VATTN_BENCH_DOCTOR_H_

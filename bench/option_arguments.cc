@@ -1,0 +1,80 @@
+#include "bench/option_arguments.h"
+
+#include "bench/failure.h"
+
+namespace vattn::bench {
+
+CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& choices,
+                       const std::string& help, int32_t* value) {
+  std::string names;
+  for (const auto& [choice, number] : choices) names += (names.empty() ? "" : "|") + choice;
+  const auto parse = [choices, names](std::string& text) -> std::string {
+    for (const auto& [choice, number] : choices) {
+      if (text != choice) continue;
+      text = std::to_string(number);
+      return "";
+    }
+    return text + " is none of " + names;
+  };
+  return app->add_option(name, *value, help)
+      ->transform(CLI::Validator(parse, ""))
+      ->type_name(names);
+}
+
+void OptionArguments::Add(CLI::App* app) {
+  AddChoice(app, "--index", IndexChoices(), "How scores of the middle are predicted (balanced)",
+            &options_.index);
+  app->add_option("--index-bytes", options_.index_bytes,
+                  "Bytes of code per token and KV head: 16, 32, 48 or 64")
+      ->capture_default_str();
+  app->add_option("--value-bits", options_.value_bits,
+                  "Bits per value element kept beside the rows: 0, 2 or 4")
+      ->capture_default_str();
+  app->add_option("--preset", preset_,
+                  "strict (.1, norm output), default (.1, norm value) or fast (.2, norm value); "
+                  "--epsilon, --delta and --norm override it")
+      ->check(CLI::IsMember({"strict", "default", "fast"}));
+  app->add_option("--epsilon", epsilon_, "Relative error that is allowed (0.1)");
+  app->add_option("--delta", delta_, "Probability of more, per query head and call (0.1)");
+  AddChoice(app, "--norm", NormChoices(), "What an error is relative to (value)", &norm_);
+  AddChoice(app, "--bound", BoundChoices(), "How the error is bounded (sharp)", &options_.bound);
+  AddChoice(app, "--on-unverified", OnUnverifiedChoices(),
+            "What becomes of a head that cannot be verified (dense)", &options_.on_unverified);
+  app->add_option("--hot-share", options_.hot_share,
+                  "Share of the middle that the hot set may hold")
+      ->capture_default_str();
+  app->add_option("--seed", options_.seed, "First seed; every result prints it")
+      ->capture_default_str();
+  AddChoice(app, "--backend", BackendChoices(), "Where to compute (auto)", &options_.backend);
+  app->add_option("--threads", options_.num_threads, "CPU threads; 0: all usable")
+      ->capture_default_str();
+}
+
+void OptionArguments::AddPolicies(CLI::App* app) {
+  AddChoice(app, "--policy", PolicyChoices(), "How rows of the middle are chosen (verified)",
+            &options_.policy);
+  app->add_option("--topk-share", options_.topk_share,
+                  "topk and topk-uniform: share of the middle per query head")
+      ->capture_default_str();
+  app->add_option("--base-share", options_.base_share,
+                  "topk-uniform: share of the middle in the base sample")
+      ->capture_default_str();
+  AddChoice(app, "--target", TargetChoices(), "topk-uniform: what the sample is sized for (sdpa)",
+            &options_.target);
+}
+
+vattn_options OptionArguments::Resolve() const {
+  vattn_options options = options_;
+  if (!preset_.empty()) {
+    const std::string json = "{\"preset\": \"" + preset_ + "\"}";
+    if (vattn_options_from_json(json.c_str(), &options) != VATTN_OK) {
+      throw UsageError(vattn_last_error());
+    }
+  }
+  if (epsilon_) options.epsilon = *epsilon_;
+  if (delta_) options.delta = *delta_;
+  if (norm_ >= 0) options.norm = norm_;
+  return options;
+}
+
+}  // namespace vattn::bench

@@ -1,0 +1,43 @@
+// The library's options as command line arguments, shared by the subcommands.
+#ifndef VATTN_BENCH_OPTION_ARGUMENTS_H_
+#define VATTN_BENCH_OPTION_ARGUMENTS_H_
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "api/vattn.h"
+#include "bench/settings.h"
+
+namespace vattn::bench {
+
+// An option that takes one of the names.
+CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& choices,
+                       const std::string& help, int32_t* value);
+
+class OptionArguments {
+ public:
+  OptionArguments() {
+    vattn_options_init(&options_, sizeof(options_));
+    options_.seed = 1;
+  }
+
+  // Index, promise, seed and machine.
+  void Add(CLI::App* app);
+  // Policy and what the policies other than verified are set by.
+  void AddPolicies(CLI::App* app);
+
+  // After parsing: the preset, then what was given by itself. Ranges are the library's to check.
+  vattn_options Resolve() const;
+
+ private:
+  vattn_options options_;
+  std::string preset_;
+  std::optional<float> epsilon_, delta_;
+  int32_t norm_ = -1;  // not given
+};
+
+}  // namespace vattn::bench
+
+#endif  // VATTN_BENCH_OPTION_ARGUMENTS_H_

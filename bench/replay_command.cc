@@ -1,0 +1,234 @@
+#include "bench/replay_command.h"
+
+#include <cstdio>
+#include <deque>
+#include <filesystem>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bench/failure.h"
+#include "bench/handles.h"
+#include "bench/match.h"
+#include "bench/option_arguments.h"
+#include "bench/plot.h"
+#include "bench/report.h"
+#include "bench/text.h"
+
+namespace vattn::bench {
+namespace {
+
+constexpr char kNotes[] =
+    "Errors are relative to attention in float64 over all tokens. Times are medians of a step "
+    "over\n"
+    "all layers, the policy and dense attention taking turns within the first run. With --policy\n"
+    "topk or topk-uniform the table also has verified at the same settings and what the policy "
+    "needs\n"
+    "for the same 95th percentile of the error; that takes a search, which --layers and --steps\n"
+    "make shorter.";
+
+struct Arguments {
+  OptionArguments options;
+  std::string trace, json, plot;
+  std::vector<int32_t> layers;
+  int64_t steps = 0;
+  int32_t seeds = 4;
+  bool compare = false;
+};
+
+ReplayPlan MakePlan(const Trace& trace, const Arguments& arguments) {
+  ReplayPlan plan;
+  plan.layers = arguments.layers;
+  if (plan.layers.empty()) {
+    plan.layers.resize(trace.layers);
+    std::iota(plan.layers.begin(), plan.layers.end(), 0);
+  }
+  for (const int32_t layer : plan.layers) {
+    if (layer >= 0 && layer < trace.layers) continue;
+    throw UsageError("--layers: " + std::to_string(layer) + ", the trace has " +
+                     std::to_string(trace.layers) + ", counted from 0");
+  }
+  if (arguments.steps > trace.steps) {
+    throw UsageError("--steps: " + std::to_string(arguments.steps) + ", the trace has " +
+                     std::to_string(trace.steps));
+  }
+  plan.steps = arguments.steps > 0 ? arguments.steps : trace.steps;
+  plan.seeds = arguments.seeds;
+  plan.timed = true;
+  return plan;
+}
+
+// The runs of one command line, in the order of the table.
+class Study {
+ public:
+  Study(const Trace& trace, const ReplayPlan& plan, const vattn_options& asked)
+      : trace_(trace), plan_(plan), asked_(asked) {
+    progress_.Begin("exact attention in float64");
+    reference_ =
+        ComputeReference(trace, plan.layers, plan.steps, ResolveThreads(asked.num_threads));
+  }
+
+  void RunAll(bool compare) {
+    const bool topk = asked_.policy == VATTN_POLICY_TOPK;
+    const bool uniform = asked_.policy == VATTN_POLICY_TOPK_UNIFORM;
+    if (asked_.policy == VATTN_POLICY_VERIFIED || compare || topk || uniform) {
+      verified_ = &Add("verified", Verified());
+    }
+    main_ = asked_.policy == VATTN_POLICY_VERIFIED
+                ? verified_
+                : &Add(ChoiceName(PolicyChoices(), asked_.policy), asked_);
+    if (compare || uniform) {
+      Add("topk-uniform, same p95", MatchTopKUniform(trace_, plan_, asked_, reference_,
+                                                     verified_->all.error_p95, &progress_));
+    }
+    if (compare || topk) {
+      Add("topk, same p95",
+          MatchTopK(trace_, plan_, asked_, reference_, verified_->all.error_p95, &progress_));
+    }
+    progress_.Clear();
+  }
+
+  std::string Plot(const std::string& title, const std::string& subtitle) {
+    std::optional<Run> own;
+    if (verified_ == nullptr) own = MakeOne("verified", Verified());
+    const std::vector<CostCurve> costs =
+        MeasureCosts(trace_, plan_, asked_, reference_, &progress_);
+    progress_.Clear();
+    return PlotReplay(title, subtitle, own ? *own : *verified_, costs);
+  }
+
+  std::vector<const Run*> runs() const {
+    std::vector<const Run*> list;
+    for (const Run& run : runs_) list.push_back(&run);
+    return list;
+  }
+  // The run with the settings that were asked for.
+  const Run& main() const { return *main_; }
+
+ private:
+  Run MakeOne(const std::string& name, const vattn_options& options) {
+    progress_.Begin(name);
+    return MakeRun(name, trace_, plan_, options,
+                   Replay(trace_, plan_, options, reference_, &progress_));
+  }
+
+  const Run& Add(const std::string& name, const vattn_options& options) {
+    return runs_.emplace_back(MakeOne(name, options));
+  }
+
+  vattn_options Verified() const {
+    vattn_options options = asked_;
+    options.policy = VATTN_POLICY_VERIFIED;
+    return options;
+  }
+
+  const Trace& trace_;
+  const ReplayPlan plan_;
+  const vattn_options asked_;
+  Progress progress_;
+  Reference reference_;
+  std::deque<Run> runs_;  // does not move what it holds
+  const Run* verified_ = nullptr;
+  const Run* main_ = nullptr;
+};
+
+std::string NameOf(const Trace& trace) {
+  const auto model = trace.metadata.find("model");
+  return std::filesystem::path(trace.path).filename().string() +
+         (model == trace.metadata.end() ? "" : " (" + model->second + ")");
+}
+
+std::string ShapeOf(const Trace& trace, const ReplayPlan& plan) {
+  constexpr size_t kMaxNamed = 8;
+  std::string layers = plan.layers.size() == 1 ? "layer" : "layers";
+  for (const int32_t layer : plan.layers) layers += " " + trace.layer_names[layer];
+  if (plan.layers.size() > kMaxNamed) layers = std::to_string(plan.layers.size()) + " layers";
+  return layers + ", " + std::to_string(trace.q_heads) + " query heads, " +
+         std::to_string(trace.kv_heads) + " KV heads, head_dim " +
+         std::to_string(trace.head_dim_k) + ", " + std::to_string(trace.prompt_tokens) +
+         " prompt tokens, " + std::to_string(plan.steps) + " steps";
+}
+
+Json TraceJson(const Trace& trace, const ReplayPlan& plan) {
+  Json layers = Json::array();
+  for (const int32_t layer : plan.layers) layers.push_back(trace.layer_names[layer]);
+  return {{"path", trace.path},
+          {"metadata", trace.metadata},
+          {"layers", layers},
+          {"q_heads", trace.q_heads},
+          {"kv_heads", trace.kv_heads},
+          {"head_dim_k", trace.head_dim_k},
+          {"head_dim_v", trace.head_dim_v},
+          {"prompt_tokens", trace.prompt_tokens},
+          {"prompt_queries", trace.prompt_queries},
+          {"steps", plan.steps},
+          {"seeds", plan.seeds}};
+}
+
+void RunReplay(const Arguments& arguments, const CommandLine& command) {
+  const Trace trace = ReadTrace(arguments.trace);
+  const ReplayPlan plan = MakePlan(trace, arguments);
+  vattn_options options = arguments.options.Resolve();
+  SetShape(trace, plan, &options);
+  CreateRuntime(options);  // a wrong option shows before the long part
+
+  Study study(trace, plan, options);
+  study.RunAll(arguments.compare);
+  const std::string reproduce = command.Reproduce(options.seed);
+  const std::string shape = ShapeOf(trace, plan);
+  const std::string seeds =
+      "seed " + std::to_string(options.seed) +
+      (plan.seeds > 1 ? " to " + std::to_string(options.seed + plan.seeds - 1) : std::string());
+  std::printf("%s\n%s: %s, %s\n\n%s\nreproduce: %s\n", EnvironmentLine().c_str(),
+              NameOf(trace).c_str(), shape.c_str(), seeds.c_str(), RunTable(study.runs()).c_str(),
+              reproduce.c_str());
+  std::fflush(stdout);
+
+  if (!arguments.json.empty()) {
+    Json json = ResultHeader(command);
+    json["reproduce"] = reproduce;
+    json["trace"] = TraceJson(trace, plan);
+    json.update(RunJson(study.main()));
+    json["compare"] = Json::array();
+    for (const Run* run : study.runs()) {
+      if (run != &study.main()) json["compare"].push_back(RunJson(*run));
+    }
+    WriteJson(arguments.json, json);
+  }
+  if (!arguments.plot.empty()) {
+    WriteFile(arguments.plot, study.Plot("vattn replay: " + NameOf(trace), shape));
+  }
+}
+
+}  // namespace
+
+void AddReplayCommand(CLI::App* app, const CommandLine& command) {
+  CLI::App* sub = app->add_subcommand(
+      "replay",
+      "Replay recorded attention (vattn-trace-1) and say how exact it was and what it cost");
+  sub->footer(kNotes);
+  auto arguments = std::make_shared<Arguments>();
+  sub->add_option("--trace", arguments->trace, "The recording")->required()->type_name("FILE");
+  arguments->options.AddPolicies(sub);
+  arguments->options.Add(sub);
+  sub->add_option("--seeds", arguments->seeds, "Runs, with consecutive seeds")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1000000).description(""));
+  sub->add_option("--layers", arguments->layers, "Layers by place in the file, as 0,2 (all)")
+      ->delimiter(',')
+      ->type_name("LIST");
+  sub->add_option("--steps", arguments->steps, "Only the first steps (all)")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+  sub->add_flag("--compare", arguments->compare,
+                "Verified beside topk-uniform and topk with the same p95 error");
+  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
+  sub->add_option(
+         "--plot", arguments->plot,
+         "Draw error and share by layer and head, and error against share for the policies")
+      ->type_name("FILE.svg");
+  sub->callback([arguments, &command] { RunReplay(*arguments, command); });
+}
+
+}  // namespace vattn::bench

@@ -1,0 +1,103 @@
+#include "bench/session.h"
+
+#include <chrono>
+#include <cstring>
+
+#include "bench/dtype.h"
+
+namespace vattn::bench {
+namespace {
+
+// [layers, heads, dim] at one token of a [layers, heads, tokens, dim] tensor.
+void Gather(const Tensor& tensor, std::span<const int32_t> layers, int64_t token,
+            std::vector<std::byte>* to) {
+  const size_t row = tensor.shape[3] * ElementBytes(tensor.dtype);
+  to->resize(layers.size() * tensor.shape[1] * row);
+  std::byte* out = to->data();
+  for (const int32_t layer : layers) {
+    for (int64_t head = 0; head < tensor.shape[1]; ++head, out += row) {
+      std::memcpy(out, tensor.Row(layer, head, token), row);
+    }
+  }
+}
+
+}  // namespace
+
+Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options)
+    : trace_(trace),
+      layers_(layers),
+      runtime_(CreateRuntime(options)),
+      sequence_(CreateSequence(runtime_.get(), /*id=*/1)),
+      batch_(CreateBatch(runtime_.get(), /*slots=*/1)) {
+  const size_t num_layers = layers.size();
+  result_.out.resize(num_layers * trace.q_heads * trace.head_dim_v);
+  result_.error.resize(num_layers * trace.q_heads);
+  result_.verdict.resize(num_layers * trace.q_heads);
+  for (auto* list : {&result_.selected, &result_.fetched, &result_.looks}) {
+    list->resize(num_layers * trace.kv_heads);
+  }
+  result_.middle.resize(num_layers * trace.kv_heads);
+  AppendPrompt();
+  Check(vattn_batch_set(batch_.get(), 0, sequence_.get()), "vattn_batch_set");
+}
+
+void Session::AppendPrompt() {
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    vattn_append_params params;
+    vattn_append_params_init(&params, sizeof(params));
+    params.layer = static_cast<int32_t>(i);
+    params.num_tokens = trace_.prompt_tokens;
+    params.k = trace_.k.Row(layers_[i], 0, 0);
+    params.k_token_stride = trace_.head_dim_k;
+    params.k_head_stride = trace_.tokens * trace_.head_dim_k;
+    params.v = trace_.v.Row(layers_[i], 0, 0);
+    params.v_token_stride = trace_.head_dim_v;
+    params.v_head_stride = trace_.tokens * trace_.head_dim_v;
+    if (trace_.prompt_queries > 0) {
+      params.num_queries = static_cast<int32_t>(trace_.prompt_queries);
+      params.q = trace_.q_prompt.Row(layers_[i], 0, 0);
+      params.q_token_stride = trace_.head_dim_k;
+      params.q_head_stride = trace_.prompt_queries * trace_.head_dim_k;
+    }
+    Check(vattn_append(sequence_.get(), &params), "vattn_append");
+  }
+  Check(vattn_sequence_build_index(sequence_.get()), "vattn_sequence_build_index");
+}
+
+double Session::Step(int64_t step) {
+  Gather(trace_.q, layers_, step, &q_);
+  Gather(trace_.k, layers_, trace_.prompt_tokens + step, &k_);
+  Gather(trace_.v, layers_, trace_.prompt_tokens + step, &v_);
+  const size_t count = layers_.size();
+  const auto start = std::chrono::steady_clock::now();
+  Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1), "vattn_batch_begin_step");
+  for (size_t layer = 0; layer < count; ++layer) {
+    const size_t q_head = layer * trace_.q_heads, kv_head = layer * trace_.kv_heads;
+    vattn_attend_params params;
+    vattn_attend_params_init(&params, sizeof(params));
+    params.layer = static_cast<int32_t>(layer);
+    params.num_tokens = 1;
+    params.out_dtype = VATTN_F32;
+    params.q = q_.data() + layer * (q_.size() / count);
+    params.k_new = k_.data() + layer * (k_.size() / count);
+    params.v_new = v_.data() + layer * (v_.size() / count);
+    params.out = &result_.out[q_head * trace_.head_dim_v];
+    params.verdict = &result_.verdict[q_head];
+    params.error = &result_.error[q_head];
+    params.selected = &result_.selected[kv_head];
+    params.fetched = &result_.fetched[kv_head];
+    params.looks = &result_.looks[kv_head];
+    params.middle = &result_.middle[kv_head];
+    Check(vattn_attend(batch_.get(), &params, /*stream=*/nullptr), "vattn_attend");
+  }
+  const auto stop = std::chrono::steady_clock::now();
+  return std::chrono::duration<double, std::micro>(stop - start).count();
+}
+
+uint64_t Session::bytes_fetched() const {
+  vattn_stats stats = {};
+  Check(vattn_runtime_stats(runtime_.get(), &stats, sizeof(stats)), "vattn_runtime_stats");
+  return stats.bytes_fetched;
+}
+
+}  // namespace vattn::bench

@@ -1,0 +1,50 @@
+// One sequence of one runtime that is fed from a trace, a step at a time.
+#ifndef VATTN_BENCH_SESSION_H_
+#define VATTN_BENCH_SESSION_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "api/vattn.h"
+#include "bench/handles.h"
+#include "bench/trace.h"
+
+namespace vattn::bench {
+
+// What one step gave, by (chosen layer, head); overwritten by the next step.
+struct StepResult {
+  std::vector<float> out;    // [layers, q_heads, head_dim_v]
+  std::vector<float> error;  // [layers, q_heads]
+  std::vector<int32_t> verdict;
+  std::vector<int32_t> selected, fetched, looks;  // [layers, kv_heads]
+  std::vector<int64_t> middle;
+};
+
+class Session {
+ public:
+  // Appends the prompt and builds the index. Keeps references to trace and layers.
+  Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options);
+
+  // Steps are taken in order from 0. Returns the microseconds spent in the library.
+  double Step(int64_t step);
+
+  const StepResult& result() const { return result_; }
+  uint64_t bytes_fetched() const;
+
+ private:
+  void AppendPrompt();
+
+  const Trace& trace_;
+  std::span<const int32_t> layers_;
+  Runtime runtime_;
+  Sequence sequence_;
+  Batch batch_;
+  std::vector<std::byte> q_, k_, v_;  // [layers, heads, head_dim] of the step
+  StepResult result_;
+};
+
+}  // namespace vattn::bench
+
+#endif  // VATTN_BENCH_SESSION_H_

@@ -1,0 +1,36 @@
+// The `vattn` command line. Exit codes: 0 done, 1 failed, 2 the command line is wrong.
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+
+#include "api/vattn.h"
+#include "bench/doctor.h"
+#include "bench/environment.h"
+#include "bench/failure.h"
+#include "bench/replay_command.h"
+#include "bench/step_command.h"
+
+int main(int argc, char** argv) {
+  using vattn::bench::CommandLine;
+  const CommandLine command(argc, argv);
+  CLI::App app("Decode attention with most of the KV cache outside the accelerator", "vattn");
+  app.set_version_flag("--version",
+                       std::string("vattn ") + vattn_version() + "\n" + vattn_build_info());
+  app.require_subcommand(1);
+  try {
+    vattn::bench::AddDoctorCommand(&app, command);
+    vattn::bench::AddReplayCommand(&app, command);
+    vattn::bench::AddStepCommand(&app, command);
+    app.parse(argc, argv);
+    return 0;
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;  // help and version end up here as well
+  } catch (const vattn::bench::UsageError& error) {
+    std::fprintf(stderr, "vattn: %s\n", error.what());
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "vattn: %s\n", error.what());
+    return 1;
+  }
+}

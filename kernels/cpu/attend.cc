@@ -1,0 +1,121 @@
+#include "kernels/cpu/attend.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/softmax.h"
+#include "kernels/cpu/workers.h"
+
+namespace vattn::cpu {
+namespace {
+
+constexpr int64_t kSegmentTokens = 2048;  // the same cut whatever the number of threads
+
+}  // namespace
+
+void ScaleQueries(const Storage& s, Group& group) {
+  const uint8_t* q = static_cast<const uint8_t*>(group.q);
+  const RowList list{.rows = &q, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype};
+  for (int g = 0; g < group.q_heads; ++g, q += s.row.dim_k * ElementBytes(s.row.dtype)) {
+    LoadRows(list, group.scratch.query + int64_t{g} * s.row.dim_k);
+  }
+  for (int64_t i = 0; i < int64_t{group.q_heads} * s.row.dim_k; ++i) group.scratch.query[i] *= s.scale;
+}
+
+void AttendRows(const Storage& s, const uint8_t* const* rows, int count, const float* queries, int heads,
+                const float* log_weights, float* states) {
+  constexpr int kHeads = 8;
+  alignas(64) float p[kHeads * kTileRows];
+  alignas(64) float norm2[kTileRows];
+  const int dim_v = s.row.dim_v;
+  const RowList keys{.rows = rows, .count = count, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype};
+  const RowList values{
+      .rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim_v, .dtype = s.row.dtype};
+  NormRows(values, norm2);
+  for (int g = 0; g < heads; g += kHeads) {
+    const int n = std::min(kHeads, heads - g);
+    DotRows(keys, queries + int64_t{g} * s.row.dim_k, n, p, kTileRows);
+    for (int h = 0; h < n; ++h) {
+      float* row = p + h * kTileRows;
+      if (log_weights != nullptr) {
+        for (int i = 0; i < count; ++i) row[i] += log_weights[i];
+      }
+      const SoftmaxState state(states + (g + h) * StateFloats(dim_v), dim_v);
+      const float most = MaxRow(row, count);
+      if (most > state.max()) RescaleState(state, dim_v, most);
+      ExpRow(row, count, state.max(), row);
+      float sum = 0, sum2 = 0;
+      for (int i = 0; i < count; ++i) sum += row[i], sum2 += row[i] * norm2[i];
+      state.denominator() += sum;
+      state.value_norm2() += sum2;
+    }
+    AddRows(values, p, kTileRows, n, states + g * StateFloats(dim_v), StateFloats(dim_v));
+  }
+}
+
+void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t end, const float* queries,
+                 int heads, float* states, Stream stream) {
+  const int64_t floats = heads * StateFloats(s.row.dim_v);
+  const int64_t segments = (end - begin + kSegmentTokens - 1) / kSegmentTokens;
+  const auto attend = [&](int64_t from, int64_t to, float* into) {
+    const uint8_t* rows[kTileRows];
+    for (int64_t t = from; t < to; t += kTileRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kTileRows, to - t));
+      for (int i = 0; i < count; ++i) rows[i] = RowOf(s, group, t + i);
+      AttendRows(s, rows, count, queries, heads, nullptr, into);
+    }
+  };
+  if (segments <= 1) return attend(begin, end, states);
+  ParallelFor(stream, segments, [&](int64_t i) {
+    float* into = group.scratch.state + i * floats;
+    for (int g = 0; g < heads; ++g) {
+      ResetState({into + g * StateFloats(s.row.dim_v), s.row.dim_v}, s.row.dim_v);
+    }
+    attend(begin + i * kSegmentTokens, std::min(end, begin + (i + 1) * kSegmentTokens), into);
+  });
+  for (int64_t i = 0; i < segments; ++i) {
+    for (int g = 0; g < heads; ++g) {
+      const int64_t at = g * StateFloats(s.row.dim_v);
+      MergeState({group.scratch.state + i * floats + at, s.row.dim_v}, s.row.dim_v,
+                 {states + at, s.row.dim_v});
+    }
+  }
+}
+
+void WriteHead(const Storage& s, const Group& group, int head, const float* output, float lse) {
+  const DType dtype = static_cast<DType>(group.out_dtype);
+  StoreRow(output, s.row.dim_v, dtype,
+           static_cast<uint8_t*>(group.out) + int64_t{head} * s.row.dim_v * ElementBytes(dtype));
+  if (group.lse != nullptr) group.lse[head] = lse;
+}
+
+void AttendSelected(const AttendSelectedParams& p, Stream stream) {
+  ParallelFor(stream, p.num_groups, [&](int64_t index) {
+    const Storage& s = p.storage;
+    Group& group = p.groups[index];
+    const int32_t* tokens = p.tokens + index * p.capacity;
+    const float* weights = p.log_weights == nullptr ? nullptr : p.log_weights + index * p.capacity;
+    float* states = group.scratch.work;
+    const int64_t floats = StateFloats(s.row.dim_v);
+    ScaleQueries(s, group);
+    for (int g = 0; g < group.q_heads; ++g) ResetState({states + g * floats, s.row.dim_v}, s.row.dim_v);
+    const uint8_t* rows[kTileRows];
+    for (int i = 0; i < p.counts[index]; i += kTileRows) {
+      const int count = std::min(kTileRows, p.counts[index] - i);
+      for (int r = 0; r < count; ++r) rows[r] = RowOf(s, group, tokens[i + r]);
+      AttendRows(s, rows, count, group.scratch.query, group.q_heads,
+                 weights == nullptr ? nullptr : weights + i, states);
+    }
+    for (int g = 0; g < group.q_heads; ++g) {
+      const SoftmaxState state(states + g * floats, s.row.dim_v);
+      const float inverse = state.denominator() > 0 ? 1 / state.denominator() : 0;
+      for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] *= inverse;
+      WriteHead(s, group, g, state.numerator, std::log(state.denominator()) + state.max());
+      group.verdict[g] = Verdict::kBestEffort;
+      group.error[g] = 0;
+    }
+  });
+}
+
+}  // namespace vattn::cpu

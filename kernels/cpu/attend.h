@@ -1,0 +1,37 @@
+// Exact attention over token ranges and weighted attention over listed rows.
+#ifndef VATTN_KERNELS_CPU_ATTEND_H_
+#define VATTN_KERNELS_CPU_ATTEND_H_
+
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+constexpr int kTileRows = 64;
+
+// scratch.query = scale * group.q as fp32.
+void ScaleQueries(const Storage& storage, Group& group);
+
+// The row of a token.
+inline const uint8_t* RowOf(const Storage& s, const Group& group, int64_t token) {
+  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
+         token % kBlockTokens * s.row.row_bytes;
+}
+
+// Adds `count` <= 64 rows to the states [heads][dim_v + 3] of scaled queries [heads][dim_k].
+// log_weights [count] are added to the logits; may be null.
+void AttendRows(const Storage& storage, const uint8_t* const* rows, int count, const float* queries,
+                int heads, const float* log_weights, float* states);
+
+// Adds tokens [begin, end) of the group to states; long ranges in parallel through scratch.state.
+void AttendRange(const Storage& storage, const Group& group, int64_t begin, int64_t end,
+                 const float* queries, int heads, float* states, Stream stream);
+
+// Writes out and lse of one head from a finished state.
+void WriteHead(const Storage& storage, const Group& group, int head, const float* output, float lse);
+
+// Op attend_selected.
+void AttendSelected(const AttendSelectedParams& params, Stream stream);
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_ATTEND_H_

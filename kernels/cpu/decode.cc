@@ -1,0 +1,194 @@
+#include "kernels/cpu/decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/draw.h"
+#include "kernels/cpu/plan.h"
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/scan.h"
+#include "kernels/cpu/softmax.h"
+#include "kernels/cpu/topk.h"
+#include "kernels/cpu/verify.h"
+#include "kernels/cpu/workers.h"
+
+namespace vattn::cpu {
+namespace {
+
+constexpr float kMostGrowth = 4;  // of inclusion probabilities between looks, above it a redraw
+
+// Scan, units and plan of the first look.
+Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states, Stream stream) {
+  if (promise.index == IndexKind::kBalanced) PackQueries(s, group);
+  ScanEstimates(s, promise.index, group, stream);
+  SumEstimates(s, group, states);
+  return MakePlan(s, promise, group, stream);
+}
+
+// Certificates of all heads at this look; true if all pass.
+bool Verify(const Storage& s, const Promise& promise, const Group& group, const Draw& draw, int64_t tail,
+            int look, const float* outputs) {
+  const Scratch& w = group.scratch;
+  const int dim = s.row.dim_v;
+  const uint8_t* rows[kTileRows];
+  for (int64_t t = 0; t < tail; t += kTileRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kTileRows, tail - t));
+    for (int i = 0; i < count; ++i) rows[i] = w.row[w.tail[t + i]];
+    DotRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype}, outputs,
+            group.q_heads, w.dot + t, w.stride);
+  }
+  bool all = true;
+  for (int g = 0; g < group.q_heads; ++g) {
+    VerifyHead(s, promise, group, draw, tail, look, g, outputs + g * dim, w.dot + g * w.stride);
+    all = all && w.head[g].bound <= promise.epsilon;
+  }
+  return all;
+}
+
+void WriteEstimates(const Storage& s, const Group& group, const float* outputs) {
+  for (int g = 0; g < group.q_heads; ++g) {
+    const HeadWork& head = group.scratch.head[g];
+    WriteHead(s, group, g, outputs + g * s.row.dim_v, std::log(head.denominator) + head.shift);
+  }
+}
+
+void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stream stream) {
+  const int64_t floats = group.q_heads * StateFloats(s.row.dim_v);
+  float* states = group.scratch.work;
+  float* base = states + floats;
+  float* outputs = base + 2 * floats;
+  const int64_t n = group.middle_end - group.middle_begin;
+  AttendFixed(s, group, states, stream);
+  const Plan plan = Prepare(s, promise, group, states, stream);
+  Inclusion inclusion = plan.inclusion;
+  Randomness randomness{.refresh = promise.refresh};
+  Draw draw;
+  float previous = 0;
+  for (int look = 1; look <= promise.max_looks; ++look) {
+    const int64_t from = draw.count;
+    draw.count = DrawTokens(group, inclusion, previous, randomness, from, stream);
+    draw.scale = inclusion.scale;
+    ReadDraw(s, group, draw, from, stream);
+    RaiseShift(group, draw);
+    MakeBase(s, group, states, base);
+    Estimate(s, promise, group, draw, base, outputs);
+    const int64_t tail = ListTail(group, draw);
+    const bool passed = Verify(s, promise, group, draw, tail, look, outputs);
+    group.looks = look;
+    if (look == 1) Learn(promise, group);
+    if (passed || look == promise.max_looks || !plan.feasible) break;
+    const float growth = Growth(promise, group, draw, tail, look + 1);
+    if (static_cast<float>(draw.count) * std::min(growth, kMostGrowth) >
+        promise.max_selected_share * static_cast<float>(n)) {
+      break;
+    }
+    if (growth <= kMostGrowth) {
+      previous = inclusion.scale;
+      inclusion.scale *= growth;
+    } else {
+      // A heavy token that the index held for light was drawn by luck. To weigh it less by drawing
+      // all of its kind costs too much; known now, it and the rest of the draw are taken as exact,
+      // and the others are drawn anew: given what is known, the estimate stays unbiased.
+      FixDrawn(group, draw.count);
+      SumEstimates(s, group, states);
+      ++randomness.redraw;
+      previous = 0;
+    }
+  }
+  for (int g = 0; g < group.q_heads; ++g) group.state[g].ref = group.scratch.head[g].ref;
+  group.selected = draw.count;
+  WriteEstimates(s, group, outputs);
+  int32_t failed[kMaxGroup];
+  int num_failed = 0;
+  for (int g = 0; g < group.q_heads; ++g) {
+    const HeadWork& head = group.scratch.head[g];
+    const bool ok = head.bound <= promise.epsilon;
+    group.verdict[g] = ok ? Verdict::kVerified : Verdict::kBestEffort;
+    group.error[g] = head.bound;
+    if (!ok) failed[num_failed++] = g;
+  }
+  if (num_failed > 0 && promise.on_unverified == OnUnverified::kDense) {
+    DecodeDense(s, group, failed, num_failed, Verdict::kDense, stream);
+    group.selected = n;
+    group.all_read = true;
+  }
+}
+
+void DecodeGroup(const Storage& s, const Promise& promise, Group& group, Stream stream) {
+  group.selected = 0;
+  group.all_read = false;
+  group.looks = 0;
+  ScaleQueries(s, group);
+  const int64_t n = group.middle_end - group.middle_begin;
+  if (n == 0 || promise.policy == Policy::kDense) {
+    DecodeAllDense(s, group, Verdict::kExact, stream);
+    group.selected = n;
+    group.all_read = true;
+  } else if (promise.policy == Policy::kVerified) {
+    DecodeVerified(s, promise, group, stream);
+  } else {
+    DecodeTopK(s, promise, group, stream);
+  }
+}
+
+}  // namespace
+
+void AttendFixed(const Storage& s, const Group& group, float* states, Stream stream) {
+  for (int g = 0; g < group.q_heads; ++g) {
+    ResetState({states + g * StateFloats(s.row.dim_v), s.row.dim_v}, s.row.dim_v);
+  }
+  AttendRange(s, group, 0, group.middle_begin, group.scratch.query, group.q_heads, states, stream);
+  AttendRange(s, group, group.middle_end, group.tokens, group.scratch.query, group.q_heads, states, stream);
+}
+
+void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads, Verdict verdict,
+                 Stream stream) {
+  const int64_t floats = StateFloats(s.row.dim_v);
+  float* queries = group.scratch.query;  // the chosen heads' queries move to the front
+  float* states = group.scratch.work;
+  for (int i = 0; i < num_heads; ++i) {
+    if (heads[i] != i) {
+      std::copy_n(queries + int64_t{heads[i]} * s.row.dim_k, s.row.dim_k, queries + int64_t{i} * s.row.dim_k);
+    }
+    ResetState({states + i * floats, s.row.dim_v}, s.row.dim_v);
+  }
+  AttendRange(s, group, 0, group.tokens, queries, num_heads, states, stream);
+  for (int i = 0; i < num_heads; ++i) {
+    const SoftmaxState state(states + i * floats, s.row.dim_v);
+    for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] /= state.denominator();
+    WriteHead(s, group, heads[i], state.numerator, std::log(state.denominator()) + state.max());
+    group.verdict[heads[i]] = verdict;
+    group.error[heads[i]] = 0;
+  }
+}
+
+void DecodeAllDense(const Storage& s, Group& group, Verdict verdict, Stream stream) {
+  int32_t heads[kMaxGroup];
+  std::iota(heads, heads + group.q_heads, 0);
+  DecodeDense(s, group, heads, group.q_heads, verdict, stream);
+}
+
+void Decode(const DecodeParams& p, Stream stream) {
+  ParallelFor(stream, p.num_groups,
+              [&](int64_t i) { DecodeGroup(p.storage, p.promise, p.groups[i], stream); });
+}
+
+void Select(const SelectParams& p, Stream stream) {
+  ParallelFor(stream, p.num_groups, [&](int64_t i) {
+    const Storage& s = p.storage;
+    Group& group = p.groups[i];
+    group.selected = 0;
+    if (group.middle_end == group.middle_begin) return;
+    ScaleQueries(s, group);
+    AttendFixed(s, group, group.scratch.work, stream);
+    const Plan plan = Prepare(s, p.promise, group, group.scratch.work, stream);
+    group.selected = DrawTokens(group, plan.inclusion, 0, {.refresh = p.promise.refresh}, 0, stream);
+    for (int64_t t = 0; t < group.selected; ++t) {
+      group.scratch.weight[t] = std::min(1.f, plan.inclusion.scale * group.scratch.weight[t]);
+    }
+  });
+}
+
+}  // namespace vattn::cpu

@@ -1,0 +1,23 @@
+// One decode step of a batch of groups: scan, plan, draw, attend, verify, look again, fall back.
+#ifndef VATTN_KERNELS_CPU_DECODE_H_
+#define VATTN_KERNELS_CPU_DECODE_H_
+
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+void Decode(const DecodeParams& params, Stream stream);
+void Select(const SelectParams& params, Stream stream);
+
+// Attention over all rows for the listed heads of a group, exact, written out with `verdict`.
+void DecodeDense(const Storage& storage, const Group& group, const int32_t* heads, int num_heads,
+                 Verdict verdict, Stream stream);
+// The same for every head.
+void DecodeAllDense(const Storage& storage, Group& group, Verdict verdict, Stream stream);
+
+// States [G][dim_v + 3] of sinks and window, from scratch.query.
+void AttendFixed(const Storage& storage, const Group& group, float* states, Stream stream);
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_DECODE_H_

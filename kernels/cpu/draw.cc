@@ -1,0 +1,161 @@
+#include "kernels/cpu/draw.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/encode.h"
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/scan.h"
+#include "kernels/cpu/softmax.h"
+#include "kernels/cpu/workers.h"
+
+namespace vattn::cpu {
+namespace {
+
+constexpr int kMaxDim = 1024;
+
+// v^ of `count` <= 64 places of the list.
+void DecodeDrawn(const Storage& s, const Group& group, int64_t first, int count, float* out) {
+  const uint8_t* codes[kTileRows];
+  for (int i = 0; i < count; ++i) {
+    const uint32_t token = group.scratch.token[first + i];
+    codes[i] = reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
+               s.block.value_codes + int64_t{token % kBlockTokens} * s.value_code_bytes;
+  }
+  DecodeValues(s, group.index, codes, count, out);
+}
+
+}  // namespace
+
+void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t from, Stream stream) {
+  const Scratch& w = group.scratch;
+  const int64_t tiles = (draw.count - from + kTileRows - 1) / kTileRows;
+  ParallelFor(stream, tiles, [&](int64_t tile) {
+    const int64_t first = from + tile * kTileRows;
+    const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - first));
+    for (int i = 0; i < count; ++i) w.row[first + i] = RowOf(s, group, w.token[first + i]);
+    const uint8_t* const* rows = w.row + first;
+    DotRows({.rows = rows, .count = count, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype}, w.query,
+            group.q_heads, w.logit + first, w.stride);
+    NormRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
+             w.value_norm2 + first);
+  });
+}
+
+void RaiseShift(const Group& group, const Draw& draw) {
+  const Scratch& w = group.scratch;
+  if (draw.count == 0) return;
+  for (int g = 0; g < group.q_heads; ++g) {
+    HeadWork& head = w.head[g];
+    const float most = MaxRow(w.logit + g * w.stride, static_cast<int>(draw.count));
+    if (most <= head.shift) continue;
+    const float factor = std::exp(head.shift - most);
+    head.mass *= factor;
+    head.shift = most;
+  }
+}
+
+void MakeBase(const Storage& s, const Group& group, const float* states, float* base) {
+  const Scratch& w = group.scratch;
+  const int dim = s.row.dim_v;
+  const int64_t floats = StateFloats(dim);
+  std::copy_n(states, group.q_heads * floats, base);
+  for (int g = 0; g < group.q_heads; ++g) {
+    const SoftmaxState state(base + g * floats, dim);
+    if (state.denominator() == 0) state.max() = w.head[g].shift;
+    RescaleState(state, dim, w.head[g].shift);
+    if (s.value_bits > 0) state.denominator() += w.head[g].mass;
+  }
+  if (s.value_bits == 0) return;
+  float factors[2 * kMaxGroup];
+  for (int64_t b = 0; b < NumBlocks(group); ++b) {
+    const int64_t token = (FirstBlock(group) + b) * kBlockTokens;
+    for (int g = 0; g < group.q_heads; ++g) {
+      const int64_t at = b * group.q_heads + g;
+      factors[2 * g] = std::exp(w.shift[at] - w.head[g].shift);
+      factors[2 * g + 1] = w.mass[at];
+    }
+    const int count = static_cast<int>(std::min<int64_t>(kBlockTokens, group.middle_end - token));
+    const uint8_t* codes =
+        reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
+        s.block.value_codes;
+    AddValueCodes(s, group.index, codes, w.estimate + b * group.q_heads * kBlockTokens, kBlockTokens, count,
+                  group.q_heads, factors, base, floats);
+  }
+}
+
+void Estimate(const Storage& s, const Promise& promise, const Group& group, const Draw& draw,
+              const float* base, float* outputs) {
+  const Scratch& w = group.scratch;
+  const int dim = s.row.dim_v, heads = group.q_heads;
+  const int64_t floats = StateFloats(dim);
+  float* sums = w.work + 2 * heads * floats;
+  std::copy_n(base, heads * floats, sums);
+  for (int g = 0; g < heads; ++g) {
+    const float shift = w.head[g].shift;
+    const SoftmaxState state(sums + g * floats, dim);
+    const float* logit = w.logit + g * w.stride;
+    float* weight = w.scaled + g * w.stride;
+    for (int64_t i = 0; i < draw.count; i += kTileRows) {
+      ExpRow(logit + i, static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i)), shift, weight + i);
+    }
+    float mass = 0, norm2 = 0;
+    for (int64_t i = 0; i < draw.count; ++i) {
+      weight[i] /= std::min(1.f, draw.scale * w.weight[i]);
+      mass += weight[i];
+      norm2 += weight[i] * w.value_norm2[i];
+    }
+    state.denominator() += mass;
+    state.value_norm2() += norm2;
+  }
+  for (int64_t i = 0; i < draw.count; i += kTileRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i));
+    AddRows({.rows = w.row + i, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype},
+            w.scaled + i, w.stride, heads, sums, floats);
+  }
+  if (s.value_bits > 0) {
+    for (int g = 0; g < heads; ++g) {
+      for (int64_t i = 0; i < draw.count; ++i) {
+        const uint32_t token = w.token[i];
+        const int64_t block = token / kBlockTokens - FirstBlock(group);
+        const float guess = EstimateOf(group, token, g) *
+                            std::exp(w.shift[block * heads + g] - w.head[g].shift);
+        w.guess[g * w.stride + i] = guess;
+        w.scaled[g * w.stride + i] = -guess / std::min(1.f, draw.scale * w.weight[i]);
+        sums[g * floats + dim + 1] += w.scaled[g * w.stride + i];
+      }
+    }
+    float decoded[kTileRows * kMaxDim];
+    const uint8_t* rows[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) rows[i] = reinterpret_cast<const uint8_t*>(decoded + i * dim);
+    for (int64_t i = 0; i < draw.count; i += kTileRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i));
+      DecodeDrawn(s, group, i, count, decoded);
+      AddRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, w.scaled + i,
+              w.stride, heads, sums, floats);
+    }
+  }
+  for (int g = 0; g < heads; ++g) {
+    HeadWork& head = w.head[g];
+    const SoftmaxState state(sums + g * floats, dim);
+    head.denominator = std::max(state.denominator(), 1e-30f);
+    float norm2 = 0;
+    for (int j = 0; j < dim; ++j) {
+      const float o = state.numerator[j] / head.denominator;
+      outputs[g * dim + j] = o;
+      norm2 += o * o;
+    }
+    head.ref = std::sqrt(norm2);
+    if (promise.norm == Norm::kValue) {
+      // |v|^2 is summed over rows alone, also with value codes, so it has a denominator of its own.
+      float mass = base[g * floats + dim + 1] - (s.value_bits > 0 ? head.mass : 0);
+      for (int64_t i = 0; i < draw.count; ++i) {
+        mass += std::exp(w.logit[g * w.stride + i] - head.shift) / std::min(1.f, draw.scale * w.weight[i]);
+      }
+      head.ref = std::max(head.ref, promise.norm_floor * std::sqrt(std::max(state.value_norm2() / mass, 0.f)));
+    }
+  }
+}
+
+}  // namespace vattn::cpu

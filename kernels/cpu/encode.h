@@ -1,0 +1,26 @@
+// Index codes and value codes of whole tiles of tokens (ALGORITHM 3 and 5).
+#ifndef VATTN_KERNELS_CPU_ENCODE_H_
+#define VATTN_KERNELS_CPU_ENCODE_H_
+
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+// Codes tokens [begin, end) of EncodeParams. x_j is a chain of fused multiply-adds over the key's
+// elements in order, so that every backend gets the same bits.
+void Encode(const EncodeParams& params, Stream stream);
+
+// out[i] = value codes of `count` tokens decoded to fp32, [count][dim_v]; codes[i] points to the
+// token's value_code_bytes.
+void DecodeValues(const Storage& storage, const IndexTables& index, const uint8_t* const* codes,
+                  int count, float* out);
+
+// sum[g] += factor_g * sum_i weights[g * ld + i] * v^_i over `count` consecutive tokens of a block;
+// sum_ld floats a head, weights in fp16, factors [heads][2]: factor_g and sum_i weights_i.
+void AddValueCodes(const Storage& storage, const IndexTables& index, const uint8_t* codes,
+                   const uint16_t* weights, int64_t ld, int count, int heads, const float* factors,
+                   float* sum, int64_t sum_ld);
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_ENCODE_H_

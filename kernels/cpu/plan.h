@@ -1,0 +1,28 @@
+// The plan of a draw (ALGORITHM 4): multipliers for which every head is expected to meet its bound.
+#ifndef VATTN_KERNELS_CPU_PLAN_H_
+#define VATTN_KERNELS_CPU_PLAN_H_
+
+#include "kernels/cpu/sample.h"
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+struct Plan {
+  Inclusion inclusion;
+  float expected = 0;  // tokens drawn
+  bool feasible = true;  // false: more than max_selected_share of the middle would be needed
+};
+
+// Units and sums of the scan: scratch.head[h].shift, mass and denominator, given the states of the
+// exact sets [G][dim_v + 3].
+void SumEstimates(const Storage& storage, const Group& group, const float* states);
+
+// Renews the multipliers in group.state and returns what to draw with.
+Plan MakePlan(const Storage& storage, const Promise& promise, const Group& group, Stream stream);
+
+// Carries what the planned draw taught: rho and z. Call after the certificate of the first look.
+void Learn(const Promise& promise, const Group& group);
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_PLAN_H_

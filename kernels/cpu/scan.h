@@ -1,0 +1,34 @@
+// Scan of the index: predicted scores of every middle token for every query head of a group.
+#ifndef VATTN_KERNELS_CPU_SCAN_H_
+#define VATTN_KERNELS_CPU_SCAN_H_
+
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+// Projects and packs the group's scaled queries (scratch.query -> scratch.packed).
+void PackQueries(const Storage& storage, Group& group);
+
+// Predicted scores of the block that holds `token` (a multiple of 256) for all heads into
+// scores [G][256], natural logarithm units; -inf outside the middle.
+void ScoreBlock(const Storage& storage, IndexKind kind, const Group& group, int64_t token,
+                float* scores);
+
+// The whole middle as scratch.estimate, shift and mass. e^ of a token is
+// estimate * exp(shift of its block and head), estimates are rounded to fp16 and at most 1.
+void ScanEstimates(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
+
+// The whole middle as scratch.score [G][stride], token - middle_begin along the row.
+void ScanScores(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
+
+inline int64_t FirstBlock(const Group& g) { return g.middle_begin / kBlockTokens; }
+inline int64_t NumBlocks(const Group& g) {
+  return (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
+}
+
+// estimate of one token and head in units of exp(shift).
+float EstimateOf(const Group& group, int64_t token, int head);
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_SCAN_H_

@@ -1,0 +1,73 @@
+// Carves a group's working memory from one range; the sizes are stated once, here.
+#include "kernels/cpu/softmax.h"
+#include "kernels/params.h"
+
+namespace vattn {
+namespace {
+
+constexpr int64_t kSegmentSlack = 64;     // per segment of 16 blocks, see sample.cc
+constexpr int64_t kDenseSegment = 2048;   // tokens, see attend.cc
+
+// Hands out pieces of memory; with a null base it only counts.
+struct Carver {
+  std::byte* base;
+  size_t used = 0;
+
+  template <class T>
+  T* Take(int64_t count) {
+    T* at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;  // a vector of slack
+    return at;
+  }
+};
+
+Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_heads, Carver& c) {
+  const int64_t heads = q_heads;
+  const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens + 1;
+  const int64_t n = blocks * kBlockTokens;
+  const int64_t segments = blocks / 16 + 2;
+  const int64_t sparse = n + segments * kSegmentSlack;
+  const bool ranking = promise.policy == Policy::kTopK || promise.policy == Policy::kTopKUniform;
+  Scratch w;
+  w.stride = n;
+  w.estimate = c.Take<uint16_t>(blocks * heads * kBlockTokens);
+  w.shift = c.Take<float>(blocks * heads);
+  w.mass = c.Take<float>(blocks * heads);
+  w.score = c.Take<float>(ranking ? heads * n : 0);
+  w.token = c.Take<uint32_t>(n);
+  w.weight = c.Take<float>(n);
+  w.sparse_token = c.Take<uint32_t>(sparse);
+  w.sparse_weight = c.Take<float>(sparse);
+  w.logit = c.Take<float>(heads * n);
+  w.guess = c.Take<float>(s.value_bits > 0 ? heads * n : 0);
+  w.scaled = c.Take<float>(heads * n);
+  w.residual = c.Take<float>(heads * n);
+  w.dot = c.Take<float>(heads * n);
+  w.value_norm2 = c.Take<float>(n);
+  w.row = c.Take<const uint8_t*>(n);
+  w.tail = c.Take<uint32_t>(n);
+  w.query = c.Take<float>(heads * s.row.dim_k);
+  w.packed = c.Take<PackedQueries>((heads + 7) / 8);
+  w.head = c.Take<HeadWork>(heads);
+  w.log_gain = c.Take<float>(heads);
+  w.floor = c.Take<float>(heads);
+  w.state = c.Take<float>((n / kDenseSegment + 2) * heads * cpu::StateFloats(s.row.dim_v));
+  w.sums = c.Take<float>(segments * (heads + 2));
+  w.work = c.Take<float>(5 * heads * cpu::StateFloats(s.row.dim_v));
+  return w;
+}
+
+}  // namespace
+
+size_t ScratchBytes(const Storage& s, const Promise& promise, int64_t tokens, int q_heads) {
+  Carver c{nullptr};
+  Carve(s, promise, tokens, q_heads, c);
+  return c.used;
+}
+
+Scratch CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int q_heads, std::byte* memory) {
+  Carver c{memory};
+  return Carve(s, promise, tokens, q_heads, c);
+}
+
+}  // namespace vattn

@@ -1,0 +1,34 @@
+// The certificate (ALGORITHM 6): estimated error of a weighted draw, and how much more to draw.
+#ifndef VATTN_KERNELS_CPU_VERIFY_H_
+#define VATTN_KERNELS_CPU_VERIFY_H_
+
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+// A draw as the certificate sees it. Token i of the list has logit s_i, inclusion probability
+// min(1, scale * weight_i) and, per head, e_i = exp(s_i - shift) and e^_i in the same unit.
+struct Draw {
+  int64_t count = 0;  // of scratch.token, weight, row, logit, guess
+  float scale = 1;
+};
+
+// Fills scratch.tail with the places of tokens with pi < 1; returns their number.
+int64_t ListTail(const Group& group, const Draw& draw);
+
+// Variance, effective rank, z and bound of one head with output o [dim_v] (scratch.head[head]); also
+// renews the head's spread, eta2 and cos2 in group.state. `dots` holds v . o of each token of the tail.
+// z comes from row `look` - 1 of the promise's quantiles.
+void VerifyHead(const Storage& storage, const Promise& promise, const Group& group, const Draw& draw,
+                int64_t tail, int look, int head, const float* output, const float* dots);
+
+// The least factor on all inclusion probabilities for which every head is expected to pass at look
+// `look` (ALGORITHM 6, Looks); at least 1.05, at most 64.
+float Growth(const Promise& promise, const Group& group, const Draw& draw, int64_t tail, int look);
+
+// z at an effective rank of 1 / cos2.
+float QuantileAt(const Promise& promise, int look, float cos2);
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_VERIFY_H_

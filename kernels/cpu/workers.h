@@ -1,0 +1,45 @@
+// The worker threads of a CPU runtime: the one place that knows oneTBB.
+#ifndef VATTN_KERNELS_CPU_WORKERS_H_
+#define VATTN_KERNELS_CPU_WORKERS_H_
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+class Workers {
+ public:
+  explicit Workers(int num_threads);  // 0: all that the process may use
+  ~Workers();
+  Workers(const Workers&) = delete;
+  Workers& operator=(const Workers&) = delete;
+
+  int num_threads() const;
+  Stream stream() { return {this}; }
+  // body(context, i) for i in [0, count), in any order, at once on several threads; nests.
+  void Run(int64_t count, void (*body)(void* context, int64_t i), void* context);
+
+ private:
+  struct Arena;
+  std::unique_ptr<Arena> arena_;
+};
+
+// Runs body(i) for i in [0, count) on the workers of `stream`; on the calling thread without one.
+template <class F>
+void ParallelFor(Stream stream, int64_t count, F&& body) {
+  if (stream.handle == nullptr || count <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  static_cast<Workers*>(stream.handle)
+      ->Run(count,
+            [](void* context, int64_t i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); },
+            const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_WORKERS_H_

@@ -1,0 +1,13 @@
+// Op write: new rows into their blocks.
+#ifndef VATTN_KERNELS_CPU_WRITE_H_
+#define VATTN_KERNELS_CPU_WRITE_H_
+
+#include "kernels/params.h"
+
+namespace vattn::cpu {
+
+void Write(const WriteParams& params, Stream stream);
+
+}  // namespace vattn::cpu
+
+#endif  // VATTN_KERNELS_CPU_WRITE_H_

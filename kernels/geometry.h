@@ -1,0 +1,86 @@
+// Shapes of rows, codes and blocks: the one place that says which byte means what.
+//
+//   block  = 256 tokens of one (sequence, layer, KV head):
+//            | rows [256][row_bytes] | codes [16 tiles][words][16 tokens][4] | value codes [256][bytes] |
+//   row    = | K [dim_k] | V [dim_v] | padding to 128 bytes |; with shared_kv V is the head of K.
+//   codes  = tiles of 16 tokens, so that a 64-byte load holds one code word of each token. A word
+//            holds dimensions in runs of 4, one a byte: 8-bit words 1 run (7 bits used), 4-bit words
+//            2 runs (low nibbles first), 2-bit words 4 runs (lowest bits first).
+//   value codes = per token, 16 bytes for each chunk of 64 (2 bits) or 32 (4 bits) elements; byte l
+//            of a chunk holds elements l, 16 + l, 32 + l, ... from its lowest bits up.
+#ifndef VATTN_KERNELS_GEOMETRY_H_
+#define VATTN_KERNELS_GEOMETRY_H_
+
+#include <cstdint>
+
+namespace vattn {
+
+enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
+
+constexpr int kBlockTokens = 256;
+constexpr int kTileTokens = 16;
+constexpr int kCodeTokens = 64;  // tokens leave the window for the index in runs of so many
+constexpr int kMaxCodeDims = 256;
+
+constexpr int ElementBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+struct RowLayout {
+  DType dtype = DType::kBF16;
+  int32_t dim_k = 0;
+  int32_t dim_v = 0;
+  int32_t v_offset = 0;   // bytes from the start of the row
+  int32_t row_bytes = 0;  // multiple of 128
+  bool shared_kv = false;
+};
+
+inline RowLayout MakeRowLayout(DType dtype, int dim_k, int dim_v, bool shared_kv) {
+  const int used = (shared_kv ? dim_k : dim_k + dim_v) * ElementBytes(dtype);
+  return {.dtype = dtype,
+          .dim_k = dim_k,
+          .dim_v = dim_v,
+          .v_offset = shared_kv ? 0 : dim_k * ElementBytes(dtype),
+          .row_bytes = (used + 127) / 128 * 128,
+          .shared_kv = shared_kv};
+}
+
+// Dimensions kept at each precision, in the order of falling score variance.
+struct CodeLayout {
+  int32_t dims8 = 0;  // multiple of 4; 7 bits used, so that pair sums stay within int16
+  int32_t dims4 = 0;  // multiple of 8
+  int32_t dims2 = 0;  // multiple of 16
+
+  int dims() const { return dims8 + dims4 + dims2; }
+  int words() const { return dims8 / 4 + dims4 / 8 + dims2 / 16; }
+  int bytes() const { return 4 * words(); }
+  int runs() const { return dims() / 4; }                      // runs of 4 dimensions
+  int padded_dims() const { return (dims() + 15) / 16 * 16; }  // row length of IndexTables::encode
+};
+
+// The layout for a budget of `bytes` and keys of `dim` elements: of all that fit, the one with the
+// least expected score noise, for score variance falling over the dimensions as exp(-j / (.18 dim))
+// (recorded attention lies near it) and Gaussian quantisation noise of each precision.
+CodeLayout MakeCodeLayout(int bytes, int dim);
+
+// Bytes of value code per token: dim elements of 2 or 4 bits in whole chunks; 0 bits: none.
+constexpr int ValueCodeBytes(int bits, int dim) {
+  return bits == 0 ? 0 : (dim * bits + 127) / 128 * 16;
+}
+
+// Byte offsets inside a block of one KV head.
+struct BlockLayout {
+  int64_t codes = 0;
+  int64_t value_codes = 0;
+  int64_t bytes = 0;
+};
+
+inline BlockLayout MakeBlockLayout(const RowLayout& row, int code_bytes, int value_code_bytes) {
+  BlockLayout b;
+  b.codes = int64_t{kBlockTokens} * row.row_bytes;
+  b.value_codes = b.codes + int64_t{kBlockTokens} * code_bytes;
+  b.bytes = b.value_codes + int64_t{kBlockTokens} * value_code_bytes;
+  return b;
+}
+
+}  // namespace vattn
+
+#endif  // VATTN_KERNELS_GEOMETRY_H_

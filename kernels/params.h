@@ -1,0 +1,222 @@
+// Parameters of every operation: plain structs of pointers with their extents. Kernels own nothing
+// and allocate nothing. G = query heads of one GQA group (one KV head).
+#ifndef VATTN_KERNELS_PARAMS_H_
+#define VATTN_KERNELS_PARAMS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/geometry.h"
+#include "kernels/rng.h"
+
+namespace vattn {
+
+// Work is enqueued on a stream; on the CPU it is the worker pool (kernels/cpu/workers.h).
+struct Stream {
+  void* handle = nullptr;
+};
+
+enum class Policy : int32_t { kVerified = 0, kTopK = 1, kTopKUniform = 2, kDense = 3 };
+enum class IndexKind : int32_t { kBalanced = 0, kExact = 1 };
+enum class Norm : int32_t { kValue = 0, kOutput = 1 };
+enum class OnUnverified : int32_t { kDense = 0, kBestEffort = 1 };
+enum class Bound : int32_t { kSharp = 0, kSafe = 1 };
+enum class Target : int32_t { kSdpa = 0, kNumerator = 1, kDenominator = 2 };
+enum class Verdict : int32_t { kExact = 0, kVerified = 1, kDense = 2, kBestEffort = 3 };
+
+constexpr int kMaxLooks = 8;
+constexpr int kMaxGroup = 1024;      // query heads per KV head
+constexpr int kQuantileBins = 256;   // of the table over mean squared cosine = 1 / effective rank
+
+// What a runtime promises and how it samples; the same for all its calls.
+struct Promise {
+  Policy policy = Policy::kVerified;
+  IndexKind index = IndexKind::kBalanced;
+  Norm norm = Norm::kValue;
+  OnUnverified on_unverified = OnUnverified::kDense;
+  Bound bound = Bound::kSharp;
+  Target target = Target::kSdpa;
+  float epsilon = .1f;
+  float delta = .1f;
+  float norm_floor = .5f;
+  int32_t max_looks = 6;
+  int32_t min_selected = 64;
+  float max_selected_share = .5f;
+  float topk_share = .05f;
+  float base_share = .05f;
+  uint32_t refresh = 64;
+  // quantile[look][bin]: z of that look at 1 / rank = bin / kQuantileBins (runtime/quantiles.cc).
+  const float (*quantile)[kQuantileBins + 1] = nullptr;
+  float normal_quantile = 0;  // Phi^-1(1 - delta / 2), for kTopKUniform
+};
+
+// How rows and codes lie in the host pool.
+struct Storage {
+  std::byte* base = nullptr;  // block b starts at base + b * block.bytes
+  RowLayout row;
+  CodeLayout code;
+  BlockLayout block;
+  int32_t value_bits = 0;
+  int32_t value_code_bytes = 0;  // per token
+  float scale = 1;               // of q.k
+};
+
+// The frozen index of one (sequence, layer, KV head); ALGORITHM 3. Code dimension j of a key k is
+// clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q) * level.
+struct IndexTables {
+  const float* center = nullptr;      // [dim_k] mean key
+  const float* encode = nullptr;      // [dim_k][padded_dims]
+  const float* project = nullptr;     // [dims][dim_k]
+  const float* value_mean = nullptr;  // [dim_v], with value codes
+  const float* value_step = nullptr;  // [dim_v] distance of two levels
+  float value_residual = 0;           // mean |v - v^|^2
+  float value_spread = 0;             // mean |v - mean v|^2 when the index was made
+  float value_norm2 = 0;              // mean |v|^2
+};
+
+// Controller state of one query head, carried from step to step (ALGORITHM 4).
+struct HeadState {
+  float log_multiplier = 0;
+  float eta2 = 0;     // squared relative error of e^, with value codes
+  float rho = 0;      // realised over predicted variance
+  float spread = 0;   // weighted mean |v - o|^2 of the sampled tail
+  float ref = 0;      // what the last error was relative to
+  float cos2 = 0;     // mean squared cosine of two sampled residuals
+  float z = 0;        // quantile of the last first look
+  float started = 0;  // 0 before the first step
+};
+
+// One query head in the middle of a step.
+struct HeadWork {
+  float shift = 0;      // logarithm of the unit of all sums below
+  float mass = 0;       // sum of e^ over the middle
+  float log_norm = 0;   // predicted root error contribution of a token: exp(log_norm) * e^
+  float floor = 0;      // defensive floor of that contribution
+  float target = 0;     // variance asked for
+  float predicted = 0;  // variance expected of the draw
+  float variance = 0;   // variance estimated from the draw: V of ALGORITHM 6
+  float denominator = 0;
+  float ref = 0;
+  float cos2 = 0;   // 1 / effective rank
+  float z = 0;
+  float bound = 0;  // z sqrt(V) / ref
+};
+
+// Eight query heads' int8 queries in the order of the code runs.
+struct PackedQueries {
+  int32_t run[kMaxCodeDims / 4][8];  // 4 int8 each
+  float scale[8];                    // s^ = scale * sum + offset, natural logarithm units
+  float offset[8];
+};
+
+// Working memory of one group, carved from one range by CarveScratch. n = the group's tokens rounded
+// up to blocks, and one block more. Pages are touched as used.
+struct Scratch {
+  uint16_t* estimate = nullptr;  // [blocks][G][256] e^ over its block's largest, fp16
+  float* shift = nullptr;        // [blocks][G] ln of that largest
+  float* mass = nullptr;         // [blocks][G] sum of estimate
+  float* score = nullptr;        // [G][n] s^, policies with a ranking only
+  uint32_t* token = nullptr;     // [n] selected tokens
+  float* weight = nullptr;       // [n] their inclusion probability before the cap at 1
+  uint32_t* sparse_token = nullptr;  // [n] before compaction
+  float* sparse_weight = nullptr;    // [n]
+  float* logit = nullptr;        // [G][n] s of selected
+  float* guess = nullptr;        // [G][n] s^ of selected
+  float* scaled = nullptr;       // [G][n] weights in use
+  float* residual = nullptr;     // [G][n] |e (v - o') - e^ (v^ - o')|^2 / (pi D^2) of the tail
+  float* dot = nullptr;          // [G][n] v . o' of the tail
+  float* value_norm2 = nullptr;  // [n] |v|^2 of selected
+  const uint8_t** row = nullptr; // [n] rows of selected
+  uint32_t* tail = nullptr;      // [n] places in the list of those with pi < 1
+  float* query = nullptr;        // [G][dim_k] scaled
+  PackedQueries* packed = nullptr;  // [G / 8 rounded up]
+  HeadWork* head = nullptr;      // [G]
+  float* log_gain = nullptr;     // [G] of Inclusion
+  float* floor = nullptr;        // [G]
+  float* state = nullptr;        // [segments][G][dim_v + 3] softmax states
+  float* sums = nullptr;         // [segments][G + 2] of a planning pass
+  float* work = nullptr;         // [5][G][dim_v + 3]
+  int64_t stride = 0;            // n
+};
+
+// One (sequence, layer, KV head) in one decode step.
+struct Group {
+  const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
+  int64_t tokens = 0;
+  int64_t middle_begin = 0;  // multiple of 16; [middle_begin, middle_end) is sampled
+  int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
+  int32_t q_heads = 0;       // G
+  int32_t out_dtype = 0;     // DType
+  IndexTables index;
+  HeadState* state = nullptr;  // [G]
+  RandomKey key;
+  uint64_t step = 0;
+  const void* q = nullptr;     // [G][dim_k] in the row dtype, unscaled
+  void* out = nullptr;         // [G][dim_v]
+  float* lse = nullptr;        // [G] or null
+  Verdict* verdict = nullptr;  // [G]
+  float* error = nullptr;      // [G] bound on the relative error
+  // Filled by decode.
+  int64_t selected = 0;    // middle rows read: scratch.token[0..selected), unless all_read
+  bool all_read = false;   // the whole middle was read
+  int32_t looks = 0;
+  Scratch scratch;
+};
+
+// Rows of tokens [first, first + count) of one (sequence, layer). Strides in elements.
+struct WriteParams {
+  Storage storage;
+  const int32_t* const* blocks = nullptr;  // [kv_heads] block ids by block number
+  int32_t kv_heads = 0;
+  int64_t first = 0;
+  int64_t count = 0;
+  const void* k = nullptr;  // [count][kv_heads][dim_k] in the row dtype
+  const void* v = nullptr;  // [count][kv_heads][dim_v]; null with shared_kv
+  int64_t k_token_stride = 0, k_head_stride = 0;
+  int64_t v_token_stride = 0, v_head_stride = 0;
+};
+
+// Codes of tokens [begin, end) of one KV head, both multiples of 16.
+struct EncodeParams {
+  Storage storage;
+  IndexTables index;
+  const int32_t* blocks = nullptr;
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+struct DecodeParams {
+  Storage storage;
+  Promise promise;
+  Group* groups = nullptr;  // [num_groups]
+  int32_t num_groups = 0;
+};
+
+// Attention over listed tokens only, for one group.
+struct AttendSelectedParams {
+  Storage storage;
+  Group* groups = nullptr;  // [num_groups]; scratch.query and scratch.work are used
+  int32_t num_groups = 0;
+  const int32_t* tokens = nullptr;      // [num_groups][capacity]
+  const float* log_weights = nullptr;   // [num_groups][capacity] or null
+  const int32_t* counts = nullptr;      // [num_groups]
+  int64_t capacity = 0;
+};
+
+// The first look's draw of each group: scratch.token, scratch.weight, selected.
+struct SelectParams {
+  Storage storage;
+  Promise promise;
+  Group* groups = nullptr;
+  int32_t num_groups = 0;
+};
+
+// Bytes of working memory of a group with so many tokens.
+size_t ScratchBytes(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads);
+// Carves it from `memory`, 64-byte aligned.
+Scratch CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads,
+                     std::byte* memory);
+
+}  // namespace vattn
+
+#endif  // VATTN_KERNELS_PARAMS_H_

@@ -1,0 +1,81 @@
+// Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011), the same bits on every
+// backend. A number is a pure function of (seed, sequence, layer, KV head, use, token, epoch).
+#ifndef VATTN_KERNELS_RNG_H_
+#define VATTN_KERNELS_RNG_H_
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define VATTN_HD __host__ __device__
+#else
+#define VATTN_HD
+#endif
+
+namespace vattn {
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
+struct Philox4 {
+  uint32_t word[4];
+};
+
+VATTN_HD inline Philox4 Philox(Philox4 c, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{kPhiloxM0} * c.word[0];
+    const uint64_t p1 = uint64_t{kPhiloxM1} * c.word[2];
+    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.word[1] ^ key0, static_cast<uint32_t>(p1),
+          static_cast<uint32_t>(p0 >> 32) ^ c.word[3] ^ key1, static_cast<uint32_t>(p0)}};
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+  }
+  return c;
+}
+
+// What the numbers are drawn for; part of the counter, so that uses never share a number.
+enum class RandomUse : uint32_t { kSelect = 0, kRedraw = 1 };  // kRedraw + n: the n-th in a step
+
+// Where the numbers of one (sequence, layer, KV head) come from.
+struct RandomKey {
+  uint32_t key0 = 0, key1 = 0;  // from seed and sequence
+  uint32_t stream = 0;          // layer and KV head
+};
+
+VATTN_HD inline RandomKey MakeRandomKey(uint64_t seed, uint64_t sequence, uint32_t layer,
+                                        uint32_t kv_head) {
+  const Philox4 mixed = Philox({{static_cast<uint32_t>(sequence), static_cast<uint32_t>(sequence >> 32),
+                                 0x76617474u, 0x6e000000u}},
+                               static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return {mixed.word[0], mixed.word[1], layer << 16 | kv_head};
+}
+
+// In (0, 1), 24 bits.
+VATTN_HD inline float UnitFloat(uint32_t bits) {
+  return (static_cast<float>(bits >> 8) + .5f) * 0x1p-24f;
+}
+
+// Tokens t share a Philox call in fours, 16 apart, so that 16 lanes of counters give 64 tokens in
+// order: lane t & 15 of run t >> 6, word (t >> 4) & 3.
+VATTN_HD inline uint32_t TokenCounter(uint32_t token) { return (token >> 6) * 16 + (token & 15); }
+
+// The renewal number of a counter at a step: it rises by one every `refresh` steps, at a phase of the
+// counter's own, so that 1 / refresh of the numbers are renewed in each step.
+VATTN_HD inline uint32_t Epoch(uint32_t counter, uint64_t step, uint32_t refresh) {
+  const uint32_t phase =
+      static_cast<uint32_t>((uint64_t{counter * 0x9E3779B1u} * refresh) >> 32);  // [0, refresh)
+  return static_cast<uint32_t>(step / refresh) + (phase + step % refresh >= refresh ? 1 : 0);
+}
+
+// The permanent random number u of a token (ALGORITHM 4).
+VATTN_HD inline float TokenUniform(const RandomKey& key, uint32_t token, uint64_t step,
+                                   uint32_t refresh) {
+  const uint32_t counter = TokenCounter(token);
+  const Philox4 r = Philox({{counter, Epoch(counter, step, refresh), key.stream,
+                             static_cast<uint32_t>(RandomUse::kSelect)}},
+                           key.key0, key.key1);
+  return UnitFloat(r.word[(token >> 4) & 3]);
+}
+
+}  // namespace vattn
+
+#endif  // VATTN_KERNELS_RNG_H_

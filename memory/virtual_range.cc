@@ -1,0 +1,99 @@
+#include "memory/virtual_range.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/string_view.h"
+#include "memory/status.h"
+
+namespace vattn {
+namespace {
+
+// What x86-64 and most arm64 kernels use; elsewhere it is just an alignment.
+constexpr uint64_t kHugePageBytes = uint64_t{2} << 20;
+
+absl::Status MapError(absl::string_view call, uint64_t bytes) {
+  const int error = errno;
+  return OutOfMemoryError("the system refused to map ", bytes, " bytes: ", call, ": ",
+                          std::strerror(error),
+                          " (see RLIMIT_AS, vm.overcommit_memory and vm.max_map_count)");
+}
+
+}  // namespace
+
+uint64_t PageBytes() {
+  static const uint64_t bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+absl::StatusOr<VirtualRange> VirtualRange::Reserve(uint64_t bytes,
+                                                   const VirtualRangeOptions& options) {
+  const uint64_t page = PageBytes();
+  const uint64_t slack = options.huge_pages ? kHugePageBytes : 0;
+  const uint64_t limit = std::numeric_limits<uint64_t>::max() / 2;
+  if (bytes == 0 || bytes > limit) return OutOfRangeError("bytes to map", bytes, 1, limit);
+  const uint64_t size = (bytes + page - 1) / page * page;
+
+  void* mapped = mmap(nullptr, size + slack, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) return MapError("mmap", size + slack);
+  std::byte* data = static_cast<std::byte*>(mapped);
+  if (slack != 0) {
+    // Cut the ends off, so that what stays starts on a huge page.
+    const uint64_t misfit = reinterpret_cast<uintptr_t>(data) % kHugePageBytes;
+    const uint64_t head = misfit == 0 ? 0 : kHugePageBytes - misfit;
+    if (head != 0) munmap(data, head);
+    if (slack != head) munmap(data + head + size, slack - head);
+    data += head;
+  }
+  VirtualRange range(data, size);
+
+  if (options.dont_dump && madvise(data, size, MADV_DONTDUMP) != 0) {
+    return MapError("madvise(MADV_DONTDUMP)", size);
+  }
+  // A kernel built without transparent huge pages refuses; small pages serve as well.
+  if (options.huge_pages) (void)madvise(data, size, MADV_HUGEPAGE);
+  return range;
+}
+
+VirtualRange::VirtualRange(VirtualRange&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+VirtualRange& VirtualRange::operator=(VirtualRange&& other) noexcept {
+  if (this != &other) {
+    Unmap();
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+  }
+  return *this;
+}
+
+VirtualRange::~VirtualRange() { Unmap(); }
+
+void VirtualRange::Unmap() {
+  if (data_ != nullptr) munmap(data_, size_);
+}
+
+absl::Status VirtualRange::Release(uint64_t offset, uint64_t bytes) {
+  if (offset > size_ || bytes > size_ - offset) {
+    return InvalidArgumentError("release of ", bytes, " bytes at ", offset,
+                                " is outside of the range, which has ", size_, " bytes");
+  }
+  const uint64_t page = PageBytes();
+  const uint64_t first = (offset + page - 1) / page * page;
+  const uint64_t end = (offset + bytes) / page * page;
+  if (first >= end) return absl::OkStatus();
+  if (madvise(data_ + first, end - first, MADV_DONTNEED) != 0) {
+    const int error = errno;
+    return NotSupportedError("the system refused to take back ", end - first,
+                             " bytes: madvise(MADV_DONTNEED): ", std::strerror(error));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace vattn

@@ -1,0 +1,89 @@
+// Decode steps over the sequences of a batch.
+#ifndef VATTN_RUNTIME_BATCH_H_
+#define VATTN_RUNTIME_BATCH_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "memory/virtual_range.h"
+#include "runtime/runtime.h"
+
+namespace vattn {
+
+class Sequence;
+
+// Arrays of one attention call, extents as vattn_attend_params. Optional ones may be null.
+struct AttendRequest {
+  int layer = 0;
+  int out_dtype = 0;
+  const void* q = nullptr;
+  const void* k_new = nullptr;
+  const void* v_new = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;
+  int32_t* verdict = nullptr;
+  float* error = nullptr;
+  int32_t* selected = nullptr;
+  int32_t* fetched = nullptr;
+  int32_t* looks = nullptr;
+  int64_t* middle = nullptr;
+};
+
+// As vattn_selection.
+struct Selection {
+  int64_t capacity = 0;
+  int32_t* tokens = nullptr;
+  float* log_weights = nullptr;
+  int32_t* counts = nullptr;
+};
+
+// Used by one thread at a time.
+class Batch {
+ public:
+  Batch(std::shared_ptr<Runtime> runtime, int slots);
+  ~Batch();
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  int slots() const { return static_cast<int>(slots_.size()); }
+  Runtime& runtime() const { return *runtime_; }
+
+  absl::Status Set(int slot, Sequence* sequence);
+  absl::Status Clear(int slot);
+  // Takes a sequence out that is about to die.
+  void Forget(Sequence* sequence);
+
+  absl::Status BeginStep(int new_tokens);
+  absl::Status Attend(const AttendRequest& request);
+  absl::Status AttendSelected(const AttendRequest& request, const Selection& selection);
+  absl::Status Select(const AttendRequest& request, const Selection& selection);
+
+ private:
+  absl::Status CheckRequest(const AttendRequest& request) const;
+  absl::Status CheckStepDone() const;
+  absl::Status GrowScratch();
+  // Writes the new rows and fills groups_ for a layer.
+  void PrepareGroups(const AttendRequest& request);
+  // Hot sets, reports and counters after an attention.
+  void Account(const AttendRequest& request);
+  // Counts the new rows in and closes the layer for this step.
+  void FinishLayer(int layer);
+
+  const std::shared_ptr<Runtime> runtime_;
+  std::vector<Sequence*> slots_;
+  std::vector<Group> groups_;      // filled slots x KV heads of the current layer
+  std::vector<int> group_slot_;    // slot of each
+  std::vector<int> group_head_;    // KV head of each
+  std::vector<Verdict> verdicts_;  // [slots, q_heads]
+  std::vector<float> errors_;
+  VirtualRange scratch_;
+  int new_tokens_ = 0;
+  bool open_ = false;               // a step is open
+  std::vector<char> attended_;      // [layers] in this step
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_BATCH_H_

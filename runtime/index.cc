@@ -1,0 +1,185 @@
+#include "runtime/index.h"
+
+#include <Eigen/Cholesky>
+#include <Eigen/Dense>
+#include <Eigen/Eigenvalues>
+#include <algorithm>
+#include <cmath>
+
+namespace vattn {
+namespace {
+
+using Matrix = Eigen::MatrixXd;
+using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+constexpr double kHalfLife = 512;     // query tokens
+constexpr double kKeyRidge = 1e-4;    // of the mean diagonal
+constexpr double kQueryRidge = 1e-2;
+// Uniform quantisers with least squared error for a Gaussian, in standard deviations.
+constexpr double kStep7 = .0625, kStep4 = .3352, kStep2 = .9957;
+constexpr double kOutlierQuantile = .99975;
+
+void AddRidge(Matrix& m, double share) { m.diagonal().array() += share * m.diagonal().mean() + 1e-12; }
+
+// Mean of x x^T over rows, in blocks so that fp32 sums stay short.
+Matrix Moment(const RowMajor& rows) {
+  Matrix sum = Matrix::Zero(rows.cols(), rows.cols());
+  constexpr Eigen::Index kRows = 1024;
+  for (Eigen::Index i = 0; i < rows.rows(); i += kRows) {
+    const auto part = rows.middleRows(i, std::min(kRows, rows.rows() - i));
+    sum += (part.transpose() * part).cast<double>();
+  }
+  return sum / static_cast<double>(rows.rows());
+}
+
+double StepOf(const CodeLayout& code, int j) {
+  if (j < code.dims8) return kStep7;
+  return j < code.dims8 + code.dims4 ? kStep4 : kStep2;
+}
+
+// The width of a level for whitened coordinates x of standard deviation 1. The Gaussian step, but
+// wide enough that the levels reach the outliers: the few keys that lie far out are the ones that a
+// query looks for (induction heads), and clipping them hides them from the scan.
+double LevelWidth(const CodeLayout& code, int j, Eigen::VectorXf& x) {
+  const double gaussian = StepOf(code, j);
+  if (j >= code.dims8 + code.dims4) return gaussian;
+  const Eigen::Index outlier = static_cast<Eigen::Index>(kOutlierQuantile * static_cast<double>(x.size() - 1));
+  x = x.cwiseAbs();
+  std::nth_element(x.data(), x.data() + outlier, x.data() + x.size());
+  return std::max(gaussian, x(outlier) / (j < code.dims8 ? 64. : 8.));
+}
+
+// encode [dim_k][padded] and project [dims][dim_k] of the balanced basis: x = diag(sqrt lambda) U^T
+// L^-1 (k - mu) has covariance diag(lambda), so U^T L^-1 whitens. centred [count][dim_k].
+void FillBasis(const CodeLayout& code, const RowMajor& centred, const Matrix& keys, const Matrix& queries,
+               float* encode, float* project) {
+  const Eigen::Index dim = keys.rows();
+  const Matrix low = Eigen::LLT<Matrix>(keys).matrixL();
+  const Eigen::SelfAdjointEigenSolver<Matrix> solved(low.transpose() * queries * low);
+  const Matrix inverse = low.triangularView<Eigen::Lower>().solve(Matrix::Identity(dim, dim));
+  const int padded = code.padded_dims();
+  std::fill(encode, encode + dim * padded, 0.f);
+  for (int j = 0; j < code.dims(); ++j) {
+    const Eigen::VectorXd u = solved.eigenvectors().col(dim - 1 - j);  // eigenvalues ascend
+    const Eigen::VectorXd whiten = inverse.transpose() * u, back = low * u;
+    Eigen::VectorXf x = centred * whiten.cast<float>();
+    const double step = LevelWidth(code, j, x);
+    for (Eigen::Index c = 0; c < dim; ++c) {
+      encode[c * padded + j] = static_cast<float>(whiten(c) / step);
+      project[j * dim + c] = static_cast<float>(back(c) * step);
+    }
+  }
+}
+
+// Mean and level width by dimension, and the mean squared residual of values [count][dim].
+double FillValues(const RowMajor& values, int bits, const Eigen::VectorXd& mean, float* out_mean, float* out_step) {
+  const double width = bits == 2 ? kStep2 : kStep4;
+  const int half = bits == 2 ? 2 : 8;
+  double residual = 0;
+  for (Eigen::Index j = 0; j < values.cols(); ++j) {
+    const Eigen::ArrayXd x = values.col(j).cast<double>().array() - mean(j);
+    const double step = width * std::sqrt(x.square().mean()) + 1e-12;
+    out_mean[j] = static_cast<float>(mean(j));
+    out_step[j] = static_cast<float>(step);
+    const Eigen::ArrayXd level = (x / step).floor().max(-half).min(half - 1);
+    residual += (x - (level + .5) * step).square().mean();
+  }
+  return residual;
+}
+
+}  // namespace
+
+void QueryMoment::Add(const float* queries, int64_t count, int group) {
+  const Eigen::Map<const RowMajor> q(queries, count, dim_);
+  if (sum_.empty()) sum_.assign(static_cast<size_t>(dim_) * dim_, 0.0);
+  Eigen::Map<Matrix> sum(sum_.data(), dim_, dim_);
+  const double keep = std::exp2(-static_cast<double>(count) / group / kHalfLife);
+  sum = keep * sum + static_cast<double>(count) * Moment(q);
+  weight_ = keep * weight_ + static_cast<double>(count);
+}
+
+std::vector<double> QueryMoment::Mean() const {
+  std::vector<double> mean = sum_;
+  for (double& x : mean) x /= weight_;
+  return mean;
+}
+
+std::vector<double> QueryMoment::Save() const {
+  std::vector<double> saved = sum_;
+  saved.resize(static_cast<size_t>(dim_) * dim_, 0.0);
+  saved.push_back(weight_);
+  return saved;
+}
+
+QueryMoment QueryMoment::Load(int dim, const std::vector<double>& saved) {
+  QueryMoment moment(dim);
+  moment.sum_.assign(saved.begin(), saved.end() - 1);
+  moment.weight_ = saved.back();
+  return moment;
+}
+
+std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, const float* values, int64_t count,
+                                         const QueryMoment& moment) {
+  const int dim_k = s.row.dim_k, dim_v = s.row.dim_v;
+  std::vector<float> floats(NumFloats(s));
+  float* center = floats.data();
+  float* encode = center + dim_k;
+  float* project = encode + dim_k * s.code.padded_dims();
+  float* value_mean = project + s.code.dims() * dim_k;
+  float* value_step = value_mean + dim_v;
+  float* rest = value_step + dim_v;
+
+  RowMajor k = Eigen::Map<const RowMajor>(keys, count, dim_k);
+  const Eigen::VectorXd mean = k.cast<double>().colwise().mean();
+  for (int c = 0; c < dim_k; ++c) center[c] = static_cast<float>(mean(c));
+  if (s.code.dims() > 0) {
+    k.rowwise() -= mean.cast<float>().transpose();
+    Matrix key_moment = Moment(k);
+    Matrix query_moment = Matrix::Identity(dim_k, dim_k);
+    if (!moment.empty()) query_moment = Eigen::Map<const Matrix>(moment.Mean().data(), dim_k, dim_k);
+    // Keys or queries with Inf or NaN cannot be calibrated on; any basis is valid.
+    if (!key_moment.allFinite()) key_moment = Matrix::Identity(dim_k, dim_k);
+    if (!query_moment.allFinite()) query_moment = Matrix::Identity(dim_k, dim_k);
+    AddRidge(key_moment, kKeyRidge);
+    AddRidge(query_moment, kQueryRidge);
+    FillBasis(s.code, k, key_moment, query_moment, encode, project);
+  }
+  const RowMajor v = Eigen::Map<const RowMajor>(values, count, dim_v);
+  const Eigen::VectorXd v_mean = v.cast<double>().colwise().mean();
+  const double norm2 = v.cast<double>().rowwise().squaredNorm().mean();
+  rest[0] = s.value_bits > 0 ? static_cast<float>(FillValues(v, s.value_bits, v_mean, value_mean, value_step)) : 0.f;
+  rest[1] = static_cast<float>(norm2 - v_mean.squaredNorm());
+  rest[2] = static_cast<float>(norm2);
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+std::shared_ptr<const Index> Index::FromFloats(const Storage& s, std::vector<float> floats) {
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+int64_t Index::NumFloats(const Storage& s) {
+  return s.row.dim_k + int64_t{s.row.dim_k} * (s.code.padded_dims() + s.code.dims()) + 2 * s.row.dim_v + 3;
+}
+
+Index::Index(const Storage& s, std::vector<float> floats)
+    : dim_k_(s.row.dim_k),
+      dim_v_(s.row.dim_v),
+      dims_(s.code.dims()),
+      padded_(s.code.padded_dims()),
+      floats_(std::move(floats)) {}
+
+IndexTables Index::tables() const {
+  IndexTables t;
+  t.center = floats_.data();
+  t.encode = t.center + dim_k_;
+  t.project = t.encode + dim_k_ * padded_;
+  t.value_mean = t.project + dims_ * dim_k_;
+  t.value_step = t.value_mean + dim_v_;
+  const float* rest = t.value_step + dim_v_;
+  t.value_residual = rest[0];
+  t.value_spread = rest[1];
+  t.value_norm2 = rest[2];
+  return t;
+}
+
+}  // namespace vattn

@@ -1,0 +1,60 @@
+// The balanced index of one (sequence, layer, KV head): calibration and frozen tables (ALGORITHM 3).
+#ifndef VATTN_RUNTIME_INDEX_H_
+#define VATTN_RUNTIME_INDEX_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/params.h"
+
+namespace vattn {
+
+// Second moment of the queries that read one KV head: what C_q is made of.
+class QueryMoment {
+ public:
+  explicit QueryMoment(int dim) : dim_(dim) {}
+
+  // queries [count][dim], scaled. Older queries fade: those of the last 512 tokens weigh most.
+  void Add(const float* queries, int64_t count, int group);
+  bool empty() const { return weight_ == 0; }
+  int dim() const { return dim_; }
+  // [dim][dim], mean of q q^T.
+  std::vector<double> Mean() const;
+
+  // For saving: the sum and, behind it, its weight.
+  std::vector<double> Save() const;
+  static QueryMoment Load(int dim, const std::vector<double>& saved);
+
+ private:
+  int dim_;
+  double weight_ = 0;
+  std::vector<double> sum_;  // [dim][dim], empty until the first Add
+};
+
+// Frozen tables; shared by the forks of a sequence, never changed.
+class Index {
+ public:
+  // From sampled rows keys [count][dim_k] and values [count][dim_v], count >= 1. moment may be empty:
+  // then C_q is the identity.
+  static std::shared_ptr<const Index> Make(const Storage& storage, const float* keys, const float* values,
+                                           int64_t count, const QueryMoment& moment);
+  // The same tables again, from `floats()` of an index of the same shape.
+  static std::shared_ptr<const Index> FromFloats(const Storage& storage, std::vector<float> floats);
+  static int64_t NumFloats(const Storage& storage);
+
+  IndexTables tables() const;
+  const std::vector<float>& floats() const { return floats_; }
+  int64_t bytes() const { return static_cast<int64_t>(floats_.size() * sizeof(float)); }
+
+ private:
+  Index(const Storage& storage, std::vector<float> floats);
+
+  int dim_k_, dim_v_, dims_, padded_;
+  // center, encode, project, value mean, value step, then residual, spread, norm2 of values.
+  std::vector<float> floats_;
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_INDEX_H_

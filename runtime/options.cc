@@ -1,0 +1,148 @@
+#include "runtime/options.h"
+
+#include <cmath>
+
+#include "memory/status.h"
+
+namespace vattn {
+namespace {
+
+template <class T>
+absl::Status InRange(const char* name, T value, T low, T high) {
+  if (value >= low && value <= high) return absl::OkStatus();  // also refuses NaN
+  return OutOfRangeError(name, value, low, high);
+}
+
+// Over `low`, which itself is refused.
+absl::Status Over(const char* name, float value, float low, float high) {
+  if (value > low && value <= high) return absl::OkStatus();
+  return InvalidArgumentError(name, " is ", value, ", must be over ", low, " and at most ", high);
+}
+
+absl::Status MultipleOf(const char* name, int value, int unit) {
+  if (value % unit == 0) return absl::OkStatus();
+  return InvalidArgumentError(name, " is ", value, ", must be a multiple of ", unit);
+}
+
+absl::Status CheckShape(Options& o) {
+  VATTN_RETURN_IF_ERROR(InRange("num_layers", o.num_layers, 1, 1024));
+  VATTN_RETURN_IF_ERROR(InRange("num_q_heads", o.num_q_heads, 1, 1024));
+  VATTN_RETURN_IF_ERROR(InRange("num_kv_heads", o.num_kv_heads, 1, 1024));
+  VATTN_RETURN_IF_ERROR(InRange("head_dim_k", o.head_dim_k, 16, 1024));
+  VATTN_RETURN_IF_ERROR(MultipleOf("head_dim_k", o.head_dim_k, 16));
+  VATTN_RETURN_IF_ERROR(InRange("head_dim_v", o.head_dim_v, 16, 1024));
+  VATTN_RETURN_IF_ERROR(MultipleOf("head_dim_v", o.head_dim_v, 16));
+  VATTN_RETURN_IF_ERROR(InRange("dtype", o.dtype, 0, 2));
+  VATTN_RETURN_IF_ERROR(InRange("shared_kv", o.shared_kv, 0, 1));
+  if (o.shared_kv == 1 && o.head_dim_v > o.head_dim_k) {
+    return InvalidArgumentError("head_dim_v is ", o.head_dim_v, ", must be at most head_dim_k = ", o.head_dim_k,
+                                " with shared_kv");
+  }
+  if (!(o.softmax_scale >= 0) || !std::isfinite(o.softmax_scale)) {
+    return InvalidArgumentError("softmax_scale is ", o.softmax_scale, ", must be finite and 0 or more");
+  }
+  if (o.softmax_scale == 0) o.softmax_scale = 1 / std::sqrt(static_cast<float>(o.head_dim_k));
+  if (o.layer_kv_heads.empty()) o.layer_kv_heads.assign(o.num_layers, o.num_kv_heads);
+  if (static_cast<int>(o.layer_kv_heads.size()) != o.num_layers) {
+    return InvalidArgumentError("layer_kv_heads has ", o.layer_kv_heads.size(), " entries, must have num_layers = ",
+                                o.num_layers);
+  }
+  for (int l = 0; l < o.num_layers; ++l) {
+    const int heads = o.layer_kv_heads[l];
+    if (heads < 0 || heads > 1024) return OutOfRangeError(absl::StrCat("layer_kv_heads[", l, "]"), heads, 0, 1024);
+    if (heads > 0 && o.num_q_heads % heads != 0) {
+      return InvalidArgumentError("num_q_heads is ", o.num_q_heads, ", must be a multiple of the ", heads,
+                                  " KV heads of layer ", l);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckMachine(const Options& o) {
+  VATTN_RETURN_IF_ERROR(InRange("backend", o.backend, 0, 2));
+  VATTN_RETURN_IF_ERROR(InRange("device", o.device, 0, 1023));
+  VATTN_RETURN_IF_ERROR(InRange("num_threads", o.num_threads, 0, 4096));
+  VATTN_RETURN_IF_ERROR(InRange("numa_node", o.numa_node, -1, 1023));
+  VATTN_RETURN_IF_ERROR(InRange("huge_pages", o.huge_pages, 0, 1));
+  VATTN_RETURN_IF_ERROR(InRange("prefault", o.prefault, 0, 1));
+  const uint64_t block = MakeStorage(o).block.bytes;
+  if (o.host_bytes < block || o.host_bytes > uint64_t{1} << 46) {
+    return InvalidArgumentError("host_bytes is ", o.host_bytes, ", must be at least one block of ", block,
+                                " bytes and at most 64 TiB");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPromise(const Options& o) {
+  VATTN_RETURN_IF_ERROR(InRange("policy", o.policy, 0, 3));
+  VATTN_RETURN_IF_ERROR(InRange("norm", o.norm, 0, 1));
+  VATTN_RETURN_IF_ERROR(InRange("on_unverified", o.on_unverified, 0, 1));
+  VATTN_RETURN_IF_ERROR(InRange("bound", o.bound, 0, 1));
+  VATTN_RETURN_IF_ERROR(Over("epsilon", o.epsilon, 0, 10));
+  VATTN_RETURN_IF_ERROR(Over("delta", o.delta, 0, .215f));
+  VATTN_RETURN_IF_ERROR(InRange("norm_floor", o.norm_floor, 0.f, 1.f));
+  VATTN_RETURN_IF_ERROR(InRange("max_looks", o.max_looks, 1, kMaxLooks));
+  VATTN_RETURN_IF_ERROR(InRange("refresh", o.refresh, 1, 4096));
+  VATTN_RETURN_IF_ERROR(InRange("min_selected", o.min_selected, 0, 65536));
+  VATTN_RETURN_IF_ERROR(Over("max_selected_share", o.max_selected_share, 0, 1));
+  VATTN_RETURN_IF_ERROR(InRange("topk_share", o.topk_share, 0.f, 1.f));
+  VATTN_RETURN_IF_ERROR(InRange("base_share", o.base_share, 0.f, 1.f));
+  VATTN_RETURN_IF_ERROR(InRange("target", o.target, 0, 2));
+  VATTN_RETURN_IF_ERROR(InRange("hot_share", o.hot_share, 0.f, 1.f));
+  return absl::OkStatus();
+}
+
+absl::Status CheckSets(const Options& o) {
+  VATTN_RETURN_IF_ERROR(InRange("sinks", o.sinks, 0, 256));
+  VATTN_RETURN_IF_ERROR(MultipleOf("sinks", o.sinks, 16));
+  VATTN_RETURN_IF_ERROR(InRange("window", o.window, 1, 65536));
+  VATTN_RETURN_IF_ERROR(InRange("exact_below", o.exact_below, 64, 1 << 30));
+  VATTN_RETURN_IF_ERROR(InRange("index", o.index, 0, 1));
+  if (o.index_bytes != 16 && o.index_bytes != 32 && o.index_bytes != 48 && o.index_bytes != 64) {
+    return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 16, 32, 48 or 64");
+  }
+  if (o.value_bits != 0 && o.value_bits != 2 && o.value_bits != 4) {
+    return InvalidArgumentError("value_bits is ", o.value_bits, ", must be 0, 2 or 4");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status ResolveOptions(Options& o) {
+  VATTN_RETURN_IF_ERROR(CheckShape(o));
+  VATTN_RETURN_IF_ERROR(CheckSets(o));
+  VATTN_RETURN_IF_ERROR(CheckMachine(o));
+  return CheckPromise(o);
+}
+
+Storage MakeStorage(const Options& o) {
+  Storage s;
+  s.row = MakeRowLayout(static_cast<DType>(o.dtype), o.head_dim_k, o.head_dim_v, o.shared_kv == 1);
+  if (static_cast<IndexKind>(o.index) == IndexKind::kBalanced) s.code = MakeCodeLayout(o.index_bytes, o.head_dim_k);
+  s.value_bits = o.value_bits;
+  s.value_code_bytes = ValueCodeBytes(o.value_bits, o.head_dim_v);
+  s.block = MakeBlockLayout(s.row, s.code.bytes(), s.value_code_bytes);
+  s.scale = o.softmax_scale;
+  return s;
+}
+
+Promise MakePromise(const Options& o) {
+  return {.policy = static_cast<Policy>(o.policy),
+          .index = static_cast<IndexKind>(o.index),
+          .norm = static_cast<Norm>(o.norm),
+          .on_unverified = static_cast<OnUnverified>(o.on_unverified),
+          .bound = static_cast<Bound>(o.bound),
+          .target = static_cast<Target>(o.target),
+          .epsilon = o.epsilon,
+          .delta = o.delta,
+          .norm_floor = o.norm_floor,
+          .max_looks = o.max_looks,
+          .min_selected = o.min_selected,
+          .max_selected_share = o.max_selected_share,
+          .topk_share = o.topk_share,
+          .base_share = o.base_share,
+          .refresh = static_cast<uint32_t>(o.refresh)};
+}
+
+}  // namespace vattn

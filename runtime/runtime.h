@@ -1,0 +1,74 @@
+// What all sequences of a runtime share: options, host pool, workers, operations, counters.
+#ifndef VATTN_RUNTIME_RUNTIME_H_
+#define VATTN_RUNTIME_RUNTIME_H_
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/cpu/workers.h"
+#include "kernels/ops.h"
+#include "memory/host_store.h"
+#include "runtime/options.h"
+#include "runtime/stats.h"
+
+namespace vattn {
+
+class Sequence;
+
+// Thread-safe. Sequences and batches keep it alive.
+class Runtime {
+ public:
+  // options need not be resolved.
+  static absl::StatusOr<std::shared_ptr<Runtime>> Create(Options options, Logger logger);
+
+  const Options& options() const { return options_; }
+  const Storage& storage() const { return storage_; }
+  const Promise& promise() const { return promise_; }
+  const Ops& ops() const { return *ops_; }
+  Stream stream() { return workers_.stream(); }
+  HostStore& store() { return *store_; }
+  Counters& counters() { return counters_; }
+  StatsSnapshot Stats() const;
+  void Log(LogLevel level, const std::string& message) const;
+
+  int kv_heads(int layer) const { return options_.layer_kv_heads[layer]; }  // 0: left out
+  int group(int layer) const { return options_.num_q_heads / kv_heads(layer); }
+
+  // A number for a sequence that came without one.
+  uint64_t NextId() { return next_id_.fetch_add(1); }
+  // Sequences alive, for table_bytes.
+  void Enlist(const Sequence* sequence);
+  void Delist(const Sequence* sequence);
+
+  // Counts and returns a refusal of the pool.
+  absl::Status Refused(absl::Status status);
+
+  // After Close only destruction is left to the handles.
+  void Close();
+  bool closed() const { return closed_.load(); }
+
+ private:
+  Runtime(Options options, Logger logger, std::unique_ptr<HostStore> store);
+
+  const Options options_;
+  const Logger logger_;
+  Storage storage_;
+  Promise promise_;
+  float quantile_[kMaxLooks][kQuantileBins + 1];
+  const Ops* ops_ = &kCpuOps;
+  std::unique_ptr<HostStore> store_;
+  cpu::Workers workers_;
+  Counters counters_;
+  std::atomic<uint64_t> next_id_{1};
+  std::atomic<bool> closed_{false};
+  mutable std::mutex mutex_;  // guards sequences_
+  std::set<const Sequence*> sequences_;
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_RUNTIME_H_

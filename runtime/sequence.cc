@@ -1,0 +1,278 @@
+#include "runtime/sequence.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/cpu/rows.h"
+#include "memory/status.h"
+#include "runtime/batch.h"
+
+namespace vattn {
+namespace {
+
+constexpr int64_t kCalibrationTokens = 8192;  // keys that an index is made from, evenly spread
+
+int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
+
+// Rows of `count` tokens, stride apart from `first`, as fp32.
+void SampleRows(const Storage& s, const std::vector<int32_t>& blocks, int64_t first, int64_t stride, int64_t count,
+                bool values, std::vector<float>& out) {
+  const int dim = values ? s.row.dim_v : s.row.dim_k;
+  out.resize(static_cast<size_t>(count) * dim);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = first + i * stride;
+    const uint8_t* row = reinterpret_cast<const uint8_t*>(s.base + blocks[token / kBlockTokens] * s.block.bytes +
+                                                          token % kBlockTokens * s.row.row_bytes);
+    cpu::LoadRows({.rows = &row,
+                   .count = 1,
+                   .offset = values ? s.row.v_offset : 0,
+                   .dim = dim,
+                   .dtype = s.row.dtype},
+                  out.data() + i * dim);
+  }
+}
+
+}  // namespace
+
+Sequence::Sequence(std::shared_ptr<Runtime> runtime, uint64_t id) : runtime_(std::move(runtime)), id_(id) {
+  const Options& o = runtime_->options();
+  layers_.resize(o.num_layers);
+  for (int l = 0; l < o.num_layers; ++l) {
+    layers_[l].groups.resize(runtime_->kv_heads(l));
+    for (HeadGroup& group : layers_[l].groups) group.states.resize(runtime_->group(l));
+  }
+  runtime_->Enlist(this);
+  CountTables();
+}
+
+Sequence::~Sequence() {
+  if (batch != nullptr) batch->Forget(this);
+  ReleaseBlocks();
+  runtime_->Delist(this);
+}
+
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runtime> runtime, uint64_t id,
+                                                           int64_t reserve_tokens) {
+  Runtime& r = *runtime;
+  int64_t blocks = 0;
+  for (int l = 0; l < r.options().num_layers; ++l) blocks += BlocksFor(reserve_tokens) * r.kv_heads(l);
+  if (blocks > 0) VATTN_RETURN_IF_ERROR(r.Refused(r.store().Reserve(blocks)));
+  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), id == 0 ? r.NextId() : id));
+  sequence->reserved_ = blocks;
+  return sequence;
+}
+
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) const {
+  std::unique_ptr<Sequence> copy(new Sequence(runtime_, id == 0 ? runtime_->NextId() : id));
+  for (int l = 0; l < runtime_->options().num_layers; ++l) {
+    const Layer& from = layers_[l];
+    Layer& to = copy->layers_[l];
+    to.coded = from.coded;
+    copy->AddTokens(l, from.tokens);
+    for (size_t g = 0; g < from.groups.size(); ++g) {
+      to.groups[g].blocks = from.groups[g].blocks;
+      for (const int32_t block : to.groups[g].blocks) runtime_->store().AddReference(BlockId{block});
+      to.groups[g].index = from.groups[g].index;
+      if (from.groups[g].moment) to.groups[g].moment = std::make_unique<QueryMoment>(*from.groups[g].moment);
+      to.groups[g].states = from.groups[g].states;
+    }
+  }
+  copy->step_ = step_;
+  copy->CountTables();
+  return copy;
+}
+
+void Sequence::AddTokens(int l, int64_t count) {
+  layers_[l].tokens += count;
+  if (runtime_->kv_heads(l) > 0) runtime_->counters().tokens += static_cast<uint64_t>(count);
+}
+
+void Sequence::ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const {
+  for (int g = 0; g < static_cast<int>(layers_[l].groups.size()); ++g) {
+    const std::vector<int32_t>& blocks = layers_[l].groups[g].blocks;
+    const int64_t have = static_cast<int64_t>(blocks.size());
+    for (int64_t b = begin / kBlockTokens; b < BlocksFor(end); ++b) {
+      const bool copy = b < have;
+      if (copy && runtime_->store().IsUnique(BlockId{blocks[b]})) continue;
+      needs.push_back({l, g, b, copy});
+    }
+  }
+}
+
+absl::Status Sequence::Meet(const std::vector<Need>& needs) {
+  if (needs.empty()) return absl::OkStatus();
+  HostStore& store = runtime_->store();
+  const int64_t count = static_cast<int64_t>(needs.size()), own = std::min(reserved_, count);
+  std::vector<BlockId> taken(needs.size());
+  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Refused(store.Allocate(count - own, taken.data() + own)));
+  if (own > 0) {
+    VATTN_RETURN_IF_ERROR(store.AllocateReserved(own, taken.data()));
+    reserved_ -= own;
+  }
+  for (size_t i = 0; i < needs.size(); ++i) {
+    std::vector<int32_t>& blocks = layers_[needs[i].layer].groups[needs[i].group].blocks;
+    const int32_t id = static_cast<int32_t>(taken[i]);
+    if (!needs[i].copy) {
+      blocks.push_back(id);
+      continue;
+    }
+    const BlockId shared{blocks[needs[i].block]};
+    std::memcpy(store.data(taken[i]), store.data(shared), store.block_bytes());
+    blocks[needs[i].block] = id;
+    store.Release(shared);
+    ++runtime_->counters().blocks_copied;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Sequence::Append(const AppendRequest& r) {
+  Layer& layer = layers_[r.layer];
+  const Storage& s = runtime_->storage();
+  std::vector<Need> needs;
+  ListNeeds(r.layer, layer.tokens, layer.tokens + r.num_tokens, needs);
+  VATTN_RETURN_IF_ERROR(Meet(needs));
+  std::vector<const int32_t*> blocks;
+  for (const HeadGroup& group : layer.groups) blocks.push_back(group.blocks.data());
+  runtime_->ops().write({.storage = s,
+                         .blocks = blocks.data(),
+                         .kv_heads = static_cast<int32_t>(blocks.size()),
+                         .first = layer.tokens,
+                         .count = r.num_tokens,
+                         .k = r.k,
+                         .v = r.v,
+                         .k_token_stride = r.k_token_stride,
+                         .k_head_stride = r.k_head_stride,
+                         .v_token_stride = r.v_token_stride,
+                         .v_head_stride = r.v_head_stride},
+                        runtime_->stream());
+  AddTokens(r.layer, r.num_tokens);
+  const int group = runtime_->group(r.layer), dim = s.row.dim_k, element = ElementBytes(s.row.dtype);
+  for (size_t g = 0; g < layer.groups.size() && r.num_queries > 0; ++g) {
+    HeadGroup& heads = layer.groups[g];
+    if (heads.index) continue;
+    if (!heads.moment) heads.moment = std::make_unique<QueryMoment>(dim);
+    std::vector<float> queries(static_cast<size_t>(r.num_queries) * group * dim);
+    for (int64_t i = 0; i < int64_t{r.num_queries} * group; ++i) {
+      const int64_t at = i / group * r.q_token_stride + (static_cast<int64_t>(g) * group + i % group) * r.q_head_stride;
+      const uint8_t* row = static_cast<const uint8_t*>(r.q) + at * element;
+      cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype}, queries.data() + i * dim);
+    }
+    for (float& x : queries) x *= s.scale;
+    heads.moment->Add(queries.data(), int64_t{r.num_queries} * group, group);
+  }
+  CountTables();
+  return absl::OkStatus();
+}
+
+absl::Status Sequence::Truncate(int64_t tokens) {
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    Layer& layer = layers_[l];
+    if (layer.tokens <= tokens) continue;
+    AddTokens(l, tokens - layer.tokens);
+    layer.coded = std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);
+    for (HeadGroup& group : layer.groups) group.hot.Truncate(tokens);
+  }
+  ReleaseSpare();
+  CountTables();
+  return absl::OkStatus();
+}
+
+void Sequence::ReleaseSpare() {
+  for (Layer& layer : layers_) {
+    const size_t keep = static_cast<size_t>(BlocksFor(layer.tokens));
+    for (HeadGroup& group : layer.groups) {
+      for (size_t b = keep; b < group.blocks.size(); ++b) runtime_->store().Release(BlockId{group.blocks[b]});
+      group.blocks.resize(std::min(keep, group.blocks.size()));
+    }
+  }
+}
+
+int64_t Sequence::MiddleEnd(int64_t tokens) const {
+  const Options& o = runtime_->options();
+  const int64_t end = (tokens - o.window) / kCodeTokens * kCodeTokens;
+  return end - o.sinks >= o.exact_below ? end : std::min<int64_t>(o.sinks, tokens);
+}
+
+absl::Status Sequence::BuildIndex() { return MakeRoomAndCode(0); }
+absl::Status Sequence::OpenStep(int new_tokens) { return MakeRoomAndCode(new_tokens); }
+
+absl::Status Sequence::MakeRoomAndCode(int new_tokens) {
+  const int64_t sinks = runtime_->options().sinks;
+  std::vector<Need> needs;
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    const Layer& layer = layers_[l];
+    const int64_t tokens = layer.tokens + new_tokens, end = MiddleEnd(tokens);
+    const int64_t code_from = std::max(layer.coded, sinks);
+    // One list per layer without repeats: what is coded lies before what is written.
+    const int64_t write_from = layer.tokens / kBlockTokens * kBlockTokens;
+    if (end > code_from) ListNeeds(l, code_from, std::min(end, write_from), needs);
+    ListNeeds(l, end > code_from ? std::min(layer.tokens, std::max(code_from, write_from)) : layer.tokens, tokens,
+              needs);
+  }
+  VATTN_RETURN_IF_ERROR(Meet(needs));
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) CodeLayer(l, MiddleEnd(layers_[l].tokens + new_tokens));
+  CountTables();
+  return absl::OkStatus();
+}
+
+void Sequence::CodeLayer(int l, int64_t end) {
+  Layer& layer = layers_[l];
+  const int64_t begin = std::max<int64_t>(layer.coded, runtime_->options().sinks);
+  if (end <= begin || layer.groups.empty()) return;
+  if (!layer.groups[0].index) FreezeIndex(l, end);
+  const Stream stream = runtime_->stream();
+  cpu::ParallelFor(stream, static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
+    const HeadGroup& group = layer.groups[g];
+    runtime_->ops().encode({.storage = runtime_->storage(),
+                            .index = group.index->tables(),
+                            .blocks = group.blocks.data(),
+                            .begin = begin,
+                            .end = end},
+                           stream);
+  });
+  layer.coded = end;
+}
+
+void Sequence::FreezeIndex(int l, int64_t end) {
+  Layer& layer = layers_[l];
+  const Storage& s = runtime_->storage();
+  const int64_t sinks = runtime_->options().sinks, n = end - sinks;
+  const int64_t stride = (n + kCalibrationTokens - 1) / kCalibrationTokens, count = n / stride;
+  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
+    HeadGroup& group = layer.groups[g];
+    std::vector<float> keys, values;
+    SampleRows(s, group.blocks, sinks, stride, count, false, keys);
+    SampleRows(s, group.blocks, sinks, stride, count, true, values);
+    const QueryMoment none(s.row.dim_k);
+    group.index = Index::Make(s, keys.data(), values.data(), count, group.moment ? *group.moment : none);
+    group.moment.reset();
+  });
+}
+
+void Sequence::ReleaseBlocks() {
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    AddTokens(l, -layers_[l].tokens);
+    for (HeadGroup& group : layers_[l].groups) {
+      for (const int32_t block : group.blocks) runtime_->store().Release(BlockId{block});
+      group.blocks.clear();
+    }
+  }
+  runtime_->store().Unreserve(reserved_);
+  reserved_ = 0;
+}
+
+void Sequence::CountTables() {
+  int64_t bytes = sizeof(Sequence);
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      bytes += static_cast<int64_t>(sizeof(HeadGroup) + group.blocks.capacity() * sizeof(int32_t) +
+                                    group.states.capacity() * sizeof(HeadState)) +
+               group.hot.bytes();
+      if (group.index) bytes += group.index->bytes();
+      if (group.moment) bytes += int64_t{group.moment->dim()} * group.moment->dim() * 8;
+    }
+  }
+  table_bytes_.store(bytes, std::memory_order_relaxed);
+}
+
+}  // namespace vattn

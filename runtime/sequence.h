@@ -1,0 +1,123 @@
+// One request: its blocks, index and controller state, by layer.
+#ifndef VATTN_RUNTIME_SEQUENCE_H_
+#define VATTN_RUNTIME_SEQUENCE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "runtime/hot_set.h"
+#include "runtime/index.h"
+#include "runtime/runtime.h"
+
+namespace vattn {
+
+class Batch;
+
+// Prompt tokens for one layer, as vattn_append_params.
+struct AppendRequest {
+  int layer = 0;
+  int64_t num_tokens = 0;
+  int num_queries = 0;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  const void* q = nullptr;
+  int64_t k_token_stride = 0, k_head_stride = 0;
+  int64_t v_token_stride = 0, v_head_stride = 0;
+  int64_t q_token_stride = 0, q_head_stride = 0;
+};
+
+// State of one KV head of one layer.
+struct HeadGroup {
+  std::vector<int32_t> blocks;          // ids by block number
+  std::shared_ptr<const Index> index;   // null until the first middle token is coded
+  std::unique_ptr<QueryMoment> moment;  // null once the index is frozen
+  std::vector<HeadState> states;        // [G]
+  HotSet hot;
+};
+
+struct Layer {
+  int64_t tokens = 0;
+  int64_t coded = 0;  // tokens before it have codes; multiple of 64, or 0
+  std::vector<HeadGroup> groups;  // [kv_heads]
+};
+
+// Used by one thread at a time (but table_bytes).
+class Sequence {
+ public:
+  // id 0: the runtime chooses. FULL if reserve_tokens cannot be set aside.
+  static absl::StatusOr<std::unique_ptr<Sequence>> Create(std::shared_ptr<Runtime> runtime, uint64_t id,
+                                                          int64_t reserve_tokens);
+  ~Sequence();
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+
+  absl::StatusOr<std::unique_ptr<Sequence>> Fork(uint64_t id) const;
+  absl::Status Append(const AppendRequest& request);
+  absl::Status Truncate(int64_t tokens);
+  absl::Status BuildIndex();
+  // Files: sequence_file.cc.
+  absl::Status Save(const std::string& path) const;
+  static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime, const std::string& path);
+  absl::Status Hibernate(const std::string& path);
+  absl::Status Wake();
+
+  // One decode step, by the batch. Makes room for `new_tokens` more in every layer and codes what the
+  // window then no longer holds; FULL changes nothing.
+  absl::Status OpenStep(int new_tokens);
+  // Gives back blocks that no token lies in: room of a step that was not opened after all.
+  void ReleaseSpare();
+  // The middle of a layer with `tokens` tokens is [sinks, MiddleEnd(tokens)); MiddleEnd = sinks: none.
+  int64_t MiddleEnd(int64_t tokens) const;
+
+  Runtime& runtime() const { return *runtime_; }
+  const std::shared_ptr<Runtime>& shared_runtime() const { return runtime_; }
+  uint64_t id() const { return id_; }
+  uint64_t step() const { return step_; }
+  void CloseStep() { ++step_; }
+  Layer& layer(int l) { return layers_[l]; }
+  const Layer& layer(int l) const { return layers_[l]; }
+  void AddTokens(int l, int64_t count);
+  // Brings table_bytes up to date after changes to blocks, indices or hot sets.
+  void CountTables();
+  int64_t table_bytes() const { return table_bytes_.load(std::memory_order_relaxed); }
+  bool hibernated() const { return !hibernate_path_.empty(); }
+
+  Batch* batch = nullptr;  // the batch it sits in, or null
+  int slot = -1;
+
+ private:
+  Sequence(std::shared_ptr<Runtime> runtime, uint64_t id);
+
+  // A block that a write needs: a new one, or a copy of a shared one.
+  struct Need {
+    int layer, group;
+    int64_t block;
+    bool copy;
+  };
+  // Lists what writing tokens [begin, end) of a layer needs.
+  void ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const;
+  // Takes them all from the pool, or none (FULL).
+  absl::Status Meet(const std::vector<Need>& needs);
+  absl::Status MakeRoomAndCode(int new_tokens);
+  void CodeLayer(int l, int64_t end);
+  void FreezeIndex(int l, int64_t end);
+  void ReleaseBlocks();
+
+  absl::Status Load(const std::string& path);
+
+  const std::shared_ptr<Runtime> runtime_;
+  const uint64_t id_;
+  std::vector<Layer> layers_;
+  uint64_t step_ = 0;
+  int64_t reserved_ = 0;  // blocks promised by the pool
+  std::string hibernate_path_;
+  std::atomic<int64_t> table_bytes_{0};
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_SEQUENCE_H_

@@ -1,0 +1,34 @@
+#include "runtime/stats.h"
+
+#include "absl/strings/str_cat.h"
+
+namespace vattn {
+namespace {
+
+void Append(std::string& out, const char* name, const char* type, const char* help, uint64_t value) {
+  absl::StrAppend(&out, "# HELP vattn_", name, " ", help, "\n# TYPE vattn_", name, " ", type, "\nvattn_", name, " ",
+                  value, "\n");
+}
+
+}  // namespace
+
+StatsSnapshot Snapshot(const Counters& counters) {
+  StatsSnapshot s;
+#define VATTN_COPY(name, type, help) s.name = counters.name.load(std::memory_order_relaxed);
+  VATTN_COUNTERS(VATTN_COPY)
+#undef VATTN_COPY
+  return s;
+}
+
+std::string PrometheusText(const StatsSnapshot& s) {
+  std::string out;
+  Append(out, "host_bytes_limit", "gauge", "Bytes of the host pool", s.host_bytes_limit);
+  Append(out, "host_bytes_used", "gauge", "Bytes in blocks in use or reserved", s.host_bytes_used);
+  Append(out, "table_bytes", "gauge", "Bytes of block tables, index tables and state", s.table_bytes);
+#define VATTN_APPEND(name, type, help) Append(out, #name, type, help, s.name);
+  VATTN_COUNTERS(VATTN_APPEND)
+#undef VATTN_APPEND
+  return out;
+}
+
+}  // namespace vattn

@@ -1,0 +1,48 @@
+// Counters of a runtime: one list, from which the C struct and the Prometheus text are made.
+#ifndef VATTN_RUNTIME_STATS_H_
+#define VATTN_RUNTIME_STATS_H_
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+namespace vattn {
+
+// X(name, Prometheus type, help)
+#define VATTN_COUNTERS(X)                                                                    \
+  X(sequences, "gauge", "Sequences alive")                                                   \
+  X(tokens, "gauge", "Tokens held, over sequences and layers")                               \
+  X(steps, "counter", "Attention calls, over layers and filled slots")                       \
+  X(heads_exact, "counter", "Query heads answered exactly")                                  \
+  X(heads_verified, "counter", "Query heads answered within the promise")                    \
+  X(heads_dense, "counter", "Query heads that were not verified and were read whole")        \
+  X(heads_best_effort, "counter", "Query heads answered without a promise")                  \
+  X(rows_middle, "counter", "Middle rows that dense attention would have read")              \
+  X(rows_selected, "counter", "Middle rows read")                                            \
+  X(rows_fetched, "counter", "Middle rows read that were not in the hot set")                \
+  X(bytes_fetched, "counter", "Bytes of those rows")                                         \
+  X(looks, "counter", "Draws made, over KV heads")                                           \
+  X(full_refusals, "counter", "Calls refused because the host pool was full")                \
+  X(blocks_copied, "counter", "Shared blocks copied before a write")
+
+struct Counters {
+#define VATTN_DECLARE(name, type, help) std::atomic<uint64_t> name{0};
+  VATTN_COUNTERS(VATTN_DECLARE)
+#undef VATTN_DECLARE
+};
+
+// Plain copies of the counters plus what is computed on demand.
+struct StatsSnapshot {
+  uint64_t host_bytes_limit = 0, host_bytes_used = 0, table_bytes = 0;
+#define VATTN_DECLARE(name, type, help) uint64_t name = 0;
+  VATTN_COUNTERS(VATTN_DECLARE)
+#undef VATTN_DECLARE
+};
+
+StatsSnapshot Snapshot(const Counters& counters);
+// Prometheus text exposition format 0.0.4, names prefixed with vattn_.
+std::string PrometheusText(const StatsSnapshot& stats);
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_STATS_H_

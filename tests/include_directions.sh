@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Who may include whom: api -> runtime -> {memory, kernels}; each package has one home. Run from the
+# top of the tree; prints every line that breaks a rule.
+set -u
+bad=0
+deny() { p=$1; shift; grep -rnE "^ *# *include *[<\"]($p)" "$@" && bad=1; }
+deny 'kernels/|runtime/|api/|vattn\.' memory
+deny 'memory/|runtime/|api/|vattn\.|absl/' kernels
+deny 'api/|vattn\.' runtime
+deny 'memory/|kernels/' api
+deny 'absl/|memory/|runtime/|kernels/' api/vattn.h api/vattn.hpp
+deny '(oneapi/)?tbb' runtime api
+deny 'hwloc|liburing' runtime kernels api
+deny 'hwloc' $(ls memory/*.cc memory/*.h | grep -v 'memory/host_store.cc')
+deny '(oneapi/)?tbb' $(ls kernels/cpu/* | grep -v 'kernels/cpu/workers.cc')
+grep -rn '<<<' kernels | grep -v stream && bad=1
+exit $bad

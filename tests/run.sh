@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds, and runs every test: a release build with everything, then the
+# suite under AddressSanitizer + UBSan and under ThreadSanitizer. VATTN_QUICK=1 runs the first alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tests/install_packages.sh
+jobs=$(nproc)
+build() { # build DIR OPTIONS...
+  local dir=$1; shift
+  cmake -S . -B "$dir" -G Ninja "$@" >/dev/null
+  cmake --build "$dir" -j "$jobs" -- --quiet
+}
+build build
+ctest --test-dir build --output-on-failure -j "$jobs"
+[ "${VATTN_QUICK:-0}" = 1 ] && exit 0
+build build-asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
+  -DVATTN_SANITIZE=address,undefined
+ctest --test-dir build-asan --output-on-failure -j "$jobs" -LE no_sanitizer
+build build-tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
+  -DVATTN_SANITIZE=thread
+ctest --test-dir build-tsan --output-on-failure -j "$jobs" -L threads
