@@ -158,6 +158,10 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   if (!changed_heads.empty()) {
     heads.swap(changed_heads);
     changed.layer_kv_heads = heads.data();
+  } else if (!heads.empty() && changed.layer_kv_heads == heads.data() &&
+             changed.num_layers != static_cast<int32_t>(heads.size())) {
+    return InvalidArgumentError("num_layers is ", changed.num_layers, ", must be ", heads.size(),
+                                ", the entries of layer_kv_heads given before");
   }
   options = changed;
   return absl::OkStatus();

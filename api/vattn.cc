@@ -16,6 +16,8 @@
 
 struct vattn_runtime {
   std::shared_ptr<vattn::Runtime> impl;
+  vattn_log_function log;
+  void* log_user;
 };
 struct vattn_sequence {
   std::unique_ptr<vattn::Sequence> impl;
@@ -160,6 +162,7 @@ absl::Status ToAttend(const vattn_attend_params* params, CUstream_st* stream, bo
   vattn_attend_params_init(&p, sizeof(p));
   VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
   if (stream != nullptr) return InvalidArgumentError("stream is given, must be NULL on the CPU backend");
+  if (p.reserved0 != 0) return OutOfRangeError("reserved0", p.reserved0, 0, 0);
   if (p.num_tokens != 1) return OutOfRangeError("num_tokens", p.num_tokens, 1, 1);
   if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
   if (needs_out) VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
@@ -235,10 +238,11 @@ vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** ou
     *out = nullptr;
     vattn_options given = vattn::api::DefaultOptions();
     VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, given));
+    if (given.reserved0 != 0) return OutOfRangeError("reserved0", given.reserved0, 0, 0);
     absl::StatusOr<std::shared_ptr<vattn::Runtime>> made =
         vattn::Runtime::Create(vattn::api::ToOptions(given), ToLogger(given.log, given.log_user));
     if (!made.ok()) return made.status();
-    *out = new vattn_runtime{*std::move(made)};
+    *out = new vattn_runtime{*std::move(made), given.log, given.log_user};
     return absl::OkStatus();
   });
 }
@@ -262,7 +266,10 @@ vattn_code vattn_runtime_options(const vattn_runtime* runtime, vattn_options* op
     VATTN_RETURN_IF_ERROR(Usable(runtime));
     vattn_options ignored = vattn::api::DefaultOptions();
     VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, ignored));
-    vattn::api::Export(vattn::api::FromOptions(runtime->impl->options()), options, options->struct_size);
+    vattn_options in_force = vattn::api::FromOptions(runtime->impl->options());
+    in_force.log = runtime->log;
+    in_force.log_user = runtime->log_user;
+    vattn::api::Export(in_force, options, options->struct_size);
     return absl::OkStatus();
   });
 }

@@ -76,9 +76,9 @@ class Study {
     if (asked_.policy == VATTN_POLICY_VERIFIED || compare || topk || uniform) {
       verified_ = &Add("verified", Verified());
     }
-    main_ = asked_.policy == VATTN_POLICY_VERIFIED
-                ? verified_
-                : &Add(ChoiceName(PolicyChoices(), asked_.policy), asked_);
+    asked_run_ = asked_.policy == VATTN_POLICY_VERIFIED
+                     ? verified_
+                     : &Add(ChoiceName(PolicyChoices(), asked_.policy), asked_);
     if (compare || uniform) {
       Add("topk-uniform, same p95", MatchTopKUniform(trace_, plan_, asked_, reference_,
                                                      verified_->all.error_p95, &progress_));
@@ -105,7 +105,7 @@ class Study {
     return list;
   }
   // The run with the settings that were asked for.
-  const Run& main() const { return *main_; }
+  const Run& asked() const { return *asked_run_; }
 
  private:
   Run MakeOne(const std::string& name, const vattn_options& options) {
@@ -131,7 +131,7 @@ class Study {
   Reference reference_;
   std::deque<Run> runs_;  // does not move what it holds
   const Run* verified_ = nullptr;
-  const Run* main_ = nullptr;
+  const Run* asked_run_ = nullptr;
 };
 
 std::string NameOf(const Trace& trace) {
@@ -190,10 +190,10 @@ void RunReplay(const Arguments& arguments, const CommandLine& command) {
     Json json = ResultHeader(command);
     json["reproduce"] = reproduce;
     json["trace"] = TraceJson(trace, plan);
-    json.update(RunJson(study.main()));
+    json.update(RunJson(study.asked()));
     json["compare"] = Json::array();
     for (const Run* run : study.runs()) {
-      if (run != &study.main()) json["compare"].push_back(RunJson(*run));
+      if (run != &study.asked()) json["compare"].push_back(RunJson(*run));
     }
     WriteJson(arguments.json, json);
   }

@@ -126,6 +126,9 @@ struct Scratch {
   float* residual = nullptr;     // [G][n] |e (v - o') - e^ (v^ - o')|^2 / (pi D^2) of the tail
   float* dot = nullptr;          // [G][n] v . o' of the tail
   float* value_norm2 = nullptr;  // [n] |v|^2 of selected
+  float* code_norm2 = nullptr;   // [n] |v^|^2 of selected, with value codes
+  float* cross = nullptr;        // [n] v . v^ of selected, with value codes
+  float* code_dot = nullptr;     // [G][n] v^ . o' of the tail, with value codes
   const uint8_t** row = nullptr; // [n] rows of selected
   uint32_t* tail = nullptr;      // [n] places in the list of those with pi < 1
   float* query = nullptr;        // [G][dim_k] scaled

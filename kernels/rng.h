@@ -49,9 +49,9 @@ VATTN_HD inline RandomKey MakeRandomKey(uint64_t seed, uint64_t sequence, uint32
   return {mixed.word[0], mixed.word[1], layer << 16 | kv_head};
 }
 
-// In (0, 1), 24 bits.
+// In (0, 1), 23 bits and a half: exact, so that no number is rounded to 1.
 VATTN_HD inline float UnitFloat(uint32_t bits) {
-  return (static_cast<float>(bits >> 8) + .5f) * 0x1p-24f;
+  return (static_cast<float>(bits >> 9) + .5f) * 0x1p-23f;
 }
 
 // Tokens t share a Philox call in fours, 16 apart, so that 16 lanes of counters give 64 tokens in

@@ -13,12 +13,15 @@ Batch::Batch(std::shared_ptr<Runtime> runtime, int slots)
       slots_(slots, nullptr),
       verdicts_(static_cast<size_t>(slots) * runtime_->options().num_q_heads),
       errors_(verdicts_.size()),
-      attended_(runtime_->options().num_layers, 0) {}
+      attended_(runtime_->options().num_layers, 0) {
+  runtime_->CountBatches(1);
+}
 
 Batch::~Batch() {
   for (Sequence* sequence : slots_) {
     if (sequence != nullptr) Forget(sequence);
   }
+  runtime_->CountBatches(-1);
 }
 
 void Batch::Forget(Sequence* sequence) {
@@ -36,12 +39,11 @@ absl::Status Batch::Set(int slot, Sequence* sequence) {
     return InvalidArgumentError("sequence already sits in slot ", sequence->slot, " of ",
                                 sequence->batch == this ? "this" : "another", " batch, must sit in one at most");
   }
-  if (open_) VATTN_RETURN_IF_ERROR(CheckStepDone());
+  VATTN_RETURN_IF_ERROR(EndStep());
   if (slots_[slot] != nullptr) Forget(slots_[slot]);
   slots_[slot] = sequence;
   sequence->batch = this;
   sequence->slot = slot;
-  open_ = false;
   return absl::OkStatus();
 }
 
@@ -59,6 +61,12 @@ absl::Status Batch::CheckStepDone() const {
       return InvalidArgumentError("layer ", l, " was not attended in the step before, must be, once every layer");
     }
   }
+  return absl::OkStatus();
+}
+
+absl::Status Batch::EndStep() {
+  VATTN_RETURN_IF_ERROR(CheckStepDone());
+  open_ = false;
   return absl::OkStatus();
 }
 
@@ -201,7 +209,7 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group.key = MakeRandomKey(o.seed, sequence->id(), static_cast<uint32_t>(r.layer), static_cast<uint32_t>(h));
       group.step = sequence->step();
       group.q = static_cast<const std::byte*>(r.q) + head * s.row.dim_k * element;
-      group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;
+      if (r.out != nullptr) group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;
       group.lse = r.lse == nullptr ? nullptr : r.lse + head;
       group.verdict = verdicts_.data() + head;
       group.error = errors_.data() + head;

@@ -56,6 +56,9 @@ class Batch {
   void Forget(Sequence* sequence);
 
   absl::Status BeginStep(int new_tokens);
+  // A sequence of the batch is about to change: ends the step. Refused while layers of a step with a
+  // new token wait for attention.
+  absl::Status EndStep();
   absl::Status Attend(const AttendRequest& request);
   absl::Status AttendSelected(const AttendRequest& request, const Selection& selection);
   absl::Status Select(const AttendRequest& request, const Selection& selection);

@@ -73,7 +73,10 @@ void Runtime::Close() {
     const std::lock_guard<std::mutex> lock(mutex_);
     left = sequences_.size();
   }
-  if (left > 0) Log(LogLevel::kError, absl::StrCat("runtime destroyed while ", left, " of its sequences are alive"));
+  const int batches = batches_.load();
+  if (left == 0 && batches == 0) return;
+  Log(LogLevel::kError, absl::StrCat("runtime destroyed while ", left, " of its sequences and ", batches,
+                                     " of its batches are alive"));
 }
 
 }  // namespace vattn

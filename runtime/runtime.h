@@ -43,6 +43,7 @@ class Runtime {
   // Sequences alive, for table_bytes.
   void Enlist(const Sequence* sequence);
   void Delist(const Sequence* sequence);
+  void CountBatches(int change) { batches_ += change; }
 
   // Counts and returns a refusal of the pool.
   absl::Status Refused(absl::Status status);
@@ -64,6 +65,7 @@ class Runtime {
   cpu::Workers workers_;
   Counters counters_;
   std::atomic<uint64_t> next_id_{1};
+  std::atomic<int> batches_{0};
   std::atomic<bool> closed_{false};
   mutable std::mutex mutex_;  // guards sequences_
   std::set<const Sequence*> sequences_;

@@ -126,6 +126,7 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
 }
 
 absl::Status Sequence::Append(const AppendRequest& r) {
+  if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
   Layer& layer = layers_[r.layer];
   const Storage& s = runtime_->storage();
   std::vector<Need> needs;
@@ -165,6 +166,7 @@ absl::Status Sequence::Append(const AppendRequest& r) {
 }
 
 absl::Status Sequence::Truncate(int64_t tokens) {
+  if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     Layer& layer = layers_[l];
     if (layer.tokens <= tokens) continue;
@@ -193,7 +195,10 @@ int64_t Sequence::MiddleEnd(int64_t tokens) const {
   return end - o.sinks >= o.exact_below ? end : std::min<int64_t>(o.sinks, tokens);
 }
 
-absl::Status Sequence::BuildIndex() { return MakeRoomAndCode(0); }
+absl::Status Sequence::BuildIndex() {
+  if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
+  return MakeRoomAndCode(0);
+}
 absl::Status Sequence::OpenStep(int new_tokens) { return MakeRoomAndCode(new_tokens); }
 
 absl::Status Sequence::MakeRoomAndCode(int new_tokens) {

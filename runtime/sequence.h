@@ -16,6 +16,7 @@
 namespace vattn {
 
 class Batch;
+class SnapshotReader;
 
 // Prompt tokens for one layer, as vattn_append_params.
 struct AppendRequest {
@@ -107,7 +108,7 @@ class Sequence {
   void FreezeIndex(int l, int64_t end);
   void ReleaseBlocks();
 
-  absl::Status Load(const std::string& path);
+  absl::Status Load(const SnapshotReader& reader, const std::string& path);
 
   const std::shared_ptr<Runtime> runtime_;
   const uint64_t id_;

@@ -68,6 +68,17 @@ void AddBlockParts(const Storage& s, const std::byte* block, const std::byte* ze
   parts.push_back({zeros, static_cast<size_t>(s.block.bytes - used)});
 }
 
+absl::StatusOr<std::unique_ptr<SnapshotReader>> OpenSaved(const Runtime& runtime, const std::string& path,
+                                                          SavedHead& head) {
+  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = SnapshotReader::Open(path, LayoutOf(runtime));
+  if (!reader.ok()) return reader.status();
+  if ((*reader)->records().empty() || (*reader)->records()[0].bytes != sizeof(head)) {
+    return DataLossError(path, ": has no sequence head");
+  }
+  VATTN_RETURN_IF_ERROR((*reader)->Read(0, std::as_writable_bytes(std::span<SavedHead, 1>(&head, 1))));
+  return reader;
+}
+
 }  // namespace
 
 absl::Status Sequence::Save(const std::string& path) const {
@@ -98,11 +109,8 @@ absl::Status Sequence::Save(const std::string& path) const {
   return (*writer)->Commit();
 }
 
-absl::Status Sequence::Load(const std::string& path) {
+absl::Status Sequence::Load(const SnapshotReader& reader, const std::string& path) {
   const Storage& s = runtime_->storage();
-  absl::StatusOr<std::unique_ptr<SnapshotReader>> opened = SnapshotReader::Open(path, LayoutOf(*runtime_));
-  if (!opened.ok()) return opened.status();
-  const SnapshotReader& reader = **opened;
   const auto lost = [&](size_t record, const char* what) {
     return DataLossError(path, ": record ", record, " ", what);
   };
@@ -168,17 +176,11 @@ absl::Status Sequence::Load(const std::string& path) {
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runtime> runtime,
                                                             const std::string& path) {
   SavedHead head;
-  {
-    absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = SnapshotReader::Open(path, LayoutOf(*runtime));
-    if (!reader.ok()) return reader.status();
-    if ((*reader)->records().empty() || (*reader)->records()[0].bytes != sizeof(head)) {
-      return DataLossError(path, ": has no sequence head");
-    }
-    VATTN_RETURN_IF_ERROR((*reader)->Read(0, std::as_writable_bytes(std::span<SavedHead, 1>(&head, 1))));
-  }
+  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = OpenSaved(*runtime, path, head);
+  if (!reader.ok()) return reader.status();
   std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), head.id));
   sequence->step_ = head.step;
-  VATTN_RETURN_IF_ERROR(sequence->Load(path));
+  VATTN_RETURN_IF_ERROR(sequence->Load(**reader, path));
   return sequence;
 }
 
@@ -202,7 +204,14 @@ absl::Status Sequence::Hibernate(const std::string& path) {
 
 absl::Status Sequence::Wake() {
   if (!hibernated()) return absl::OkStatus();
-  const absl::Status status = Load(hibernate_path_);
+  SavedHead head;
+  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = OpenSaved(*runtime_, hibernate_path_, head);
+  if (!reader.ok()) return reader.status();
+  if (head.id != id_ || head.step != step_) {
+    return DataLossError(hibernate_path_, ": holds sequence ", head.id, " at step ", head.step,
+                         ", must hold sequence ", id_, " at step ", step_);
+  }
+  const absl::Status status = Load(**reader, hibernate_path_);
   if (!status.ok()) {
     ReleaseBlocks();
     for (Layer& layer : layers_) {

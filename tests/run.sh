@@ -10,7 +10,7 @@ build() { # build DIR OPTIONS...
   cmake -S . -B "$dir" -G Ninja "$@" >/dev/null
   cmake --build "$dir" -j "$jobs" -- --quiet
 }
-build build
+build build -DVATTN_TESTS=ON
 ctest --test-dir build --output-on-failure -j "$jobs"
 [ "${VATTN_QUICK:-0}" = 1 ] && exit 0
 build build-asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \

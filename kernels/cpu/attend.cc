@@ -23,19 +23,26 @@ void ScaleQueries(const Storage& s, Group& group) {
   for (int64_t i = 0; i < int64_t{group.q_heads} * s.row.dim_k; ++i) group.scratch.query[i] *= s.scale;
 }
 
-void AttendRows(const Storage& s, const uint8_t* const* rows, int count, const float* queries, int heads,
-                const float* log_weights, float* states) {
+void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int listed, const float* queries,
+                int heads, const float* log_weights, float* states, bool value_norms) {
   constexpr int kHeads = 8;
   alignas(64) float p[kHeads * kTileRows];
   alignas(64) float norm2[kTileRows];
   const int dim_v = s.row.dim_v;
-  const RowList keys{.rows = rows, .count = count, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype};
+  RowList keys{.rows = rows,
+               .count = count,
+               .offset = 0,
+               .dim = s.row.dim_k,
+               .dtype = s.row.dtype,
+               .prefetch_bytes = s.row.row_bytes,
+               .listed = listed};
   const RowList values{
       .rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim_v, .dtype = s.row.dtype};
-  NormRows(values, norm2);
+  if (value_norms) NormRows(values, norm2);
   for (int g = 0; g < heads; g += kHeads) {
     const int n = std::min(kHeads, heads - g);
     DotRows(keys, queries + int64_t{g} * s.row.dim_k, n, p, kTileRows);
+    keys.prefetch_bytes = 0;
     for (int h = 0; h < n; ++h) {
       float* row = p + h * kTileRows;
       if (log_weights != nullptr) {
@@ -45,9 +52,12 @@ void AttendRows(const Storage& s, const uint8_t* const* rows, int count, const f
       const float most = MaxRow(row, count);
       if (most > state.max()) RescaleState(state, dim_v, most);
       ExpRow(row, count, state.max(), row);
-      float sum = 0, sum2 = 0;
-      for (int i = 0; i < count; ++i) sum += row[i], sum2 += row[i] * norm2[i];
+      float sum = 0;
+      for (int i = 0; i < count; ++i) sum += row[i];
       state.denominator() += sum;
+      if (!value_norms) continue;
+      float sum2 = 0;
+      for (int i = 0; i < count; ++i) sum2 += row[i] * norm2[i];
       state.value_norm2() += sum2;
     }
     AddRows(values, p, kTileRows, n, states + g * StateFloats(dim_v), StateFloats(dim_v));
@@ -55,15 +65,15 @@ void AttendRows(const Storage& s, const uint8_t* const* rows, int count, const f
 }
 
 void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t end, const float* queries,
-                 int heads, float* states, Stream stream) {
+                 int heads, float* states, Stream stream, bool value_norms) {
   const int64_t floats = heads * StateFloats(s.row.dim_v);
   const int64_t segments = (end - begin + kSegmentTokens - 1) / kSegmentTokens;
   const auto attend = [&](int64_t from, int64_t to, float* into) {
-    const uint8_t* rows[kTileRows];
-    for (int64_t t = from; t < to; t += kTileRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kTileRows, to - t));
-      for (int i = 0; i < count; ++i) rows[i] = RowOf(s, group, t + i);
-      AttendRows(s, rows, count, queries, heads, nullptr, into);
+    const uint8_t* rows[kSegmentTokens];
+    const int listed = static_cast<int>(to - from);
+    for (int i = 0; i < listed; ++i) rows[i] = RowOf(s, group, from + i);
+    for (int i = 0; i < listed; i += kTileRows) {
+      AttendRows(s, rows + i, std::min(kTileRows, listed - i), listed - i, queries, heads, nullptr, into, value_norms);
     }
   };
   if (segments <= 1) return attend(begin, end, states);
@@ -100,12 +110,11 @@ void AttendSelected(const AttendSelectedParams& p, Stream stream) {
     const int64_t floats = StateFloats(s.row.dim_v);
     ScaleQueries(s, group);
     for (int g = 0; g < group.q_heads; ++g) ResetState({states + g * floats, s.row.dim_v}, s.row.dim_v);
-    const uint8_t* rows[kTileRows];
+    for (int i = 0; i < p.counts[index]; ++i) group.scratch.row[i] = RowOf(s, group, tokens[i]);
     for (int i = 0; i < p.counts[index]; i += kTileRows) {
-      const int count = std::min(kTileRows, p.counts[index] - i);
-      for (int r = 0; r < count; ++r) rows[r] = RowOf(s, group, tokens[i + r]);
-      AttendRows(s, rows, count, group.scratch.query, group.q_heads,
-                 weights == nullptr ? nullptr : weights + i, states);
+      AttendRows(s, group.scratch.row + i, std::min(kTileRows, p.counts[index] - i), p.counts[index] - i,
+                 group.scratch.query, group.q_heads, weights == nullptr ? nullptr : weights + i, states,
+                 /*value_norms=*/false);
     }
     for (int g = 0; g < group.q_heads; ++g) {
       const SoftmaxState state(states + g * floats, s.row.dim_v);

@@ -17,14 +17,17 @@ inline const uint8_t* RowOf(const Storage& s, const Group& group, int64_t token)
          token % kBlockTokens * s.row.row_bytes;
 }
 
-// Adds `count` <= 64 rows to the states [heads][dim_v + 3] of scaled queries [heads][dim_k].
-// log_weights [count] are added to the logits; may be null.
-void AttendRows(const Storage& storage, const uint8_t* const* rows, int count, const float* queries,
-                int heads, const float* log_weights, float* states);
+// Adds `count` <= 64 rows to the states [heads][dim_v + 3] of scaled queries [heads][dim_k]. `rows`
+// goes on up to `listed` rows, which are prefetched.
+// log_weights [count] are added to the logits; may be null. Without value_norms the states' sums of
+// e |v|^2 stay as they are, which saves a pass over the values.
+void AttendRows(const Storage& storage, const uint8_t* const* rows, int count, int listed,
+                const float* queries, int heads, const float* log_weights, float* states, bool value_norms = true);
 
 // Adds tokens [begin, end) of the group to states; long ranges in parallel through scratch.state.
 void AttendRange(const Storage& storage, const Group& group, int64_t begin, int64_t end,
-                 const float* queries, int heads, float* states, Stream stream);
+                 const float* queries, int heads, float* states, Stream stream,
+                 bool value_norms = true);
 
 // Writes out and lse of one head from a finished state.
 void WriteHead(const Storage& storage, const Group& group, int head, const float* output, float lse);

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/draw.h"
+#include "kernels/cpu/encode.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/scan.h"
@@ -17,6 +19,7 @@
 namespace vattn::cpu {
 namespace {
 
+constexpr int kMaxDim = 1024;
 constexpr float kMostGrowth = 4;  // of inclusion probabilities between looks, above it a redraw
 
 // Scan, units and plan of the first look.
@@ -38,6 +41,16 @@ bool Verify(const Storage& s, const Promise& promise, const Group& group, const 
     for (int i = 0; i < count; ++i) rows[i] = w.row[w.tail[t + i]];
     DotRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype}, outputs,
             group.q_heads, w.dot + t, w.stride);
+    if (s.value_bits == 0) continue;
+    float decoded[kTileRows * kMaxDim];
+    const uint8_t* codes[kTileRows];
+    for (int i = 0; i < count; ++i) {
+      codes[i] = ValueCodeOf(s, group, w.token[w.tail[t + i]]);
+      rows[i] = reinterpret_cast<const uint8_t*>(decoded + i * dim);
+    }
+    DecodeValues(s, group.index, codes, count, decoded);
+    DotRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, outputs, group.q_heads,
+            w.code_dot + t, w.stride);
   }
   bool all = true;
   for (int g = 0; g < group.q_heads; ++g) {
@@ -62,6 +75,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
   const int64_t n = group.middle_end - group.middle_begin;
   AttendFixed(s, group, states, stream);
   const Plan plan = Prepare(s, promise, group, states, stream);
+  const bool sampled = std::isfinite(plan.expected);  // NaN in one head's query or in codes draws nothing
   Inclusion inclusion = plan.inclusion;
   Randomness randomness{.refresh = promise.refresh};
   Draw draw;
@@ -97,16 +111,23 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
       previous = 0;
     }
   }
-  for (int g = 0; g < group.q_heads; ++g) group.state[g].ref = group.scratch.head[g].ref;
+  for (int g = 0; g < group.q_heads; ++g) {
+    HeadState& state = group.state[g];
+    state.ref = group.scratch.head[g].ref;
+    // What NaN taught is forgotten.
+    const float all = state.ref + state.rho + state.z + state.spread + state.log_multiplier + state.eta2 + state.cos2;
+    if (!std::isfinite(all)) state = {};
+  }
   group.selected = draw.count;
   WriteEstimates(s, group, outputs);
   int32_t failed[kMaxGroup];
   int num_failed = 0;
   for (int g = 0; g < group.q_heads; ++g) {
     const HeadWork& head = group.scratch.head[g];
-    const bool ok = head.bound <= promise.epsilon;
+    const float bound = sampled ? head.bound : std::numeric_limits<float>::infinity();
+    const bool ok = bound <= promise.epsilon;
     group.verdict[g] = ok ? Verdict::kVerified : Verdict::kBestEffort;
-    group.error[g] = head.bound;
+    group.error[g] = bound;
     if (!ok) failed[num_failed++] = g;
   }
   if (num_failed > 0 && promise.on_unverified == OnUnverified::kDense) {
@@ -154,7 +175,7 @@ void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int
     }
     ResetState({states + i * floats, s.row.dim_v}, s.row.dim_v);
   }
-  AttendRange(s, group, 0, group.tokens, queries, num_heads, states, stream);
+  AttendRange(s, group, 0, group.tokens, queries, num_heads, states, stream, /*value_norms=*/false);
   for (int i = 0; i < num_heads; ++i) {
     const SoftmaxState state(states + i * floats, s.row.dim_v);
     for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] /= state.denominator();

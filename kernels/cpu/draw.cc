@@ -15,13 +15,13 @@ namespace {
 
 constexpr int kMaxDim = 1024;
 
-// v^ of `count` <= 64 places of the list.
-void DecodeDrawn(const Storage& s, const Group& group, int64_t first, int count, float* out) {
+// v^ of `count` <= 64 places of the list into out [count][dim_v], and pointers to its rows.
+void DecodeDrawn(const Storage& s, const Group& group, int64_t first, int count, float* out,
+                 const uint8_t** rows) {
   const uint8_t* codes[kTileRows];
   for (int i = 0; i < count; ++i) {
-    const uint32_t token = group.scratch.token[first + i];
-    codes[i] = reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
-               s.block.value_codes + int64_t{token % kBlockTokens} * s.value_code_bytes;
+    codes[i] = ValueCodeOf(s, group, group.scratch.token[first + i]);
+    rows[i] = reinterpret_cast<const uint8_t*>(out + i * s.row.dim_v);
   }
   DecodeValues(s, group.index, codes, count, out);
 }
@@ -31,15 +31,29 @@ void DecodeDrawn(const Storage& s, const Group& group, int64_t first, int count,
 void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t from, Stream stream) {
   const Scratch& w = group.scratch;
   const int64_t tiles = (draw.count - from + kTileRows - 1) / kTileRows;
+  for (int64_t i = from; i < draw.count; ++i) w.row[i] = RowOf(s, group, w.token[i]);
   ParallelFor(stream, tiles, [&](int64_t tile) {
     const int64_t first = from + tile * kTileRows;
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - first));
-    for (int i = 0; i < count; ++i) w.row[first + i] = RowOf(s, group, w.token[first + i]);
     const uint8_t* const* rows = w.row + first;
-    DotRows({.rows = rows, .count = count, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype}, w.query,
-            group.q_heads, w.logit + first, w.stride);
+    DotRows({.rows = rows,
+             .count = count,
+             .offset = 0,
+             .dim = s.row.dim_k,
+             .dtype = s.row.dtype,
+             .prefetch_bytes = s.row.row_bytes,
+             .listed = static_cast<int32_t>(draw.count - first)},
+            w.query, group.q_heads, w.logit + first, w.stride);
     NormRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
              w.value_norm2 + first);
+    if (s.value_bits == 0) return;
+    float decoded[kTileRows * kMaxDim];
+    const uint8_t* codes[kTileRows];
+    DecodeDrawn(s, group, first, count, decoded, codes);
+    NormRows({.rows = codes, .count = count, .offset = 0, .dim = s.row.dim_v, .dtype = DType::kF32},
+             w.code_norm2 + first);
+    DotPairs({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
+             decoded, w.cross + first);
   });
 }
 
@@ -128,10 +142,9 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     }
     float decoded[kTileRows * kMaxDim];
     const uint8_t* rows[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) rows[i] = reinterpret_cast<const uint8_t*>(decoded + i * dim);
     for (int64_t i = 0; i < draw.count; i += kTileRows) {
       const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i));
-      DecodeDrawn(s, group, i, count, decoded);
+      DecodeDrawn(s, group, i, count, decoded, rows);
       AddRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, w.scaled + i,
               w.stride, heads, sums, floats);
     }

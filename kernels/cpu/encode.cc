@@ -44,46 +44,84 @@ void Transform(const float* keys, int dim_k, const float* encode, int padded, fl
 }
 
 // Elements of a value code byte lie 16 apart, so one load of 16 bytes gives runs of 16 elements.
-template <int kBits>
-void AddValueChunk(const uint8_t* codes, int stride, const uint16_t* weights, int64_t ld, int count,
-                   int heads, float* sum, int sum_ld) {
+// sum [heads][sum_ld] += weight * level for one chunk of `count` tokens; weights fp32 [heads][ld].
+template <int kBits, int kHeads>
+void AddChunk(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count, float* sum,
+              int sum_ld) {
   const D d;
   const hn::RebindToSigned<D> di;
   const hn::Rebind<uint8_t, D> d8;
-  const hn::Rebind<hwy::float16_t, D> d16;
   constexpr int kRuns = 8 / kBits;
+  const auto mask = hn::Set(di, (1 << kBits) - 1);
   for (int lane = 0; lane < 16; lane += kLanes) {
-    for (int g = 0; g < heads; ++g) {
-      hn::Vec<D> acc[kRuns];
-      for (int r = 0; r < kRuns; ++r) acc[r] = hn::LoadU(d, sum + g * sum_ld + 16 * r + lane);
-      for (int first = 0; first < count; first += kLanes) {
-        float w[kLanes];
-        hn::StoreU(hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(
-                                                       weights + g * ld + first))),
-                   d, w);
-        for (int i = 0; i < kLanes && first + i < count; ++i) {
-          const auto word = hn::PromoteTo(di, hn::LoadU(d8, codes + (first + i) * stride + lane));
-          const auto weight = hn::Set(d, w[i]);
-          for (int r = 0; r < kRuns; ++r) {
-            const auto level = hn::And(hn::ShiftRightSame(word, r * kBits),
-                                       hn::Set(di, (1 << kBits) - 1));
-            acc[r] = hn::MulAdd(hn::ConvertTo(d, level), weight, acc[r]);
-          }
-        }
+    hn::Vec<D> acc[kHeads][kRuns];
+    for (int g = 0; g < kHeads; ++g) {
+      for (int r = 0; r < kRuns; ++r) acc[g][r] = hn::LoadU(d, sum + g * sum_ld + 16 * r + lane);
+    }
+    for (int i = 0; i < count; ++i) {
+      const auto word = hn::PromoteTo(di, hn::LoadU(d8, codes + i * stride + lane));
+      hn::Vec<D> level[kRuns];
+      for (int r = 0; r < kRuns; ++r) {
+        level[r] = hn::ConvertTo(d, hn::And(hn::ShiftRightSame(word, r * kBits), mask));
       }
-      for (int r = 0; r < kRuns; ++r) hn::StoreU(acc[r], d, sum + g * sum_ld + 16 * r + lane);
+      for (int g = 0; g < kHeads; ++g) {
+        const auto weight = hn::Set(d, weights[g * ld + i]);
+        for (int r = 0; r < kRuns; ++r) acc[g][r] = hn::MulAdd(level[r], weight, acc[g][r]);
+      }
+    }
+    for (int g = 0; g < kHeads; ++g) {
+      for (int r = 0; r < kRuns; ++r) hn::StoreU(acc[g][r], d, sum + g * sum_ld + 16 * r + lane);
     }
   }
 }
 
-void AddLevels(int bits, const uint8_t* codes, int stride, const uint16_t* weights, int64_t ld,
-               int count, int heads, float* sum, int sum_ld) {
-  const int chunk = 128 / bits;
-  for (int b = 0; b < stride / 16; ++b) {
-    if (bits == 2) {
-      AddValueChunk<2>(codes + 16 * b, stride, weights, ld, count, heads, sum + b * chunk, sum_ld);
-    } else {
-      AddValueChunk<4>(codes + 16 * b, stride, weights, ld, count, heads, sum + b * chunk, sum_ld);
+template <int kBits>
+void AddChunks(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count, int heads,
+               float* sum, int sum_ld) {
+  constexpr int kChunk = 128 / kBits;
+  for (int b = 0; b < stride / 16; ++b, codes += 16, sum += kChunk) {
+    int g = 0;
+    for (; g + 4 <= heads; g += 4) AddChunk<kBits, 4>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
+    for (; g < heads; ++g) AddChunk<kBits, 1>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
+  }
+}
+
+// weights [heads][ld] in fp16; at most a block of tokens and 8 heads at a time.
+void AddLevels(int bits, const uint8_t* codes, int stride, const uint16_t* weights, int64_t ld, int count,
+               int heads, float* sum, int sum_ld) {
+  const D d;
+  const hn::Rebind<hwy::float16_t, D> half;
+  alignas(64) float wide[8 * kBlockTokens];
+  for (int g = 0; g < heads; ++g) {
+    for (int i = 0; i < count; i += kLanes) {
+      const auto* at = reinterpret_cast<const hwy::float16_t*>(weights + g * ld + i);
+      hn::StoreU(hn::PromoteTo(d, hn::LoadU(half, at)), d, wide + g * kBlockTokens + i);
+    }
+  }
+  if (bits == 2) {
+    AddChunks<2>(codes, stride, wide, kBlockTokens, count, heads, sum, sum_ld);
+  } else {
+    AddChunks<4>(codes, stride, wide, kBlockTokens, count, heads, sum, sum_ld);
+  }
+}
+
+// One token's levels as values: mean + (level + middle) * step, dim elements.
+void DecodeLevels(int bits, const uint8_t* codes, const float* mean, const float* step, int dim, float* out) {
+  const D d;
+  const hn::RebindToSigned<D> di;
+  const hn::Rebind<uint8_t, D> d8;
+  const int runs = 8 / bits;
+  const auto mask = hn::Set(di, (1 << bits) - 1);
+  const auto middle = hn::Set(d, .5f - static_cast<float>(1 << (bits - 1)));
+  for (int at = 0; at < dim; codes += 16) {
+    for (int r = 0; r < runs && at < dim; ++r, at += 16) {
+      for (int lane = 0; lane < 16; lane += kLanes) {
+        const auto word = hn::PromoteTo(di, hn::LoadU(d8, codes + lane));
+        const auto level = hn::ConvertTo(d, hn::And(hn::ShiftRightSame(word, r * bits), mask));
+        const auto value = hn::MulAdd(hn::Add(level, middle), hn::LoadU(d, step + at + lane),
+                                      hn::LoadU(d, mean + at + lane));
+        hn::StoreU(value, d, out + at + lane);
+      }
     }
   }
 }
@@ -96,6 +134,7 @@ namespace vattn::cpu {
 
 HWY_EXPORT(Transform);
 HWY_EXPORT(AddLevels);
+HWY_EXPORT(DecodeLevels);
 
 namespace {
 
@@ -104,7 +143,7 @@ constexpr int kMaxDim = 1024;
 uint8_t Level(float x, int bits) {
   const int half = 1 << (bits - 1);
   const float level = std::floor(x) + static_cast<float>(half);
-  return static_cast<uint8_t>(std::clamp(level, 0.f, static_cast<float>(2 * half - 1)));
+  return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
 }
 
 // Packs one tile's transformed keys x [16][padded] into words of 4-dimension runs.
@@ -176,15 +215,9 @@ void Encode(const EncodeParams& p, Stream stream) {
 
 void DecodeValues(const Storage& s, const IndexTables& index, const uint8_t* const* codes, int count,
                   float* out) {
-  const int bits = s.value_bits, chunk = 128 / bits;
-  const float middle = .5f - static_cast<float>(1 << (bits - 1));
   for (int i = 0; i < count; ++i) {
-    for (int j = 0; j < s.row.dim_v; ++j) {
-      const int in = j % chunk;
-      const int level = codes[i][j / chunk * 16 + in % 16] >> (in / 16 * bits) & ((1 << bits) - 1);
-      out[i * s.row.dim_v + j] =
-          index.value_mean[j] + (static_cast<float>(level) + middle) * index.value_step[j];
-    }
+    HWY_DYNAMIC_DISPATCH(DecodeLevels)
+    (s.value_bits, codes[i], index.value_mean, index.value_step, s.row.dim_v, out + i * s.row.dim_v);
   }
 }
 

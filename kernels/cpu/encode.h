@@ -10,6 +10,12 @@ namespace vattn::cpu {
 // elements in order, so that every backend gets the same bits.
 void Encode(const EncodeParams& params, Stream stream);
 
+// The value code of a token.
+inline const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t token) {
+  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
+         s.block.value_codes + int64_t{token % kBlockTokens} * s.value_code_bytes;
+}
+
 // out[i] = value codes of `count` tokens decoded to fp32, [count][dim_v]; codes[i] points to the
 // token's value_code_bytes.
 void DecodeValues(const Storage& storage, const IndexTables& index, const uint8_t* const* codes,

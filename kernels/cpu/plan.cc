@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/softmax.h"
@@ -15,15 +16,23 @@ constexpr float kMargin = .9f;     // the plan aims below epsilon by this factor
 constexpr int kRounds = 12;        // of the fixed point on a part of the tiles, at most
 constexpr int kLeastRounds = 3;
 constexpr float kClose = .05f;     // |ln| of the worst head's variance over its target that ends them
-constexpr int kRoundStride = 2;    // that part: one tile in so many
+constexpr int kRoundStride = 4;    // that part: one tile in so many
+constexpr float kTiny = 1e-20f;    // of a variance, in the unit of the values
+constexpr float kLeastUnit = 1e-30f;
 constexpr float kExponent = 1.6f;  // damping: alone, a multiplier moves variance by its power -1/2
+
+// Mean |v|^2, the unit of what is too small to count.
+float ValueUnit(const IndexTables& index) {
+  return std::isfinite(index.value_norm2) ? std::max(index.value_norm2, kLeastUnit) : 1;
+}
 
 // A head without a history starts from the value statistics of its index.
 void StartHead(const Promise& promise, const IndexTables& index, HeadState& state) {
   state.eta2 = .2f;
   state.rho = 1;
-  state.spread = std::max(index.value_spread, 1e-12f);
-  state.ref = std::max(promise.norm_floor, .25f) * std::sqrt(std::max(index.value_norm2, 1e-12f));
+  const float unit = ValueUnit(index);
+  state.spread = std::isfinite(index.value_spread) ? std::max(index.value_spread, 1e-12f * unit) : unit;
+  state.ref = std::max(promise.norm_floor, .25f) * std::sqrt(unit);
   state.cos2 = -1;
   state.z = QuantileAt(promise, 1, .25f);
 }
@@ -78,11 +87,12 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     const float root = kMargin * promise.epsilon * state.ref / state.z;
     work.log_norm = .5f * std::log(bracket) - std::log(work.denominator) - work.shift;
     work.floor = kDefensive * std::exp(work.log_norm + work.shift) * work.mass / n;
-    work.target = std::max(root * root / state.rho, 1e-30f);
+    work.target = std::max(root * root / state.rho, std::numeric_limits<float>::min());
     if (state.started == 0) state.log_multiplier = -std::log(work.target);
     state.started = 1;
   }
   Plan plan{.inclusion = {.log_gain = w.log_gain, .floor = w.floor, .scale = 1}};
+  const float tiny = kTiny * ValueUnit(group.index);
   const int phase = static_cast<int>(group.step % kRoundStride);
   for (int round = 0; round < kRounds; ++round) {
     Predict(group, plan, kRoundStride, phase, stream);
@@ -90,7 +100,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     for (int g = 0; g < heads; ++g) {
       HeadState& state = group.state[g];
       const HeadWork& work = w.head[g];
-      const float ratio = std::log((work.predicted + 1e-20f) / work.target);
+      const float ratio = std::log((work.predicted + tiny) / work.target);
       worst = std::max(worst, ratio);
       const float low = -std::log(work.target) - 20;
       state.log_multiplier = std::max(low, state.log_multiplier + std::clamp(kExponent * ratio, -3.f, 3.f));
@@ -115,7 +125,7 @@ void Learn(const Promise& promise, const Group& group) {
   for (int g = 0; g < group.q_heads; ++g) {
     HeadState& state = group.state[g];
     const HeadWork& work = group.scratch.head[g];
-    const float ratio = work.variance / (work.predicted + 1e-20f);
+    const float ratio = work.variance / (work.predicted + kTiny * ValueUnit(group.index));
     state.rho += .1f * (std::clamp(ratio, .7f, 5.f) - state.rho);
     state.z += .3f * (QuantileAt(promise, 1, work.cos2) - state.z);
   }

@@ -43,21 +43,21 @@ HWY_INLINE void WithDType(DType dtype, F&& f) {
 }
 
 HWY_INLINE void PrefetchRow(const RowList& list, int i) {
-  if (i >= list.count) return;
-  const int bytes = list.dim * ElementBytes(list.dtype);
-  for (int b = 0; b < bytes; b += 64) hwy::Prefetch(list.rows[i] + list.offset + b);
+  if (i >= list.listed) return;
+  for (int b = 0; b < list.prefetch_bytes; b += 64) hwy::Prefetch(list.rows[i] + b);
 }
 
-// One vector of the kLanes lane sums of kLanes vectors.
-HWY_INLINE V LaneSums(V (&acc)[kLanes]) {
-  const D d;
-  for (int width = kLanes / 2; width >= 1; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      const V lo = acc[2 * i], hi = acc[2 * i + 1];
-      acc[i] = hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
-    }
+// Lane sums of kCount vectors, halved in length once for each doubling of the count: with kLanes
+// vectors, lane i is the sum of vector i. Recursion, so that all of them stay in registers.
+template <int kCount>
+HWY_INLINE V LaneSums(const V* acc) {
+  if constexpr (kCount == 1) {
+    return acc[0];
+  } else {
+    const D d;
+    const V lo = LaneSums<kCount / 2>(acc), hi = LaneSums<kCount / 2>(acc + kCount / 2);
+    return hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
   }
-  return acc[0];
 }
 
 // kHeads heads by kLanes / kHeads rows at a time: kLanes sums fill one vector.
@@ -83,7 +83,7 @@ void DotHeads(const RowList& list, const float* queries, float* out, int64_t ld)
         for (int r = 0; r < kRows; ++r) acc[g * kRows + r] = hn::MulAdd(row[r], q, acc[g * kRows + r]);
       }
     }
-    hn::Store(LaneSums(acc), d, sums);
+    hn::Store(LaneSums<kLanes>(acc), d, sums);
     for (int g = 0; g < kHeads; ++g) {
       for (int r = 0; r < rows; ++r) out[g * ld + first + r] = sums[g * kRows + r];
     }
@@ -146,16 +146,49 @@ void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, f
   });
 }
 
+// acc[i] = lane-wise sum of the squares of row i, four rows at a time.
+template <DType kType>
+HWY_INLINE void SquareFour(const uint8_t* const* at, int dim, V* acc) {
+  const D d;
+  V a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0;
+  for (int c = 0; c < dim; c += kLanes) {
+    const V x0 = Load<kType>(at[0], c), x1 = Load<kType>(at[1], c);
+    const V x2 = Load<kType>(at[2], c), x3 = Load<kType>(at[3], c);
+    a0 = hn::MulAdd(x0, x0, a0);
+    a1 = hn::MulAdd(x1, x1, a1);
+    a2 = hn::MulAdd(x2, x2, a2);
+    a3 = hn::MulAdd(x3, x3, a3);
+  }
+  acc[0] = a0, acc[1] = a1, acc[2] = a2, acc[3] = a3;
+}
+
 void NormRows(const RowList& list, float* out) {
   WithDType(list.dtype, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
     const D d;
+    alignas(64) float sums[kLanes];
+    for (int first = 0; first < list.count; first += kLanes) {
+      const int rows = list.count - first < kLanes ? list.count - first : kLanes;
+      V acc[kLanes];
+      for (int r = 0; r < kLanes; r += 4) {
+        const uint8_t* at[4];
+        for (int k = 0; k < 4; ++k) at[k] = list.rows[first + (r + k < rows ? r + k : 0)] + list.offset;
+        SquareFour<kType>(at, list.dim, acc + r);
+      }
+      hn::Store(LaneSums<kLanes>(acc), d, sums);
+      for (int r = 0; r < rows; ++r) out[first + r] = sums[r];
+    }
+  });
+}
+
+void DotPairs(const RowList& list, const float* other, float* out) {
+  WithDType(list.dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    const D d;
     for (int i = 0; i < list.count; ++i) {
-      const uint8_t* at = list.rows[i] + list.offset;
       V acc = hn::Zero(d);
       for (int c = 0; c < list.dim; c += kLanes) {
-        const V x = Load<kType>(at, c);
-        acc = hn::MulAdd(x, x, acc);
+        acc = hn::MulAdd(Load<kType>(list.rows[i] + list.offset, c), hn::LoadU(d, other + i * list.dim + c), acc);
       }
       out[i] = hn::GetLane(hn::SumOfLanes(d, acc));
     }
@@ -210,6 +243,7 @@ namespace vattn::cpu {
 HWY_EXPORT(DotRows);
 HWY_EXPORT(AddRows);
 HWY_EXPORT(NormRows);
+HWY_EXPORT(DotPairs);
 HWY_EXPORT(LoadRows);
 HWY_EXPORT(StoreRow);
 HWY_EXPORT(SimdTarget);
@@ -222,6 +256,9 @@ void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, f
   HWY_DYNAMIC_DISPATCH(AddRows)(list, weights, ld, heads, sum, sum_ld);
 }
 void NormRows(const RowList& list, float* out) { HWY_DYNAMIC_DISPATCH(NormRows)(list, out); }
+void DotPairs(const RowList& list, const float* other, float* out) {
+  HWY_DYNAMIC_DISPATCH(DotPairs)(list, other, out);
+}
 void LoadRows(const RowList& list, float* out) { HWY_DYNAMIC_DISPATCH(LoadRows)(list, out); }
 void StoreRow(const float* values, int count, DType dtype, void* out) {
   HWY_DYNAMIC_DISPATCH(StoreRow)(values, count, dtype, out);

@@ -15,6 +15,8 @@ struct RowList {
   int32_t offset = 0;  // bytes from the start of each row
   int32_t dim = 0;
   DType dtype = DType::kBF16;
+  int32_t prefetch_bytes = 0;  // of each row, from its start, that are soon needed
+  int32_t listed = 0;          // rows may go on past count, up to here: they are prefetched in time
 };
 
 // out[g * ld + i] = queries[g] . row_i; queries [heads][dim].
@@ -24,6 +26,8 @@ void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, f
              int64_t sum_ld);
 // out[i] = |row_i|^2.
 void NormRows(const RowList& list, float* out);
+// out[i] = row_i . other_i, other [count][dim].
+void DotPairs(const RowList& list, const float* other, float* out);
 // out[i] = row_i as fp32, [count][dim].
 void LoadRows(const RowList& list, float* out);
 // out[i] = values[i] rounded to `dtype`; count a multiple of 16.

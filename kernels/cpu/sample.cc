@@ -125,21 +125,23 @@ void Uniform64(const RandomKey& key, uint32_t use, uint32_t counter, uint32_t ep
     }
     const VU words[4] = {c0, c1, c2, c3};
     for (int w = 0; w < 4; ++w) {
-      const V x = hn::ConvertTo(d, hn::BitCast(di, hn::ShiftRight<8>(words[w])));
-      hn::StoreU(hn::Mul(hn::Add(x, hn::Set(d, .5f)), hn::Set(d, 0x1p-24f)), d, u + 16 * w + lane);
+      const V x = hn::ConvertTo(d, hn::BitCast(di, hn::ShiftRight<9>(words[w])));
+      hn::StoreU(hn::Mul(hn::Add(x, hn::Set(d, .5f)), hn::Set(d, 0x1p-23f)), d, u + 16 * w + lane);
     }
   }
 }
 
 // Tokens of one block with low * weight <= u < scale * weight, to tokens and weights; the number.
+template <int kHeads>
 int DrawBlock(const uint16_t* estimate, const float* gain, const float* floor, int heads, float low,
               float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights) {
   const D d;
   const DU du;
+  const int n = kHeads > 0 ? kHeads : heads;
   int count = 0;
   for (int i = 0; i < kBlockTokens; i += kLanes) {
     V weight2 = hn::Zero(d);
-    for (int g = 0; g < heads; ++g) {
+    for (int g = 0; g < n; ++g) {
       const V e = LoadHalf(estimate + g * kBlockTokens + i);
       const V x = hn::MulAdd(e, hn::Set(d, gain[g]),
                              hn::IfThenElseZero(hn::Gt(e, hn::Zero(d)), hn::Set(d, floor[g])));
@@ -150,11 +152,23 @@ int DrawBlock(const uint16_t* estimate, const float* gain, const float* floor, i
     const auto in = hn::And(hn::Lt(draw, hn::Mul(weight, hn::Set(d, scale))),
                             hn::Ge(draw, hn::Mul(weight, hn::Set(d, low))));
     if (hn::AllFalse(d, in)) continue;
-    hn::CompressStore(weight, in, d, weights + count);
-    count += static_cast<int>(hn::CompressStore(hn::Add(hn::Iota(du, first), hn::Set(du, static_cast<uint32_t>(i))),
-                                                hn::RebindMask(du, in), du, tokens + count));
+    // Compress in a register, then a plain store: some processors compress to memory very slowly.
+    const VU token = hn::Iota(du, first + static_cast<uint32_t>(i));
+    hn::StoreU(hn::Compress(weight, in), d, weights + count);
+    hn::StoreU(hn::Compress(token, hn::RebindMask(du, in)), du, tokens + count);
+    count += static_cast<int>(hn::CountTrue(d, in));
   }
   return count;
+}
+
+int DrawDispatch(const uint16_t* estimate, const float* gain, const float* floor, int heads, float low,
+                 float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights) {
+  switch (heads) {
+    case 4: return DrawBlock<4>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
+    case 6: return DrawBlock<6>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
+    case 8: return DrawBlock<8>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
+    default: return DrawBlock<0>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
+  }
 }
 
 }  // namespace vattn::cpu::HWY_NAMESPACE
@@ -165,14 +179,14 @@ namespace vattn::cpu {
 
 HWY_EXPORT(PredictDispatch);
 HWY_EXPORT(Uniform64);
-HWY_EXPORT(DrawBlock);
+HWY_EXPORT(DrawDispatch);
 
 namespace {
 
 // Work is cut into the same segments whatever the number of threads, so that sums do not depend on it.
 constexpr int kSegmentBlocks = 16;
 
-// CompressStore may write a whole vector past the last kept lane.
+// A draw writes whole vectors, past the last kept lane.
 constexpr int kSlack = 64;
 
 void BlockGain(const Group& group, const Inclusion& inclusion, int64_t block, float* gain) {
@@ -233,7 +247,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
       for (int t = 0; t < kBlockTokens; t += 64) {
         HWY_DYNAMIC_DISPATCH(Uniform64)(group.key, use, TokenCounter(first + t), epoch, step_phase, refresh, u + t);
       }
-      n += HWY_DYNAMIC_DISPATCH(DrawBlock)(
+      n += HWY_DYNAMIC_DISPATCH(DrawDispatch)(
           group.scratch.estimate + b * heads * kBlockTokens, gain, inclusion.floor, heads, previous_scale,
           inclusion.scale, u, first, group.scratch.sparse_token + at + n, group.scratch.sparse_weight + at + n);
     }

@@ -10,6 +10,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/scan.cc"
 #include <hwy/foreach_target.h>
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
@@ -20,6 +21,7 @@ using D = hn::CappedTag<float, 16>;
 using DI = hn::RebindToSigned<D>;
 using VI = hn::Vec<DI>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
+constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
 
 // acc + the dot product of each lane's 4 unsigned bytes (at most 7 bits) with 4 signed bytes of q.
 // kVnni: the processor has AVX512_VNNI, which this Highway's targets do not let the compiler use.
@@ -132,7 +134,8 @@ HWY_INLINE hn::Vec<D> ExpNegative(hn::Vec<D> x) {
   return hn::IfThenElseZero(hn::Gt(y, hn::Set(d, -29.f)), hn::BitCast(d, e));
 }
 
-// scores [256] -> fp16 estimates [256] relative to the largest; returns it, and the sum in *mass.
+// scores [256] -> fp16 estimates [256] relative to the largest; returns it, and the sum in *mass. Only
+// tokens outside the middle have estimate 0: the others must all have a chance to be drawn.
 float EstimateBlock(const float* scores, uint16_t* estimate, float* mass) {
   const D d;
   const hn::Rebind<hwy::float16_t, D> half;
@@ -141,8 +144,10 @@ float EstimateBlock(const float* scores, uint16_t* estimate, float* mass) {
   const float shift = hn::GetLane(hn::MaxOfLanes(d, most));
   auto sum = hn::Zero(d);
   for (int i = 0; i < kBlockTokens; i += kLanes) {
-    const auto e = ExpNegative(hn::Sub(hn::LoadU(d, scores + i), hn::Set(d, shift)));
-    const auto rounded = hn::DemoteTo(half, e);
+    const auto score = hn::LoadU(d, scores + i);
+    const auto inside = hn::Gt(score, hn::Set(d, -std::numeric_limits<float>::infinity()));
+    const auto e = hn::Max(ExpNegative(hn::Sub(score, hn::Set(d, shift))), hn::Set(d, kLeastEstimate));
+    const auto rounded = hn::DemoteTo(half, hn::IfThenElseZero(inside, e));
     hn::StoreU(rounded, half, reinterpret_cast<hwy::float16_t*>(estimate) + i);
     sum = hn::Add(sum, hn::PromoteTo(d, rounded));
   }
@@ -177,24 +182,18 @@ float LevelOffset(const CodeLayout& code, int j) {
   return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
 }
 
-void PackHead(const Storage& s, const IndexTables& index, const float* q, PackedQueries& out, int lane) {
-  float y[kMaxCodeDims];
-  float most = 0, offset = 0;
-  const int dims = s.code.dims(), dim_k = s.row.dim_k;
-  for (int c = 0; c < dim_k; ++c) offset += q[c] * index.center[c];
-  for (int j = 0; j < dims; ++j) {
-    float sum = 0;
-    for (int c = 0; c < dim_k; ++c) sum += index.project[j * dim_k + c] * q[c];
-    y[j] = sum;
-    most = std::max(most, std::abs(sum));
-  }
+// One head's query: its projection y [dims] in int8 and what it takes to undo that.
+void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out, int lane) {
+  const int dims = code.dims();
+  float most = 0;
+  for (int j = 0; j < dims; ++j) most = std::max(most, std::abs(y[j]));
   const float scale = std::max(most / 127.f, 1e-30f);
   for (int r = 0; r < dims / 4; ++r) {
     uint32_t word = 0;
     for (int i = 0; i < 4; ++i) {
-      const int level = static_cast<int>(std::lrint(std::clamp(y[4 * r + i] / scale, -127.f, 127.f)));
-      word |= static_cast<uint32_t>(static_cast<uint8_t>(level)) << (8 * i);
-      offset += static_cast<float>(level) * scale * LevelOffset(s.code, 4 * r + i);
+      const float level = std::nearbyint(std::max(std::min(127.f, y[4 * r + i] / scale), -127.f));
+      word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(level))) << (8 * i);
+      offset += level * scale * LevelOffset(code, 4 * r + i);
     }
     out.run[r][lane] = static_cast<int32_t>(word);
   }
@@ -202,12 +201,30 @@ void PackHead(const Storage& s, const IndexTables& index, const float* q, Packed
   out.offset[lane] = offset;
 }
 
+// The codes of a block of the sequence, on their way while the block before is scored.
+void PrefetchCodes(const Storage& s, const Group& group, int64_t block) {
+  const std::byte* codes = s.base + group.blocks[block] * s.block.bytes + s.block.codes;
+  for (int64_t i = 0; i < int64_t{kBlockTokens} * s.code.bytes(); i += 64) hwy::Prefetch(codes + i);
+}
+
 }  // namespace
 
 void PackQueries(const Storage& s, Group& group) {
-  for (int g = 0; g < group.q_heads; ++g) {
-    PackHead(s, group.index, group.scratch.query + int64_t{g} * s.row.dim_k, group.scratch.packed[g / 8],
-             g % 8);
+  const uint8_t* rows[kMaxCodeDims + 1];
+  const int dims = s.code.dims(), dim_k = s.row.dim_k;
+  for (int j = 0; j < dims; ++j) {
+    rows[j] = reinterpret_cast<const uint8_t*>(group.index.project + int64_t{j} * dim_k);
+  }
+  rows[dims] = reinterpret_cast<const uint8_t*>(group.index.center);
+  const RowList list{.rows = rows, .count = dims + 1, .offset = 0, .dim = dim_k, .dtype = DType::kF32};
+  float y[8 * (kMaxCodeDims + 1)];
+  for (int g = 0; g < group.q_heads; g += 8) {
+    const int heads = std::min(8, group.q_heads - g);
+    DotRows(list, group.scratch.query + int64_t{g} * dim_k, heads, y, kMaxCodeDims + 1);
+    for (int h = 0; h < heads; ++h) {
+      const float* at = y + h * (kMaxCodeDims + 1);
+      PackHead(s.code, at, at[dims], group.scratch.packed[g / 8], h);
+    }
   }
 }
 
@@ -243,6 +260,7 @@ void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream 
     constexpr int kHeadsAtOnce = 64;
     alignas(64) float scores[kHeadsAtOnce * kBlockTokens];
     for (int64_t b = task * kTaskBlocks; b < std::min(blocks, (task + 1) * kTaskBlocks); ++b) {
+      if (b + 1 < blocks) PrefetchCodes(s, group, first + b + 1);
       for (int h = 0; h < heads; h += kHeadsAtOnce) {
         Group part = group;
         part.q_heads = std::min(kHeadsAtOnce, heads - h);

@@ -15,7 +15,8 @@ void ScoreBlock(const Storage& storage, IndexKind kind, const Group& group, int6
                 float* scores);
 
 // The whole middle as scratch.estimate, shift and mass. e^ of a token is
-// estimate * exp(shift of its block and head), estimates are rounded to fp16 and at most 1.
+// estimate * exp(shift of its block and head), estimates are rounded to fp16 and at most 1; they are 0
+// outside the middle only.
 void ScanEstimates(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
 
 // The whole middle as scratch.score [G][stride], token - middle_begin along the row.

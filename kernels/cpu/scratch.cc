@@ -44,6 +44,10 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_he
   w.residual = c.Take<float>(heads * n);
   w.dot = c.Take<float>(heads * n);
   w.value_norm2 = c.Take<float>(n);
+  const int64_t coded = s.value_bits > 0 ? n : 0;
+  w.code_norm2 = c.Take<float>(coded);
+  w.cross = c.Take<float>(coded);
+  w.code_dot = c.Take<float>(heads * coded);
   w.row = c.Take<const uint8_t*>(n);
   w.tail = c.Take<uint32_t>(n);
   w.query = c.Take<float>(heads * s.row.dim_k);

@@ -31,8 +31,8 @@ void AttendListed(const Storage& s, const Group& group, const uint32_t* tokens, 
       rows[r] = RowOf(s, group, group.middle_begin + tokens[i + r]);
       group.scratch.tail[tokens[i + r]] |= kRead;
     }
-    AttendRows(s, rows, n, group.scratch.query + int64_t{head} * s.row.dim_k, 1,
-               log_weight == 0 ? nullptr : weights, state);
+    AttendRows(s, rows, n, n, group.scratch.query + int64_t{head} * s.row.dim_k, 1,
+               log_weight == 0 ? nullptr : weights, state, /*value_norms=*/false);
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/encode.h"
@@ -13,15 +14,14 @@ namespace {
 constexpr int kRankDraws = 16;       // residuals whose angles are measured, drawn by their share of V
 constexpr float kRankMemory = .75f;  // of cos2 from step to step
 constexpr float kTargetMargin = .95f;  // Growth aims below epsilon by this factor
+constexpr int64_t kLeastTail = 8;    // sampled tokens that a variance is judged by
+constexpr float kTailGrowth = 4;     // of inclusion probabilities when there are fewer
+constexpr float kLeastOthers = 1e-3f;  // of the denominator
+constexpr float kLeastRef = 1e-15f;  // the squares of smaller values leave fp32
 constexpr int kMaxDim = 1024;
 
 float Inclusion(const Group& group, const Draw& draw, int64_t i) {
   return std::min(1.f, draw.scale * group.scratch.weight[i]);
-}
-
-const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t token) {
-  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
-         s.block.value_codes + int64_t{token % kBlockTokens} * s.value_code_bytes;
 }
 
 // Residual e (v - o) - e^ (v^ - o) of the listed places, [count][dim_v].
@@ -78,7 +78,7 @@ float MeanCos2(const Storage& s, const Group& group, const uint32_t* places, int
 }  // namespace
 
 float QuantileAt(const Promise& promise, int look, float cos2) {
-  const float at = std::clamp(cos2, 0.f, 1.f) * kQuantileBins;
+  const float at = std::max(std::min(1.f, cos2), 0.f) * kQuantileBins;  // NaN as rank 1
   const int bin = std::min(static_cast<int>(at), kQuantileBins - 1);
   const float* z = promise.quantile[look - 1];
   return z[bin] + (at - static_cast<float>(bin)) * (z[bin + 1] - z[bin]);
@@ -107,17 +107,23 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
   for (int64_t t = 0; t < tail; ++t) {
     const uint32_t i = w.tail[t];
     const float pi = Inclusion(group, draw, i);
-    const float e = std::exp(logit[i] - work.shift);
-    const float distance2 = std::max(0.f, w.value_norm2[i] - 2 * dots[t] + norm2);
+    // Without value codes the weights in use are e / pi; place t <= i of them is free for the terms.
+    const float e = guess == nullptr ? term[i] * pi : std::exp(logit[i] - work.shift);
+    const float distance2 = std::max(w.value_norm2[i] - 2 * dots[t] + norm2, 0.f);  // NaN stays
     float error2 = e * e * distance2;
     if (guess != nullptr) {
-      float r[kMaxDim];
-      Residuals(s, group, &i, 1, head, output, r);
-      error2 = Dot(r, r, s.row.dim_v);
+      // |e (v - o) - e^ (v^ - o)|^2 from dot products.
+      const float code_dot = w.code_dot[head * w.stride + t];
+      const float code_distance2 = w.code_norm2[i] - 2 * code_dot + norm2;
+      const float inner = w.cross[i] - dots[t] - code_dot + norm2;
+      error2 = std::max(0.f, error2 + guess[i] * guess[i] * code_distance2 - 2 * e * guess[i] * inner);
       relative += (e - guess[i]) * (e - guess[i]) / pi;
       estimate += guess[i] * guess[i] / pi;
     }
-    residual[t] = error2 * inverse_d2 / pi;
+    // A token that makes up much of the denominator has drawn the output to itself: its residual is that
+    // to the output without it (jackknife).
+    const float others = std::max(1 - e / (pi * work.denominator), kLeastOthers);
+    residual[t] = error2 * inverse_d2 / (pi * others * others);
     term[t] = residual[t] * (1 - pi) / pi;
     variance += term[t];
     squares += static_cast<double>(term[t]) * term[t];
@@ -125,7 +131,7 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
     spread += e / pi * distance2;
   }
   work.variance = static_cast<float>(variance);
-  if (mass > 0) state.spread = std::max(static_cast<float>(spread / mass), 1e-12f);
+  if (mass > 0) state.spread = std::max(static_cast<float>(spread / mass), std::numeric_limits<float>::min());
   if (estimate > 0) {
     const float eta2 = std::clamp(static_cast<float>(relative / estimate), .01f, 4.f);
     state.eta2 += .2f * (eta2 - state.eta2);
@@ -150,12 +156,17 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
   const float same = variance > 0 ? static_cast<float>(squares / (variance * variance)) : 1;
   work.cos2 = same + (1 - same) * (state.cos2 < 0 ? 1 : state.cos2);
   work.z = QuantileAt(promise, look, work.cos2);
-  work.bound = work.variance > 0 ? work.z * std::sqrt(work.variance) / std::max(work.ref, 1e-30f) : 0;
+  // Either nothing was left to chance, or enough was drawn by chance to judge the rest by. What is not
+  // finite never passes.
+  const bool exact = tail == 0 && draw.count == group.middle_end - group.middle_begin;
+  const bool judged = exact || (tail >= kLeastTail && work.ref >= kLeastRef);
+  const float bound = exact ? 0 : work.z * std::sqrt(work.variance) / work.ref;
+  work.bound = judged && std::isfinite(bound + norm2) ? bound : std::numeric_limits<float>::infinity();
 }
 
 float Growth(const Promise& promise, const Group& group, const Draw& draw, int64_t tail, int look) {
   const Scratch& w = group.scratch;
-  float factor = 1.05f;
+  float factor = tail < kLeastTail ? kTailGrowth : 1.05f;
   for (int g = 0; g < group.q_heads; ++g) {
     const float z = QuantileAt(promise, look, w.head[g].cos2);
     const float root = kTargetMargin * promise.epsilon * w.head[g].ref / z;
