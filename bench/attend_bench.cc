@@ -40,11 +40,16 @@ void BM_DecodeVerified(benchmark::State& state) {
   for (auto _ : state) {
     work.Next();
     ++work.group().step;
-    cpu::Decode({.storage = work.storage(), .promise = work.promise(), .groups = &work.group(), .num_groups = 1}, {});
+    cpu::Decode({.storage = work.storage(),
+                 .promise = work.promise(),
+                 .groups = &work.group(),
+                 .num_groups = 1},
+                {});
     rows += static_cast<double>(work.group().selected);
   }
   const double per_step = rows / static_cast<double>(state.iterations());
-  SetRates(state, per_step * work.storage().row.row_bytes, static_cast<double>(work.shape().tokens));
+  SetRates(state, per_step * work.storage().row.row_bytes,
+           static_cast<double>(work.shape().tokens));
   state.counters["selected"] = per_step;
 }
 BENCHMARK(BM_DecodeVerified)->Apply(Axes);

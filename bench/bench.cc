@@ -65,7 +65,10 @@ void Axes(benchmark::internal::Benchmark* benchmark) {
 }
 
 Shape ShapeOf(const benchmark::State& state) {
-  return {.tokens = state.range(0), .heads = state.range(1), .code_bytes = state.range(2), .dim = state.range(3)};
+  return {.tokens = state.range(0),
+          .heads = state.range(1),
+          .code_bytes = state.range(2),
+          .dim = state.range(3)};
 }
 
 Workload::Workload(const Shape& shape) : shape_(shape), data_(std::make_unique<Data>()) {
@@ -92,11 +95,13 @@ Workload::Workload(const Shape& shape) : shape_(shape), data_(std::make_unique<D
   for (uint16_t& element : elements) element = RandomElement(random);
   const int64_t row_elements = 2 * shape.dim;
   for (int64_t t = 0; t < shape.tokens; ++t) {
-    auto* row = reinterpret_cast<uint16_t*>(storage_.base + t / kBlockTokens * storage_.block.bytes +
-                                            t % kBlockTokens * storage_.row.row_bytes);
+    auto* row =
+        reinterpret_cast<uint16_t*>(storage_.base + t / kBlockTokens * storage_.block.bytes +
+                                    t % kBlockTokens * storage_.row.row_bytes);
     for (int64_t j = 0; j < row_elements; ++j) row[j] = elements[(t * 4099 + j) % elements.size()];
   }
-  for (int64_t i = 0; i < shape.heads * shape.dim; ++i) data_->query.push_back(RandomElement(random));
+  for (int64_t i = 0; i < shape.heads * shape.dim; ++i)
+    data_->query.push_back(RandomElement(random));
   const std::vector<float> keys = RandomFloats(random, kCalibration * shape.dim);
   const std::vector<float> values = RandomFloats(random, kCalibration * shape.dim);
   data_->index = Index::Make(storage_, keys.data(), values.data(), kCalibration,
@@ -128,7 +133,8 @@ Workload::Workload(const Shape& shape) : shape_(shape), data_(std::make_unique<D
   group_.scratch = CarveScratch(storage_, promise_, shape.tokens, q_heads, scratch);
   cpu::ScaleQueries(storage_, group_);
   cpu::Encode(encode_params(), {});
-  for (int64_t copy = 1; copy < copies_; ++copy) std::copy_n(storage_.base, bytes, storage_.base + copy * bytes);
+  for (int64_t copy = 1; copy < copies_; ++copy)
+    std::copy_n(storage_.base, bytes, storage_.base + copy * bytes);
 }
 
 void Workload::Next() {
@@ -157,7 +163,8 @@ int64_t Workload::ListTokens(int64_t stride) {
 
 void SetRates(benchmark::State& state, double bytes, double tokens) {
   const double iterations = static_cast<double>(state.iterations());
-  state.counters["GB/s"] = benchmark::Counter(1e-9 * bytes * iterations, benchmark::Counter::kIsRate);
+  state.counters["GB/s"] =
+      benchmark::Counter(1e-9 * bytes * iterations, benchmark::Counter::kIsRate);
   state.counters["tokens/s"] = benchmark::Counter(tokens * iterations, benchmark::Counter::kIsRate);
 }
 

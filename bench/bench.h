@@ -1,5 +1,5 @@
-// Axes and data of the benchmarks of single operations: one group (one KV head and its query heads) of
-// one sequence, on one thread.
+// Axes and data of the benchmarks of single operations: one group (one KV head and its query heads)
+// of one sequence, on one thread.
 #ifndef VATTN_BENCH_BENCH_H_
 #define VATTN_BENCH_BENCH_H_
 
@@ -29,8 +29,8 @@ struct Shape {
 void Axes(benchmark::internal::Benchmark* benchmark);
 Shape ShapeOf(const benchmark::State& state);
 
-// Random rows of a group in bf16 with a calibrated index and codes for its whole middle, an open step,
-// and working memory.
+// Random rows of a group in bf16 with a calibrated index and codes for its whole middle, an open
+// step, and working memory.
 class Workload {
  public:
   explicit Workload(const Shape& shape);
@@ -38,8 +38,9 @@ class Workload {
   Workload(const Workload&) = delete;
   Workload& operator=(const Workload&) = delete;
 
-  // Goes on to another copy of rows and codes: together they are more than a cache holds, so that every
-  // iteration reads from memory, as a decode step does that comes back after all other layers.
+  // Goes on to another copy of rows and codes: together they are more than a cache holds, so that
+  // every iteration reads from memory, as a decode step does that comes back after all other
+  // layers.
   void Next();
 
   const Shape& shape() const { return shape_; }

@@ -13,7 +13,9 @@ void BM_Encode(benchmark::State& state) {
     benchmark::ClobberMemory();
   }
   const double tokens = static_cast<double>(work.middle());
-  SetRates(state, tokens * static_cast<double>(work.shape().dim) * ElementBytes(work.storage().row.dtype), tokens);
+  SetRates(state,
+           tokens * static_cast<double>(work.shape().dim) * ElementBytes(work.storage().row.dtype),
+           tokens);
 }
 BENCHMARK(BM_Encode)->Apply(Axes);
 

@@ -37,7 +37,8 @@ void BM_DrawTokens(benchmark::State& state) {
   const cpu::Plan plan = Prepare(work);
   int64_t count = 0;
   for (auto _ : state) {
-    count = cpu::DrawTokens(work.group(), plan.inclusion, 0, {.refresh = work.promise().refresh}, 0, {});
+    count = cpu::DrawTokens(work.group(), plan.inclusion, 0, {.refresh = work.promise().refresh}, 0,
+                            {});
     benchmark::DoNotOptimize(count);
   }
   SetRates(state, EstimateBytes(work), static_cast<double>(work.middle()));

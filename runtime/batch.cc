@@ -128,7 +128,7 @@ absl::Status Batch::GrowScratch() {
     most = std::max(most, bytes);
   }
   if (most <= scratch_.size()) return absl::OkStatus();
-  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(most + most / 8, {.huge_pages = true});
+  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(most + most / 8, {});
   if (!range.ok()) return range.status();
   scratch_ = *std::move(range);
   return absl::OkStatus();

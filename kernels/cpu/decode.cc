@@ -108,6 +108,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
       FixDrawn(group, draw.count);
       SumEstimates(s, group, states);
       ++randomness.redraw;
+      if (randomness.redraw > 1) inclusion.scale *= kMostGrowth;  // one more of its kind: there are many
       previous = 0;
     }
   }
@@ -116,7 +117,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     state.ref = group.scratch.head[g].ref;
     // What NaN taught is forgotten.
     const float all = state.ref + state.rho + state.z + state.spread + state.log_multiplier + state.eta2 + state.cos2;
-    if (!std::isfinite(all)) state = {};
+    if (!sampled || !std::isfinite(all)) state = {};
   }
   group.selected = draw.count;
   WriteEstimates(s, group, outputs);

@@ -113,8 +113,17 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   for (int g = 0; g < heads; ++g) scale = std::max(scale, w.head[g].predicted / w.head[g].target);
   scale = std::min(scale, 16.f);
   scale = std::max(scale, static_cast<float>(promise.min_selected) / std::max(plan.expected, 1e-6f));
-  plan.feasible = plan.expected * scale <= promise.max_selected_share * n;
-  if (!plan.feasible) scale = promise.max_selected_share * n / plan.expected;
+  const float most = promise.max_selected_share * n;
+  plan.feasible = plan.expected * scale <= most;
+  if (!plan.feasible) {
+    // Probabilities capped at 1 do not fall with the scale, so it goes down in several steps.
+    int round = 0;
+    do {
+      plan.inclusion.scale *= most / plan.expected;
+      Predict(group, plan, 1, 0, stream);
+    } while (plan.expected > 1.05f * most && ++round < kRounds);
+    return plan;
+  }
   plan.expected *= scale;
   plan.inclusion.scale = scale;
   for (int g = 0; g < heads; ++g) w.head[g].predicted /= scale;

@@ -1,0 +1,198 @@
+#include "runtime/index.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "tests/group_fixture.h"
+
+namespace vattn {
+namespace {
+
+Storage MakeStorage(int dim, int index_bytes, int value_bits = 0) {
+  Storage s;
+  s.row = MakeRowLayout(DType::kF32, dim, dim, false);
+  s.code = MakeCodeLayout(index_bytes, dim);
+  s.value_bits = value_bits;
+  s.value_code_bytes = ValueCodeBytes(value_bits, dim);
+  return s;
+}
+
+// [count][dim] normal numbers with a mean, of spreads that fall over the dimensions from `first`
+// on.
+std::vector<float> Rows(int count, int dim, int first, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(count * dim);
+  for (int i = 0; i < count; ++i) {
+    for (int c = 0; c < dim; ++c) {
+      rows[i * dim + c] =
+          1 +
+          normal(random) * static_cast<float>(std::exp(-((c + dim - first) % dim) / (.2 * dim)));
+    }
+  }
+  return rows;
+}
+
+// y . x of a query and a key with all coded dimensions, unquantised.
+double Score(const Storage& s, const IndexTables& t, const float* q, const float* k) {
+  const int dim = s.row.dim_k;
+  double sum = 0;
+  for (int j = 0; j < s.code.dims(); ++j) {
+    double x = 0, y = 0;
+    for (int c = 0; c < dim; ++c) {
+      x += (static_cast<double>(k[c]) - t.center[c]) * t.encode[c * s.code.padded_dims() + j];
+      y += static_cast<double>(q[c]) * t.project[j * dim + c];
+    }
+    sum += x * y;
+  }
+  return sum;
+}
+
+double Exact(int dim, const IndexTables& t, const float* q, const float* k) {
+  double sum = 0;
+  for (int c = 0; c < dim; ++c)
+    sum += static_cast<double>(q[c]) * (static_cast<double>(k[c]) - t.center[c]);
+  return sum;
+}
+
+TEST(IndexTest, AllDimensionsGiveTheExactScore) {
+  for (const int dim : {16, 64, 80, 128}) {
+    Storage s = MakeStorage(dim, 64);
+    s.code = {.dims8 = 0, .dims4 = dim, .dims2 = 0};
+    const std::vector<float> keys = Rows(500, dim, 0, 1), queries = Rows(40, dim, dim / 2, 2);
+    QueryMoment moment(dim);
+    moment.Add(queries.data(), 40, 4);
+    for (const QueryMoment& m : {QueryMoment(dim), moment}) {
+      const auto index = Index::Make(s, keys.data(), keys.data(), 500, m);
+      const IndexTables t = index->tables();
+      for (int i = 0; i < 40; ++i) {
+        for (int k = 0; k < 500; k += 37) {
+          const double exact = Exact(dim, t, &queries[i * dim], &keys[k * dim]);
+          ASSERT_NEAR(Score(s, t, &queries[i * dim], &keys[k * dim]), exact,
+                      1e-4 * (1 + std::abs(exact)));
+        }
+      }
+    }
+  }
+}
+
+TEST(IndexTest, CenterIsTheMeanAndCoordinatesFillTheirLevels) {
+  const int dim = 64;
+  const Storage s = MakeStorage(dim, 32, 4);
+  const std::vector<float> keys = Rows(2000, dim, 0, 1), values = Rows(2000, dim, 9, 5);
+  const auto index = Index::Make(s, keys.data(), values.data(), 2000, QueryMoment(dim));
+  const IndexTables t = index->tables();
+  double norm2 = 0, spread = 0;
+  for (int c = 0; c < dim; ++c) {
+    double mean = 0, v_mean = 0, v2 = 0;
+    for (int i = 0; i < 2000; ++i) {
+      mean += keys[i * dim + c] / 2000.;
+      v_mean += values[i * dim + c] / 2000.;
+      v2 += values[i * dim + c] * values[i * dim + c] / 2000.;
+    }
+    EXPECT_NEAR(t.center[c], mean, 1e-5);
+    EXPECT_NEAR(t.value_mean[c], v_mean, 1e-5);
+    EXPECT_NEAR(t.value_step[c], .3352 * std::sqrt(v2 - v_mean * v_mean), 1e-4);
+    norm2 += v2;
+    spread += v2 - v_mean * v_mean;
+  }
+  EXPECT_NEAR(t.value_norm2, norm2, 1e-4 * norm2);
+  EXPECT_NEAR(t.value_spread, spread, 1e-4 * spread);
+  EXPECT_GT(t.value_residual, 0);
+  EXPECT_LT(t.value_residual, .03 * spread);
+  for (int j = 0; j < s.code.dims(); ++j) {
+    const double half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
+    int clipped = 0;
+    for (int i = 0; i < 2000; ++i) {
+      double x = 0;
+      for (int c = 0; c < dim; ++c) {
+        x += (keys[i * dim + c] - static_cast<double>(t.center[c])) *
+             t.encode[c * s.code.padded_dims() + j];
+      }
+      clipped += std::abs(x) > half;
+    }
+    EXPECT_LT(clipped, half == 2 ? 200 : 5) << j;
+  }
+}
+
+// Queries that look where keys vary little: an index that knows them keeps other dimensions.
+TEST(IndexTest, KnownQueriesLowerTheScoreError) {
+  const int dim = 128;
+  const Storage s = MakeStorage(dim, 16);
+  const std::vector<float> keys = Rows(1000, dim, 0, 1), queries = Rows(200, dim, dim / 2, 2);
+  QueryMoment moment(dim);
+  moment.Add(queries.data(), 200, 4);
+  double error[2] = {};
+  for (const bool known : {false, true}) {
+    const auto index =
+        Index::Make(s, keys.data(), keys.data(), 1000, known ? moment : QueryMoment(dim));
+    for (int i = 0; i < 200; i += 5) {
+      for (int k = 0; k < 1000; k += 13) {
+        const double difference = Score(s, index->tables(), &queries[i * dim], &keys[k * dim]) -
+                                  Exact(dim, index->tables(), &queries[i * dim], &keys[k * dim]);
+        error[known] += difference * difference;
+      }
+    }
+  }
+  EXPECT_LT(error[1], .8 * error[0]);
+}
+
+TEST(IndexTest, DegenerateKeysGiveFiniteTables) {
+  const int dim = 64;
+  const Storage s = MakeStorage(dim, 32, 2);
+  const std::vector<float> constant(100 * dim, 3.f), zero(100 * dim, 0.f);
+  for (const std::vector<float>& keys : {constant, zero}) {
+    for (const int count : {1, 2, 100}) {
+      const auto index = Index::Make(s, keys.data(), keys.data(), count, QueryMoment(dim));
+      for (const float x : index->floats()) ASSERT_TRUE(std::isfinite(x));
+    }
+  }
+}
+
+TEST(IndexTest, NanAndInfinityDoNotHang) {
+  const int dim = 64;
+  const Storage s = MakeStorage(dim, 32, 2);
+  for (const float bad : {NAN, INFINITY, 3e38f}) {
+    std::vector<float> keys = Rows(100, dim, 0, 1);
+    keys[70] = bad;
+    QueryMoment moment(dim);
+    moment.Add(keys.data(), 100, 4);
+    EXPECT_NE(Index::Make(s, keys.data(), keys.data(), 100, moment), nullptr);
+  }
+}
+
+TEST(IndexTest, FloatsRestoreTheTables) {
+  const int dim = 80;
+  const Storage s = MakeStorage(dim, 48, 4);
+  const std::vector<float> keys = Rows(100, dim, 0, 1);
+  const auto index = Index::Make(s, keys.data(), keys.data(), 100, QueryMoment(dim));
+  ASSERT_EQ(static_cast<int64_t>(index->floats().size()), Index::NumFloats(s));
+  const auto again = Index::FromFloats(s, index->floats());
+  EXPECT_EQ(again->tables().value_norm2, index->tables().value_norm2);
+  EXPECT_EQ(again->tables().project[5], index->tables().project[5]);
+}
+
+TEST(QueryMomentTest, NewQueriesWeighMore) {
+  QueryMoment moment(16);
+  EXPECT_TRUE(moment.empty());
+  std::vector<float> one(16, 0.f), two(16, 0.f);
+  one[0] = 1, two[1] = 1;
+  std::vector<float> ones, twos;
+  for (int i = 0; i < 1024; ++i) {
+    ones.insert(ones.end(), one.begin(), one.end());
+    twos.insert(twos.end(), two.begin(), two.end());
+  }
+  moment.Add(ones.data(), 1024, 2);  // 512 tokens of two heads: one half-life
+  moment.Add(twos.data(), 1024, 2);
+  const std::vector<double> mean = moment.Mean();
+  EXPECT_NEAR(mean[0], 1 / 3., 1e-6);
+  EXPECT_NEAR(mean[17], 2 / 3., 1e-6);
+  EXPECT_EQ(mean[1], 0);
+  EXPECT_EQ(QueryMoment::Load(16, moment.Save()).Mean(), mean);
+}
+
+}  // namespace
+}  // namespace vattn

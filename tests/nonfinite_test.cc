@@ -1,0 +1,186 @@
+// Inf and NaN in keys, values and queries: no crash, no hang, and no answer that is not finite is
+// flagged VERIFIED. A middle row that no draw met counts for nothing, so answers without it stay.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "api/vattn.h"
+#include "bench/handles.h"
+#include "tests/hostile_inputs.h"
+
+namespace vattn::test {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kBroken[] = {kNaN, kInf, -kInf};
+// In the sinks, in the middle (first, inside) and in the window.
+constexpr int64_t kPlaces[] = {3, kMiddleBegin, 2000, kTokens - 1};
+
+struct Answer {
+  std::vector<float> out = std::vector<float>(kHeads * kDim);
+  std::vector<int32_t> verdict = std::vector<int32_t>(kHeads);
+
+  bool Finite(int64_t head) const {
+    for (int64_t d = 0; d < kDim; ++d) {
+      if (!std::isfinite(out[head * kDim + d])) return false;
+    }
+    return true;
+  }
+};
+
+class Decoder {
+ public:
+  Decoder(const HostileInput& input, int32_t on_unverified, int32_t value_bits) {
+    vattn_options options;
+    vattn_options_init(&options, sizeof(options));
+    options.num_q_heads = kHeads;
+    options.num_kv_heads = 1;
+    options.head_dim_k = options.head_dim_v = kDim;
+    options.dtype = VATTN_F32;
+    options.value_bits = value_bits;
+    options.on_unverified = on_unverified;
+    options.host_bytes = bench::HostBytes(options, kTokens, 1);
+    runtime_ = bench::CreateRuntime(options);
+    sequence_ = bench::CreateSequence(runtime_.get(), 1);
+    batch_ = bench::CreateBatch(runtime_.get(), 1);
+    vattn_append_params append;
+    vattn_append_params_init(&append, sizeof(append));
+    append.num_tokens = kTokens;
+    append.num_queries = kCalibration;
+    append.k = input.keys.data();
+    append.v = input.values.data();
+    append.q = input.calibration.data();
+    bench::Check(vattn_append(sequence_.get(), &append), "vattn_append");
+    bench::Check(vattn_batch_set(batch_.get(), 0, sequence_.get()), "vattn_batch_set");
+  }
+
+  Answer Step(const std::vector<float>& query) {
+    Answer answer;
+    vattn_attend_params attend;
+    vattn_attend_params_init(&attend, sizeof(attend));
+    attend.out_dtype = VATTN_F32;
+    attend.q = query.data();
+    attend.out = answer.out.data();
+    attend.verdict = answer.verdict.data();
+    bench::Check(vattn_batch_begin_step(batch_.get(), 0), "vattn_batch_begin_step");
+    bench::Check(vattn_attend(batch_.get(), &attend, nullptr), "vattn_attend");
+    return answer;
+  }
+
+ private:
+  bench::Runtime runtime_;
+  bench::Sequence sequence_;
+  bench::Batch batch_;
+};
+
+// Gaussian logits and values.
+const HostileInput& Plain() {
+  static const HostileInput input = HostileInputs()[0];
+  return input;
+}
+
+// on_unverified, value_bits.
+class NonFiniteTest : public testing::TestWithParam<std::tuple<int32_t, int32_t>> {
+ protected:
+  Decoder MakeDecoder(const HostileInput& input) {
+    return Decoder(input, std::get<0>(GetParam()), std::get<1>(GetParam()));
+  }
+  // Some steps, none of which may be verified and not finite.
+  void ExpectHonest(const HostileInput& input, Decoder& decoder) {
+    for (int step = 0; step < 3; ++step) {
+      const Answer answer = decoder.Step(input.query);
+      for (int64_t head = 0; head < kHeads; ++head) {
+        EXPECT_TRUE(answer.Finite(head) || answer.verdict[head] != VATTN_VERDICT_VERIFIED)
+            << "head " << head;
+      }
+    }
+  }
+  const HostileInput& input_ = Plain();
+};
+
+TEST_P(NonFiniteTest, Keys) {
+  for (const float broken : kBroken) {
+    for (const int64_t place : kPlaces) {
+      SCOPED_TRACE(testing::Message() << broken << " in key " << place);
+      HostileInput input = input_;
+      input.keys[place * kDim + 5] = broken;
+      Decoder decoder = MakeDecoder(input);
+      ExpectHonest(input, decoder);
+    }
+  }
+}
+
+TEST_P(NonFiniteTest, Values) {
+  for (const float broken : kBroken) {
+    for (const int64_t place : kPlaces) {
+      SCOPED_TRACE(testing::Message() << broken << " in value " << place);
+      HostileInput input = input_;
+      input.values[place * kDim + 5] = broken;
+      Decoder decoder = MakeDecoder(input);
+      ExpectHonest(input, decoder);
+    }
+  }
+}
+
+TEST_P(NonFiniteTest, ValuesWhoseSquaresOverflow) {
+  HostileInput input = input_;
+  for (float& v : input.values) v *= 1e25f;
+  Decoder decoder = MakeDecoder(input);
+  for (int step = 0; step < 3; ++step) {
+    for (const int32_t verdict : decoder.Step(input.query).verdict)
+      EXPECT_NE(verdict, VATTN_VERDICT_VERIFIED);
+  }
+}
+
+TEST_P(NonFiniteTest, ValuesWhoseSquaresUnderflow) {
+  HostileInput input = input_;
+  for (float& v : input.values) v *= 1e-25f;
+  Decoder decoder = MakeDecoder(input);
+  for (int step = 0; step < 3; ++step) {
+    for (const int32_t verdict : decoder.Step(input.query).verdict)
+      EXPECT_NE(verdict, VATTN_VERDICT_VERIFIED);
+  }
+}
+
+// A broken query spoils its own head in its own step: neither the other head nor the steps that
+// follow.
+TEST_P(NonFiniteTest, QueryOfOneHead) {
+  const Exact exact = ExactAttention(input_, input_.query);
+  for (const float broken : kBroken) {
+    SCOPED_TRACE(broken);
+    Decoder decoder = MakeDecoder(input_);
+    decoder.Step(input_.query);
+    std::vector<float> query = input_.query;
+    query[7] = broken;
+    const Answer answer = decoder.Step(query);
+    EXPECT_NE(answer.verdict[0], VATTN_VERDICT_VERIFIED);
+    if (answer.verdict[1] != VATTN_VERDICT_BEST_EFFORT) {
+      double distance2 = 0;
+      for (int64_t d = kDim; d < 2 * kDim; ++d)
+        distance2 += std::pow(answer.out[d] - exact.out[d], 2);
+      EXPECT_LE(std::sqrt(distance2), exact.value_scale[1] * .2);
+    }
+    for (int step = 0; step < 3; ++step) {
+      const Answer next = decoder.Step(input_.query);
+      for (int64_t head = 0; head < kHeads; ++head) {
+        EXPECT_TRUE(next.Finite(head));
+        // The controller starts anew, which may take a fall-back.
+        if (step == 0) continue;
+        EXPECT_EQ(next.verdict[head], VATTN_VERDICT_VERIFIED)
+            << "head " << head << ", step " << step;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, NonFiniteTest,
+                         testing::Combine(testing::Values(VATTN_ON_UNVERIFIED_DENSE,
+                                                          VATTN_ON_UNVERIFIED_BEST_EFFORT),
+                                          testing::Values(0, 2)));
+
+}  // namespace
+}  // namespace vattn::test

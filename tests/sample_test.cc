@@ -1,0 +1,207 @@
+#include "kernels/cpu/sample.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "kernels/cpu/scan.h"
+#include "kernels/cpu/workers.h"
+#include "tests/group_fixture.h"
+
+namespace vattn::cpu {
+namespace {
+
+// Gains and floors of every head, in the unit of the estimates.
+struct Weights {
+  Weights(const GroupFixture& f, double level) {
+    for (int g = 0; g < f.shape.q_heads; ++g) {
+      float most = -INFINITY;
+      for (int64_t b = 0; b < NumBlocks(f.group); ++b) {
+        most = std::max(most, f.group.scratch.shift[b * f.shape.q_heads + g]);
+      }
+      log_gain.push_back(-most + .1f * static_cast<float>(g));
+      floor.push_back(static_cast<float>(level * (g % 3)));
+    }
+  }
+  Inclusion At(float scale) const {
+    return {.log_gain = log_gain.data(), .floor = floor.data(), .scale = scale};
+  }
+
+  std::vector<float> log_gain, floor;
+};
+
+// gain e^ of a token and head, and the token's weight, by the definition.
+double Part(const GroupFixture& f, const Weights& w, int head, int64_t token) {
+  const int64_t block = token / kBlockTokens - FirstBlock(f.group);
+  return EstimateOf(f.group, token, head) *
+         std::exp(static_cast<double>(w.log_gain[head]) +
+                  f.group.scratch.shift[block * f.shape.q_heads + head]);
+}
+
+double Weight(const GroupFixture& f, const Weights& w, int64_t token) {
+  double sum = 0;
+  for (int g = 0; g < f.shape.q_heads; ++g) {
+    if (EstimateOf(f.group, token, g) == 0) continue;
+    const double x = Part(f, w, g, token) + w.floor[g];
+    sum += x * x;
+  }
+  return std::sqrt(sum);
+}
+
+class SampleTest : public testing::TestWithParam<std::tuple<int, int64_t>> {
+ protected:
+  SampleTest() : f_(Shape(), 5) {}
+  void SetUp() override {
+    UseSimdTarget(std::get<1>(GetParam()));
+    f_.BuildIndex();
+    f_.Scan();
+  }
+  void TearDown() override { UseSimdTarget(0); }
+  static GroupShape Shape() {
+    return {
+        .q_heads = std::get<0>(GetParam()), .tokens = 5300, .middle_begin = 16, .middle_end = 5120};
+  }
+  std::vector<uint32_t> Tokens(int64_t count) const {
+    return {f_.group.scratch.token, f_.group.scratch.token + count};
+  }
+
+  GroupFixture f_;
+};
+
+TEST_P(SampleTest, PredictsVarianceAndSize) {
+  for (const double floor : {0., 1e-3}) {
+    const Weights w(f_, floor);
+    for (const auto& [scale, stride, phase] : std::vector<std::tuple<float, int, int>>{
+             {1.f, 1, 0}, {.1f, 1, 0}, {8.f, 1, 0}, {.5f, 2, 0}, {.5f, 2, 1}, {.5f, 4, 3}}) {
+      std::vector<double> variance(f_.shape.q_heads);
+      double expected = 0;
+      for (int64_t t = 16; t < 5120; ++t) {
+        const int64_t block = t / kBlockTokens, tile = t % kBlockTokens / kTileTokens;
+        if (tile % stride != (phase + block) % stride) continue;
+        const double weight = Weight(f_, w, t), pi = std::min(1., scale * weight);
+        expected += pi * stride;
+        for (int g = 0; g < f_.shape.q_heads; ++g) {
+          const double x = Part(f_, w, g, t);
+          if (pi < 1) variance[g] += stride * x * x * (1 / (scale * weight) - 1);
+        }
+      }
+      std::vector<float> got(f_.shape.q_heads);
+      const float size = PredictVariance(f_.group, w.At(scale), stride, phase, got.data(), {});
+      EXPECT_NEAR(size, expected, 1e-4 * expected);
+      for (int g = 0; g < f_.shape.q_heads; ++g)
+        EXPECT_NEAR(got[g], variance[g], 2e-4 * variance[g] + 1e-12) << g;
+    }
+  }
+}
+
+TEST_P(SampleTest, DrawsInTokenOrderWithWeights) {
+  const Weights w(f_, 1e-3);
+  f_.group.step = 9;
+  const float scale = .7f;
+  const int64_t count = DrawTokens(f_.group, w.At(scale), 0, {.refresh = 64}, 0, {});
+  ASSERT_GT(count, 20);
+  const std::vector<uint32_t> drawn = Tokens(count);
+  EXPECT_TRUE(std::is_sorted(drawn.begin(), drawn.end()));
+  const std::set<uint32_t> set(drawn.begin(), drawn.end());
+  EXPECT_EQ(set.size(), drawn.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const double weight = Weight(f_, w, drawn[i]);
+    ASSERT_NEAR(f_.group.scratch.weight[i], weight, 1e-5 * weight);
+  }
+  for (int64_t t = 0; t < f_.shape.tokens; ++t) {
+    const bool in = set.count(static_cast<uint32_t>(t)) > 0;
+    if (t < 16 || t >= 5120) {
+      ASSERT_FALSE(in) << t;
+      continue;
+    }
+    const double pi = scale * Weight(f_, w, t),
+                 u = TokenUniform(f_.group.key, static_cast<uint32_t>(t), 9, 64);
+    ASSERT_TRUE(in == (u < pi) || std::abs(u - pi) <= 1e-5 * pi) << t;
+  }
+}
+
+// A look adds tokens to those of the looks before: together they are the draw of the last scale.
+TEST_P(SampleTest, LooksAreNested) {
+  const Weights w(f_, 1e-3);
+  for (const uint32_t redraw : {0u, 2u}) {
+    const Randomness randomness{.refresh = 64, .redraw = redraw};
+    const int64_t whole = DrawTokens(f_.group, w.At(2.f), 0, randomness, 0, {});
+    const std::vector<uint32_t> expected = Tokens(whole);
+    int64_t count = 0;
+    float previous = 0;
+    for (const float scale : {.3f, .31f, 1.1f, 2.f}) {
+      const int64_t before = count;
+      count = DrawTokens(f_.group, w.At(scale), previous, randomness, before, {});
+      EXPECT_TRUE(std::is_sorted(f_.group.scratch.token + before, f_.group.scratch.token + count));
+      previous = scale;
+    }
+    std::vector<uint32_t> looks = Tokens(count);
+    std::sort(looks.begin(), looks.end());
+    EXPECT_EQ(looks, expected);
+  }
+}
+
+TEST_P(SampleTest, ThreadsDoNotMatter) {
+  const Weights w(f_, 1e-3);
+  std::vector<float> variance(f_.shape.q_heads), other(f_.shape.q_heads);
+  const float size = PredictVariance(f_.group, w.At(1.f), 1, 0, variance.data(), {});
+  const std::vector<uint32_t> drawn = Tokens(DrawTokens(f_.group, w.At(1.f), 0, {}, 0, {}));
+  for (const int threads : {1, 2}) {
+    Workers workers(threads);
+    EXPECT_EQ(PredictVariance(f_.group, w.At(1.f), 1, 0, other.data(), workers.stream()), size);
+    EXPECT_EQ(other, variance);
+    EXPECT_EQ(Tokens(DrawTokens(f_.group, w.At(1.f), 0, {}, 0, workers.stream())), drawn);
+  }
+}
+
+TEST_P(SampleTest, FixedTokensLeaveTheScan) {
+  const Weights w(f_, 1e-3);
+  const int64_t count = DrawTokens(f_.group, w.At(.5f), 0, {}, 0, {});
+  const std::vector<uint32_t> fixed = Tokens(count);
+  std::vector<double> mass(NumBlocks(f_.group) * f_.shape.q_heads);
+  for (size_t i = 0; i < mass.size(); ++i) mass[i] = f_.group.scratch.mass[i];
+  for (const uint32_t t : fixed) {
+    for (int g = 0; g < f_.shape.q_heads; ++g) {
+      mass[(t / kBlockTokens) * f_.shape.q_heads + g] -= EstimateOf(f_.group, t, g);
+    }
+  }
+  FixDrawn(f_.group, count);
+  for (size_t i = 0; i < mass.size(); ++i) EXPECT_NEAR(f_.group.scratch.mass[i], mass[i], 1e-4);
+  for (int64_t i = 0; i < count; ++i) EXPECT_EQ(f_.group.scratch.weight[i], INFINITY);
+  const int64_t all = DrawTokens(f_.group, w.At(1e6f), 0, {.redraw = 1}, count, {});
+  std::vector<uint32_t> tokens = Tokens(all);
+  EXPECT_TRUE(std::equal(fixed.begin(), fixed.end(), tokens.begin()));
+  std::sort(tokens.begin(), tokens.end());
+  EXPECT_EQ(std::unique(tokens.begin(), tokens.end()), tokens.end())
+      << "a fixed token was drawn again";
+}
+
+INSTANTIATE_TEST_SUITE_P(Groups, SampleTest,
+                         testing::Combine(testing::Values(1, 2, 3, 4, 6, 8, 16),
+                                          testing::ValuesIn(SimdTargets())));
+
+// The share of draws that hold a token is its inclusion probability.
+TEST(InclusionTest, FrequenciesAreTheProbabilities) {
+  GroupFixture f({.q_heads = 2, .tokens = 500, .middle_begin = 16, .middle_end = 336});
+  f.BuildIndex();
+  f.Scan();
+  const Weights w(f, .02);
+  constexpr int kSteps = 4000;
+  std::vector<int> hits(500);
+  for (int step = 0; step < kSteps; ++step) {
+    f.group.step = step;
+    const int64_t count = DrawTokens(f.group, w.At(1.f), 0, {.refresh = 1}, 0, {});
+    for (int64_t i = 0; i < count; ++i) ++hits[f.group.scratch.token[i]];
+  }
+  for (int64_t t = 16; t < 336; ++t) {
+    const double pi = std::min(1., Weight(f, w, t));
+    ASSERT_NEAR(hits[t], kSteps * pi, 6 * std::sqrt(kSteps * pi * (1 - pi)) + 1e-6) << t;
+  }
+}
+
+}  // namespace
+}  // namespace vattn::cpu
