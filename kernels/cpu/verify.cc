@@ -59,16 +59,20 @@ float Dot(const float* a, const float* b, int n) {
 float MeanCos2(const Storage& s, const Group& group, const uint32_t* places, int head, const float* output) {
   const int dim = s.row.dim_v;
   float r[kRankDraws * kMaxDim];
-  float norm2[kRankDraws];
+  float gram[kRankDraws * kRankDraws];
   Residuals(s, group, places, kRankDraws, head, output, r);
-  for (int i = 0; i < kRankDraws; ++i) norm2[i] = Dot(r + i * dim, r + i * dim, dim);
+  const uint8_t* rows[kRankDraws];
+  for (int i = 0; i < kRankDraws; ++i) rows[i] = reinterpret_cast<const uint8_t*>(r + i * dim);
+  DotRows({.rows = rows, .count = kRankDraws, .offset = 0, .dim = dim, .dtype = DType::kF32}, r, kRankDraws, gram,
+          kRankDraws);
   float sum = 0;
   int pairs = 0;
   for (int i = 0; i < kRankDraws; ++i) {
     for (int k = 0; k < i; ++k) {
-      if (places[i] == places[k] || norm2[i] == 0 || norm2[k] == 0) continue;
-      const float dot = Dot(r + i * dim, r + k * dim, dim);
-      sum += dot * dot / (norm2[i] * norm2[k]);
+      const float norms2 = gram[i * (kRankDraws + 1)] * gram[k * (kRankDraws + 1)];
+      if (places[i] == places[k] || norms2 == 0) continue;
+      const float dot = gram[i * kRankDraws + k];
+      sum += dot * dot / norms2;
       ++pairs;
     }
   }
