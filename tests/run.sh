@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, and runs every test: a release build with everything, then the
-# suite under AddressSanitizer + UBSan and under ThreadSanitizer. VATTN_QUICK=1 runs the first alone.
+# library's tests (not those of the vattn program) under AddressSanitizer + UBSan, and those with threads
+# under ThreadSanitizer. VATTN_QUICK=1 runs the first alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tests/install_packages.sh
@@ -14,8 +15,8 @@ build build all -DVATTN_TESTS=ON
 ctest --test-dir build --output-on-failure -j "$jobs"
 [ "${VATTN_QUICK:-0}" = 1 ] && exit 0
 build build-asan all -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
-  -DVATTN_SANITIZE=address,undefined
+  -DVATTN_BENCH=OFF -DVATTN_SANITIZE=address,undefined
 ctest --test-dir build-asan --output-on-failure -j "$jobs"
 build build-tsan thread_tests -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
-  -DVATTN_SANITIZE=thread
+  -DVATTN_BENCH=OFF -DVATTN_SANITIZE=thread
 ctest --test-dir build-tsan --output-on-failure -j "$jobs" -L threads
