@@ -107,7 +107,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     }
     if (round >= kLeastRounds && std::abs(worst) < kClose) break;
   }
-  Predict(group, plan, kRoundStride, phase, stream);
+  Predict(group, plan, 1, 0, stream);
   // What is left of the gap is closed for the worst head by one factor on every probability.
   float scale = .25f;
   for (int g = 0; g < heads; ++g) scale = std::max(scale, w.head[g].predicted / w.head[g].target);
