@@ -14,7 +14,7 @@ find_package(vattn 0.1 REQUIRED)
 add_executable(minimal $source/examples/minimal.c)
 target_link_libraries(minimal vattn::vattn)
 END
-cmake -S "$work/user" -B "$work/user/build" -DCMAKE_PREFIX_PATH="$work/prefix" >/dev/null
+cmake -S "$work/user" -B "$work/user/build" -G Ninja -DCMAKE_PREFIX_PATH="$work/prefix" >/dev/null
 cmake --build "$work/user/build" >/dev/null
 "$work/user/build/minimal"
 export PKG_CONFIG_PATH=$(dirname "$(find "$work/prefix" -name vattn.pc)")
