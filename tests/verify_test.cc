@@ -1,4 +1,5 @@
 #include "kernels/cpu/verify.h"
+#include "kernels/sampling.h"
 
 #include <gtest/gtest.h>
 

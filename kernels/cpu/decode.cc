@@ -15,12 +15,12 @@
 #include "kernels/cpu/topk.h"
 #include "kernels/cpu/verify.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/sampling.h"
 
 namespace vattn::cpu {
 namespace {
 
 constexpr int kMaxDim = 1024;
-constexpr float kMostGrowth = 4;  // of inclusion probabilities between looks, above it a redraw
 
 // Scan, units and plan of the first look.
 Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states, Stream stream) {
@@ -113,11 +113,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     }
   }
   for (int g = 0; g < group.q_heads; ++g) {
-    HeadState& state = group.state[g];
-    state.ref = group.scratch.head[g].ref;
-    // What NaN taught is forgotten.
-    const float all = state.ref + state.rho + state.z + state.spread + state.log_multiplier + state.eta2 + state.cos2;
-    if (!sampled || !std::isfinite(all)) state = {};
+    CloseHead(sampled, group.scratch.head[g], group.state[g]);
   }
   group.selected = draw.count;
   WriteEstimates(s, group, outputs);

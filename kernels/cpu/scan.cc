@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/sampling.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/scan.cc"
@@ -21,7 +22,6 @@ using D = hn::CappedTag<float, 16>;
 using DI = hn::RebindToSigned<D>;
 using VI = hn::Vec<DI>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
-constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
 
 // acc + the dot product of each lane's 4 unsigned bytes (at most 7 bits) with 4 signed bytes of q.
 // kVnni: the processor has AVX512_VNNI, which this Highway's targets do not let the compiler use.

@@ -28,9 +28,6 @@ void VerifyHead(const Storage& storage, const Promise& promise, const Group& gro
 // `look` (ALGORITHM 6, Looks); at least 1.05, at most 64.
 float Growth(const Promise& promise, const Group& group, const Draw& draw, int64_t tail, int look);
 
-// z at an effective rank of 1 / cos2.
-float QuantileAt(const Promise& promise, int look, float cos2);
-
 }  // namespace vattn::cpu
 
 #endif  // VATTN_KERNELS_CPU_VERIFY_H_

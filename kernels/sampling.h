@@ -1,0 +1,184 @@
+// Scalar formulas of the plan and of the certificate (ALGORITHM 4 and 6): the same on every backend.
+// G = query heads of a group; a head's sums are in the unit exp(HeadWork::shift).
+#ifndef VATTN_KERNELS_SAMPLING_H_
+#define VATTN_KERNELS_SAMPLING_H_
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/params.h"
+
+namespace vattn {
+
+constexpr float kDefensive = .1f;  // floor of a token's contribution, of the mean
+constexpr float kMargin = .9f;     // the plan aims below epsilon by this factor
+constexpr int kPlanRounds = 12;    // of the fixed point on a part of the tiles, at most
+constexpr int kLeastRounds = 3;
+constexpr float kClose = .05f;     // |ln| of the worst head's variance over its target that ends them
+constexpr float kTiny = 1e-20f;    // of a variance, in the unit of the values
+constexpr float kLeastUnit = 1e-30f;
+constexpr float kExponent = 1.6f;  // damping: alone, a multiplier moves variance by its power -1/2
+constexpr float kLeastScale = .25f, kMostScale = 16.f;  // of the first draw over the plan
+constexpr float kMostGrowth = 4;   // of inclusion probabilities between looks, above it a redraw
+constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
+
+constexpr int kRankDraws = 16;         // residuals whose angles are measured, drawn by their share of V
+constexpr float kRankMemory = .75f;    // of cos2 from step to step
+constexpr float kTargetMargin = .95f;  // growth aims below epsilon by this factor
+constexpr int64_t kLeastTail = 8;      // sampled tokens that a variance is judged by
+constexpr float kTailGrowth = 4;       // of inclusion probabilities when there are fewer
+constexpr float kLeastGrowth = 1.05f, kLargestGrowth = 64;
+constexpr int kGrowthHalvings = 14;
+constexpr float kLeastOthers = 1e-3f;  // of the denominator
+constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
+
+// One tile in so many is looked at while multipliers are sought: at most about 16,384 tokens.
+constexpr int64_t kPlanTokens = 16384;
+constexpr int kLeastPlanStride = 4;
+VATTN_HD inline int PlanStride(int64_t middle) {
+  int stride = kLeastPlanStride;
+  while (middle / stride > kPlanTokens) stride *= 2;
+  return stride;
+}
+
+// As std::max and std::min, NaN included: a stays where the comparison is false.
+template <class T>
+VATTN_HD inline T Max(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+VATTN_HD inline T Min(T a, T b) {
+  return b < a ? b : a;
+}
+
+VATTN_HD inline bool IsFinite(float x) { return x - x == 0; }
+
+// Mean |v|^2, the unit of what is too small to count.
+VATTN_HD inline float ValueUnit(const IndexTables& index) {
+  return IsFinite(index.value_norm2) ? Max(index.value_norm2, kLeastUnit) : 1;
+}
+
+// z at an effective rank of 1 / cos2.
+VATTN_HD inline float QuantileAt(const Promise& promise, int look, float cos2) {
+  const float at = Max(Min(1.f, cos2), 0.f) * kQuantileBins;  // NaN as rank 1
+  const int bin = Min(static_cast<int>(at), kQuantileBins - 1);
+  const float* z = promise.quantile[look - 1];
+  return z[bin] + (at - static_cast<float>(bin)) * (z[bin + 1] - z[bin]);
+}
+
+// A head without a history starts from the value statistics of its index.
+VATTN_HD inline void StartHead(const Promise& promise, const IndexTables& index, HeadState& state) {
+  state.eta2 = .2f;
+  state.rho = 1;
+  const float unit = ValueUnit(index);
+  state.spread = IsFinite(index.value_spread) ? Max(index.value_spread, 1e-12f * unit) : unit;
+  state.ref = Max(promise.norm_floor, .25f) * std::sqrt(unit);
+  state.cos2 = -1;
+  state.z = QuantileAt(promise, 1, .25f);
+}
+
+// Target and gains of one head in this step, for a middle of n tokens.
+VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const IndexTables& index, float n,
+                              HeadState& state, HeadWork& work) {
+  if (state.started == 0) StartHead(promise, index, state);
+  const float bracket =
+      value_codes ? state.eta2 * state.spread + index.value_residual * (1 + state.eta2) : state.spread;
+  const float root = kMargin * promise.epsilon * state.ref / state.z;
+  work.log_norm = .5f * std::log(bracket) - std::log(work.denominator) - work.shift;
+  work.floor = kDefensive * std::exp(work.log_norm + work.shift) * work.mass / n;
+  work.target = Max(root * root / state.rho, 1.17549435e-38f);
+  if (state.started == 0) state.log_multiplier = -std::log(work.target);
+  state.started = 1;
+}
+
+// One round of the fixed point for one head, after work.predicted; returns ln(predicted / target).
+VATTN_HD inline float MoveMultiplier(float tiny, const HeadWork& work, HeadState& state) {
+  const float ratio = std::log((work.predicted + tiny) / work.target);
+  const float low = -std::log(work.target) - 20;
+  const float move = Max(-3.f, Min(3.f, kExponent * ratio));
+  state.log_multiplier = Max(low, state.log_multiplier + move);
+  return ratio;
+}
+
+// One token of the tail for one head.
+struct TailToken {
+  float e = 0;          // exp(s - shift)
+  float pi = 1;         // inclusion probability
+  float distance2 = 0;  // |v - o|^2
+  float error2 = 0;     // |e (v - o) - e^ (v^ - o)|^2, without value codes e^2 |v - o|^2
+};
+
+struct TailTerm {
+  float residual = 0;  // error2 / (pi D^2), for growth
+  float variance = 0;  // residual (1 - pi) / pi
+};
+
+// A token that makes up much of the denominator has drawn the output to itself: its residual is that to
+// the output without it (jackknife).
+VATTN_HD inline TailTerm MakeTailTerm(const TailToken& t, float denominator) {
+  const float others = Max(1 - t.e / (t.pi * denominator), kLeastOthers);
+  TailTerm term;
+  term.residual = t.error2 / (denominator * denominator) / (t.pi * others * others);
+  term.variance = term.residual * (1 - t.pi) / t.pi;
+  return term;
+}
+
+// Sums over the tail of one head.
+struct TailSums {
+  double variance = 0;  // V of ALGORITHM 6
+  double squares = 0;   // of its terms
+  double mass = 0;      // e / pi
+  double spread = 0;    // e / pi |v - o|^2
+  double relative = 0;  // (e - e^)^2 / pi, with value codes
+  double estimate = 0;  // e^^2 / pi, with value codes
+};
+
+// Certificate of one head at a look: variance, rank, z and bound; renews what the state learns from it.
+//   cos2: mean squared cosine of drawn residuals, negative if there were no two
+//   exact: every middle token was read with probability 1
+VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums& sums, float cos2, int64_t tail,
+                               bool exact, float output_norm2, HeadState& state, HeadWork& work) {
+  work.variance = static_cast<float>(sums.variance);
+  if (sums.mass > 0) state.spread = Max(static_cast<float>(sums.spread / sums.mass), 1.17549435e-38f);
+  if (sums.estimate > 0) {
+    const float eta2 = Max(.01f, Min(4.f, static_cast<float>(sums.relative / sums.estimate)));
+    state.eta2 += .2f * (eta2 - state.eta2);
+  }
+  if (cos2 >= 0) state.cos2 = state.cos2 < 0 ? cos2 : kRankMemory * state.cos2 + (1 - kRankMemory) * cos2;
+  // Effective rank Tr(S)^2 / Tr(S^2), S = sum of c r r^T: terms of one token with itself are known,
+  // those of two tokens come from the mean squared cosine of draws, smoothed over steps.
+  const float same =
+      sums.variance > 0 ? static_cast<float>(sums.squares / (sums.variance * sums.variance)) : 1;
+  work.cos2 = same + (1 - same) * (state.cos2 < 0 ? 1 : state.cos2);
+  work.z = QuantileAt(promise, look, work.cos2);
+  // Either nothing was left to chance, or enough was drawn by chance to judge the rest by. What is not
+  // finite never passes.
+  const bool judged = exact || (tail >= kLeastTail && work.ref >= kLeastRef);
+  const float bound = exact ? 0 : work.z * std::sqrt(work.variance) / work.ref;
+  work.bound = judged && IsFinite(bound + output_norm2) ? bound : HUGE_VALF;
+}
+
+// What the planned draw taught: rho and z. After the certificate of the first look.
+VATTN_HD inline void LearnHead(const Promise& promise, const IndexTables& index, const HeadWork& work,
+                               HeadState& state) {
+  const float ratio = work.variance / (work.predicted + kTiny * ValueUnit(index));
+  state.rho += .1f * (Max(.7f, Min(5.f, ratio)) - state.rho);
+  state.z += .3f * (QuantileAt(promise, 1, work.cos2) - state.z);
+}
+
+// Root of the variance that growth aims at for one head at look `look`.
+VATTN_HD inline float GrowthRoot(const Promise& promise, int look, const HeadWork& work) {
+  return kTargetMargin * promise.epsilon * work.ref / QuantileAt(promise, look, work.cos2);
+}
+
+// After a step: what NaN taught is forgotten.
+VATTN_HD inline void CloseHead(bool sampled, const HeadWork& work, HeadState& state) {
+  state.ref = work.ref;
+  const float all =
+      state.ref + state.rho + state.z + state.spread + state.log_multiplier + state.eta2 + state.cos2;
+  if (!sampled || !IsFinite(all)) state = {};
+}
+
+}  // namespace vattn
+
+#endif  // VATTN_KERNELS_SAMPLING_H_
