@@ -77,6 +77,13 @@ absl::Status SetField(const std::string& key, const Json& value, float& field) {
   return absl::OkStatus();
 }
 
+absl::Status SetPath(const std::string& key, const Json& value, std::string& path) {
+  const bool text = value.is_string() && value.get_ref<const std::string&>().find('\0') == std::string::npos;
+  if (!text) return Wrong(key, value, "a string without zero bytes");
+  path = value.get<std::string>();
+  return absl::OkStatus();
+}
+
 absl::Status SetHeads(const Json& value, vattn_options& options, std::vector<int32_t>& heads) {
   if (!value.is_array() || value.empty()) return Wrong("layer_kv_heads", value, "an array of whole numbers");
   heads.clear();
@@ -118,6 +125,7 @@ Options ToOptions(const vattn_options& from) {
 #define VATTN_COPY(name) to.name = from.name;
   VATTN_OPTION_FIELDS(VATTN_COPY)
 #undef VATTN_COPY
+  if (from.profile != nullptr) to.profile = from.profile;
   if (from.layer_kv_heads != nullptr && from.num_layers > 0 && from.num_layers <= 1024) {
     to.layer_kv_heads.assign(from.layer_kv_heads, from.layer_kv_heads + from.num_layers);
   }
@@ -132,6 +140,7 @@ vattn_options FromOptions(const Options& from) {
   VATTN_OPTION_FIELDS(VATTN_COPY)
 #undef VATTN_COPY
   to.layer_kv_heads = from.layer_kv_heads.data();
+  to.profile = from.profile.empty() ? nullptr : from.profile.c_str();
   return to;
 }
 
@@ -139,14 +148,17 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return InvalidArgumentError("json is not valid JSON");
   if (!json.is_object()) return InvalidArgumentError("json is ", json.type_name(), ", must be an object");
+  static thread_local std::string profile;  // outlives the call, as options.profile points to it
   vattn_options changed = options;
   std::vector<int32_t> changed_heads;
+  std::string changed_profile;
   if (json.contains("preset")) VATTN_RETURN_IF_ERROR(SetPreset(json["preset"], changed));
   std::map<std::string, std::function<absl::Status(const Json&)>> setters;
 #define VATTN_SETTER(name) \
   setters[#name] = [&](const Json& value) { return SetField(#name, value, changed.name); };
   VATTN_OPTION_FIELDS(VATTN_SETTER)
 #undef VATTN_SETTER
+  setters["profile"] = [&](const Json& value) { return SetPath("profile", value, changed_profile); };
   for (const auto& [key, value] : json.items()) {
     if (key == "preset" || key == "layer_kv_heads") continue;
     const auto setter = setters.find(key);
@@ -162,6 +174,10 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
              changed.num_layers != static_cast<int32_t>(heads.size())) {
     return InvalidArgumentError("num_layers is ", changed.num_layers, ", must be ", heads.size(),
                                 ", the entries of layer_kv_heads given before");
+  }
+  if (json.contains("profile")) {
+    profile.swap(changed_profile);
+    changed.profile = profile.empty() ? nullptr : profile.c_str();
   }
   options = changed;
   return absl::OkStatus();

@@ -412,10 +412,10 @@ vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot) {
   });
 }
 
-vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens) {
+vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens, CUstream_st* stream) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
-    return batch->impl->BeginStep(new_tokens);
+    return batch->impl->BeginStep(new_tokens, stream);
   });
 }
 
@@ -434,7 +434,7 @@ vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params, C
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
     VATTN_RETURN_IF_ERROR(ToAttend(params, stream, /*needs_out=*/true, request));
-    return batch->impl->Attend(request);
+    return batch->impl->Attend(request, stream);
   });
 }
 
@@ -446,7 +446,7 @@ vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_attend_params* 
     VATTN_RETURN_IF_ERROR(ToAttend(params, stream, /*needs_out=*/true, request));
     vattn::Selection list;
     VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/false, list));
-    return batch->impl->AttendSelected(request, list);
+    return batch->impl->AttendSelected(request, list, stream);
   });
 }
 
@@ -458,7 +458,7 @@ vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params, v
     VATTN_RETURN_IF_ERROR(ToAttend(params, stream, /*needs_out=*/false, request));
     vattn::Selection list;
     VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/true, list));
-    return batch->impl->Select(request, list);
+    return batch->impl->Select(request, list, stream);
   });
 }
 

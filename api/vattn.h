@@ -189,6 +189,15 @@ typedef struct vattn_options {
   /* Logger; NULL keeps the library silent. */
   vattn_log_function log;
   void* log_user;
+
+  /* NULL or "": none. Else the path of a model profile, as `vattn calibrate` writes it: what the index
+   * is calibrated on when a sequence has had no queries (vattn_append_params.q) by the time its index
+   * is fixed. A safetensors file with the F32 tensor c_q [num_layers, most KV heads of a layer,
+   * head_dim_k, head_dim_k], the mean of q q^T over scaled queries by KV head, and metadata format =
+   * "vattn-profile-1" and softmax_scale, the factor in those queries. Read by vattn_runtime_create,
+   * which then also answers NOT_FOUND, IO_ERROR, DATA_LOSS (cut short, damaged, no safetensors file)
+   * and INVALID_ARGUMENT (another format or shape). */
+  const char* profile;
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
@@ -200,22 +209,24 @@ VATTN_EXPORT void vattn_options_init(vattn_options* options, size_t struct_size)
  *   {"num_layers": 28, "dtype": "bf16", "policy": "verified", "preset": "strict", "epsilon": 0.1}
  * Keys are the field names above; enums by lower-case name ("f16", "value", "best_effort", ...);
  * "preset" is "strict" (.1, norm output), "default" (.1, norm value) or "fast" (.2, norm value) and
- * is applied first. layer_kv_heads is an array, kept alive by the library until the thread's next
- * call of this function. Unknown keys and wrong types are refused by name.
- * INVALID_ARGUMENT leaves options unchanged. */
+ * is applied first. layer_kv_heads is an array; it and the text of profile are kept alive by the
+ * library until the thread's next call of this function. Unknown keys and wrong types are refused by
+ * name. INVALID_ARGUMENT leaves options unchanged. */
 VATTN_EXPORT vattn_code vattn_options_from_json(const char* json, vattn_options* options);
 
 /* ---- Runtime -------------------------------------------------------------------------------- */
 
-/* Creates a runtime: checks every option and maps the host pool. host-sync.
- * INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED. *out is NULL after a failure. */
+/* Creates a runtime: checks every option, reads the profile and maps the host pool. host-sync.
+ * INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED, and those of vattn_options.profile. *out is NULL
+ * after a failure. */
 VATTN_EXPORT vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** out);
 /* Defaults, then the JSON object, then vattn_runtime_create. */
 VATTN_EXPORT vattn_code vattn_runtime_create_json(const char* json, vattn_runtime** out);
 /* Sequences and batches of the runtime must be destroyed first; those that were not are reported to
  * the logger and stay valid for destroy only. */
 VATTN_EXPORT void vattn_runtime_destroy(vattn_runtime* runtime);
-/* The options in force, every default resolved. layer_kv_heads points into the runtime. */
+/* The options in force, every default resolved. layer_kv_heads and profile point into the
+ * runtime. */
 VATTN_EXPORT vattn_code vattn_runtime_options(const vattn_runtime* runtime, vattn_options* options);
 
 /* What this machine offers, as JSON (CPU, SIMD target, NUMA, memory, huge pages, memlock, io_uring,
@@ -301,8 +312,14 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
 
 /* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence, copies
  * shared tails, codes what has left the window. Every layer must have been attended in the step
- * before. FULL: nothing changed, no step is open, and the sequences stay usable. */
-VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens);
+ * before. FULL: nothing changed, no step is open, and the sequences stay usable.
+ * On CUDA the step's tables are enqueued on stream; the calls of the step must follow in its order, on
+ * it or on streams that wait for it. NULL: a stream of the library, also for calls without one. The
+ * new tokens count from here on. A CUDA graph that holds calls of one step answers any later step
+ * when it is launched after that step's begin, with the same arrays: lengths, tables and new blocks
+ * are read on the device. */
+VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens,
+                                               struct CUstream_st* stream);
 
 typedef struct vattn_attend_params {
   size_t struct_size;
@@ -326,7 +343,10 @@ typedef struct vattn_attend_params {
 
 VATTN_EXPORT void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size);
 
-/* Writes the new token's row and attends, for every filled slot. Each layer once per step. */
+/* Writes the new token's row and attends, for every filled slot. Each layer once per step.
+ * On CUDA the arrays are device memory (or pinned host memory), the call enqueues on stream, allocates
+ * nothing and waits for nothing, and may be captured into a graph. With q in plain host memory every
+ * array is taken to be there; then, and without a stream, the call blocks until they are filled. */
 VATTN_EXPORT vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params,
                                      struct CUstream_st* stream);
 

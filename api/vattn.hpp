@@ -128,7 +128,9 @@ class Batch {
     Check(vattn_batch_set(get(), slot, sequence.get()));
   }
   void Clear(int32_t slot) { Check(vattn_batch_clear(get(), slot)); }
-  void BeginStep(int32_t new_tokens) { Check(vattn_batch_begin_step(get(), new_tokens)); }
+  void BeginStep(int32_t new_tokens, CUstream_st* stream = nullptr) {
+    Check(vattn_batch_begin_step(get(), new_tokens, stream));
+  }
   void Attend(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
     Check(vattn_attend(get(), &params, stream));
   }

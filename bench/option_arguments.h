@@ -6,15 +6,21 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "api/vattn.h"
 #include "bench/settings.h"
+#include "bench/trace.h"
 
 namespace vattn::bench {
 
 // An option that takes one of the names.
 CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& choices,
                        const std::string& help, int32_t* value);
+
+// --layers, and after parsing those that it names: all, if it was not given.
+void AddLayers(CLI::App* app, std::vector<int32_t>* layers);
+std::vector<int32_t> ResolveLayers(const Trace& trace, const std::vector<int32_t>& given);
 
 class OptionArguments {
  public:

@@ -71,11 +71,11 @@ Observations Replay(const Trace& trace, const ReplayPlan& plan, const vattn_opti
   for (int64_t seed = 0; seed < plan.seeds; ++seed) {
     vattn_options seeded = options;
     seeded.seed += static_cast<uint64_t>(seed);
-    Session session(trace, plan.layers, seeded);
+    Session session(trace, plan.layers, seeded, plan.prompt_queries);
     std::optional<Session> dense;
     if (plan.timed && seed == 0) {
       seeded.policy = VATTN_POLICY_DENSE;
-      dense.emplace(trace, plan.layers, seeded);
+      dense.emplace(trace, plan.layers, seeded, plan.prompt_queries);
     }
     for (int64_t begin = 0; begin < plan.steps; begin += kStretch) {
       const int64_t end = std::min(begin + kStretch, plan.steps);

@@ -15,8 +15,9 @@ namespace vattn::bench {
 struct ReplayPlan {
   std::vector<int32_t> layers;  // places in the trace
   int64_t steps = 0;
-  int32_t seeds = 1;   // runs with options.seed, options.seed + 1, ...
-  bool timed = false;  // in the first run, policy dense goes over the same steps in turns
+  int32_t seeds = 1;           // runs with options.seed, options.seed + 1, ...
+  bool prompt_queries = true;  // recorded ones calibrate the index
+  bool timed = false;          // in the first run, policy dense goes over the same steps in turns
 };
 
 // Everything seen, in the order (seed, layer, head, step).

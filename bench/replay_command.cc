@@ -4,7 +4,6 @@
 #include <deque>
 #include <filesystem>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -29,9 +28,15 @@ constexpr char kNotes[] =
     "for the same 95th percentile of the error; that takes a search, which --layers and --steps\n"
     "make shorter.";
 
+enum Calibration : int32_t { kPrompt = 0, kProfile = 1, kIdentity = 2 };
+Choices CalibrationChoices() {
+  return {{"prompt", kPrompt}, {"profile", kProfile}, {"identity", kIdentity}};
+}
+
 struct Arguments {
   OptionArguments options;
-  std::string trace, json, plot;
+  std::string trace, profile, json, plot;
+  int32_t calibration = kPrompt;
   std::vector<int32_t> layers;
   int64_t steps = 0;
   int32_t seeds = 4;
@@ -40,16 +45,7 @@ struct Arguments {
 
 ReplayPlan MakePlan(const Trace& trace, const Arguments& arguments) {
   ReplayPlan plan;
-  plan.layers = arguments.layers;
-  if (plan.layers.empty()) {
-    plan.layers.resize(trace.layers);
-    std::iota(plan.layers.begin(), plan.layers.end(), 0);
-  }
-  for (const int32_t layer : plan.layers) {
-    if (layer >= 0 && layer < trace.layers) continue;
-    throw UsageError("--layers: " + std::to_string(layer) + ", the trace has " +
-                     std::to_string(trace.layers) + ", counted from 0");
-  }
+  plan.layers = ResolveLayers(trace, arguments.layers);
   if (arguments.steps > trace.steps) {
     throw UsageError("--steps: " + std::to_string(arguments.steps) + ", the trace has " +
                      std::to_string(trace.steps));
@@ -57,6 +53,7 @@ ReplayPlan MakePlan(const Trace& trace, const Arguments& arguments) {
   plan.steps = arguments.steps > 0 ? arguments.steps : trace.steps;
   plan.seeds = arguments.seeds;
   plan.timed = true;
+  plan.prompt_queries = arguments.calibration == kPrompt;
   return plan;
 }
 
@@ -151,6 +148,13 @@ std::string ShapeOf(const Trace& trace, const ReplayPlan& plan) {
          " prompt tokens, " + std::to_string(plan.steps) + " steps";
 }
 
+// A profile that is not used would be ignored without a word.
+void CheckCalibration(const Arguments& arguments) {
+  if (arguments.profile.empty() != (arguments.calibration == kProfile)) return;
+  throw UsageError(arguments.profile.empty() ? "--calibration profile: needs --profile"
+                                             : "--profile: needs --calibration profile");
+}
+
 Json TraceJson(const Trace& trace, const ReplayPlan& plan) {
   Json layers = Json::array();
   for (const int32_t layer : plan.layers) layers.push_back(trace.layer_names[layer]);
@@ -168,10 +172,12 @@ Json TraceJson(const Trace& trace, const ReplayPlan& plan) {
 }
 
 void RunReplay(const Arguments& arguments, const CommandLine& command) {
+  CheckCalibration(arguments);
   const Trace trace = ReadTrace(arguments.trace);
   const ReplayPlan plan = MakePlan(trace, arguments);
   vattn_options options = arguments.options.Resolve();
   SetShape(trace, plan, &options);
+  if (!arguments.profile.empty()) options.profile = arguments.profile.c_str();
   CreateRuntime(options);  // a wrong option shows before the long part
 
   Study study(trace, plan, options);
@@ -190,6 +196,9 @@ void RunReplay(const Arguments& arguments, const CommandLine& command) {
     Json json = ResultHeader(command);
     json["reproduce"] = reproduce;
     json["trace"] = TraceJson(trace, plan);
+    json["calibration"] = {
+        {"from", ChoiceName(CalibrationChoices(), arguments.calibration)},
+        {"profile", arguments.profile.empty() ? Json() : Json(arguments.profile)}};
     json.update(RunJson(study.asked()));
     json["compare"] = Json::array();
     for (const Run* run : study.runs()) {
@@ -216,11 +225,15 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
   sub->add_option("--seeds", arguments->seeds, "Runs, with consecutive seeds")
       ->capture_default_str()
       ->check(CLI::Range(1, 1000000).description(""));
-  sub->add_option("--layers", arguments->layers, "Layers by place in the file, as 0,2 (all)")
-      ->delimiter(',')
-      ->type_name("LIST");
+  AddLayers(sub, &arguments->layers);
   sub->add_option("--steps", arguments->steps, "Only the first steps (all)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+  AddChoice(sub, "--calibration", CalibrationChoices(),
+            "What the index is calibrated on: the recorded prompt queries, a profile, nothing "
+            "(prompt)",
+            &arguments->calibration);
+  sub->add_option("--profile", arguments->profile, "The profile, as vattn calibrate makes it")
+      ->type_name("FILE");
   sub->add_flag("--compare", arguments->compare,
                 "Verified beside topk-uniform and topk with the same p95 error");
   sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");

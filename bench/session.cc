@@ -23,7 +23,8 @@ void Gather(const Tensor& tensor, std::span<const int32_t> layers, int64_t token
 
 }  // namespace
 
-Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options)
+Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
+                 bool prompt_queries)
     : trace_(trace),
       layers_(layers),
       runtime_(CreateRuntime(options)),
@@ -37,11 +38,11 @@ Session::Session(const Trace& trace, std::span<const int32_t> layers, const vatt
     list->resize(num_layers * trace.kv_heads);
   }
   result_.middle.resize(num_layers * trace.kv_heads);
-  AppendPrompt();
+  AppendPrompt(prompt_queries);
   Check(vattn_batch_set(batch_.get(), 0, sequence_.get()), "vattn_batch_set");
 }
 
-void Session::AppendPrompt() {
+void Session::AppendPrompt(bool prompt_queries) {
   for (size_t i = 0; i < layers_.size(); ++i) {
     vattn_append_params params;
     vattn_append_params_init(&params, sizeof(params));
@@ -53,7 +54,7 @@ void Session::AppendPrompt() {
     params.v = trace_.v.Row(layers_[i], 0, 0);
     params.v_token_stride = trace_.head_dim_v;
     params.v_head_stride = trace_.tokens * trace_.head_dim_v;
-    if (trace_.prompt_queries > 0) {
+    if (prompt_queries && trace_.prompt_queries > 0) {
       params.num_queries = static_cast<int32_t>(trace_.prompt_queries);
       params.q = trace_.q_prompt.Row(layers_[i], 0, 0);
       params.q_token_stride = trace_.head_dim_k;
@@ -70,7 +71,7 @@ double Session::Step(int64_t step) {
   Gather(trace_.v, layers_, trace_.prompt_tokens + step, &v_);
   const size_t count = layers_.size();
   const auto start = std::chrono::steady_clock::now();
-  Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1), "vattn_batch_begin_step");
+  Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1, nullptr), "vattn_batch_begin_step");
   for (size_t layer = 0; layer < count; ++layer) {
     const size_t q_head = layer * trace_.q_heads, kv_head = layer * trace_.kv_heads;
     vattn_attend_params params;

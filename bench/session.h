@@ -24,8 +24,10 @@ struct StepResult {
 
 class Session {
  public:
-  // Appends the prompt and builds the index. Keeps references to trace and layers.
-  Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options);
+  // Appends the prompt, with its recorded queries if prompt_queries, and builds the index. Keeps
+  // references to trace and layers.
+  Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
+          bool prompt_queries);
 
   // Steps are taken in order from 0. Returns the microseconds spent in the library.
   double Step(int64_t step);
@@ -34,7 +36,7 @@ class Session {
   uint64_t bytes_fetched() const;
 
  private:
-  void AppendPrompt();
+  void AppendPrompt(bool prompt_queries);
 
   const Trace& trace_;
   std::span<const int32_t> layers_;

@@ -82,7 +82,7 @@ class Decoder {
 
   void Step(const std::vector<LayerInputs>& inputs, const ReadBuffer* caches, bool counts) {
     const auto start = Clock::now();
-    Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1), "vattn_batch_begin_step");
+    Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1, nullptr), "vattn_batch_begin_step");
     const double open_us = Microseconds(start) / shape_.layers;
     for (int32_t layer = 0; layer < shape_.layers; ++layer) {
       if (caches != nullptr) caches->ReadAll();

@@ -5,9 +5,11 @@
 #include <exception>
 
 #include "api/vattn.h"
+#include "bench/calibrate_command.h"
 #include "bench/doctor.h"
 #include "bench/environment.h"
 #include "bench/failure.h"
+#include "bench/gather_command.h"
 #include "bench/replay_command.h"
 #include "bench/step_command.h"
 
@@ -20,8 +22,10 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   try {
     vattn::bench::AddDoctorCommand(&app, command);
+    vattn::bench::AddGatherCommand(&app, command);
     vattn::bench::AddReplayCommand(&app, command);
     vattn::bench::AddStepCommand(&app, command);
+    vattn::bench::AddCalibrateCommand(&app, command);
     app.parse(argc, argv);
     return 0;
   } catch (const CLI::ParseError& error) {

@@ -45,7 +45,7 @@ int main(void) {
     FillRandom(q, kQHeads * kDim, 4); /* k and v serve as those of the new token, too */
     params.q = q, params.k_new = k, params.v_new = v, params.out = out;
     params.verdict = verdict, params.selected = selected, params.middle = middle;
-    Check(vattn_batch_begin_step(batch, 1));
+    Check(vattn_batch_begin_step(batch, 1, NULL));
     Check(vattn_attend(batch, &params, NULL));
     printf("step %d: head 0 is %s, read %.1f %% of %d rows in the middle\n", step,
            kVerdicts[verdict[0]], 100. * selected[0] / (double)middle[0], (int)middle[0]);

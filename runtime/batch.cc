@@ -7,6 +7,14 @@
 #include "runtime/sequence.h"
 
 namespace vattn {
+namespace {
+
+absl::Status CheckNeed(int64_t need, int64_t capacity) {
+  if (need <= capacity) return absl::OkStatus();
+  return FullError("capacity is ", capacity, ", this selection needs ", need, " entries; counts has them");
+}
+
+}  // namespace
 
 Batch::Batch(std::shared_ptr<Runtime> runtime, int slots)
     : runtime_(std::move(runtime)),
@@ -54,7 +62,8 @@ absl::Status Batch::Clear(int slot) {
 }
 
 absl::Status Batch::CheckStepDone() const {
-  if (!open_ || new_tokens_ == 0) return absl::OkStatus();
+  // A replayed graph attends without a call: on CUDA the caller answers for it.
+  if (!open_ || new_tokens_ == 0 || runtime_->cuda() != nullptr) return absl::OkStatus();
   const bool any = std::any_of(slots_.begin(), slots_.end(), [](const Sequence* s) { return s != nullptr; });
   for (int l = 0; any && l < runtime_->options().num_layers; ++l) {
     if (runtime_->kv_heads(l) > 0 && !attended_[l]) {
@@ -70,7 +79,7 @@ absl::Status Batch::EndStep() {
   return absl::OkStatus();
 }
 
-absl::Status Batch::BeginStep(int new_tokens) {
+absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   if (new_tokens != 0 && new_tokens != 1) return OutOfRangeError("new_tokens", new_tokens, 0, 1);
   VATTN_RETURN_IF_ERROR(CheckStepDone());
   const int layers = runtime_->options().num_layers;
@@ -100,7 +109,16 @@ absl::Status Batch::BeginStep(int new_tokens) {
   for (Sequence* sequence : slots_) {
     if (sequence != nullptr && status.ok()) status = sequence->OpenStep(new_tokens);
   }
-  if (status.ok()) status = GrowScratch();
+  if (runtime_->cuda() == nullptr) {
+    if (status.ok()) status = GrowScratch();
+  } else {
+    if (status.ok() && !cuda_) {
+      absl::StatusOr<std::unique_ptr<CudaBatch>> made = CudaBatch::Create(*runtime_, slots());
+      status = made.status();
+      if (made.ok()) cuda_ = *std::move(made);
+    }
+    if (status.ok()) status = cuda_->BeginStep(slots_, new_tokens, stream);
+  }
   if (!status.ok()) {
     for (Sequence* sequence : slots_) {
       if (sequence != nullptr) sequence->ReleaseSpare();
@@ -110,7 +128,15 @@ absl::Status Batch::BeginStep(int new_tokens) {
   std::fill(attended_.begin(), attended_.end(), 0);
   open_ = true;
   for (Sequence* sequence : slots_) {
-    if (sequence != nullptr) sequence->CloseStep();
+    if (sequence == nullptr) continue;
+    sequence->CloseStep();
+    if (runtime_->cuda() == nullptr) continue;
+    // On CUDA a step's tokens count from here on: its calls may come from a replayed graph.
+    for (int l = 0; l < layers; ++l) {
+      if (runtime_->kv_heads(l) == 0) continue;
+      sequence->AddTokens(l, new_tokens);
+      ++runtime_->counters().steps;
+    }
   }
   return absl::OkStatus();
 }
@@ -141,7 +167,7 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
   if (runtime_->kv_heads(r.layer) == 0) {
     return InvalidArgumentError("layer is ", r.layer, ", which layer_kv_heads leaves out, must be one that it keeps");
   }
-  if (attended_[r.layer]) {
+  if (attended_[r.layer] && runtime_->cuda() == nullptr) {
     return InvalidArgumentError("layer is ", r.layer, ", which was attended in this step, must be attended once");
   }
   if (r.q == nullptr) return InvalidArgumentError("q is NULL, must be given");
@@ -268,8 +294,9 @@ void Batch::FinishLayer(int layer) {
   }
 }
 
-absl::Status Batch::Attend(const AttendRequest& r) {
+absl::Status Batch::Attend(const AttendRequest& r, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
+  if (cuda_) return cuda_->Call(cuda::Task::kDecode, r, {}, stream);
   PrepareGroups(r);
   runtime_->ops().decode({.storage = runtime_->storage(),
                           .promise = runtime_->promise(),
@@ -281,12 +308,11 @@ absl::Status Batch::Attend(const AttendRequest& r) {
   return absl::OkStatus();
 }
 
-absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& selection) {
-  VATTN_RETURN_IF_ERROR(CheckRequest(r));
+absl::Status Batch::CheckSelection(const AttendRequest& r, const Selection& selection) const {
   const int kv_heads = runtime_->kv_heads(r.layer);
   for (int slot = 0; slot < slots(); ++slot) {
     if (slots_[slot] == nullptr) continue;
-    const int64_t tokens = slots_[slot]->layer(r.layer).tokens + new_tokens_;
+    const int64_t tokens = slots_[slot]->layer(r.layer).tokens + (cuda_ ? 0 : new_tokens_);
     for (int h = 0; h < kv_heads; ++h) {
       const int64_t at = int64_t{slot} * kv_heads + h;
       const int32_t count = selection.counts[at];
@@ -305,6 +331,15 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
       }
     }
   }
+  return absl::OkStatus();
+}
+
+absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& selection, DeviceStream stream) {
+  VATTN_RETURN_IF_ERROR(CheckRequest(r));
+  const bool readable = !cuda_ || !runtime_->cuda()->device().CanFollow(selection.counts);
+  if (readable) VATTN_RETURN_IF_ERROR(CheckSelection(r, selection));
+  if (cuda_) return cuda_->Call(cuda::Task::kAttendSelected, r, selection, stream);
+  const int kv_heads = runtime_->kv_heads(r.layer);
   PrepareGroups(r);
   // One array row per group: empty slots have none, so rows are taken by slot and head.
   for (size_t i = 0; i < groups_.size(); ++i) {
@@ -332,12 +367,23 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
   return absl::OkStatus();
 }
 
-absl::Status Batch::Select(const AttendRequest& r, const Selection& selection) {
+absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   if (runtime_->promise().policy != Policy::kVerified) {
     return NotSupportedError("vattn_select needs policy verified, policy is ", runtime_->options().policy);
   }
   const int kv_heads = runtime_->kv_heads(r.layer);
+  if (cuda_) {
+    VATTN_RETURN_IF_ERROR(cuda_->Call(cuda::Task::kSelect, r, selection, stream));
+    if (runtime_->cuda()->device().CanFollow(r.q)) return absl::OkStatus();  // counts hold the need
+    int64_t need = 0;
+    for (int slot = 0; slot < slots(); ++slot) {
+      for (int h = 0; slots_[slot] != nullptr && h < kv_heads; ++h) {
+        need = std::max<int64_t>(need, selection.counts[int64_t{slot} * kv_heads + h]);
+      }
+    }
+    return CheckNeed(need, selection.capacity);
+  }
   PrepareGroups(r);
   runtime_->ops().select({.storage = runtime_->storage(),
                           .promise = runtime_->promise(),
@@ -364,9 +410,7 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection) {
     }
     for (int64_t t = group.middle_end; t < group.tokens; ++t, ++k) tokens[k] = static_cast<int32_t>(t), weights[k] = 0;
   }
-  if (need > selection.capacity) {
-    return FullError("capacity is ", selection.capacity, ", this selection needs ", need, " entries; counts has them");
-  }
+  VATTN_RETURN_IF_ERROR(CheckNeed(need, selection.capacity));
   FinishLayer(r.layer);
   return absl::OkStatus();
 }

@@ -8,36 +8,13 @@
 
 #include "absl/status/statusor.h"
 #include "memory/virtual_range.h"
+#include "runtime/attend_request.h"
+#include "runtime/cuda_batch.h"
 #include "runtime/runtime.h"
 
 namespace vattn {
 
 class Sequence;
-
-// Arrays of one attention call, extents as vattn_attend_params. Optional ones may be null.
-struct AttendRequest {
-  int layer = 0;
-  int out_dtype = 0;
-  const void* q = nullptr;
-  const void* k_new = nullptr;
-  const void* v_new = nullptr;
-  void* out = nullptr;
-  float* lse = nullptr;
-  int32_t* verdict = nullptr;
-  float* error = nullptr;
-  int32_t* selected = nullptr;
-  int32_t* fetched = nullptr;
-  int32_t* looks = nullptr;
-  int64_t* middle = nullptr;
-};
-
-// As vattn_selection.
-struct Selection {
-  int64_t capacity = 0;
-  int32_t* tokens = nullptr;
-  float* log_weights = nullptr;
-  int32_t* counts = nullptr;
-};
 
 // Used by one thread at a time.
 class Batch {
@@ -55,17 +32,19 @@ class Batch {
   // Takes a sequence out that is about to die.
   void Forget(Sequence* sequence);
 
-  absl::Status BeginStep(int new_tokens);
+  // stream: what the step's tables are enqueued on, null on the CPU.
+  absl::Status BeginStep(int new_tokens, DeviceStream stream = nullptr);
   // A sequence of the batch is about to change: ends the step. Refused while layers of a step with a
   // new token wait for attention.
   absl::Status EndStep();
-  absl::Status Attend(const AttendRequest& request);
-  absl::Status AttendSelected(const AttendRequest& request, const Selection& selection);
-  absl::Status Select(const AttendRequest& request, const Selection& selection);
+  absl::Status Attend(const AttendRequest& request, DeviceStream stream = nullptr);
+  absl::Status AttendSelected(const AttendRequest& request, const Selection& selection, DeviceStream stream = nullptr);
+  absl::Status Select(const AttendRequest& request, const Selection& selection, DeviceStream stream = nullptr);
 
  private:
   absl::Status CheckRequest(const AttendRequest& request) const;
   absl::Status CheckStepDone() const;
+  absl::Status CheckSelection(const AttendRequest& request, const Selection& selection) const;
   absl::Status GrowScratch();
   // Writes the new rows and fills groups_ for a layer.
   void PrepareGroups(const AttendRequest& request);
@@ -85,6 +64,7 @@ class Batch {
   int new_tokens_ = 0;
   bool open_ = false;               // a step is open
   std::vector<char> attended_;      // [layers] in this step
+  std::unique_ptr<CudaBatch> cuda_;  // on CUDA, from the first step on
 };
 
 }  // namespace vattn

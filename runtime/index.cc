@@ -98,6 +98,13 @@ void QueryMoment::Add(const float* queries, int64_t count, int group) {
   weight_ = keep * weight_ + static_cast<double>(count);
 }
 
+QueryMoment QueryMoment::FromMean(int dim, std::vector<double> mean) {
+  QueryMoment moment(dim);
+  moment.sum_ = std::move(mean);
+  moment.weight_ = 1;
+  return moment;
+}
+
 std::vector<double> QueryMoment::Mean() const {
   std::vector<double> mean = sum_;
   for (double& x : mean) x /= weight_;
@@ -168,14 +175,14 @@ Index::Index(const Storage& s, std::vector<float> floats)
       padded_(s.code.padded_dims()),
       floats_(std::move(floats)) {}
 
-IndexTables Index::tables() const {
+IndexTables Index::TablesAt(const float* base) const {
   IndexTables t;
-  t.center = floats_.data();
+  t.center = base;
   t.encode = t.center + dim_k_;
   t.project = t.encode + dim_k_ * padded_;
   t.value_mean = t.project + dims_ * dim_k_;
   t.value_step = t.value_mean + dim_v_;
-  const float* rest = t.value_step + dim_v_;
+  const float* rest = floats_.data() + (t.value_step + dim_v_ - base);
   t.value_residual = rest[0];
   t.value_spread = rest[1];
   t.value_norm2 = rest[2];

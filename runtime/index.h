@@ -17,6 +17,8 @@ class QueryMoment {
 
   // queries [count][dim], scaled. Older queries fade: those of the last 512 tokens weigh most.
   void Add(const float* queries, int64_t count, int group);
+  // As from one query, whose q q^T is mean [dim][dim].
+  static QueryMoment FromMean(int dim, std::vector<double> mean);
   bool empty() const { return weight_ == 0; }
   int dim() const { return dim_; }
   // [dim][dim], mean of q q^T.
@@ -43,7 +45,9 @@ class Index {
   static std::shared_ptr<const Index> FromFloats(const Storage& storage, std::vector<float> floats);
   static int64_t NumFloats(const Storage& storage);
 
-  IndexTables tables() const;
+  IndexTables tables() const { return TablesAt(floats_.data()); }
+  // The same over a copy of floats() that begins at `base`.
+  IndexTables TablesAt(const float* base) const;
   const std::vector<float>& floats() const { return floats_; }
   int64_t bytes() const { return static_cast<int64_t>(floats_.size() * sizeof(float)); }
 

@@ -1,14 +1,37 @@
 #include "runtime/runtime.h"
 
+#include <cstdlib>
+
 #include "memory/status.h"
 #include "runtime/quantiles.h"
 #include "runtime/sequence.h"
 
 namespace vattn {
+namespace {
+
+constexpr int32_t kAuto = 0, kCpu = 1, kCuda = 2;
+
+// VATTN_BACKEND, "cpu" or "cuda", decides in place of "auto", which is CUDA where it can serve.
+int32_t ChooseBackend(const Options& options) {
+  if (options.backend != kAuto) return options.backend;
+  const char* chosen = std::getenv("VATTN_BACKEND");
+  if (chosen != nullptr && std::string(chosen) == "cpu") return kCpu;
+  if (chosen != nullptr && std::string(chosen) == "cuda") return kCuda;
+  const bool can = CudaBackend::CheckOptions(options).ok() && options.device < static_cast<int32_t>(ListDevices().size());
+  return can ? kCuda : kCpu;
+}
+
+}  // namespace
 
 absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger) {
   VATTN_RETURN_IF_ERROR(ResolveOptions(options));
-  if (options.backend == 2) return NotSupportedError("backend is cuda, and this build has no CUDA backend");
+  options.backend = ChooseBackend(options);
+  std::optional<Profile> profile;
+  if (!options.profile.empty()) {
+    absl::StatusOr<Profile> read = Profile::Read(options.profile, options);
+    if (!read.ok()) return read.status();
+    profile = *std::move(read);
+  }
   const Storage storage = MakeStorage(options);
   HostStoreOptions pool;
   pool.limit_bytes = options.host_bytes;
@@ -19,12 +42,20 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   pool.num_threads = options.num_threads;
   absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
   if (!store.ok()) return store.status();
-  return std::shared_ptr<Runtime>(new Runtime(std::move(options), std::move(logger), *std::move(store)));
+  std::shared_ptr<Runtime> runtime(
+      new Runtime(std::move(options), std::move(logger), std::move(profile), *std::move(store)));
+  if (runtime->options_.backend != kCuda) return runtime;
+  absl::StatusOr<std::unique_ptr<CudaBackend>> cuda =
+      CudaBackend::Create(runtime->options_, runtime->storage_, runtime->promise_, *runtime->store_);
+  if (!cuda.ok()) return cuda.status();
+  runtime->cuda_ = *std::move(cuda);
+  return runtime;
 }
 
-Runtime::Runtime(Options options, Logger logger, std::unique_ptr<HostStore> store)
+Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store)
     : options_(std::move(options)),
       logger_(std::move(logger)),
+      profile_(std::move(profile)),
       storage_(MakeStorage(options_)),
       promise_(MakePromise(options_)),
       store_(std::move(store)),
@@ -36,8 +67,22 @@ Runtime::Runtime(Options options, Logger logger, std::unique_ptr<HostStore> stor
   storage_.block.bytes = static_cast<int64_t>(store_->block_bytes());
 }
 
+QueryMoment Runtime::ProfileMoment(int layer, int kv_head) const {
+  return profile_ ? profile_->Moment(layer, kv_head) : QueryMoment(options_.head_dim_k);
+}
+
 StatsSnapshot Runtime::Stats() const {
   StatsSnapshot s = Snapshot(counters_);
+  if (cuda_) {
+    // Steps count on the device; a lost one leaves these at 0.
+    const absl::StatusOr<cuda::DeviceCounters> read = cuda_->ReadCounters();
+    const cuda::DeviceCounters c = read.ok() ? *read : cuda::DeviceCounters{};
+    s.heads_exact = c.verdicts[0], s.heads_verified = c.verdicts[1];
+    s.heads_dense = c.verdicts[2], s.heads_best_effort = c.verdicts[3];
+    s.rows_middle = c.middle, s.rows_selected = c.selected, s.rows_fetched = c.fetched;
+    s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.row.row_bytes);
+    s.looks = c.looks;
+  }
   s.host_bytes_limit = static_cast<uint64_t>(store_->num_blocks()) * store_->block_bytes();
   s.host_bytes_used = store_->bytes_used();
   const std::lock_guard<std::mutex> lock(mutex_);

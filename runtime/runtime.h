@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 
@@ -12,7 +13,9 @@
 #include "kernels/cpu/workers.h"
 #include "kernels/ops.h"
 #include "memory/host_store.h"
+#include "runtime/cuda_backend.h"
 #include "runtime/options.h"
+#include "runtime/profile.h"
 #include "runtime/stats.h"
 
 namespace vattn {
@@ -29,14 +32,20 @@ class Runtime {
   const Storage& storage() const { return storage_; }
   const Promise& promise() const { return promise_; }
   const Ops& ops() const { return *ops_; }
-  Stream stream() { return workers_.stream(); }
+  // One thread is the calling one: there are no workers that calls of several threads would wait for.
+  Stream stream() { return options_.num_threads == 1 ? Stream{} : workers_.stream(); }
   HostStore& store() { return *store_; }
+  // Null on the CPU backend.
+  CudaBackend* cuda() const { return cuda_.get(); }
   Counters& counters() { return counters_; }
   StatsSnapshot Stats() const;
   void Log(LogLevel level, const std::string& message) const;
 
   int kv_heads(int layer) const { return options_.layer_kv_heads[layer]; }  // 0: left out
   int group(int layer) const { return options_.num_q_heads / kv_heads(layer); }
+
+  // What the index of a sequence without queries is calibrated on: the profile, or nothing (empty).
+  QueryMoment ProfileMoment(int layer, int kv_head) const;
 
   // A number for a sequence that came without one.
   uint64_t NextId() { return next_id_.fetch_add(1); }
@@ -53,15 +62,17 @@ class Runtime {
   bool closed() const { return closed_.load(); }
 
  private:
-  Runtime(Options options, Logger logger, std::unique_ptr<HostStore> store);
+  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store);
 
   const Options options_;
   const Logger logger_;
+  const std::optional<Profile> profile_;
   Storage storage_;
   Promise promise_;
   float quantile_[kMaxLooks][kQuantileBins + 1];
   const Ops* ops_ = &kCpuOps;
   std::unique_ptr<HostStore> store_;
+  std::unique_ptr<CudaBackend> cuda_;  // maps the pool: goes before it
   cpu::Workers workers_;
   Counters counters_;
   std::atomic<uint64_t> next_id_{1};

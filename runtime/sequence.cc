@@ -47,6 +47,7 @@ Sequence::Sequence(std::shared_ptr<Runtime> runtime, uint64_t id) : runtime_(std
 
 Sequence::~Sequence() {
   if (batch != nullptr) batch->Forget(this);
+  Pull().IgnoreError();  // blocks are free only when no step reads them
   ReleaseBlocks();
   runtime_->Delist(this);
 }
@@ -62,12 +63,30 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runti
   return sequence;
 }
 
-absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) const {
+absl::StatusOr<CudaSequence*> Sequence::Cuda() {
+  if (!cuda_) {
+    absl::StatusOr<std::unique_ptr<CudaSequence>> made = CudaSequence::Create(*runtime_->cuda(), *this);
+    if (!made.ok()) return made.status();
+    cuda_ = *std::move(made);
+    for (Layer& layer : layers_) {
+      for (HeadGroup& group : layer.groups) group.changed_from = 0;
+    }
+  }
+  for (const int32_t block : codes_to_load_) cuda_->LoadCodes(block);
+  codes_to_load_.clear();
+  return cuda_.get();
+}
+
+absl::Status Sequence::Pull() { return cuda_ ? cuda_->Pull(*this) : absl::OkStatus(); }
+
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
+  VATTN_RETURN_IF_ERROR(Pull());
   std::unique_ptr<Sequence> copy(new Sequence(runtime_, id == 0 ? runtime_->NextId() : id));
   for (int l = 0; l < runtime_->options().num_layers; ++l) {
     const Layer& from = layers_[l];
     Layer& to = copy->layers_[l];
     to.coded = from.coded;
+    to.coded_on_device = from.coded_on_device;
     copy->AddTokens(l, from.tokens);
     for (size_t g = 0; g < from.groups.size(); ++g) {
       to.groups[g].blocks = from.groups[g].blocks;
@@ -75,6 +94,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) const {
       to.groups[g].index = from.groups[g].index;
       if (from.groups[g].moment) to.groups[g].moment = std::make_unique<QueryMoment>(*from.groups[g].moment);
       to.groups[g].states = from.groups[g].states;
+      to.groups[g].device_index = from.groups[g].device_index;
     }
   }
   copy->step_ = step_;
@@ -110,14 +130,19 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
     reserved_ -= own;
   }
   for (size_t i = 0; i < needs.size(); ++i) {
-    std::vector<int32_t>& blocks = layers_[needs[i].layer].groups[needs[i].group].blocks;
+    HeadGroup& group = layers_[needs[i].layer].groups[needs[i].group];
+    std::vector<int32_t>& blocks = group.blocks;
     const int32_t id = static_cast<int32_t>(taken[i]);
+    group.changed_from = std::min(group.changed_from, needs[i].block);
+    if (runtime_->cuda() != nullptr) runtime_->cuda()->Renew(id);
     if (!needs[i].copy) {
       blocks.push_back(id);
       continue;
     }
     const BlockId shared{blocks[needs[i].block]};
+    VATTN_RETURN_IF_ERROR(Pull());  // a step may still read the block that is let go
     std::memcpy(store.data(taken[i]), store.data(shared), store.block_bytes());
+    if (runtime_->cuda() != nullptr) codes_to_load_.push_back(id);
     blocks[needs[i].block] = id;
     store.Release(shared);
     ++runtime_->counters().blocks_copied;
@@ -127,6 +152,8 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
 
 absl::Status Sequence::Append(const AppendRequest& r) {
   if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
+  VATTN_RETURN_IF_ERROR(Pull());
+  if (cuda_) cuda_->ForgetFixed();
   Layer& layer = layers_[r.layer];
   const Storage& s = runtime_->storage();
   std::vector<Need> needs;
@@ -167,12 +194,22 @@ absl::Status Sequence::Append(const AppendRequest& r) {
 
 absl::Status Sequence::Truncate(int64_t tokens) {
   if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
+  VATTN_RETURN_IF_ERROR(Pull());
+  if (cuda_) cuda_->ForgetFixed();
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     Layer& layer = layers_[l];
     if (layer.tokens <= tokens) continue;
     AddTokens(l, tokens - layer.tokens);
     layer.coded = std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);
-    for (HeadGroup& group : layer.groups) group.hot.Truncate(tokens);
+    layer.coded_on_device = std::min(layer.coded_on_device, layer.coded);
+    for (HeadGroup& group : layer.groups) {
+      group.hot.Truncate(tokens);
+      group.changed_from = std::min(group.changed_from, tokens / kBlockTokens);
+      // What follows in the last block will be other rows than those that a hot set may hold.
+      if (runtime_->cuda() != nullptr && tokens % kBlockTokens > 0) {
+        runtime_->cuda()->Renew(group.blocks[static_cast<size_t>(tokens / kBlockTokens)]);
+      }
+    }
   }
   ReleaseSpare();
   CountTables();
@@ -197,7 +234,13 @@ int64_t Sequence::MiddleEnd(int64_t tokens) const {
 
 absl::Status Sequence::BuildIndex() {
   if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
-  return MakeRoomAndCode(0);
+  VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0));
+  if (runtime_->cuda() == nullptr) return absl::OkStatus();
+  absl::StatusOr<CudaSequence*> cuda = Cuda();
+  if (!cuda.ok()) return cuda.status();
+  Device& device = runtime_->cuda()->device();
+  VATTN_RETURN_IF_ERROR((*cuda)->Flush(*this, device.stream()));
+  return device.Synchronize(device.stream());
 }
 absl::Status Sequence::OpenStep(int new_tokens) { return MakeRoomAndCode(new_tokens); }
 
@@ -215,6 +258,12 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens) {
               needs);
   }
   VATTN_RETURN_IF_ERROR(Meet(needs));
+  for (const Layer& layer : layers_) {
+    // An index is made from rows that steps have written.
+    if (!layer.groups.empty() && !layer.groups[0].index && MiddleEnd(layer.tokens + new_tokens) > sinks) {
+      VATTN_RETURN_IF_ERROR(Pull());
+    }
+  }
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) CodeLayer(l, MiddleEnd(layers_[l].tokens + new_tokens));
   CountTables();
   return absl::OkStatus();
@@ -225,6 +274,8 @@ void Sequence::CodeLayer(int l, int64_t end) {
   const int64_t begin = std::max<int64_t>(layer.coded, runtime_->options().sinks);
   if (end <= begin || layer.groups.empty()) return;
   if (!layer.groups[0].index) FreezeIndex(l, end);
+  layer.coded = end;
+  if (runtime_->cuda() != nullptr) return;  // CudaSequence::Flush codes
   const Stream stream = runtime_->stream();
   cpu::ParallelFor(stream, static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
     const HeadGroup& group = layer.groups[g];
@@ -235,7 +286,6 @@ void Sequence::CodeLayer(int l, int64_t end) {
                             .end = end},
                            stream);
   });
-  layer.coded = end;
 }
 
 void Sequence::FreezeIndex(int l, int64_t end) {
@@ -248,8 +298,8 @@ void Sequence::FreezeIndex(int l, int64_t end) {
     std::vector<float> keys, values;
     SampleRows(s, group.blocks, sinks, stride, count, false, keys);
     SampleRows(s, group.blocks, sinks, stride, count, true, values);
-    const QueryMoment none(s.row.dim_k);
-    group.index = Index::Make(s, keys.data(), values.data(), count, group.moment ? *group.moment : none);
+    const QueryMoment moment = group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
+    group.index = Index::Make(s, keys.data(), values.data(), count, moment);
     group.moment.reset();
   });
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "runtime/cuda_sequence.h"
 #include "runtime/hot_set.h"
 #include "runtime/index.h"
 #include "runtime/runtime.h"
@@ -16,6 +17,7 @@
 namespace vattn {
 
 class Batch;
+class CudaBatch;
 class SnapshotReader;
 
 // Prompt tokens for one layer, as vattn_append_params.
@@ -36,13 +38,19 @@ struct HeadGroup {
   std::vector<int32_t> blocks;          // ids by block number
   std::shared_ptr<const Index> index;   // null until the first middle token is coded
   std::unique_ptr<QueryMoment> moment;  // null once the index is frozen
-  std::vector<HeadState> states;        // [G]
+  std::vector<HeadState> states;        // [G]; on CUDA as of the last CudaSequence::Pull
   HotSet hot;
+
+  // On CUDA: block table entries from here on are not on the device yet, and its copy of the index.
+  int64_t changed_from = 0;
+  std::shared_ptr<DeviceMemory> device_index;
+  IndexTables DeviceTables() const { return index->TablesAt(device_index->as<float>()); }
 };
 
 struct Layer {
   int64_t tokens = 0;
   int64_t coded = 0;  // tokens before it have codes; multiple of 64, or 0
+  int64_t coded_on_device = 0;  // on CUDA coding is enqueued later: up to here it has been
   std::vector<HeadGroup> groups;  // [kv_heads]
 };
 
@@ -56,12 +64,12 @@ class Sequence {
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
-  absl::StatusOr<std::unique_ptr<Sequence>> Fork(uint64_t id) const;
+  absl::StatusOr<std::unique_ptr<Sequence>> Fork(uint64_t id);
   absl::Status Append(const AppendRequest& request);
   absl::Status Truncate(int64_t tokens);
   absl::Status BuildIndex();
   // Files: sequence_file.cc.
-  absl::Status Save(const std::string& path) const;
+  absl::Status Save(const std::string& path);
   static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime, const std::string& path);
   absl::Status Hibernate(const std::string& path);
   absl::Status Wake();
@@ -84,10 +92,17 @@ class Sequence {
   void AddTokens(int l, int64_t count);
   // Brings table_bytes up to date after changes to blocks, indices or hot sets.
   void CountTables();
+  // On CUDA: the device half, made at the first use; null on the CPU.
+  absl::StatusOr<CudaSequence*> Cuda();
+  const CudaSequence* cuda() const { return cuda_.get(); }
+  // On CUDA: waits for steps that were enqueued and brings their state to the host. Before the host
+  // reads or changes the sequence.
+  absl::Status Pull();
   int64_t table_bytes() const { return table_bytes_.load(std::memory_order_relaxed); }
   bool hibernated() const { return !hibernate_path_.empty(); }
 
   Batch* batch = nullptr;  // the batch it sits in, or null
+  const CudaBatch* cuda_batch = nullptr;  // whose hot set knows its blocks
   int slot = -1;
 
  private:
@@ -116,6 +131,8 @@ class Sequence {
   uint64_t step_ = 0;
   int64_t reserved_ = 0;  // blocks promised by the pool
   std::string hibernate_path_;
+  std::unique_ptr<CudaSequence> cuda_;
+  std::vector<int32_t> codes_to_load_;  // blocks whose codes were written by the host
   std::atomic<int64_t> table_bytes_{0};
 };
 

@@ -81,7 +81,10 @@ absl::StatusOr<std::unique_ptr<SnapshotReader>> OpenSaved(const Runtime& runtime
 
 }  // namespace
 
-absl::Status Sequence::Save(const std::string& path) const {
+absl::Status Sequence::Save(const std::string& path) {
+  // A lost device does not keep the host's copy from being saved, with the state of the last Pull.
+  const absl::Status pulled = Pull();
+  if (!pulled.ok() && CodeOf(pulled) != Code::kDeviceLost) return pulled;
   const Storage& s = runtime_->storage();
   absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer = SnapshotWriter::Create(path, LayoutOf(*runtime_));
   if (!writer.ok()) return writer.status();
@@ -156,12 +159,16 @@ absl::Status Sequence::Load(const SnapshotReader& reader, const std::string& pat
       std::vector<std::span<std::byte>> parts;
       for (const BlockId id : ids) {
         group.blocks.push_back(static_cast<int32_t>(id));
+        if (runtime_->cuda() != nullptr) {
+          runtime_->cuda()->Renew(static_cast<int32_t>(id));
+          codes_to_load_.push_back(static_cast<int32_t>(id));
+        }
         parts.push_back({runtime_->store().data(id), static_cast<size_t>(s.block.bytes)});
       }
       VATTN_RETURN_IF_ERROR(reader.Read(record + 1, parts));
       if (&group == &layer.groups[0]) {
         AddTokens(l, saved.tokens);
-        layer.coded = saved.coded;
+        layer.coded = layer.coded_on_device = saved.coded;
       } else if (layer.tokens != saved.tokens || layer.coded != saved.coded) {
         return lost(record, "disagrees with its layer");
       }
@@ -189,10 +196,13 @@ absl::Status Sequence::Hibernate(const std::string& path) {
   if (batch != nullptr) return InvalidArgumentError("sequence sits in slot ", slot, " of a batch, must be taken out first");
   VATTN_RETURN_IF_ERROR(Save(path));
   ReleaseBlocks();
+  cuda_.reset();
+  codes_to_load_.clear();
   for (Layer& layer : layers_) {
-    layer.coded = 0;
+    layer.coded = layer.coded_on_device = 0;
     for (HeadGroup& group : layer.groups) {
       group.index.reset();
+      group.device_index.reset();
       group.moment.reset();
       group.hot = HotSet();
     }

@@ -103,10 +103,11 @@ TEST(ApiJsonTest, EveryKeySetsItsField) {
   ExpectSets(Key<int32_t>{"huge_pages", &vattn_options::huge_pages}, "false", 0);
 }
 
-// struct_size, layer_kv_heads, reserved0, log and log_user are the fields without a key above.
+// struct_size, layer_kv_heads, reserved0, log, log_user and profile are the fields without a key above.
 TEST(ApiJsonTest, NoFieldIsForgotten) {
   size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(int32_t) + sizeof(vattn_log_function) +
                  sizeof(void*);
+  bytes += sizeof(const char*);
   bytes +=
       std::size(kWhole) * 4 + std::size(kLong) * 8 + std::size(kReal) * 4 + std::size(kEnums) * 4;
   EXPECT_EQ(bytes, sizeof(vattn_options));
@@ -196,6 +197,26 @@ TEST(ApiJsonTest, LayerHeadsLiveUntilTheNextCall) {
                "num_layers is 3, must be 2, the entries of layer_kv_heads given before");
   EXPECT_EQ(vattn_options_from_json("{\"window\": 64}", &options), VATTN_OK);
   EXPECT_EQ(options.layer_kv_heads[1], 2);
+}
+
+TEST(ApiJsonTest, ProfileLivesUntilTheNextCall) {
+  vattn_options options = Apply("{\"profile\": \"/no/such/\\u00e9.safetensors\", \"window\": 64}");
+  EXPECT_STREQ(options.profile, "/no/such/\u00e9.safetensors");
+  EXPECT_EQ(options.window, 64);
+  // One given before goes on to hold; "" takes it back.
+  EXPECT_EQ(vattn_options_from_json("{\"window\": 32}", &options), VATTN_OK);
+  EXPECT_STREQ(options.profile, "/no/such/\u00e9.safetensors");
+  EXPECT_EQ(vattn_options_from_json("{\"profile\": \"\"}", &options), VATTN_OK);
+  EXPECT_EQ(options.profile, nullptr);
+  for (const char* value : {"1", "null", "[\"a\"]", "true", "\"a\\u0000b\""}) {
+    ExpectRefused(Pair("profile", value),
+                  "profile is " + std::string(value) + ", must be a string without zero bytes");
+  }
+  // A refused call takes nothing away.
+  options = Apply("{\"profile\": \"first\"}");
+  EXPECT_EQ(vattn_options_from_json("{\"profile\": \"second\", \"window\": \"x\"}", &options),
+            VATTN_INVALID_ARGUMENT);
+  EXPECT_STREQ(options.profile, "first");
 }
 
 TEST(ApiJsonTest, RuntimeTakesTheTextToo) {

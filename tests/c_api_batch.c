@@ -56,25 +56,25 @@ static void TestSteps(vattn_runtime* runtime, vattn_batch* batch, vattn_sequence
   vattn_attend_params attend = MakeAttend(0);
   vattn_append_params append = MakeAppend(0, 1);
   vattn_sequence* empty = NULL;
-  CHECK_INVALID(vattn_batch_begin_step(NULL, 1), "batch is NULL, must be given");
-  CHECK_INVALID(vattn_batch_begin_step(batch, -1), "new_tokens is -1, must be 0 to 1");
-  CHECK_INVALID(vattn_batch_begin_step(batch, 2), "new_tokens is 2, must be 0 to 1");
+  CHECK_INVALID(vattn_batch_begin_step(NULL, 1, NULL), "batch is NULL, must be given");
+  CHECK_INVALID(vattn_batch_begin_step(batch, -1, NULL), "new_tokens is -1, must be 0 to 1");
+  CHECK_INVALID(vattn_batch_begin_step(batch, 2, NULL), "new_tokens is 2, must be 0 to 1");
   CHECK_INVALID(vattn_attend(batch, &attend, NULL),
                 "no step is open, vattn_batch_begin_step must come first");
   CHECK_OK(vattn_sequence_create(runtime, NULL, &empty));
   CHECK_OK(vattn_batch_set(batch, 1, empty));
-  CHECK_INVALID(vattn_batch_begin_step(batch, 0),
+  CHECK_INVALID(vattn_batch_begin_step(batch, 0, NULL),
                 "sequence in slot 1 is empty, must have a token to attend to");
   CHECK_OK(vattn_append(empty, &append));
-  CHECK_INVALID(vattn_batch_begin_step(batch, 1),
+  CHECK_INVALID(vattn_batch_begin_step(batch, 1, NULL),
                 "sequence in slot 1 has 0 tokens in layer 1, must have as many");
   vattn_sequence_destroy(empty); /* leaves its slot */
 
-  CHECK_OK(vattn_batch_begin_step(batch, 1));
+  CHECK_OK(vattn_batch_begin_step(batch, 1, NULL));
   CHECK_OK(vattn_attend(batch, &attend, NULL));
   CHECK_INVALID(vattn_attend(batch, &attend, NULL),
                 "layer is 0, which was attended in this step, must be");
-  CHECK_INVALID(vattn_batch_begin_step(batch, 1),
+  CHECK_INVALID(vattn_batch_begin_step(batch, 1, NULL),
                 "layer 1 was not attended in the step before, must be");
   /* The sequence belongs to the step until every layer is done. */
   CHECK_INVALID(vattn_append(sequence, &append),
@@ -90,7 +90,7 @@ static void TestSteps(vattn_runtime* runtime, vattn_batch* batch, vattn_sequence
   CHECK_OK(vattn_append(sequence, &append));
   CHECK_OK(vattn_sequence_truncate(sequence, kPrompt));
   /* A step without a token ends when its sequence changes: its tables are of the old length. */
-  CHECK_OK(vattn_batch_begin_step(batch, 0));
+  CHECK_OK(vattn_batch_begin_step(batch, 0, NULL));
   CHECK_OK(vattn_sequence_truncate(sequence, kPrompt - 1));
   attend.k_new = attend.v_new = NULL;
   CHECK_INVALID(vattn_attend(batch, &attend, NULL),
@@ -104,7 +104,7 @@ static void TestFields(vattn_batch* batch) {
   } longer = {MakeAttend(0), 1};
   vattn_attend_params good = MakeAttend(0);
   struct CUstream_st* stream = (struct CUstream_st*)(void*)&good;
-  CHECK_OK(vattn_batch_begin_step(batch, 1));
+  CHECK_OK(vattn_batch_begin_step(batch, 1, NULL));
   CHECK_INVALID(vattn_attend(NULL, &good, NULL), "batch is NULL, must be given");
   CHECK_INVALID(vattn_attend(batch, NULL, NULL), "params is NULL, must be given");
   CHECK_INVALID(vattn_attend(batch, &good, stream),
@@ -128,7 +128,7 @@ static void TestFields(vattn_batch* batch) {
   CHECK_ATTEND(k_new, NULL, "k_new is NULL, must be given in a step with new_tokens = 1");
   CHECK_ATTEND(v_new, NULL, "v_new is NULL, must be given with new_tokens = 1 and shared_kv = 0");
   FinishStep(batch, 1);
-  CHECK_OK(vattn_batch_begin_step(batch, 0));
+  CHECK_OK(vattn_batch_begin_step(batch, 0, NULL));
   CHECK_ATTEND(v_new, NULL, "k_new is given, must be NULL in a step with new_tokens = 0");
   CHECK_ATTEND(k_new, NULL, "v_new is given, must be NULL with new_tokens = 0 and shared_kv = 0");
   FinishStep(batch, 0);

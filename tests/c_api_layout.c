@@ -12,12 +12,15 @@
 #define STATIC_ASSERT(name, condition) typedef char name[(condition) ? 1 : -1]
 /* The last field of each struct ends the struct, at this offset, on machines of 64 bits. A new
    field moves the end: then the new one is listed here beside the old one, whose place stays. */
-#define STATIC_ASSERT_LAST(type, field, offset)                                                 \
-  STATIC_ASSERT(type##_##field##_place, sizeof(void*) != 8 || offsetof(type, field) == offset); \
-  STATIC_ASSERT(type##_##field##_end,                                                           \
+#define STATIC_ASSERT_PLACE(type, field, offset) \
+  STATIC_ASSERT(type##_##field##_place, sizeof(void*) != 8 || offsetof(type, field) == offset)
+#define STATIC_ASSERT_LAST(type, field, offset) \
+  STATIC_ASSERT_PLACE(type, field, offset);     \
+  STATIC_ASSERT(type##_##field##_end,           \
                 offsetof(type, field) + sizeof(((type*)0)->field) == sizeof(type))
 
-STATIC_ASSERT_LAST(vattn_options, log_user, 184);
+STATIC_ASSERT_PLACE(vattn_options, log_user, 184);
+STATIC_ASSERT_LAST(vattn_options, profile, 192);
 STATIC_ASSERT_LAST(vattn_sequence_options, reserve_tokens, 16);
 STATIC_ASSERT_LAST(vattn_append_params, q_head_stride, 88);
 STATIC_ASSERT_LAST(vattn_attend_params, middle, 104);

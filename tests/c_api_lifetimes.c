@@ -23,7 +23,7 @@ void TestLifetimes(void) {
   vattn_sequence* sequence = MakeSequence(runtime);
   CHECK_OK(vattn_batch_create(runtime, 1, &batch));
   CHECK_OK(vattn_batch_set(batch, 0, sequence));
-  CHECK_OK(vattn_batch_begin_step(batch, 1));
+  CHECK_OK(vattn_batch_begin_step(batch, 1, NULL));
   vattn_runtime_destroy(runtime);
   CHECK(lines == 1);
 
@@ -47,7 +47,7 @@ void TestLifetimes(void) {
   CHECK_INVALID(vattn_sequence_wake(sequence), orphan);
   CHECK_INVALID(vattn_batch_set(batch, 0, sequence), orphans);
   CHECK_INVALID(vattn_batch_clear(batch, 0), orphans);
-  CHECK_INVALID(vattn_batch_begin_step(batch, 1), orphans);
+  CHECK_INVALID(vattn_batch_begin_step(batch, 1, NULL), orphans);
   CHECK_INVALID(vattn_attend(batch, &attend, NULL), orphans);
   CHECK_INVALID(vattn_attend_selected(batch, &attend, &selection, NULL), orphans);
   CHECK_INVALID(vattn_select(batch, &attend, &selection, NULL), orphans);

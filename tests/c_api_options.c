@@ -1,6 +1,8 @@
 /* Options, runtimes, counters and texts with bad arguments. */
 #include <math.h>
 #include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tests/c_api_check.h"
@@ -96,7 +98,7 @@ static void TestStructSizes(void) {
   vattn_runtime_destroy(runtime);
   longer.newer[9] = 1;
   CHECK_INVALID(vattn_runtime_create(&longer.options, &runtime),
-                "options.struct_size is 208 with byte 201 set");
+                "options.struct_size is 216 with byte 209 set");
   CHECK(runtime == NULL);
   /* An older caller: what it does not know keeps its default. */
   vattn_options older = MakeOptions();
@@ -136,8 +138,77 @@ static void TestJson(void) {
   CHECK_INVALID(vattn_runtime_create_json("{}", NULL), "out is NULL, must be given");
 }
 
+/* Writes a profile with this header, and c_q of MakeOptions with that many zero bytes. */
+static void WriteProfile(const char* path, const char* header, size_t data_bytes) {
+  FILE* file = fopen(path, "wb");
+  const size_t length = strlen(header);
+  CHECK(file != NULL);
+  if (file == NULL) return;
+  for (int i = 0; i < 8; ++i) fputc(i < 2 ? (int)(length >> 8 * i & 255) : 0, file);
+  fputs(header, file);
+  for (size_t i = 0; i < data_bytes; ++i) fputc(0, file);
+  CHECK(fclose(file) == 0);
+}
+
+#define PROFILE_HEADER(format, heads)                    \
+  "{\"__metadata__\": {\"format\": \"" format            \
+  "\", \"softmax_scale\": \"0.25\"},"                    \
+  " \"c_q\": {\"dtype\": \"F32\", \"shape\": [3, " heads \
+  ", 16, 16], \"data_offsets\": [0, 6144]}}"
+
+#define CHECK_PROFILE(path_, code, text)                            \
+  do {                                                              \
+    vattn_options options = MakeOptions();                          \
+    vattn_runtime* made = (vattn_runtime*)&options;                 \
+    options.profile = (path_);                                      \
+    CHECK_ERROR(vattn_runtime_create(&options, &made), code, text); \
+    CHECK(made == NULL);                                            \
+  } while (0)
+
+static void TestProfile(void) {
+  const char* folder = getenv("TMPDIR");
+  char path[4096], kept[4096], json[4200];
+  vattn_options options = MakeOptions(), in_force;
+  vattn_runtime* runtime = NULL;
+  if (folder == NULL) folder = "/tmp";
+  snprintf(path, sizeof(path), "%s/c_api_test.profile.%p", folder, (void*)&options);
+  CHECK_PROFILE(path, VATTN_NOT_FOUND, path);
+  CHECK_PROFILE(folder, VATTN_IO_ERROR, "is no plain file");
+  WriteProfile(path, PROFILE_HEADER("vattn-profile-1", "2"), 6143);
+  CHECK_PROFILE(path, VATTN_DATA_LOSS,
+                "c_q.data_offsets is [0,6144], must be 6144 bytes of the 6143");
+  WriteProfile(path, "[]", 6144);
+  CHECK_PROFILE(path, VATTN_DATA_LOSS, "the header is no JSON object");
+  WriteProfile(path, PROFILE_HEADER("vattn-trace-1", "2"), 6144);
+  CHECK_PROFILE(path, VATTN_INVALID_ARGUMENT,
+                "__metadata__.format is \"vattn-trace-1\", must be \"vattn-profile-1\"");
+  WriteProfile(path, PROFILE_HEADER("vattn-profile-1", "1"), 6144);
+  CHECK_PROFILE(path, VATTN_INVALID_ARGUMENT, "c_q.shape is [3,1,16,16], must be [3,2,16,16]");
+  /* The runtime keeps the name, and what it has read. */
+  WriteProfile(path, PROFILE_HEADER("vattn-profile-1", "2"), 6144);
+  strcpy(kept, path);
+  options.profile = kept;
+  CHECK_OK(vattn_runtime_create(&options, &runtime));
+  memset(kept, 'x', strlen(kept));
+  CHECK(remove(path) == 0);
+  vattn_options_init(&in_force, sizeof(in_force));
+  CHECK_OK(vattn_runtime_options(runtime, &in_force));
+  CHECK(in_force.profile != NULL && in_force.profile != kept &&
+        strcmp(in_force.profile, path) == 0);
+  vattn_runtime_destroy(runtime);
+  snprintf(json, sizeof(json), "{\"profile\": \"%s\"}", path);
+  CHECK_ERROR(vattn_runtime_create_json(json, &runtime), VATTN_NOT_FOUND, path);
+  /* None. */
+  options.profile = "";
+  CHECK_OK(vattn_runtime_create(&options, &runtime));
+  CHECK_OK(vattn_runtime_options(runtime, &in_force));
+  CHECK(in_force.profile == NULL);
+  vattn_runtime_destroy(runtime);
+}
+
 void TestOptions(void) {
   TestRanges();
+  TestProfile();
   TestStructSizes();
   TestJson();
 }

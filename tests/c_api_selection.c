@@ -113,7 +113,7 @@ void TestSelection(void) {
   CHECK_OK(vattn_batch_set(batch, 0, sequence));
   CHECK_INVALID(vattn_select(batch, &params, &selection, NULL), "no step is open");
   CHECK_INVALID(vattn_attend_selected(batch, &params, &selection, NULL), "no step is open");
-  CHECK_OK(vattn_batch_begin_step(batch, 1));
+  CHECK_OK(vattn_batch_begin_step(batch, 1, NULL));
   TestSelectedLists(batch);
   TestSelect(batch);
   vattn_batch_destroy(batch);
@@ -126,7 +126,7 @@ void TestSelection(void) {
   sequence = MakeSequence(runtime);
   CHECK_OK(vattn_batch_create(runtime, 1, &batch));
   CHECK_OK(vattn_batch_set(batch, 0, sequence));
-  CHECK_OK(vattn_batch_begin_step(batch, 1));
+  CHECK_OK(vattn_batch_begin_step(batch, 1, NULL));
   CHECK_ERROR(vattn_select(batch, &params, &selection, NULL), VATTN_NOT_SUPPORTED, "policy is 3");
   vattn_batch_destroy(batch);
   vattn_sequence_destroy(sequence);

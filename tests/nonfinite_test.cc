@@ -66,7 +66,7 @@ class Decoder {
     attend.q = query.data();
     attend.out = answer.out.data();
     attend.verdict = answer.verdict.data();
-    bench::Check(vattn_batch_begin_step(batch_.get(), 0), "vattn_batch_begin_step");
+    bench::Check(vattn_batch_begin_step(batch_.get(), 0, nullptr), "vattn_batch_begin_step");
     bench::Check(vattn_attend(batch_.get(), &attend, nullptr), "vattn_attend");
     return answer;
   }

@@ -97,7 +97,7 @@ class Context {
     attend.out = out.data();
     for (int step = 0; step < kSettling; ++step) {
       attend.q = &input_.calibration[step * kHeads * kDim];
-      bench::Check(vattn_batch_begin_step(batch.get(), 0), "vattn_batch_begin_step");
+      bench::Check(vattn_batch_begin_step(batch.get(), 0, nullptr), "vattn_batch_begin_step");
       bench::Check(vattn_attend(batch.get(), &attend, nullptr), "vattn_attend");
     }
   }
@@ -131,7 +131,7 @@ class Context {
         for (int slot = 0; slot < kSlots; ++slot) {
           std::copy(queries[step].begin(), queries[step].end(), &q[slot * kHeads * kDim]);
         }
-        bench::Check(vattn_batch_begin_step(batch.get(), 0), "vattn_batch_begin_step");
+        bench::Check(vattn_batch_begin_step(batch.get(), 0, nullptr), "vattn_batch_begin_step");
         bench::Check(vattn_attend(batch.get(), &attend, nullptr), "vattn_attend");
         for (int i = 0; i < kSlots * kHeads; ++i) {
           Tally& tally = tallies[step][i % kHeads];

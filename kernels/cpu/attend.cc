@@ -29,20 +29,30 @@ void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int lis
   alignas(64) float p[kHeads * kTileRows];
   alignas(64) float norm2[kTileRows];
   const int dim_v = s.row.dim_v;
+  // The next tile's rows come in evenly over the work on this one: half with the keys, half with the
+  // values.
+  const int next = std::min(listed - count, kTileRows);
   RowList keys{.rows = rows,
                .count = count,
                .offset = 0,
                .dim = s.row.dim_k,
                .dtype = s.row.dtype,
-               .prefetch_bytes = s.row.row_bytes,
-               .listed = listed};
-  const RowList values{
-      .rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim_v, .dtype = s.row.dtype};
+               .soon = rows + count,
+               .soon_count = next / 2,
+               .soon_bytes = s.row.row_bytes};
+  RowList values{.rows = rows,
+                 .count = count,
+                 .offset = s.row.v_offset,
+                 .dim = dim_v,
+                 .dtype = s.row.dtype,
+                 .soon = rows + count + next / 2,
+                 .soon_count = next - next / 2,
+                 .soon_bytes = s.row.row_bytes};
   if (value_norms) NormRows(values, norm2);
   for (int g = 0; g < heads; g += kHeads) {
     const int n = std::min(kHeads, heads - g);
-    DotRows(keys, queries + int64_t{g} * s.row.dim_k, n, p, kTileRows);
-    keys.prefetch_bytes = 0;
+    DotRows(keys, queries + int64_t{g} * s.row.dim_k, n, p, kTileRows, s.scale);
+    keys.soon_count = 0;
     for (int h = 0; h < n; ++h) {
       float* row = p + h * kTileRows;
       if (log_weights != nullptr) {
@@ -51,16 +61,14 @@ void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int lis
       const SoftmaxState state(states + (g + h) * StateFloats(dim_v), dim_v);
       const float most = MaxRow(row, count);
       if (most > state.max()) RescaleState(state, dim_v, most);
-      ExpRow(row, count, state.max(), row);
-      float sum = 0;
-      for (int i = 0; i < count; ++i) sum += row[i];
-      state.denominator() += sum;
+      state.denominator() += ExpRow(row, count, state.max(), row);
       if (!value_norms) continue;
       float sum2 = 0;
       for (int i = 0; i < count; ++i) sum2 += row[i] * norm2[i];
       state.value_norm2() += sum2;
     }
     AddRows(values, p, kTileRows, n, states + g * StateFloats(dim_v), StateFloats(dim_v));
+    values.soon_count = 0;
   }
 }
 

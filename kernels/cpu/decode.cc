@@ -79,10 +79,10 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
   Inclusion inclusion = plan.inclusion;
   Randomness randomness{.refresh = promise.refresh};
   Draw draw;
-  float previous = 0;
+  float previous = 0, kept = 0;
   for (int look = 1; look <= promise.max_looks; ++look) {
     const int64_t from = draw.count;
-    draw.count = DrawTokens(group, inclusion, previous, randomness, from, stream);
+    draw.count = DrawTokens(group, inclusion, previous, randomness, from, stream, &kept);
     draw.scale = inclusion.scale;
     ReadDraw(s, group, draw, from, stream);
     RaiseShift(group, draw);
@@ -109,7 +109,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
       SumEstimates(s, group, states);
       ++randomness.redraw;
       if (randomness.redraw > 1) inclusion.scale *= kMostGrowth;  // one more of its kind: there are many
-      previous = 0;
+      previous = kept = 0;
     }
   }
   for (int g = 0; g < group.q_heads; ++g) {

@@ -26,12 +26,43 @@ void DecodeDrawn(const Storage& s, const Group& group, int64_t first, int count,
   DecodeValues(s, group.index, codes, count, out);
 }
 
+struct Sums {
+  float mass = 0;   // of weights
+  float norm2 = 0;  // of weights times norms
+};
+
+// weight[i] *= by[i]; the sums, in a few lanes at a time.
+Sums WeighRow(float* weight, const float* by, const float* norm2, int count) {
+  constexpr int kLanes = 8;
+  float mass[kLanes] = {}, norm[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) {
+      weight[i + k] *= by[i + k];
+      mass[k] += weight[i + k];
+      norm[k] += weight[i + k] * norm2[i + k];
+    }
+  }
+  Sums sum;
+  for (; i < count; ++i) {
+    weight[i] *= by[i];
+    sum.mass += weight[i];
+    sum.norm2 += weight[i] * norm2[i];
+  }
+  for (int k = 0; k < kLanes; ++k) sum.mass += mass[k], sum.norm2 += norm[k];
+  return sum;
+}
+
 }  // namespace
 
 void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t from, Stream stream) {
   const Scratch& w = group.scratch;
   const int64_t tiles = (draw.count - from + kTileRows - 1) / kTileRows;
-  for (int64_t i = from; i < draw.count; ++i) w.row[i] = RowOf(s, group, w.token[i]);
+  for (int64_t i = from; i < draw.count; ++i) {
+    w.row[i] = RowOf(s, group, w.token[i]);
+    if (i - from >= kTileRows) continue;  // later tiles come in with the one before
+    for (int b = 0; b < s.row.row_bytes; b += 64) FetchSoon(w.row[i] + b);
+  }
   ParallelFor(stream, tiles, [&](int64_t tile) {
     const int64_t first = from + tile * kTileRows;
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - first));
@@ -41,9 +72,10 @@ void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t fr
              .offset = 0,
              .dim = s.row.dim_k,
              .dtype = s.row.dtype,
-             .prefetch_bytes = s.row.row_bytes,
-             .listed = static_cast<int32_t>(draw.count - first)},
-            w.query, group.q_heads, w.logit + first, w.stride);
+             .soon = rows + count,
+             .soon_count = static_cast<int32_t>(std::min<int64_t>(kTileRows, draw.count - first - count)),
+             .soon_bytes = s.row.row_bytes},
+            w.query, group.q_heads, w.logit + first, w.stride, s.scale);
     NormRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
              w.value_norm2 + first);
     if (s.value_bits == 0) return;
@@ -106,6 +138,9 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
   const int64_t floats = StateFloats(dim);
   float* sums = w.work + 2 * heads * floats;
   std::copy_n(base, heads * floats, sums);
+  float masses[kMaxGroup];  // of rows alone
+  float* inverse = w.dot;   // [count] 1 / pi; verification writes there later
+  for (int64_t i = 0; i < draw.count; ++i) inverse[i] = 1 / std::min(1.f, draw.scale * w.weight[i]);
   for (int g = 0; g < heads; ++g) {
     const float shift = w.head[g].shift;
     const SoftmaxState state(sums + g * floats, dim);
@@ -114,14 +149,10 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     for (int64_t i = 0; i < draw.count; i += kTileRows) {
       ExpRow(logit + i, static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i)), shift, weight + i);
     }
-    float mass = 0, norm2 = 0;
-    for (int64_t i = 0; i < draw.count; ++i) {
-      weight[i] /= std::min(1.f, draw.scale * w.weight[i]);
-      mass += weight[i];
-      norm2 += weight[i] * w.value_norm2[i];
-    }
-    state.denominator() += mass;
-    state.value_norm2() += norm2;
+    const Sums sum = WeighRow(weight, inverse, w.value_norm2, static_cast<int>(draw.count));
+    masses[g] = sum.mass;
+    state.denominator() += sum.mass;
+    state.value_norm2() += sum.norm2;
   }
   for (int64_t i = 0; i < draw.count; i += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i));
@@ -162,10 +193,7 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     head.ref = std::sqrt(norm2);
     if (promise.norm == Norm::kValue) {
       // |v|^2 is summed over rows alone, also with value codes, so it has a denominator of its own.
-      float mass = base[g * floats + dim + 1] - (s.value_bits > 0 ? head.mass : 0);
-      for (int64_t i = 0; i < draw.count; ++i) {
-        mass += std::exp(w.logit[g * w.stride + i] - head.shift) / std::min(1.f, draw.scale * w.weight[i]);
-      }
+      const float mass = base[g * floats + dim + 1] - (s.value_bits > 0 ? head.mass : 0) + masses[g];
       head.ref = std::max(head.ref, promise.norm_floor * std::sqrt(std::max(state.value_norm2() / mass, 0.f)));
     }
   }

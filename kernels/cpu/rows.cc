@@ -1,11 +1,11 @@
 #include "kernels/cpu/rows.h"
 
+#include <algorithm>
 #include <utility>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/rows.cc"
 #include <hwy/foreach_target.h>
-#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
@@ -15,7 +15,6 @@ namespace hn = hwy::HWY_NAMESPACE;
 using D = hn::CappedTag<float, 16>;
 using V = hn::Vec<D>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
-constexpr int kPrefetchRows = 8;  // rows ahead; selected rows are far apart in memory
 
 template <DType kType>
 HWY_INLINE V Load(const uint8_t* at, int element) {
@@ -42,27 +41,88 @@ HWY_INLINE void WithDType(DType dtype, F&& f) {
   }
 }
 
-HWY_INLINE void PrefetchRow(const RowList& list, int i) {
-  if (i >= list.listed) return;
-  for (int b = 0; b < list.prefetch_bytes; b += 64) hwy::Prefetch(list.rows[i] + b);
-}
+// Fetches the rows that come next, a part with each row that is worked on.
+class Soon {
+ public:
+  static constexpr int kBytes = 128;  // at a time; rows are multiples of it
 
-// Lane sums of kCount vectors, halved in length once for each doubling of the count: with kLanes
-// vectors, lane i is the sum of vector i. Recursion, so that all of them stay in registers.
+  // passes: how many times the rows of the list are walked over
+  Soon(const RowList& list, int passes)
+      : row_(list.soon), end_(list.soon + list.soon_count), bytes_(list.soon_bytes) {
+    const int parts = list.soon_count * (list.soon_bytes / kBytes), walks = passes * list.count;
+    each_ = walks > 0 ? (parts + walks - 1) / walks : 0;
+  }
+  // With every row, or with every `rows` of them.
+  HWY_INLINE void Fetch(int rows = 1) {
+    for (int i = 0; i < rows * each_ && row_ != end_; ++i) {
+      FetchSoon(*row_ + at_);
+      FetchSoon(*row_ + at_ + 64);
+      at_ += kBytes;
+      if (at_ >= bytes_) at_ = 0, ++row_;
+    }
+  }
+
+ private:
+  const uint8_t* const* row_;
+  const uint8_t* const* end_;
+  int bytes_, at_ = 0, each_ = 0;
+};
+
+// Sums of kCount vectors over each kCount-th of their lanes: with kLanes vectors, lane i is the sum of
+// vector i. Each level of the recursion halves, first inside blocks of 4 lanes, then across them.
 template <int kCount>
 HWY_INLINE V LaneSums(const V* acc) {
+  const D d;
+  const hn::RepartitionToWide<D> wide;
   if constexpr (kCount == 1) {
     return acc[0];
   } else {
-    const D d;
     const V lo = LaneSums<kCount / 2>(acc), hi = LaneSums<kCount / 2>(acc + kCount / 2);
-    return hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
+    if constexpr (kCount == 2) {
+      return hn::Add(hn::InterleaveLower(d, lo, hi), hn::InterleaveUpper(d, lo, hi));
+    } else if constexpr (kCount == 4) {
+      const auto a = hn::BitCast(wide, lo), b = hn::BitCast(wide, hi);
+      return hn::Add(hn::BitCast(d, hn::InterleaveLower(wide, a, b)),
+                     hn::BitCast(d, hn::InterleaveUpper(wide, a, b)));
+    } else if constexpr (kCount == kLanes) {
+      return hn::Add(hn::ConcatLowerLower(d, hi, lo), hn::ConcatUpperUpper(d, hi, lo));
+    } else {
+      return hn::Add(hn::OddEvenBlocks(hi, lo), hn::SwapAdjacentBlocks(hn::OddEvenBlocks(lo, hi)));
+    }
   }
 }
 
-// kHeads heads by kLanes / kHeads rows at a time: kLanes sums fill one vector.
-template <DType kType, int kHeads>
-void DotHeads(const RowList& list, const float* queries, float* out, int64_t ld) {
+// Rows and queries as fp32, a vector of each at a time.
+template <DType kType>
+struct Widened {
+  using Query = float;
+  static constexpr int kStep = kLanes;  // elements at a time
+  HWY_INLINE static V Row(const uint8_t* at, int element) { return Load<kType>(at, element); }
+  HWY_INLINE static V LoadQuery(const float* q) { return hn::LoadU(D(), q); }
+  HWY_INLINE static V Multiply(V row, V q, V acc) { return hn::MulAdd(row, q, acc); }
+};
+
+#if HWY_TARGET == HWY_AVX3
+// bf16 rows and bf16 queries, two elements a lane, by AVX512_BF16, which this Highway's targets do not
+// let the compiler use.
+struct Pairs {
+  using Query = uint16_t;
+  static constexpr int kStep = 2 * kLanes;
+  HWY_INLINE static V Row(const uint8_t* at, int element) {
+    return V{_mm512_loadu_ps(at + 2 * element)};
+  }
+  HWY_INLINE static V LoadQuery(const uint16_t* q) { return V{_mm512_loadu_ps(q)}; }
+  HWY_INLINE static V Multiply(V row, V q, V acc) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc.raw) : "v"(row.raw), "v"(q.raw));
+    return acc;
+  }
+};
+#endif
+
+// kHeads heads by kLanes / kHeads rows at a time: kLanes sums fill one vector. list.dim is a multiple of
+// Form::kStep.
+template <class Form, int kHeads>
+void DotHeads(const RowList& list, const typename Form::Query* queries, Soon& soon, float* out, int64_t ld) {
   const D d;
   constexpr int kRows = kLanes / kHeads;
   alignas(64) float sums[kLanes];
@@ -71,16 +131,16 @@ void DotHeads(const RowList& list, const float* queries, float* out, int64_t ld)
     const uint8_t* at[kRows];
     for (int r = 0; r < kRows; ++r) {
       at[r] = list.rows[first + (r < rows ? r : 0)] + list.offset;
-      PrefetchRow(list, first + r + kPrefetchRows);
     }
+    soon.Fetch(kRows);
     V acc[kLanes];
     for (int i = 0; i < kLanes; ++i) acc[i] = hn::Zero(d);
-    for (int c = 0; c < list.dim; c += kLanes) {
+    for (int c = 0; c < list.dim; c += Form::kStep) {
       V row[kRows];
-      for (int r = 0; r < kRows; ++r) row[r] = Load<kType>(at[r], c);
+      for (int r = 0; r < kRows; ++r) row[r] = Form::Row(at[r], c);
       for (int g = 0; g < kHeads; ++g) {
-        const V q = hn::LoadU(d, queries + g * list.dim + c);
-        for (int r = 0; r < kRows; ++r) acc[g * kRows + r] = hn::MulAdd(row[r], q, acc[g * kRows + r]);
+        const V q = Form::LoadQuery(queries + g * list.dim + c);
+        for (int r = 0; r < kRows; ++r) acc[g * kRows + r] = Form::Multiply(row[r], q, acc[g * kRows + r]);
       }
     }
     hn::Store(LaneSums<kLanes>(acc), d, sums);
@@ -90,21 +150,71 @@ void DotHeads(const RowList& list, const float* queries, float* out, int64_t ld)
   }
 }
 
-void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld) {
+template <class Form>
+void DotForm(const RowList& list, const typename Form::Query* queries, int heads, float* out, int64_t ld) {
+  Soon soon(list, heads / 4 + (heads % 4 + 1) / 2);
+  int g = 0;
+  for (; g + 4 <= heads; g += 4) DotHeads<Form, 4>(list, queries + g * list.dim, soon, out + g * ld, ld);
+  if (g + 2 <= heads) {
+    DotHeads<Form, 2>(list, queries + g * list.dim, soon, out + g * ld, ld);
+    g += 2;
+  }
+  if (g < heads) DotHeads<Form, 1>(list, queries + g * list.dim, soon, out + g * ld, ld);
+}
+
+#if HWY_TARGET == HWY_AVX3
+bool HasBf16() {
+  static const bool has = __builtin_cpu_supports("avx512bf16") != 0;
+  return has;
+}
+
+// queries / unit as bf16 into narrow; false if that loses anything.
+bool NarrowQueries(const float* queries, int count, float unit, uint16_t* narrow) {
+  const D d;
+  const hn::RebindToUnsigned<D> du;
+  const hn::Rebind<uint16_t, D> half;
+  const V inverse = hn::Set(d, 1 / unit), scale = hn::Set(d, unit);
+  auto same = hn::Eq(scale, scale);
+  for (int c = 0; c < count; c += kLanes) {
+    const V q = hn::LoadU(d, queries + c);
+    // To the nearest: a query that is what it should be lies within rounding of it.
+    const auto bits = hn::And(hn::Add(hn::BitCast(du, hn::Mul(q, inverse)), hn::Set(du, 0x8000u)),
+                              hn::Set(du, 0xFFFF0000u));
+    same = hn::And(same, hn::Eq(hn::Mul(hn::BitCast(d, bits), scale), q));
+    hn::StoreU(hn::TruncateTo(half, hn::ShiftRight<16>(bits)), half, narrow + c);
+  }
+  return hn::AllTrue(d, same);
+}
+
+// DotRows by pairs, if rows, queries and processor allow it.
+bool DotPacked(const RowList& list, const float* queries, int heads, float unit, float* out, int64_t ld) {
+  constexpr int kMostDim = 1024, kMostHeads = 8;
+  constexpr int kLeastRows = 8;  // fewer do not pay for narrowing the queries
+  if (list.dtype != DType::kBF16 || unit == 0 || list.count < kLeastRows || list.dim > kMostDim ||
+      list.dim % Pairs::kStep != 0 || heads > kMostHeads || !HasBf16()) {
+    return false;
+  }
+  alignas(64) uint16_t narrow[kMostHeads * kMostDim];
+  if (!NarrowQueries(queries, heads * list.dim, unit, narrow)) return false;
+  DotForm<Pairs>(list, narrow, heads, out, ld);
+  for (int g = 0; g < heads; ++g) {
+    for (int i = 0; i < list.count; ++i) out[g * ld + i] *= unit;
+  }
+  return true;
+}
+#else
+bool DotPacked(const RowList&, const float*, int, float, float*, int64_t) { return false; }
+#endif
+
+void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld, float unit) {
+  if (DotPacked(list, queries, heads, unit, out, ld)) return;
   WithDType(list.dtype, [&](auto type) {
-    constexpr DType kType = decltype(type)::value;
-    int g = 0;
-    for (; g + 4 <= heads; g += 4) DotHeads<kType, 4>(list, queries + g * list.dim, out + g * ld, ld);
-    if (g + 2 <= heads) {
-      DotHeads<kType, 2>(list, queries + g * list.dim, out + g * ld, ld);
-      g += 2;
-    }
-    if (g < heads) DotHeads<kType, 1>(list, queries + g * list.dim, out + g * ld, ld);
+    DotForm<Widened<decltype(type)::value>>(list, queries, heads, out, ld);
   });
 }
 
 template <DType kType, int kHeads, int kVectors>
-void AddChunk(const RowList& list, int c, const float* weights, int64_t ld, float* sum,
+void AddChunk(const RowList& list, int c, const float* weights, int64_t ld, Soon& soon, float* sum,
               int64_t sum_ld) {
   const D d;
   V acc[kHeads][kVectors];
@@ -112,6 +222,7 @@ void AddChunk(const RowList& list, int c, const float* weights, int64_t ld, floa
     for (int v = 0; v < kVectors; ++v) acc[g][v] = hn::LoadU(d, sum + g * sum_ld + c + v * kLanes);
   }
   for (int i = 0; i < list.count; ++i) {
+    soon.Fetch();
     const uint8_t* at = list.rows[i] + list.offset;
     V row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = Load<kType>(at, c + v * kLanes);
@@ -125,24 +236,69 @@ void AddChunk(const RowList& list, int c, const float* weights, int64_t ld, floa
   }
 }
 
-template <DType kType, int kHeads>
-void AddHeads(const RowList& list, const float* weights, int64_t ld, float* sum, int64_t sum_ld) {
-  int c = 0;
-  for (; c + 4 * kLanes <= list.dim; c += 4 * kLanes) AddChunk<kType, kHeads, 4>(list, c, weights, ld, sum, sum_ld);
-  for (; c < list.dim; c += kLanes) AddChunk<kType, kHeads, 1>(list, c, weights, ld, sum, sum_ld);
+// The same for kPairs times two vectors of bf16: even and odd elements are kept apart, as they lie in
+// words of 32 bits.
+template <int kHeads, int kPairs>
+void AddPairs(const RowList& list, int c, const float* weights, int64_t ld, Soon& soon, float* sum,
+              int64_t sum_ld) {
+  const D d;
+  const hn::RebindToUnsigned<D> du;
+  const auto high = hn::Set(du, 0xFFFF0000u);
+  V even[kHeads][kPairs], odd[kHeads][kPairs];
+  for (int g = 0; g < kHeads; ++g) {
+    for (int p = 0; p < kPairs; ++p) {
+      hn::LoadInterleaved2(d, sum + g * sum_ld + c + p * 2 * kLanes, even[g][p], odd[g][p]);
+    }
+  }
+  for (int i = 0; i < list.count; ++i) {
+    soon.Fetch();
+    const uint32_t* at = reinterpret_cast<const uint32_t*>(list.rows[i] + list.offset + 2 * c);
+    V low[kPairs], up[kPairs];
+    for (int p = 0; p < kPairs; ++p) {
+      const auto words = hn::LoadU(du, at + p * kLanes);
+      low[p] = hn::BitCast(d, hn::ShiftLeft<16>(words));
+      up[p] = hn::BitCast(d, hn::And(words, high));
+    }
+    for (int g = 0; g < kHeads; ++g) {
+      const V w = hn::Set(d, weights[g * ld + i]);
+      for (int p = 0; p < kPairs; ++p) {
+        even[g][p] = hn::MulAdd(low[p], w, even[g][p]);
+        odd[g][p] = hn::MulAdd(up[p], w, odd[g][p]);
+      }
+    }
+  }
+  for (int g = 0; g < kHeads; ++g) {
+    for (int p = 0; p < kPairs; ++p) {
+      hn::StoreInterleaved2(even[g][p], odd[g][p], d, sum + g * sum_ld + c + p * 2 * kLanes);
+    }
+  }
 }
 
-void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum,
-             int64_t sum_ld) {
+template <DType kType, int kHeads>
+void AddHeads(const RowList& list, const float* weights, int64_t ld, Soon& soon, float* sum, int64_t sum_ld) {
+  int c = 0;
+  if constexpr (kType == DType::kBF16) {
+    for (; c + 4 * kLanes <= list.dim; c += 4 * kLanes) {
+      AddPairs<kHeads, 2>(list, c, weights, ld, soon, sum, sum_ld);
+    }
+  }
+  for (; c + 4 * kLanes <= list.dim; c += 4 * kLanes) {
+    AddChunk<kType, kHeads, 4>(list, c, weights, ld, soon, sum, sum_ld);
+  }
+  for (; c < list.dim; c += kLanes) AddChunk<kType, kHeads, 1>(list, c, weights, ld, soon, sum, sum_ld);
+}
+
+void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum, int64_t sum_ld) {
   WithDType(list.dtype, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
+    Soon soon(list, (heads / 4 + (heads % 4 + 1) / 2) * std::max(1, list.dim / (4 * kLanes)));
     int g = 0;
-    for (; g + 4 <= heads; g += 4) AddHeads<kType, 4>(list, weights + g * ld, ld, sum + g * sum_ld, sum_ld);
+    for (; g + 4 <= heads; g += 4) AddHeads<kType, 4>(list, weights + g * ld, ld, soon, sum + g * sum_ld, sum_ld);
     if (g + 2 <= heads) {
-      AddHeads<kType, 2>(list, weights + g * ld, ld, sum + g * sum_ld, sum_ld);
+      AddHeads<kType, 2>(list, weights + g * ld, ld, soon, sum + g * sum_ld, sum_ld);
       g += 2;
     }
-    if (g < heads) AddHeads<kType, 1>(list, weights + g * ld, ld, sum + g * sum_ld, sum_ld);
+    if (g < heads) AddHeads<kType, 1>(list, weights + g * ld, ld, soon, sum + g * sum_ld, sum_ld);
   });
 }
 
@@ -248,8 +404,8 @@ HWY_EXPORT(LoadRows);
 HWY_EXPORT(StoreRow);
 HWY_EXPORT(SimdTarget);
 
-void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld) {
-  HWY_DYNAMIC_DISPATCH(DotRows)(list, queries, heads, out, ld);
+void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld, float unit) {
+  HWY_DYNAMIC_DISPATCH(DotRows)(list, queries, heads, out, ld, unit);
 }
 void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum,
              int64_t sum_ld) {

@@ -15,12 +15,18 @@ struct RowList {
   int32_t offset = 0;  // bytes from the start of each row
   int32_t dim = 0;
   DType dtype = DType::kBF16;
-  int32_t prefetch_bytes = 0;  // of each row, from its start, that are soon needed
-  int32_t listed = 0;          // rows may go on past count, up to here: they are prefetched in time
+  const uint8_t* const* soon = nullptr;  // [soon_count] rows needed next, of which the first soon_bytes
+  int32_t soon_count = 0;                // are fetched on the way by DotRows and AddRows
+  int32_t soon_bytes = 0;                // a multiple of 128
 };
 
-// out[g * ld + i] = queries[g] . row_i; queries [heads][dim].
-void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld);
+// Fetches the cache line of `at` into the second level. The first level has too few misses in flight to
+// hide memory behind work, and a burst of fetches stalls what follows: spread them over the work.
+inline void FetchSoon(const void* at) { __builtin_prefetch(at, /*rw=*/0, /*locality=*/2); }
+
+// out[g * ld + i] = queries[g] . row_i; queries [heads][dim]. Queries that are `unit` times numbers of
+// the rows' dtype can be faster; the result is right whatever unit is.
+void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld, float unit = 0);
 // sum[g * sum_ld ..] += weights[g * ld + i] * row_i over i; dim elements a head.
 void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum,
              int64_t sum_ld);

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/cpu/scan.h"
+#include "kernels/cpu/softmax.h"
 #include "kernels/cpu/workers.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -36,11 +38,25 @@ HWY_INLINE V InverseSqrt(V x) {
   return hn::Mul(r, hn::Sub(hn::Set(d, 1.5f), half));
 }
 
-// Adds to sums [G + 1]: per head (gain e)^2 (1 / pi - 1) over tiles phase, phase + stride, ... of one
-// block, then the expected draws. gain [G] has the block's shift in it.
+// Sum over n heads of (gain e + floor)^2 of the tokens from `estimate` on, and their e [n]. A token outside
+// the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn.
+HWY_INLINE V SquaredWeight(const uint16_t* estimate, const float* gain, const float* floor, int n, V* e) {
+  const D d;
+  V weight2 = hn::Zero(d);
+  for (int g = 0; g < n; ++g) {
+    e[g] = LoadHalf(estimate + g * kBlockTokens);
+    const V x = hn::MulAdd(e[g], hn::Set(d, gain[g]), hn::Set(d, floor[g]));
+    weight2 = hn::MulAdd(x, x, weight2);
+  }
+  return hn::IfThenElseZero(hn::Gt(e[0], hn::Zero(d)), weight2);
+}
+
+// sums [G + 1] over `blocks` blocks: per head (gain e)^2 (1 / pi - 1) over tiles phase, phase + stride, ...
+// of the first block, phase + 1, ... of the next, and so on; then the expected draws. gain [blocks][G]
+// has the blocks' shifts in it.
 template <int kHeads>
-void PredictBlock(const uint16_t* estimate, const float* gain, const float* floor, int heads,
-                  float scale, int stride, int phase, float* sums) {
+void PredictBlocks(const uint16_t* estimate, const float* gain, const float* floor, int heads, int blocks,
+                   float scale, int stride, int phase, float* sums) {
   const D d;
   const int n = kHeads > 0 ? kHeads : heads;
   const V one = hn::Set(d, 1.f);
@@ -49,126 +65,159 @@ void PredictBlock(const uint16_t* estimate, const float* gain, const float* floo
   V variance[kHeld];
   for (int g = 0; g < n; ++g) variance[g] = hn::Zero(d);
   const V inverse_scale = hn::Set(d, 1.f / scale);
-  for (int tile = phase; tile < kBlockTokens / kTileTokens; tile += stride) {
-    for (int i = tile * kTileTokens; i < (tile + 1) * kTileTokens; i += kLanes) {
-      V weight2 = hn::Zero(d);
-      V x[kHeld];
-      for (int g = 0; g < n; ++g) {
-        const V e = LoadHalf(estimate + g * kBlockTokens + i);
-        x[g] = hn::Mul(e, hn::Set(d, gain[g]));
-        // A token outside the middle has e = 0 and is never drawn.
-        const V with_floor = hn::Add(x[g], hn::IfThenElseZero(hn::Gt(e, hn::Zero(d)), hn::Set(d, floor[g])));
-        weight2 = hn::MulAdd(with_floor, with_floor, weight2);
-      }
-      const V safe = hn::Max(weight2, hn::Set(d, 1e-30f));
-      const V inverse = InverseSqrt(safe);
-      const V pi = hn::Min(one, hn::Mul(hn::Mul(weight2, inverse), hn::Set(d, scale)));
-      expected = hn::Add(expected, pi);
-      const V excess = hn::Max(hn::Sub(hn::Mul(inverse, inverse_scale), one), hn::Zero(d));
-      for (int g = 0; g < n; ++g) {
-        variance[g] = hn::MulAdd(hn::Mul(x[g], x[g]), excess, variance[g]);
+  for (int b = 0; b < blocks; ++b, estimate += n * kBlockTokens, gain += n, phase = (phase + 1) % stride) {
+    V part[kHeld];
+    for (int g = 0; g < n; ++g) part[g] = hn::Zero(d);
+    for (int tile = phase; tile < kBlockTokens / kTileTokens; tile += stride) {
+      for (int i = tile * kTileTokens; i < (tile + 1) * kTileTokens; i += kLanes) {
+        V e[kHeld];
+        const V weight2 = SquaredWeight(estimate + i, gain, floor, n, e);
+        const V safe = hn::Max(weight2, hn::Set(d, 1e-30f));
+        const V inverse = InverseSqrt(safe);
+        const V pi = hn::Min(one, hn::Mul(hn::Mul(weight2, inverse), hn::Set(d, scale)));
+        expected = hn::Add(expected, pi);
+        const V excess = hn::Max(hn::Sub(hn::Mul(inverse, inverse_scale), one), hn::Zero(d));
+        for (int g = 0; g < n; ++g) part[g] = hn::MulAdd(hn::Mul(e[g], e[g]), excess, part[g]);
       }
     }
+    for (int g = 0; g < n; ++g) {
+      const V by = hn::Set(d, gain[g]);
+      variance[g] = hn::MulAdd(hn::Mul(part[g], by), by, variance[g]);
+    }
   }
-  for (int g = 0; g < n; ++g) sums[g] += hn::GetLane(hn::SumOfLanes(d, variance[g]));
-  sums[n] += hn::GetLane(hn::SumOfLanes(d, expected));
+  for (int g = 0; g < n; ++g) sums[g] = hn::GetLane(hn::SumOfLanes(d, variance[g]));
+  sums[n] = hn::GetLane(hn::SumOfLanes(d, expected));
 }
 
-void PredictDispatch(const uint16_t* estimate, const float* gain, const float* floor, int heads,
+void PredictDispatch(const uint16_t* estimate, const float* gain, const float* floor, int heads, int blocks,
                      float scale, int stride, int phase, float* sums) {
   switch (heads) {
-    case 1: return PredictBlock<1>(estimate, gain, floor, heads, scale, stride, phase, sums);
-    case 2: return PredictBlock<2>(estimate, gain, floor, heads, scale, stride, phase, sums);
-    case 3: return PredictBlock<3>(estimate, gain, floor, heads, scale, stride, phase, sums);
-    case 4: return PredictBlock<4>(estimate, gain, floor, heads, scale, stride, phase, sums);
-    case 6: return PredictBlock<6>(estimate, gain, floor, heads, scale, stride, phase, sums);
-    case 8: return PredictBlock<8>(estimate, gain, floor, heads, scale, stride, phase, sums);
-    default: return PredictBlock<0>(estimate, gain, floor, heads, scale, stride, phase, sums);
+    case 1: return PredictBlocks<1>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
+    case 2: return PredictBlocks<2>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
+    case 3: return PredictBlocks<3>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
+    case 4: return PredictBlocks<4>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
+    case 6: return PredictBlocks<6>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
+    case 8: return PredictBlocks<8>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
+    default: return PredictBlocks<0>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
   }
 }
 
-// High and low half of the 64-bit products of 32-bit lanes with a constant.
-HWY_INLINE void Multiply(VU x, uint32_t by, VU& high, VU& low) {
-  const DU du;
-  const hn::RepartitionToWide<DU> du64;
-  const VU m = hn::Set(du, by);
-  const auto even = hn::MulEven(x, m);
-  const auto odd = hn::MulEven(hn::BitCast(du, hn::ShiftRight<32>(hn::BitCast(du64, x))), m);
-  high = hn::OddEven(hn::BitCast(du, odd), hn::BitCast(du, hn::ShiftRight<32>(even)));
-  low = hn::OddEven(hn::BitCast(du, hn::ShiftLeft<32>(odd)), hn::BitCast(du, even));
-}
-
-// u of the 64 tokens whose counters start at `counter`; kernels/rng.h has the definition.
-void Uniform64(const RandomKey& key, uint32_t use, uint32_t counter, uint32_t epoch,
-               uint32_t step_phase, uint32_t refresh, float* u) {
+// u of `count` tokens, a multiple of 64, whose counters start at `counter`; kernels/rng.h has the
+// definition. Counters of even and odd number go apart, each in the low half of a 64-bit lane: products
+// then need no sorting, and what gathers in the high halves never counts.
+void Uniform(const RandomKey& key, uint32_t use, uint32_t counter, uint32_t epoch, uint32_t step_phase,
+             uint32_t refresh, int count, float* u) {
   const D d;
   const DU du;
   const hn::RebindToSigned<D> di;
-  for (int lane = 0; lane < 16; lane += kLanes) {
-    VU c0 = hn::Add(hn::Set(du, counter + lane), hn::Iota(du, 0));
-    VU phase, ignored;
-    Multiply(hn::Mul(c0, hn::Set(du, 0x9E3779B1u)), refresh, phase, ignored);
-    const VU late = hn::VecFromMask(
-        du, hn::Not(hn::Lt(hn::Add(phase, hn::Set(du, step_phase)), hn::Set(du, refresh))));
-    VU c1 = hn::Sub(hn::Set(du, epoch), late);  // a set mask is -1
-    VU c2 = hn::Set(du, key.stream);
-    VU c3 = hn::Set(du, use);
-    uint32_t k0 = key.key0, k1 = key.key1;
-    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-      VU h0, l0, h1, l1;
-      Multiply(c0, kPhiloxM0, h0, l0);
-      Multiply(c2, kPhiloxM1, h1, l1);
-      c0 = hn::Xor(hn::Xor(h1, c1), hn::Set(du, k0));
-      c2 = hn::Xor(hn::Xor(h0, c3), hn::Set(du, k1));
-      c1 = l1;
-      c3 = l0;
+  const hn::RepartitionToWide<DU> wide;
+  const auto upper = [&](auto x) HWY_ATTR { return hn::BitCast(du, hn::ShiftRight<32>(x)); };
+  const VU m0 = hn::Set(du, kPhiloxM0), m1 = hn::Set(du, kPhiloxM1);
+  constexpr int kRounds = 10;
+  uint32_t k0[kRounds], k1[kRounds];
+  for (int round = 0; round < kRounds; ++round) {
+    k0[round] = key.key0 + static_cast<uint32_t>(round) * kPhiloxW0;
+    k1[round] = key.key1 + static_cast<uint32_t>(round) * kPhiloxW1;
+  }
+  for (int at = 0; at < count / 4; at += kLanes) {
+    VU c0[2], c1[2], c2[2], c3[2];
+    const VU counters = hn::Add(hn::Set(du, counter + static_cast<uint32_t>(at)), hn::Iota(du, 0));
+    for (int k = 0; k < 2; ++k) {
+      c0[k] = k == 0 ? counters : upper(hn::BitCast(wide, counters));
+      const VU mixed = hn::BitCast(du, hn::MulEven(c0[k], hn::Set(du, 0x9E3779B1u)));
+      const VU phase = upper(hn::MulEven(mixed, hn::Set(du, refresh)));
+      const VU late = hn::VecFromMask(
+          du, hn::Not(hn::Lt(hn::Add(phase, hn::Set(du, step_phase)), hn::Set(du, refresh))));
+      c1[k] = hn::Sub(hn::Set(du, epoch), late);  // a set mask is -1
+      c2[k] = hn::Set(du, key.stream);
+      c3[k] = hn::Set(du, use);
     }
-    const VU words[4] = {c0, c1, c2, c3};
+    for (int round = 0; round < kRounds; ++round) {
+      const VU by0 = hn::Set(du, k0[round]), by1 = hn::Set(du, k1[round]);
+      for (int k = 0; k < 2; ++k) {
+        const auto p0 = hn::MulEven(c0[k], m0), p1 = hn::MulEven(c2[k], m1);
+        c0[k] = hn::Xor3(upper(p1), c1[k], by0);
+        c2[k] = hn::Xor3(upper(p0), c3[k], by1);
+        c1[k] = hn::BitCast(du, p1);
+        c3[k] = hn::BitCast(du, p0);
+      }
+    }
+    const VU* words[4] = {c0, c1, c2, c3};
     for (int w = 0; w < 4; ++w) {
-      const V x = hn::ConvertTo(d, hn::BitCast(di, hn::ShiftRight<9>(words[w])));
-      hn::StoreU(hn::Mul(hn::Add(x, hn::Set(d, .5f)), hn::Set(d, 0x1p-23f)), d, u + 16 * w + lane);
+      const VU odd = hn::BitCast(du, hn::ShiftLeft<32>(hn::BitCast(wide, words[w][1])));
+      const VU word = hn::OddEven(odd, words[w][0]);
+      const V x = hn::ConvertTo(d, hn::BitCast(di, hn::ShiftRight<9>(word)));
+      float* to = u + at / 16 * 64 + 16 * w + at % 16;
+      hn::StoreU(hn::Mul(hn::Add(x, hn::Set(d, .5f)), hn::Set(d, 0x1p-23f)), d, to);
     }
   }
 }
 
-// Tokens of one block with low * weight <= u < scale * weight, to tokens and weights; the number.
+// Appends lanes `in` of tokens and their weights at place `count`. Compresses in a register, then plain
+// stores: some processors compress to memory very slowly.
+HWY_INLINE void AppendDrawn(hn::Mask<D> in, VU token, V weight, int count, uint32_t* tokens, float* weights) {
+  const D d;
+  const DU du;
+  hn::StoreU(hn::Compress(weight, in), d, weights + count);
+  hn::StoreU(hn::Compress(token, hn::RebindMask(du, in)), du, tokens + count);
+}
+
+// Tokens of one block with low * weight <= u < scale * weight, to tokens, weights and, if not null,
+// their u to kept; the number.
 template <int kHeads>
 int DrawBlock(const uint16_t* estimate, const float* gain, const float* floor, int heads, float low,
-              float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights) {
+              float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
   const D d;
   const DU du;
   const int n = kHeads > 0 ? kHeads : heads;
+  constexpr int kHeld = kHeads > 0 ? kHeads : kMaxGroup;
+  // Most vectors have no token to draw, which squares show; the margin is that of their rounding.
+  const V most = hn::Set(d, 1.00001f * scale * scale);
   int count = 0;
   for (int i = 0; i < kBlockTokens; i += kLanes) {
-    V weight2 = hn::Zero(d);
-    for (int g = 0; g < n; ++g) {
-      const V e = LoadHalf(estimate + g * kBlockTokens + i);
-      const V x = hn::MulAdd(e, hn::Set(d, gain[g]),
-                             hn::IfThenElseZero(hn::Gt(e, hn::Zero(d)), hn::Set(d, floor[g])));
-      weight2 = hn::MulAdd(x, x, weight2);
-    }
-    const V weight = hn::Sqrt(weight2);
+    V e[kHeld];
+    const V weight2 = SquaredWeight(estimate + i, gain, floor, n, e);
     const V draw = hn::LoadU(d, u + i);
+    if (hn::AllFalse(d, hn::Lt(hn::Mul(draw, draw), hn::Mul(weight2, most)))) continue;
+    const V weight = hn::Sqrt(weight2);
     const auto in = hn::And(hn::Lt(draw, hn::Mul(weight, hn::Set(d, scale))),
                             hn::Ge(draw, hn::Mul(weight, hn::Set(d, low))));
     if (hn::AllFalse(d, in)) continue;
-    // Compress in a register, then a plain store: some processors compress to memory very slowly.
-    const VU token = hn::Iota(du, first + static_cast<uint32_t>(i));
-    hn::StoreU(hn::Compress(weight, in), d, weights + count);
-    hn::StoreU(hn::Compress(token, hn::RebindMask(du, in)), du, tokens + count);
+    const VU token = hn::Add(hn::Set(du, first + static_cast<uint32_t>(i)), hn::Iota(du, 0));
+    AppendDrawn(in, token, weight, count, tokens, weights);
+    if (kept != nullptr) hn::StoreU(hn::Compress(draw, in), d, kept + count);
     count += static_cast<int>(hn::CountTrue(d, in));
   }
   return count;
 }
 
 int DrawDispatch(const uint16_t* estimate, const float* gain, const float* floor, int heads, float low,
-                 float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights) {
+                 float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
+  const auto draw = [&](auto n) {
+    return DrawBlock<decltype(n)::value>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights, kept);
+  };
   switch (heads) {
-    case 4: return DrawBlock<4>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
-    case 6: return DrawBlock<6>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
-    case 8: return DrawBlock<8>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
-    default: return DrawBlock<0>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights);
+    case 4: return draw(std::integral_constant<int, 4>());
+    case 6: return draw(std::integral_constant<int, 6>());
+    case 8: return draw(std::integral_constant<int, 8>());
+    default: return draw(std::integral_constant<int, 0>());
   }
+}
+
+// Of `count` kept tokens those with low * weight <= u < scale * weight, to tokens and weights; the number.
+int FilterKept(const uint32_t* kept_token, const float* kept_weight, const float* kept_u, int count, float low,
+               float scale, uint32_t* tokens, float* weights) {
+  const D d;
+  const DU du;
+  int drawn = 0;
+  for (int i = 0; i < count; i += kLanes) {
+    const V weight = hn::LoadU(d, kept_weight + i), u = hn::LoadU(d, kept_u + i);
+    auto in = hn::And(hn::Lt(u, hn::Mul(weight, hn::Set(d, scale))), hn::Ge(u, hn::Mul(weight, hn::Set(d, low))));
+    in = hn::And(in, hn::FirstN(d, static_cast<size_t>(count - i)));
+    AppendDrawn(in, hn::LoadU(du, kept_token + i), weight, drawn, tokens, weights);
+    drawn += static_cast<int>(hn::CountTrue(d, in));
+  }
+  return drawn;
 }
 
 }  // namespace vattn::cpu::HWY_NAMESPACE
@@ -178,8 +227,9 @@ HWY_AFTER_NAMESPACE();
 namespace vattn::cpu {
 
 HWY_EXPORT(PredictDispatch);
-HWY_EXPORT(Uniform64);
+HWY_EXPORT(Uniform);
 HWY_EXPORT(DrawDispatch);
+HWY_EXPORT(FilterKept);
 
 namespace {
 
@@ -189,10 +239,23 @@ constexpr int kSegmentBlocks = 16;
 // A draw writes whole vectors, past the last kept lane.
 constexpr int kSlack = 64;
 
-void BlockGain(const Group& group, const Inclusion& inclusion, int64_t block, float* gain) {
-  for (int g = 0; g < group.q_heads; ++g) {
-    gain[g] = std::exp(inclusion.log_gain[g] + group.scratch.shift[block * group.q_heads + g]);
+// Places of a segment in the sparse arrays; the last segment may have fewer than those. A draw that
+// keeps candidates has their u in the second half of the weights' places, Half(blocks) places on.
+constexpr int kSegmentPlaces = kSegmentBlocks * kBlockTokens + kSlack;
+constexpr int Half(int64_t blocks) { return static_cast<int>(blocks * kBlockTokens + kSlack) / 2; }
+constexpr int kKeepBlocks = 4;  // segments with fewer have no room to speak of
+constexpr float kKeep = 2;      // candidates: what a draw with so much higher probabilities would find
+
+constexpr int kGainSlack = 16;  // ExpRow works on whole vectors
+
+// gain [blocks][G] of up to kSegmentBlocks blocks from `block` on, with their shifts.
+void BlockGains(const Group& group, const Inclusion& inclusion, int64_t block, int blocks, float* gain) {
+  const float* shift = group.scratch.shift + block * group.q_heads;
+  for (int b = 0; b < blocks; ++b) {
+    for (int g = 0; g < group.q_heads; ++g, ++gain, ++shift) *gain = inclusion.log_gain[g] + *shift;
   }
+  const int count = blocks * group.q_heads;
+  ExpRow(gain - count, count, 0, gain - count);
 }
 
 }  // namespace
@@ -203,15 +266,13 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
   ParallelFor(stream, segments, [&](int64_t s) {
-    float gain[kMaxGroup];
-    float* sums = group.scratch.sums + s * (heads + 2);
-    std::fill(sums, sums + heads + 1, 0.f);
-    for (int64_t b = s * kSegmentBlocks; b < std::min(blocks, (s + 1) * kSegmentBlocks); ++b) {
-      BlockGain(group, inclusion, b, gain);
-      HWY_DYNAMIC_DISPATCH(PredictDispatch)
-      (group.scratch.estimate + b * heads * kBlockTokens, gain, inclusion.floor, heads, inclusion.scale,
-       stride, static_cast<int>((phase + b) % stride), sums);
-    }
+    float gain[kSegmentBlocks * kMaxGroup + kGainSlack];
+    const int64_t first = s * kSegmentBlocks;
+    const int count = static_cast<int>(std::min<int64_t>(blocks - first, kSegmentBlocks));
+    BlockGains(group, inclusion, first, count, gain);
+    HWY_DYNAMIC_DISPATCH(PredictDispatch)
+    (group.scratch.estimate + first * heads * kBlockTokens, gain, inclusion.floor, heads, count, inclusion.scale,
+     stride, static_cast<int>((phase + first) % stride), group.scratch.sums + s * (heads + 2));
   });
   std::fill(variance, variance + heads, 0.f);
   float expected = 0;
@@ -225,8 +286,9 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
 }
 
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
-                   Randomness randomness, int64_t count, Stream stream) {
+                   Randomness randomness, int64_t count, Stream stream, float* kept) {
   const int heads = group.q_heads;
+  const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
   const uint32_t refresh = randomness.redraw > 0 ? 1 : randomness.refresh;
@@ -235,30 +297,50 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
                            : static_cast<uint32_t>(RandomUse::kSelect);
   const uint32_t epoch = static_cast<uint32_t>(group.step / refresh);
   const uint32_t step_phase = static_cast<uint32_t>(group.step % refresh);
-  float* counts = group.scratch.sums;  // [segments * (heads + 2)]: one slot of each segment is used
-  ParallelFor(stream, segments, [&](int64_t s) {
-    float gain[kMaxGroup];
+  const auto blocks_of = [&](int64_t s) { return std::min<int64_t>(blocks - s * kSegmentBlocks, kSegmentBlocks); };
+  // Tokens found in a segment, or minus that number if they are candidates.
+  const auto found = [&](int64_t s) -> float& { return w.sums[s * (heads + 2)]; };
+  // Tokens between two scales; -1 if they are to be kept with their u and are too many for that.
+  const auto draw = [&](int64_t s, float low, float scale, bool keep) {
+    float gain[kSegmentBlocks * kMaxGroup + kGainSlack];
     alignas(64) float u[kBlockTokens];
-    const int64_t at = s * (kSegmentBlocks * kBlockTokens + kSlack);
+    const int64_t at = s * kSegmentPlaces;
+    const int64_t begin = s * kSegmentBlocks, end = begin + blocks_of(s);
+    const int half = Half(end - begin);
+    if (keep && end - begin < kKeepBlocks) return -1;
+    BlockGains(group, inclusion, begin, static_cast<int>(end - begin), gain);
     int n = 0;
-    for (int64_t b = s * kSegmentBlocks; b < std::min(blocks, (s + 1) * kSegmentBlocks); ++b) {
-      BlockGain(group, inclusion, b, gain);
+    for (int64_t b = begin; b < end; ++b) {
+      if (keep && n + kBlockTokens + kSlack / 2 > half) return -1;
       const uint32_t first = static_cast<uint32_t>((FirstBlock(group) + b) * kBlockTokens);
-      for (int t = 0; t < kBlockTokens; t += 64) {
-        HWY_DYNAMIC_DISPATCH(Uniform64)(group.key, use, TokenCounter(first + t), epoch, step_phase, refresh, u + t);
-      }
+      HWY_DYNAMIC_DISPATCH(Uniform)(group.key, use, TokenCounter(first), epoch, step_phase, refresh, kBlockTokens, u);
+      float* kept_u = keep ? w.sparse_weight + at + half + n : nullptr;
       n += HWY_DYNAMIC_DISPATCH(DrawDispatch)(
-          group.scratch.estimate + b * heads * kBlockTokens, gain, inclusion.floor, heads, previous_scale,
-          inclusion.scale, u, first, group.scratch.sparse_token + at + n, group.scratch.sparse_weight + at + n);
+          w.estimate + b * heads * kBlockTokens, gain + (b - begin) * heads, inclusion.floor, heads, low, scale, u,
+          first, w.sparse_token + at + n, w.sparse_weight + at + n, kept_u);
     }
-    counts[s * (heads + 2)] = static_cast<float>(n);  // below 2^24: exact
+    return n;
+  };
+  const bool candidates = kept != nullptr && inclusion.scale <= *kept;
+  const bool keep = kept != nullptr && !candidates;
+  ParallelFor(stream, segments, [&](int64_t s) {
+    if (candidates && found(s) < 0) return;
+    const int n = keep ? draw(s, 0, kKeep * inclusion.scale, true) : -1;
+    found(s) = static_cast<float>(n > 0 ? -n : draw(s, previous_scale, inclusion.scale, false));  // below 2^24: exact
   });
+  if (keep) *kept = kKeep * inclusion.scale;
   for (int64_t s = 0; s < segments; ++s) {
-    const int64_t at = s * (kSegmentBlocks * kBlockTokens + kSlack);
-    const int64_t n = static_cast<int64_t>(counts[s * (heads + 2)]);
-    std::copy_n(group.scratch.sparse_token + at, n, group.scratch.token + count);
-    std::copy_n(group.scratch.sparse_weight + at, n, group.scratch.weight + count);
-    count += n;
+    const int64_t at = s * kSegmentPlaces;
+    const int n = static_cast<int>(found(s));
+    if (n < 0) {
+      count += HWY_DYNAMIC_DISPATCH(FilterKept)(w.sparse_token + at, w.sparse_weight + at,
+                                                w.sparse_weight + at + Half(blocks_of(s)), -n, previous_scale, inclusion.scale,
+                                                w.token + count, w.weight + count);
+    } else {
+      std::copy_n(w.sparse_token + at, n, w.token + count);
+      std::copy_n(w.sparse_weight + at, n, w.weight + count);
+      count += n;
+    }
   }
   return count;
 }

@@ -30,9 +30,11 @@ struct Randomness {
 
 // Appends the tokens with previous_scale * weight <= u < scale * weight, ascending, with their
 // weights to scratch.token and scratch.weight after the first `count`; previous_scale 0: all below
-// scale * weight. Returns the new count.
+// scale * weight. Returns the new count. A draw that may be followed by others of the same weights and
+// random numbers gets `kept`, 0 at first: it then leaves its candidates in the sparse arrays, and draws
+// of scales up to *kept need no more than those. They find the same tokens in the same order.
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
-                   Randomness randomness, int64_t count, Stream stream);
+                   Randomness randomness, int64_t count, Stream stream, float* kept = nullptr);
 
 // Makes the first `count` drawn tokens exact: each has inclusion probability 1 from now on, and its
 // estimate leaves the scan, so that no later draw meets it.

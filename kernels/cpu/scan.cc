@@ -11,7 +11,6 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/scan.cc"
 #include <hwy/foreach_target.h>
-#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
@@ -58,101 +57,150 @@ bool HasVnni() {
 #endif
 }
 
-// scores [heads][256] of tiles [first, last) of a block.
-template <int kHeads, bool kVnni>
-void ScoreTiles(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int first,
-                int last, float* scores) {
+// scores [heads][256] of kVectors vectors of tokens from `token` on: sums of several tiles at once hide
+// the latency of a product.
+template <int kHeads, int kVectors, bool kVnni>
+HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int token,
+                             float* scores) {
   const D d;
   const DI di;
   const int words8 = layout.dims8 / 4, words4 = layout.dims4 / 8, words2 = layout.dims2 / 16;
-  const int tile_bytes = layout.words() * kTileTokens * 4;
-  for (int tile = first; tile < last; ++tile) {
-    for (int lane = 0; lane < kTileTokens; lane += kLanes) {
-      const int32_t* at = reinterpret_cast<const int32_t*>(codes + tile * tile_bytes) + lane;
-      const int32_t(*run)[8] = q.run;
-      VI acc[kHeads];
-      for (int g = 0; g < kHeads; ++g) acc[g] = hn::Zero(di);
-      for (int w = 0; w < words8; ++w, at += kTileTokens, ++run) {
-        const VI word = hn::LoadU(di, at);
-        for (int g = 0; g < kHeads; ++g) acc[g] = DotBytes<kVnni>(acc[g], word, run[0][g]);
-      }
-      const VI nibble = hn::Set(di, 0x0F0F0F0F);
-      for (int w = 0; w < words4; ++w, at += kTileTokens, run += 2) {
-        const VI word = hn::LoadU(di, at);
-        const VI low = hn::And(word, nibble), high = hn::And(hn::ShiftRight<4>(word), nibble);
-        for (int g = 0; g < kHeads; ++g) {
-          acc[g] = DotBytes<kVnni>(DotBytes<kVnni>(acc[g], low, run[0][g]), high, run[1][g]);
-        }
-      }
-      const VI pair = hn::Set(di, 0x03030303);
-      for (int w = 0; w < words2; ++w, at += kTileTokens, run += 4) {
-        const VI word = hn::LoadU(di, at);
-        const VI c0 = hn::And(word, pair), c1 = hn::And(hn::ShiftRight<2>(word), pair);
-        const VI c2 = hn::And(hn::ShiftRight<4>(word), pair);
-        const VI c3 = hn::And(hn::ShiftRight<6>(word), pair);
-        for (int g = 0; g < kHeads; ++g) {
-          acc[g] = DotBytes<kVnni>(DotBytes<kVnni>(acc[g], c0, run[0][g]), c1, run[1][g]);
-          acc[g] = DotBytes<kVnni>(DotBytes<kVnni>(acc[g], c2, run[2][g]), c3, run[3][g]);
-        }
-      }
-      for (int g = 0; g < kHeads; ++g) {
-        const auto s = hn::MulAdd(hn::ConvertTo(d, acc[g]), hn::Set(d, q.scale[g]),
-                                  hn::Set(d, q.offset[g]));
-        hn::StoreU(s, d, scores + g * kBlockTokens + tile * kTileTokens + lane);
-      }
+  const int tile_words = layout.words() * kTileTokens;
+  const int32_t* at[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const int i = token + v * kLanes;
+    at[v] = reinterpret_cast<const int32_t*>(codes) + i / kTileTokens * tile_words + i % kTileTokens;
+  }
+  const int32_t(*run)[8] = q.run;
+  VI acc[kVectors][kHeads];
+  for (int v = 0; v < kVectors; ++v) {
+    for (int g = 0; g < kHeads; ++g) acc[v][g] = hn::Zero(di);
+  }
+  const auto add = [&](const VI* level, const int32_t* by) HWY_ATTR {
+    for (int g = 0; g < kHeads; ++g) {
+      for (int v = 0; v < kVectors; ++v) acc[v][g] = DotBytes<kVnni>(acc[v][g], level[v], by[g]);
+    }
+  };
+  int word = 0;
+  VI level[kVectors];
+  for (int w = 0; w < words8; ++w, word += kTileTokens, ++run) {
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::LoadU(di, at[v] + word);
+    add(level, run[0]);
+  }
+  const VI nibble = hn::Set(di, 0x0F0F0F0F);
+  for (int w = 0; w < words4; ++w, word += kTileTokens, run += 2) {
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::LoadU(di, at[v] + word), nibble);
+    add(level, run[0]);
+    for (int v = 0; v < kVectors; ++v) {
+      level[v] = hn::And(hn::ShiftRight<4>(hn::LoadU(di, at[v] + word)), nibble);
+    }
+    add(level, run[1]);
+  }
+  const VI pair = hn::Set(di, 0x03030303);
+  for (int w = 0; w < words2; ++w, word += kTileTokens, run += 4) {
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::LoadU(di, at[v] + word), pair);
+    add(level, run[0]);
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<2>(hn::LoadU(di, at[v] + word)), pair);
+    add(level, run[1]);
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<4>(hn::LoadU(di, at[v] + word)), pair);
+    add(level, run[2]);
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<6>(hn::LoadU(di, at[v] + word)), pair);
+    add(level, run[3]);
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    for (int g = 0; g < kHeads; ++g) {
+      const auto s = hn::MulAdd(hn::ConvertTo(d, acc[v][g]), hn::Set(d, q.scale[g]), hn::Set(d, q.offset[g]));
+      hn::StoreU(s, d, scores + g * kBlockTokens + token + v * kLanes);
     }
   }
 }
 
+// scores [heads][256] of tiles [first, last) of a block. On the way the same tiles of the block `soon`
+// are fetched, if not null.
+template <int kHeads, bool kVnni>
+void ScoreTiles(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int first,
+                int last, const uint8_t* soon, float* scores) {
+  constexpr int kVectors = kLanes == kTileTokens ? 2 : 1;
+  constexpr int kAtOnce = kVectors * kLanes;
+  const int end = last * kTileTokens;
+  int token = first * kTileTokens;
+  for (; token + kAtOnce <= end; token += kAtOnce) {
+    if (soon != nullptr) {
+      const uint8_t* at = soon + token * layout.bytes();
+      for (int i = 0; i < kAtOnce * layout.bytes(); i += 64) FetchSoon(at + i);
+    }
+    ScoreVectors<kHeads, kVectors, kVnni>(codes, layout, q, token, scores);
+  }
+  for (; token < end; token += kLanes) ScoreVectors<kHeads, 1, kVnni>(codes, layout, q, token, scores);
+}
+
 template <int kHeads>
 void ScoreHeads(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int heads,
-                int first, int last, float* scores) {
+                int first, int last, const uint8_t* soon, float* scores) {
   if constexpr (kHeads > 1) {
-    if (heads < kHeads) return ScoreHeads<kHeads - 1>(codes, layout, q, heads, first, last, scores);
+    if (heads < kHeads) return ScoreHeads<kHeads - 1>(codes, layout, q, heads, first, last, soon, scores);
   }
-  if (HasVnni()) return ScoreTiles<kHeads, true>(codes, layout, q, first, last, scores);
-  return ScoreTiles<kHeads, false>(codes, layout, q, first, last, scores);
+  if (HasVnni()) return ScoreTiles<kHeads, true>(codes, layout, q, first, last, soon, scores);
+  return ScoreTiles<kHeads, false>(codes, layout, q, first, last, soon, scores);
 }
 
 void ScoreCodes(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int heads,
-                int first, int last, float* scores) {
-  ScoreHeads<8>(codes, layout, q, heads, first, last, scores);
+                int first, int last, const uint8_t* soon, float* scores) {
+  ScoreHeads<8>(codes, layout, q, heads, first, last, soon, scores);
 }
 
-// exp(x) for x <= 0, relative error below 5e-5 (the fp16 it is rounded to has 5e-4); 0 below e^-20.
-HWY_INLINE hn::Vec<D> ExpNegative(hn::Vec<D> x) {
+// 2^y for y <= 0, relative error below 5e-5 (the fp16 it is rounded to has 5e-4); less than 2^-29 where
+// the true value is, -infinity included.
+HWY_INLINE hn::Vec<D> PowerOf2(hn::Vec<D> y) {
   const D d;
+#if HWY_TARGET == HWY_AVX3
+  const hn::Vec<D> f{_mm512_reduce_ps(y.raw, 0)};  // y less the nearest integer; 0 of an infinity
+#else
   const DI di;
-  const auto y = hn::Max(hn::Mul(x, hn::Set(d, 1.44269504f)), hn::Set(d, -30.f));
+  y = hn::Max(y, hn::Set(d, -30.f));
   const auto n = hn::Round(y);
   const auto f = hn::Sub(y, n);
+#endif
   auto p = hn::MulAdd(f, hn::Set(d, .00961813f), hn::Set(d, .05550411f));
   p = hn::MulAdd(f, p, hn::Set(d, .24022651f));
   p = hn::MulAdd(f, p, hn::Set(d, .69314718f));
   p = hn::MulAdd(f, p, hn::Set(d, 1.f));
-  const auto e = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::ConvertTo(di, n)));
-  return hn::IfThenElseZero(hn::Gt(y, hn::Set(d, -29.f)), hn::BitCast(d, e));
+#if HWY_TARGET == HWY_AVX3
+  return hn::Vec<D>{_mm512_scalef_ps(p.raw, hn::Sub(y, f).raw)};
+#else
+  return hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::ConvertTo(di, n))));
+#endif
 }
 
 // scores [256] -> fp16 estimates [256] relative to the largest; returns it, and the sum in *mass. Only
 // tokens outside the middle have estimate 0: the others must all have a chance to be drawn.
-float EstimateBlock(const float* scores, uint16_t* estimate, float* mass) {
+template <bool kWhole>
+float EstimateScores(const float* scores, uint16_t* estimate, float* mass) {
   const D d;
   const hn::Rebind<hwy::float16_t, D> half;
   auto most = hn::Set(d, -std::numeric_limits<float>::infinity());
   for (int i = 0; i < kBlockTokens; i += kLanes) most = hn::Max(most, hn::LoadU(d, scores + i));
   const float shift = hn::GetLane(hn::MaxOfLanes(d, most));
+  constexpr float kLog2E = 1.44269504f;
+  const auto by = hn::Set(d, kLog2E), least = hn::Set(d, kLeastEstimate);
   auto sum = hn::Zero(d);
   for (int i = 0; i < kBlockTokens; i += kLanes) {
     const auto score = hn::LoadU(d, scores + i);
-    const auto inside = hn::Gt(score, hn::Set(d, -std::numeric_limits<float>::infinity()));
-    const auto e = hn::Max(ExpNegative(hn::Sub(score, hn::Set(d, shift))), hn::Set(d, kLeastEstimate));
-    const auto rounded = hn::DemoteTo(half, hn::IfThenElseZero(inside, e));
+    auto e = hn::Max(PowerOf2(hn::Mul(hn::Sub(score, hn::Set(d, shift)), by)), least);
+    if (!kWhole) {
+      e = hn::IfThenElseZero(hn::Gt(score, hn::Set(d, -std::numeric_limits<float>::infinity())), e);
+    }
+    const auto rounded = hn::DemoteTo(half, e);
     hn::StoreU(rounded, half, reinterpret_cast<hwy::float16_t*>(estimate) + i);
     sum = hn::Add(sum, hn::PromoteTo(d, rounded));
   }
   *mass = hn::GetLane(hn::SumOfLanes(d, sum));
   return shift;
+}
+
+// whole: all tokens are in the middle.
+float EstimateBlock(const float* scores, bool whole, uint16_t* estimate, float* mass) {
+  return whole ? EstimateScores<true>(scores, estimate, mass) : EstimateScores<false>(scores, estimate, mass);
 }
 
 float HalfToFloat(uint16_t bits) {
@@ -201,10 +249,8 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
   out.offset[lane] = offset;
 }
 
-// The codes of a block of the sequence, on their way while the block before is scored.
-void PrefetchCodes(const Storage& s, const Group& group, int64_t block) {
-  const std::byte* codes = s.base + group.blocks[block] * s.block.bytes + s.block.codes;
-  for (int64_t i = 0; i < int64_t{kBlockTokens} * s.code.bytes(); i += 64) hwy::Prefetch(codes + i);
+const uint8_t* CodesOf(const Storage& s, const Group& group, int64_t block) {
+  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[block] * s.block.bytes + s.block.codes);
 }
 
 }  // namespace
@@ -228,7 +274,8 @@ void PackQueries(const Storage& s, Group& group) {
   }
 }
 
-void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t token, float* scores) {
+void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t token, float* scores,
+                int64_t soon) {
   const std::byte* block = s.base + group.blocks[token / kBlockTokens] * s.block.bytes;
   const int begin = static_cast<int>(std::max(group.middle_begin - token, int64_t{0}));
   const int end = static_cast<int>(std::min(group.middle_end - token, int64_t{kBlockTokens}));
@@ -245,11 +292,12 @@ void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t to
             group.scratch.query, heads, scores + begin, kBlockTokens);
     return;
   }
-  const uint8_t* codes = reinterpret_cast<const uint8_t*>(block) + s.block.codes;
+  const uint8_t* codes = CodesOf(s, group, token / kBlockTokens);
   for (int g = 0; g < heads; g += 8) {
+    const bool fetch = g == 0 && soon >= 0;
     HWY_DYNAMIC_DISPATCH(ScoreCodes)
     (codes, s.code, group.scratch.packed[g / 8], std::min(8, heads - g), begin / kTileTokens,
-     end / kTileTokens, scores + int64_t{g} * kBlockTokens);
+     end / kTileTokens, fetch ? CodesOf(s, group, soon) : nullptr, scores + int64_t{g} * kBlockTokens);
   }
 }
 
@@ -260,17 +308,22 @@ void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream 
     constexpr int kHeadsAtOnce = 64;
     alignas(64) float scores[kHeadsAtOnce * kBlockTokens];
     for (int64_t b = task * kTaskBlocks; b < std::min(blocks, (task + 1) * kTaskBlocks); ++b) {
-      if (b + 1 < blocks) PrefetchCodes(s, group, first + b + 1);
+      const int64_t soon = b + 1 < blocks ? first + b + 1 : -1;
+      const int64_t token = (first + b) * kBlockTokens;
+      const bool whole = token >= group.middle_begin && token + kBlockTokens <= group.middle_end;
       for (int h = 0; h < heads; h += kHeadsAtOnce) {
         Group part = group;
         part.q_heads = std::min(kHeadsAtOnce, heads - h);
         part.scratch.query += int64_t{h} * s.row.dim_k;
         part.scratch.packed += h / 8;
-        ScoreBlock(s, kind, part, (first + b) * kBlockTokens, scores);
+        ScoreBlock(s, kind, part, token, scores, h == 0 ? soon : -1);
         for (int g = 0; g < part.q_heads; ++g) {
           const int64_t at = b * heads + h + g;
+          // The next block's estimates are written soon.
+          const uint16_t* next = group.scratch.estimate + (at + heads) * kBlockTokens;
+          for (int i = 0; i < kBlockTokens; i += 32) __builtin_prefetch(next + i, /*rw=*/1, /*locality=*/2);
           group.scratch.shift[at] = HWY_DYNAMIC_DISPATCH(EstimateBlock)(
-              scores + g * kBlockTokens, group.scratch.estimate + at * kBlockTokens,
+              scores + g * kBlockTokens, whole, group.scratch.estimate + at * kBlockTokens,
               group.scratch.mass + at);
         }
       }

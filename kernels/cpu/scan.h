@@ -10,9 +10,10 @@ namespace vattn::cpu {
 void PackQueries(const Storage& storage, Group& group);
 
 // Predicted scores of the block that holds `token` (a multiple of 256) for all heads into
-// scores [G][256], natural logarithm units; -inf outside the middle.
+// scores [G][256], natural logarithm units; -inf outside the middle. The codes of block number `soon`
+// of the sequence, if any, are fetched on the way.
 void ScoreBlock(const Storage& storage, IndexKind kind, const Group& group, int64_t token,
-                float* scores);
+                float* scores, int64_t soon = -1);
 
 // The whole middle as scratch.estimate, shift and mass. e^ of a token is
 // estimate * exp(shift of its block and head), estimates are rounded to fp16 and at most 1; they are 0

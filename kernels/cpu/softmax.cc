@@ -18,11 +18,25 @@ namespace hn = hwy::HWY_NAMESPACE;
 using D = hn::CappedTag<float, 16>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
 
-void ExpRow(const float* x, int count, float shift, float* out) {
+float ExpRow(const float* x, int count, float shift, float* out) {
   const D d;
+  auto sum = hn::Zero(d);
   for (int i = 0; i < count; i += kLanes) {
-    hn::StoreU(hn::Exp(d, hn::Sub(hn::LoadU(d, x + i), hn::Set(d, shift))), d, out + i);
+    const auto e = hn::Exp(d, hn::Sub(hn::LoadU(d, x + i), hn::Set(d, shift)));
+    hn::StoreU(e, d, out + i);
+    sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(d, count - i), e));
   }
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+float MaxRow(const float* x, int count) {
+  const D d;
+  auto most = hn::Set(d, x[0]);
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) most = hn::Max(hn::LoadU(d, x + i), most);
+  float all = hn::GetLane(hn::MaxOfLanes(d, most));
+  for (; i < count; ++i) all = std::max(all, x[i]);
+  return all;
 }
 
 }  // namespace vattn::cpu::HWY_NAMESPACE
@@ -32,16 +46,13 @@ HWY_AFTER_NAMESPACE();
 namespace vattn::cpu {
 
 HWY_EXPORT(ExpRow);
+HWY_EXPORT(MaxRow);
 
-void ExpRow(const float* x, int count, float shift, float* out) {
-  HWY_DYNAMIC_DISPATCH(ExpRow)(x, count, shift, out);
+float ExpRow(const float* x, int count, float shift, float* out) {
+  return HWY_DYNAMIC_DISPATCH(ExpRow)(x, count, shift, out);
 }
 
-float MaxRow(const float* x, int count) {
-  float most = x[0];
-  for (int i = 1; i < count; ++i) most = std::max(most, x[i]);
-  return most;
-}
+float MaxRow(const float* x, int count) { return HWY_DYNAMIC_DISPATCH(MaxRow)(x, count); }
 
 void ResetState(SoftmaxState state, int dim_v) {
   std::fill(state.numerator, state.numerator + dim_v, 0.f);

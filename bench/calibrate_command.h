@@ -1,0 +1,15 @@
+// `vattn calibrate`: a model profile from the queries of a recorded trace.
+#ifndef VATTN_BENCH_CALIBRATE_COMMAND_H_
+#define VATTN_BENCH_CALIBRATE_COMMAND_H_
+
+#include <CLI/CLI.hpp>
+
+#include "bench/environment.h"
+
+namespace vattn::bench {
+
+void AddCalibrateCommand(CLI::App* app, const CommandLine& command);
+
+}  // namespace vattn::bench
+
+#endif  // VATTN_BENCH_CALIBRATE_COMMAND_H_

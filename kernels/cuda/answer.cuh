@@ -1,0 +1,481 @@
+// Last stage of a step: a team of thread blocks answers each group. Plan, draws and their rows (read
+// from the hot set or straight from the host pool), certificate, further looks, output. The order of
+// work is that of kernels/cpu/decode.cc.
+#ifndef VATTN_KERNELS_CUDA_ANSWER_CUH_
+#define VATTN_KERNELS_CUDA_ANSWER_CUH_
+
+#include "kernels/cuda/plan.cuh"
+#include "kernels/cuda/stages.h"
+#include "kernels/cuda/verify.cuh"
+
+namespace vattn::cuda {
+
+// Queries of heads [first, first + kHeads) behind the tiles in dynamic shared memory.
+template <int kHeads>
+__device__ float* LoadQueries(Team<kHeads>& team, int first) {
+  const RowLayout& row = team.p.storage.host.row;
+  float* queries = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row)) - kHeads * row.dim_k;
+  const int now = min(kHeads, team.heads() - first);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kHeads * row.dim_k; i += kThreads) {
+    queries[i] = i < now * row.dim_k ? team.group.scratch.query[static_cast<int64_t>(first) * row.dim_k + i] : 0;
+  }
+  return queries;
+}
+
+// States of all heads over this block's tiles of the list. log_weights: added to the logits, in place of
+// the inclusion probabilities at `scale`; null: those.
+template <DType kType, int kHeads>
+__device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float scale, const float* log_weights) {
+  const GroupScratch& w = team.group.scratch;
+  const HotSetRef& hot = team.p.hot;
+  const RowLayout& row = team.p.storage.host.row;
+  const TileShape shape = MakeTileShape(row.row_bytes);
+  const int heads = team.heads(), tid = threadIdx.x;
+  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
+  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
+  const auto place = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  for (int first = 0; first < heads; first += kHeads) {
+    const float* queries = LoadQueries(team, first);
+    if (tid < kHeads) {
+      team.shared.rows.most[tid] =
+          log_weights != nullptr || first + tid >= heads ? -INFINITY : team.shared.head[first + tid].shift;
+    }
+    float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (row.dim_v + 3);
+    AttendTiles<kType, kHeads>(
+        row, shape, tiles, min(kHeads, heads - first), queries, team.memory, team.shared.rows, state,
+        [&](int k, int r) -> uint64_t {
+          const int64_t i = place(k, r);
+          return i < count ? LoadShared(w.row + i) : 0;
+        },
+        [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
+        [&](int k, int r) {
+          const int64_t i = place(k, r);
+          team.shared.slot[r] = first == 0 ? LoadShared(w.slot + i) : -1;
+          if (log_weights != nullptr) return make_float2(log_weights[i], 1);
+          return make_float2(0, 1 / Min(1.f, scale * LoadShared(w.weight + i)));
+        },
+        [&](int k, int r, int h, float logit) {
+          const int64_t i = place(k, r);
+          w.logit[(first + h) * w.capacity + i] = logit;
+          if (first + h > 0) return;
+          w.norm2[i] = team.shared.rows.norm2[r];
+          const int32_t slot = team.shared.slot[r];
+          if (slot < 0) return;
+          // The row is whole in its slot since the barrier before this: others may find it now.
+          __threadfence();
+          const uint32_t token = LoadShared(w.token + i);
+          const int64_t block = team.group.blocks[token / kBlockTokens];
+          *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) = slot;
+          w.row[i] = reinterpret_cast<uint64_t>(hot.rows + static_cast<int64_t>(slot) * row.row_bytes);
+          w.slot[i] = -1;
+        },
+        [&](int k, const std::byte* tile) {
+          if (first > 0 || hot.slots == 0) return;
+          __syncthreads();  // shared.slot is there
+          const int per_row = row.row_bytes / 16;
+          const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
+          for (int c = tid; c < n * per_row; c += kThreads) {
+            const int r = c / per_row, part = c - r * per_row;
+            const int32_t slot = team.shared.slot[r];
+            if (slot < 0) continue;
+            *reinterpret_cast<uint4*>(hot.rows + static_cast<int64_t>(slot) * row.row_bytes + part * 16) =
+                *reinterpret_cast<const uint4*>(tile + r * shape.pitch + part * 16);
+          }
+        });
+  }
+}
+
+// States of all heads over this block's tiles of every token.
+template <DType kType, int kHeads>
+__device__ __noinline__ void AttendAll(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  const RowLayout& row = team.p.storage.host.row;
+  const TileShape shape = MakeTileShape(row.row_bytes);
+  const int64_t count = team.group.tokens;
+  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
+  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
+  const auto token = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  for (int first = 0; first < team.heads(); first += kHeads) {
+    const float* queries = LoadQueries(team, first);
+    if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
+    AttendTiles<kType, kHeads>(
+        row, shape, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
+        w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+        [&](int k, int r) -> uint64_t {
+          return token(k, r) < count ? reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token(k, r)))
+                                     : 0;
+        },
+        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); },
+        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {}, [](int, const std::byte*) {});
+  }
+}
+
+// Merges the team's states of this block's heads, and those of sinks and window if `fixed`: output,
+// shift, denominator and ref to scratch. Barriers before and after.
+template <int kHeads>
+__device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed) {
+  const GroupScratch& w = team.group.scratch;
+  const Promise& promise = team.p.promise;
+  const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
+  const int parts = team.size + (fixed ? kFixedParts : 0);
+  __shared__ float norms[kWarps];
+  float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
+  const auto state = [&](int r, int h) {
+    const float* from = r < team.size ? w.state + static_cast<int64_t>(r) * heads * (dim + 3)
+                                      : w.fixed + static_cast<int64_t>(r - team.size) * heads * (dim + 3);
+    return from + static_cast<int64_t>(h) * (dim + 3);
+  };
+  team.Sync();
+  for (int h = team.rank; h < heads; h += team.size) {
+    float most = -INFINITY;
+    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadShared(state(r, h) + dim));
+    most = WarpMax(most);
+    __syncthreads();
+    if (tid % kWarp == 0) norms[tid / kWarp] = most;
+    __syncthreads();
+    for (int i = 0; i < kWarps; ++i) most = fmaxf(most, norms[i]);
+    float mass = 0, mass2 = 0;
+    for (int r = tid; r < parts; r += kThreads) {
+      const float* at = state(r, h) + dim;
+      const float f = LoadShared(at + 1) == 0 ? 0 : expf(LoadShared(at) - most);
+      factor[r] = f;
+      mass += f * LoadShared(at + 1);
+      mass2 += f * LoadShared(at + 2);
+    }
+    mass = fmaxf(BlockSum(mass, norms), 1e-30f);
+    mass2 = BlockSum(mass2, norms);
+    float norm2 = 0;
+    for (int j = tid; j < dim; j += kThreads) {
+      float sum = 0;
+      for (int r = 0; r < parts; ++r) sum = fmaf(factor[r], LoadShared(state(r, h) + j), sum);
+      const float o = sum / mass;
+      w.output[static_cast<int64_t>(h) * dim + j] = o;
+      norm2 = fmaf(o, o, norm2);
+    }
+    norm2 = BlockSum(norm2, norms);
+    if (tid == 0) {
+      HeadWork work = team.shared.head[h];
+      if (most > work.shift) work.mass *= expf(work.shift - most);
+      work.shift = most;
+      work.denominator = mass;
+      work.ref = sqrtf(norm2);
+      if (promise.norm == Norm::kValue) work.ref = Max(work.ref, promise.norm_floor * sqrtf(Max(mass2 / mass, 0.f)));
+      w.head[h] = work;
+    }
+    __syncthreads();
+  }
+  team.Sync();
+}
+
+// What the blocks of the other heads left in scratch.head and group.state, to all.
+template <int kHeads>
+__device__ void TakeHeads(Team<kHeads>& team, bool states) {
+  const int words = sizeof(HeadWork) / 4, state_words = sizeof(HeadState) / 4;
+  __syncthreads();
+  for (int i = threadIdx.x; i < team.heads() * words; i += kThreads) {
+    reinterpret_cast<float*>(team.shared.head)[i] = LoadShared(reinterpret_cast<const float*>(team.group.scratch.head) + i);
+  }
+  for (int i = threadIdx.x; states && i < team.heads() * state_words; i += kThreads) {
+    reinterpret_cast<float*>(team.shared.state)[i] = LoadShared(reinterpret_cast<const float*>(team.group.state) + i);
+  }
+  __syncthreads();
+}
+
+struct Report {
+  int64_t selected = 0, fetched = 0;
+  int32_t looks = 0;
+};
+
+// Output of this block's heads for which write(h), with their verdict and error.
+template <int kHeads, class Write, class Judge>
+__device__ void WriteHeads(Team<kHeads>& team, Write&& write, Judge&& judge) {
+  const CallArrays& call = team.p.call;
+  const int dim = team.p.storage.host.row.dim_v, heads = team.heads();
+  const int64_t base = (int64_t{team.group.slot} * team.p.kv_heads + team.group.kv_head) * heads;
+  for (int h = team.rank; h < heads; h += team.size) {
+    if (!write(h)) continue;
+    for (int j = threadIdx.x; j < dim; j += kThreads) {
+      StoreOutput(call.out, (base + h) * dim + j, call.out_dtype,
+                  LoadShared(team.group.scratch.output + static_cast<int64_t>(h) * dim + j));
+    }
+    if (threadIdx.x > 0) continue;
+    const HeadWork& work = team.shared.head[h];
+    const float2 judged = judge(h);  // verdict and error
+    const int32_t verdict = static_cast<int32_t>(judged.x);
+    if (call.lse != nullptr) call.lse[base + h] = logf(work.denominator) + work.shift;
+    if (call.verdict != nullptr) call.verdict[base + h] = verdict;
+    if (call.error != nullptr) call.error[base + h] = judged.y;
+    atomicAdd(&team.p.counters->verdicts[verdict], 1ull);
+  }
+}
+
+template <int kHeads>
+__device__ void WriteReport(Team<kHeads>& team, const Report& report) {
+  if (team.rank > 0 || threadIdx.x > 0) return;
+  const CallArrays& call = team.p.call;
+  const int64_t at = int64_t{team.group.slot} * team.p.kv_heads + team.group.kv_head;
+  if (call.selected != nullptr) call.selected[at] = static_cast<int32_t>(report.selected);
+  if (call.fetched != nullptr) call.fetched[at] = static_cast<int32_t>(report.fetched);
+  if (call.looks != nullptr) call.looks[at] = report.looks;
+  if (call.middle != nullptr) call.middle[at] = team.middle();
+  DeviceCounters& c = *team.p.counters;
+  atomicAdd(&c.middle, static_cast<unsigned long long>(team.middle()));
+  atomicAdd(&c.selected, static_cast<unsigned long long>(report.selected));
+  atomicAdd(&c.fetched, static_cast<unsigned long long>(report.fetched));
+  atomicAdd(&c.looks, static_cast<unsigned long long>(report.looks));
+}
+
+// Misses of all draws of the team.
+template <int kHeads>
+__device__ int64_t SumFetched(Team<kHeads>& team) {
+  __syncthreads();
+  if (threadIdx.x == 0) team.shared.total[0] = team.shared.fetched;
+  team.Add(1);
+  return static_cast<int64_t>(team.shared.total[0]);
+}
+
+template <DType kType, int kHeads>
+__device__ void AnswerDense(Team<kHeads>& team, Verdict verdict) {
+  AttendAll<kType, kHeads>(team);
+  Combine(team, false);
+  TakeHeads(team, false);
+  WriteHeads(team, [](int) { return true; }, [&](int) { return make_float2(static_cast<float>(verdict), 0); });
+  WriteReport(team, {.selected = team.middle(), .fetched = team.middle()});
+}
+
+// The first look's draw for the caller: sinks, draw and window with their log-weights.
+template <int kHeads>
+__device__ void AnswerSelect(Team<kHeads>& team, int64_t drawn, float scale) {
+  const GroupScratch& w = team.group.scratch;
+  const SelectionArrays& out = team.p.selection;
+  const int64_t at = int64_t{team.group.slot} * team.p.kv_heads + team.group.kv_head;
+  const int64_t before = team.group.middle_begin, after = team.group.tokens - team.group.middle_end;
+  const int64_t need = before + drawn + after;
+  team.Sync();
+  if (team.rank == 0 && threadIdx.x == 0) out.counts[at] = static_cast<int32_t>(need);
+  if (need > out.capacity) return;
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < need; i += int64_t{team.size} * kThreads) {
+    int64_t token = i;
+    float weight = 0;
+    if (i >= before + drawn) {
+      token = team.group.middle_end + (i - before - drawn);
+    } else if (i >= before) {
+      token = LoadShared(w.token + i - before);
+      weight = -logf(Min(1.f, scale * LoadShared(w.weight + i - before)));
+    }
+    out.tokens[at * out.capacity + i] = static_cast<int32_t>(token);
+    if (out.log_weights != nullptr) out.log_weights[at * out.capacity + i] = weight;
+  }
+}
+
+// Attention over the caller's tokens.
+template <DType kType, int kHeads>
+__device__ void AnswerSelected(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  const SelectionArrays& in = team.p.selection;
+  const int64_t at = int64_t{team.group.slot} * team.p.kv_heads + team.group.kv_head;
+  const int64_t count = min(static_cast<int64_t>(in.counts[at]), min(in.capacity, w.capacity));
+  const uint32_t call = *team.p.hot.call;
+  int64_t middle = 0;
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count; i += int64_t{team.size} * kThreads) {
+    const uint32_t token = static_cast<uint32_t>(in.tokens[at * in.capacity + i]);
+    w.token[i] = token;
+    if (token >= team.group.middle_begin && token < team.group.middle_end) {
+      ++middle;
+      if (Resolve(team.p, team.group, call, token, i) != 0) atomicAdd(&team.shared.fetched, 1);
+    } else {
+      w.slot[i] = -1;
+      w.row[i] = reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token));
+    }
+  }
+  atomicAdd(&team.shared.count, static_cast<int32_t>(middle));
+  __syncthreads();
+  if (threadIdx.x == 0) team.shared.total[0] = team.shared.fetched, team.shared.total[1] = team.shared.count;
+  team.Add(2);
+  const Report report{.selected = static_cast<int64_t>(team.shared.total[1]),
+                      .fetched = static_cast<int64_t>(team.shared.total[0])};
+  if (in.log_weights == nullptr) {  // weights are 1
+    for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count; i += int64_t{team.size} * kThreads) {
+      w.weight[i] = INFINITY;
+    }
+    for (int h = threadIdx.x; h < team.heads(); h += kThreads) team.shared.head[h].shift = -INFINITY;
+  }
+  team.Sync();
+  AttendList<kType, kHeads>(team, count, 1.f, in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
+  Combine(team, false);
+  TakeHeads(team, false);
+  WriteHeads(team, [](int) { return true; },
+             [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
+  WriteReport(team, report);
+}
+
+template <DType kType, int kHeads>
+__device__ void AnswerVerified(Team<kHeads>& team) {
+  const Promise& promise = team.p.promise;
+  const int heads = team.heads();
+  for (int i = threadIdx.x; i < heads; i += kThreads) team.shared.state[i] = team.group.state[i];
+  SumEstimates(team);
+  Plan plan = MakePlan(team);
+  const bool sampled = IsFinite(plan.expected);  // NaN in one head's query or in codes draws nothing
+  if (team.p.task == Task::kSelect) {
+    const int64_t drawn = Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0);
+    if (team.rank == 0) {
+      for (int i = threadIdx.x; i < heads; i += kThreads) team.group.state[i] = team.shared.state[i];
+    }
+    AnswerSelect(team, Max(drawn, int64_t{0}), plan.scale);
+    const int64_t fetched = SumFetched(team);
+    WriteReport(team, {.selected = drawn, .fetched = fetched, .looks = 1});
+    return;
+  }
+  Randomness randomness{.refresh = promise.refresh};
+  Report report;
+  float previous = 0;
+  int64_t count = 0;
+  for (int look = 1; look <= promise.max_looks; ++look) {
+    if (plan.scale > plan.bound) {
+      plan.bound = plan.scale * kMostGrowth;
+      PredictAll(team, 1.f, plan.bound, randomness);
+    }
+    const int64_t now = Draw(team, previous, plan.scale, randomness, count);
+    if (now < 0) break;  // no room: the heads that have not passed stay so
+    count = now;
+    team.Sync();
+    AttendList<kType, kHeads>(team, count, plan.scale, nullptr);
+    Combine(team, true);
+    TakeHeads(team, look > 1);
+    SumTail<kType, kHeads>(team, count, plan.scale);
+    JudgeHeads<kType, kHeads>(team, count, look);
+    team.Sync();
+    TakeHeads(team, true);
+    report.looks = look;
+    bool passed = true;
+    for (int h = 0; h < heads; ++h) passed = passed && team.shared.head[h].bound <= promise.epsilon;
+    if (passed || look == promise.max_looks || !plan.feasible) break;
+    GrowHeads(team, count, plan.scale, look + 1);
+    team.Sync();
+    float growth = 1;
+    for (int h = 0; h < heads; ++h) growth = Max(growth, LoadShared(team.group.scratch.growth + h));
+    if (static_cast<float>(count) * Min(growth, kMostGrowth) >
+        promise.max_selected_share * static_cast<float>(team.middle())) {
+      break;
+    }
+    if (growth <= kMostGrowth) {
+      previous = plan.scale;
+      plan.scale *= growth;
+    } else {
+      // A heavy token that the index held for light was drawn by luck: what is known is taken as exact,
+      // and the others are drawn anew (kernels/cpu/decode.cc).
+      FixDrawn(team, count);
+      SumEstimates(team);
+      ++randomness.redraw;
+      if (randomness.redraw > 1) plan.scale *= kMostGrowth;
+      previous = 0;
+      plan.bound = 0;  // the candidates had other random numbers
+    }
+  }
+  report.selected = count;
+  report.fetched = SumFetched(team);
+  for (int h = threadIdx.x; h < heads; h += kThreads) {
+    if (report.looks == 0) team.shared.head[h].bound = INFINITY;
+    CloseHead(sampled && report.looks > 0, team.shared.head[h], team.shared.state[h]);
+    if (team.rank == 0) team.group.state[h] = team.shared.state[h];
+  }
+  __syncthreads();
+  const bool dense = promise.on_unverified == OnUnverified::kDense;
+  const auto passed = [&](int h) { return sampled && team.shared.head[h].bound <= promise.epsilon; };
+  bool all = true;
+  for (int h = 0; h < heads; ++h) all = all && passed(h);
+  if (report.looks == 0 && !dense) Combine(team, true);  // nothing was drawn: sinks and window alone
+  WriteHeads(team, [&](int h) { return passed(h) || !dense; },
+             [&](int h) {
+               return make_float2(static_cast<float>(passed(h) ? Verdict::kVerified : Verdict::kBestEffort),
+                                  sampled ? team.shared.head[h].bound : INFINITY);
+             });
+  if (!all && dense) {
+    // Verdicts are kept from what the exact answer is about to overwrite.
+    for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.floor[h] = passed(h) ? 1 : 0;
+    AttendAll<kType, kHeads>(team);
+    Combine(team, false);
+    TakeHeads(team, false);
+    WriteHeads(team, [&](int h) { return team.shared.floor[h] == 0; },
+               [](int) { return make_float2(static_cast<float>(Verdict::kDense), 0); });
+    report.selected = report.fetched = team.middle();
+  }
+  WriteReport(team, report);
+}
+
+template <DType kType, int kHeads>
+__device__ void AnswerGroup(const DecodeParams& p, const DeviceGroup& group, TeamShared<kHeads>& shared,
+                            std::byte* memory, int rank, int size) {
+  Team<kHeads> team{p, group, shared, memory, rank, size};
+  __syncthreads();
+  if (threadIdx.x == 0) shared.fetched = shared.count = 0;
+  for (int i = threadIdx.x; i < kMaxDeviceGroup; i += kThreads) shared.head[i] = HeadWork{.shift = -INFINITY};
+  __syncthreads();
+  if (p.task == Task::kAttendSelected) {
+    AnswerSelected<kType, kHeads>(team);
+  } else if (team.middle() == 0 || p.promise.policy == Policy::kDense) {
+    if (p.task == Task::kSelect) {
+      AnswerSelect(team, 0, 1.f);
+      WriteReport(team, {});
+    } else {
+      AnswerDense<kType, kHeads>(team, Verdict::kExact);
+    }
+  } else {
+    AnswerVerified<kType, kHeads>(team);
+  }
+}
+
+template <DType kType, int kHeads>
+__global__ void __launch_bounds__(kThreads, 1) AnswerKernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(16) std::byte memory[];
+  __shared__ TeamShared<kHeads> shared;
+  const int groups = p.header->num_groups, block = blockIdx.x;
+  if (groups > static_cast<int>(gridDim.x)) {
+    for (int g = block; g < groups; g += gridDim.x) {
+      if (p.groups[g].tokens > 0) AnswerGroup<kType, kHeads>(p, p.groups[g], shared, memory, 0, 1);
+    }
+    return;
+  }
+  int g = 0;
+  for (int step = 1 << 12; step > 0; step /= 2) {
+    if (g + step < groups && p.groups[g + step].team_begin <= block) g += step;
+  }
+  const DeviceGroup& group = p.groups[g];
+  const int rank = block - group.team_begin;
+  if (group.tokens > 0 && rank >= 0 && rank < group.team_size) {
+    AnswerGroup<kType, kHeads>(p, group, shared, memory, rank, group.team_size);
+  }
+}
+
+template <DType kType, int kHeads>
+int LaunchAnswer(const DecodeParams& p, int blocks, Stream stream) {
+  const auto kernel = AnswerKernel<kType, kHeads>;
+  const int bytes = RowsBytes<kHeads>(p.storage.host.row);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  DecodeParams copy = p;
+  void* arguments[] = {&copy};
+  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), arguments, bytes,
+                                     static_cast<cudaStream_t>(stream.handle));
+}
+
+template <DType kType, int kHeads>
+int MostBlocks(const RowLayout& row) {
+  const auto kernel = AnswerKernel<kType, kHeads>;
+  const int bytes = RowsBytes<kHeads>(row);
+  int device = 0, multiprocessors = 0, each = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess ||
+      cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, bytes) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return multiprocessors * each;
+}
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_ANSWER_CUH_

@@ -1,0 +1,86 @@
+// A decode step as its stages one after the other, and the working memory that they share.
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/stages.h"
+
+namespace vattn::cuda {
+namespace {
+
+// Hands out pieces of memory; with a null base it only counts.
+struct Carver {
+  std::byte* base;
+  size_t used = 0;
+
+  template <class T>
+  void Take(int64_t count, T*& at) {
+    at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+  }
+};
+
+// Rows that a draw may hold: all of a short middle, an eighth of a long one.
+int64_t ListCapacity(int64_t tokens) {
+  constexpr int64_t kShort = 32768;
+  return tokens <= kShort ? tokens : tokens / 8 > kShort ? tokens / 8 : kShort;
+}
+
+}  // namespace
+
+size_t CarveScratch(const Storage& s, int64_t tokens, int q_heads, int team, std::byte* memory, GroupScratch& w) {
+  Carver c{memory};
+  const int64_t heads = q_heads, blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
+  const int64_t floats = s.row.dim_v + 3;
+  w.capacity = (ListCapacity(tokens) + 63) / 64 * 64;
+  c.Take(blocks * heads * kBlockTokens, w.estimate);
+  c.Take(blocks * heads, w.shift);
+  c.Take(blocks * heads, w.mass);
+  c.Take(blocks * kBlockTokens, w.candidate);
+  c.Take(blocks, w.candidates);
+  c.Take(blocks, w.kept);
+  c.Take(w.capacity, w.token);
+  c.Take(w.capacity, w.weight);
+  c.Take(w.capacity, w.row);
+  c.Take(w.capacity, w.slot);
+  c.Take(w.capacity, w.norm2);
+  c.Take(heads * w.capacity, w.logit);
+  c.Take(heads * w.capacity, w.residual);
+  c.Take(heads * w.capacity, w.term);
+  c.Take(heads * s.row.dim_k, w.query);
+  c.Take((heads + 7) / 8, w.packed);
+  c.Take(kFixedParts * heads * floats, w.fixed);
+  c.Take(team * heads * floats, w.state);
+  c.Take(int64_t{2} * team * kPartials(q_heads), w.partial);
+  c.Take(heads * s.row.dim_v, w.output);
+  c.Take(heads, w.head);
+  c.Take(heads, w.growth);
+  c.Take(1, w.barrier);
+  return c.used;
+}
+
+int AnswerBlocks(const DeviceStorage& storage, int q_heads) {
+  const RowLayout& row = storage.host.row;
+  switch (row.dtype) {
+    case DType::kF32: return AnswerOf<DType::kF32>::MostBlocks(row, q_heads);
+    case DType::kF16: return AnswerOf<DType::kF16>::MostBlocks(row, q_heads);
+    default: return AnswerOf<DType::kBF16>::MostBlocks(row, q_heads);
+  }
+}
+
+int Answer(const DecodeParams& p, int blocks, Stream stream) {
+  switch (p.storage.host.row.dtype) {
+    case DType::kF32: return AnswerOf<DType::kF32>::Launch(p, blocks, stream);
+    case DType::kF16: return AnswerOf<DType::kF16>::Launch(p, blocks, stream);
+    default: return AnswerOf<DType::kBF16>::Launch(p, blocks, stream);
+  }
+}
+
+int Decode(const DecodeParams& p, int blocks, int scan_blocks, Stream stream) {
+  int error = Prepare(p, stream);
+  const bool sampled = p.promise.policy == Policy::kVerified && p.task != Task::kAttendSelected;
+  if (error == cudaSuccess && sampled) error = Scan(p, scan_blocks, stream);
+  if (error == cudaSuccess) error = Answer(p, blocks, stream);
+  return error;
+}
+
+}  // namespace vattn::cuda

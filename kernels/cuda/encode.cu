@@ -1,0 +1,106 @@
+// Op encode: index codes of tiles of 16 tokens (ALGORITHM 3). x_j is the chain of fused multiply-adds
+// of kernels/cpu/encode.cc, so codes are the same bits.
+#include <cmath>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/vocabulary.cuh"
+
+namespace vattn::cuda {
+namespace {
+
+constexpr int kEncodeThreads = 128;
+
+__device__ uint32_t Level(float x, int bits) {
+  const int half = 1 << (bits - 1);
+  const float level = floorf(x) + static_cast<float>(half);
+  return static_cast<uint32_t>(fminf(fmaxf(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
+}
+
+template <DType kType>
+__global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage storage, const EncodeItem* items) {
+  using E = Element<kType>;
+  extern __shared__ __align__(16) float memory[];
+  const Storage& s = storage.host;
+  const EncodeItem& item = items[blockIdx.y];
+  const int dim = s.row.dim_k, dims = s.code.dims8 + s.code.dims4 + s.code.dims2;
+  const int padded = (dims + 15) / 16 * 16, words = s.code.dims8 / 4 + s.code.dims4 / 8 + s.code.dims2 / 16;
+  float* keys = memory;                                                     // [dim][16]
+  uint8_t* levels = reinterpret_cast<uint8_t*>(memory + dim * kTileTokens);  // [dims][16]
+  for (int64_t token = item.begin + int64_t{blockIdx.x} * kTileTokens; token < item.end;
+       token += int64_t{gridDim.x} * kTileTokens) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < dim * kTileTokens; i += kEncodeThreads) {
+      const int t = i / dim, c = i - t * dim;
+      const float k = E::One(HostRow(s, item.blocks, token + t) + c * E::kBytes);
+      keys[c * kTileTokens + t] = __fsub_rn(k, item.index.center[c]);
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < dims; j += kEncodeThreads) {
+      float x[kTileTokens] = {};
+      for (int c = 0; c < dim; ++c) {
+        const float e = item.index.encode[int64_t{c} * padded + j];
+        const float4* k = reinterpret_cast<const float4*>(keys + c * kTileTokens);
+#pragma unroll
+        for (int t = 0; t < kTileTokens / 4; ++t) {
+          const float4 v = k[t];
+          x[4 * t] = fmaf(v.x, e, x[4 * t]);
+          x[4 * t + 1] = fmaf(v.y, e, x[4 * t + 1]);
+          x[4 * t + 2] = fmaf(v.z, e, x[4 * t + 2]);
+          x[4 * t + 3] = fmaf(v.w, e, x[4 * t + 3]);
+        }
+      }
+      const int bits = j < s.code.dims8 ? 7 : j < s.code.dims8 + s.code.dims4 ? 4 : 2;
+#pragma unroll
+      for (int t = 0; t < kTileTokens; ++t) levels[j * kTileTokens + t] = static_cast<uint8_t>(Level(x[t], bits));
+    }
+    __syncthreads();
+    const int64_t block = item.blocks[token / kBlockTokens], at = token % kBlockTokens / kTileTokens * words * 64;
+    for (int i = threadIdx.x; i < words * kTileTokens; i += kEncodeThreads) {
+      int w = i / kTileTokens, first, bits;
+      const int t = i % kTileTokens;
+      if (w < s.code.dims8 / 4) {
+        bits = 8, first = 4 * w;
+      } else if ((w -= s.code.dims8 / 4) < s.code.dims4 / 8) {
+        bits = 4, first = s.code.dims8 + 8 * w;
+      } else {
+        bits = 2, first = s.code.dims8 + s.code.dims4 + 16 * (w - s.code.dims4 / 8);
+      }
+      uint32_t word = 0;
+      for (int k = 0; k < 32 / bits; ++k) {
+        word |= uint32_t{levels[(first + k) * kTileTokens + t]} << (k % 4 * 8 + k / 4 * bits);
+      }
+      reinterpret_cast<uint32_t*>(storage.codes + block * storage.code_block_bytes + at)[i] = word;
+      reinterpret_cast<uint32_t*>(s.base + block * s.block.bytes + s.block.codes + at)[i] = word;
+    }
+  }
+}
+
+template <DType kType>
+int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, cudaStream_t stream) {
+  const int dims = storage.host.code.dims();
+  const int bytes = storage.host.row.dim_k * kTileTokens * 4 + dims * kTileTokens;
+  const auto kernel = EncodeKernel<kType>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = (most + kTileTokens - 1) / kTileTokens;
+  for (int first = 0; first < count; first += 65535) {  // as many as the second grid dimension takes
+    const dim3 grid(static_cast<unsigned>(tiles < 4096 ? tiles : 4096),
+                    static_cast<unsigned>(count - first < 65535 ? count - first : 65535));
+    kernel<<<grid, kEncodeThreads, bytes, stream>>>(storage, items + first);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, Stream stream) {
+  if (count == 0 || most == 0 || storage.host.code.bytes() == 0) return cudaSuccess;
+  const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
+  switch (storage.host.row.dtype) {
+    case DType::kF32: return LaunchEncode<DType::kF32>(storage, items, count, most, s);
+    case DType::kF16: return LaunchEncode<DType::kF16>(storage, items, count, most, s);
+    default: return LaunchEncode<DType::kBF16>(storage, items, count, most, s);
+  }
+}
+
+}  // namespace vattn::cuda

@@ -1,0 +1,41 @@
+// Operations of the CUDA backend. Each enqueues on `stream` (a cudaStream_t) and returns a cudaError_t
+// as a number, 0 for success. Nothing here allocates or waits.
+#ifndef VATTN_KERNELS_CUDA_LAUNCH_H_
+#define VATTN_KERNELS_CUDA_LAUNCH_H_
+
+#include "kernels/cuda/params.h"
+
+namespace vattn::cuda {
+
+// Thread blocks of the answer kernel that fit the current device at a time: teams are cut from them.
+// 0: the shape does not fit (rows too large).
+int AnswerBlocks(const DeviceStorage& storage, int q_heads);
+
+// One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
+// `blocks`: thread blocks of the answer, that the groups' teams were cut from.
+int Decode(const DecodeParams& params, int blocks, int scan_blocks, Stream stream);
+
+// Codes of `count` items in device memory, `most` tokens at most in one of them.
+int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, Stream stream);
+// Sinks and ring of `count` items in device memory.
+int LoadFixed(const DeviceStorage& storage, const FixedItem* items, int count, Stream stream);
+// Codes of the listed blocks from the host copy to the device copy.
+int LoadCodes(const DeviceStorage& storage, const int32_t* blocks, int64_t count, Stream stream);
+// Rows of the listed blocks leave the hot set.
+int ForgetBlocks(const HotSetRef& hot, const int32_t* blocks, int64_t count, Stream stream);
+// *address[i] = value[i] for 32-bit words.
+struct Patch {
+  int32_t* address = nullptr;
+  int64_t value = 0;
+};
+int ApplyPatches(const Patch* patches, int64_t count, Stream stream);
+// Op write with k, v in device memory: block ids [kv_heads] in device memory.
+int Write(const WriteParams& params, Stream stream);
+
+// Bytes of working memory of a group, and its parts carved from `memory` (null: nothing is carved).
+size_t CarveScratch(const Storage& storage, int64_t tokens, int q_heads, int team, std::byte* memory,
+                    GroupScratch& out);
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_LAUNCH_H_

@@ -1,0 +1,155 @@
+// Parameters of the CUDA backend's operations. Every pointer is one that the device can follow; what
+// changes from step to step lies in device memory, so that a captured graph can be replayed.
+// G = query heads of one GQA group (one KV head).
+#ifndef VATTN_KERNELS_CUDA_PARAMS_H_
+#define VATTN_KERNELS_CUDA_PARAMS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/params.h"
+
+namespace vattn::cuda {
+
+constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
+VATTN_HD constexpr int kPartials(int heads) { return 4 * heads + 4; }
+constexpr int kFixedParts = 4;        // thread blocks that share the sinks and window of a group
+
+// Where the bytes of a token are. Host blocks are as in kernels/geometry.h; codes have a copy on the
+// device, block by block.
+struct DeviceStorage {
+  Storage host;                  // base: the device's address of the mapped host pool
+  std::byte* codes = nullptr;    // [blocks of the pool][256 tokens of code]
+  int64_t code_block_bytes = 0;
+  int32_t sinks = 0;             // rows kept on the device: the first tokens ...
+  int32_t ring_tokens = 0;       // ... and the last ones: token t in row sinks + t % ring_tokens
+};
+
+// Rows of the middle that stay on the device, shared by the groups of a batch. Evicted by a clock:
+// a slot whose use mark is set gets a second chance.
+struct HotSetRef {
+  std::byte* rows = nullptr;    // [slots][row_bytes]
+  int32_t* slot_of = nullptr;   // [blocks of the pool * 256] slot of a token of a block, -1: none
+  int64_t* owner = nullptr;     // [slots] token of a block that it holds, -1: none
+  uint32_t* use = nullptr;      // [slots] 2 * call of the last use + mark
+  uint32_t* hand = nullptr;     // [1] of the clock
+  uint32_t* call = nullptr;     // [1] counts attention calls
+  int32_t slots = 0;
+};
+
+// Working memory of one group for one call; sizes for n tokens rounded up to blocks.
+struct GroupScratch {
+  uint16_t* estimate = nullptr;      // [blocks][G][256] e^ over its block's largest, fp16
+  float* shift = nullptr;            // [blocks][G] ln of that largest
+  float* mass = nullptr;             // [blocks][G] sum of estimate
+  uint64_t* candidate = nullptr;     // [blocks][256] token, then weight in the high word
+  uint32_t* candidates = nullptr;    // [blocks] of them in use
+  uint32_t* kept = nullptr;          // [blocks] of them drawn
+  uint32_t* token = nullptr;         // [capacity] selected tokens
+  float* weight = nullptr;           // [capacity] inclusion probability before the cap at 1
+  uint64_t* row = nullptr;           // [capacity] address of the row
+  int32_t* slot = nullptr;           // [capacity] hot slot to copy it to, -1: none
+  float* norm2 = nullptr;            // [capacity] |v|^2
+  float* logit = nullptr;            // [G][capacity]
+  float* residual = nullptr;         // [G][capacity] |e (v - o')|^2 / (pi D^2), 0 with pi = 1
+  float* term = nullptr;             // [G][capacity] its part of the variance
+  float* query = nullptr;            // [G][dim_k] scaled
+  PackedQueries* packed = nullptr;   // [G / 8 rounded up]
+  float* fixed = nullptr;            // [kFixedParts][G][dim_v + 3] softmax states of sinks and window
+  float* state = nullptr;            // [team][G][dim_v + 3] softmax states of the draw
+  double* partial = nullptr;         // [2][team][kPartials(G)] sums of a team's parts
+  float* output = nullptr;           // [G][dim_v]
+  HeadWork* head = nullptr;          // [G]
+  float* growth = nullptr;           // [G]
+  uint32_t* barrier = nullptr;       // [1] arrivals in this call
+  int64_t capacity = 0;              // of the list of selected tokens
+};
+
+// One (sequence, layer, KV head) of one step.
+struct DeviceGroup {
+  const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
+  std::byte* fixed = nullptr;       // [sinks + ring_tokens][row_bytes]
+  HeadState* state = nullptr;       // [G]
+  IndexTables index;
+  RandomKey key;
+  int32_t slot = 0, kv_head = 0;    // of the batch; says where queries and outputs are
+  int64_t tokens = 0;               // with the step's new token; 0: nobody sits here
+  int64_t middle_begin = 0, middle_end = 0;
+  int64_t ring_begin = 0;           // tokens from here on are in the ring
+  int64_t first_block = 0;          // of the scan: blocks of all groups before this one
+  uint64_t step = 0;
+  int32_t team_begin = 0, team_size = 0;  // thread blocks that answer it
+  GroupScratch scratch;
+};
+
+// What a step is made of, besides its groups.
+struct StepHeader {
+  int64_t scan_blocks = 0;  // of all groups
+  int32_t num_groups = 0;
+  int32_t new_tokens = 0;
+};
+
+// Sums over calls, read by vattn_runtime_stats.
+struct DeviceCounters {
+  unsigned long long verdicts[4];
+  unsigned long long middle, selected, fetched, looks;
+};
+
+// Arrays of an attention call, extents as vattn_attend_params.
+struct CallArrays {
+  const void* q = nullptr;
+  const void* k_new = nullptr;
+  const void* v_new = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;
+  int32_t* verdict = nullptr;
+  float* error = nullptr;
+  int32_t* selected = nullptr;
+  int32_t* fetched = nullptr;
+  int32_t* looks = nullptr;
+  int64_t* middle = nullptr;
+  int32_t out_dtype = 0;
+};
+
+// As vattn_selection: in for kAttendSelected, out for kSelect.
+struct SelectionArrays {
+  int64_t capacity = 0;
+  int32_t* tokens = nullptr;
+  float* log_weights = nullptr;
+  int32_t* counts = nullptr;
+};
+
+enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
+
+struct DecodeParams {
+  Task task = Task::kDecode;
+  DeviceStorage storage;
+  Promise promise;                     // quantile: device memory
+  HotSetRef hot;
+  const DeviceGroup* groups = nullptr;  // [most_groups] of this layer
+  const StepHeader* header = nullptr;
+  DeviceCounters* counters = nullptr;
+  int32_t most_groups = 0;  // slots * kv_heads
+  int32_t kv_heads = 0;
+  int32_t q_heads = 0;      // G
+  CallArrays call;
+  SelectionArrays selection;
+};
+
+// Codes of tokens [begin, end) of groups, both multiples of 16, into the device and the host copy.
+struct EncodeItem {
+  const int32_t* blocks = nullptr;
+  IndexTables index;
+  int64_t begin = 0, end = 0;
+};
+
+// Rows of sinks and ring of a group brought to the device: all that lie below `tokens`.
+struct FixedItem {
+  const int32_t* blocks = nullptr;
+  std::byte* fixed = nullptr;
+  int64_t tokens = 0;
+};
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_PARAMS_H_

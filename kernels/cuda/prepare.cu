@@ -1,0 +1,172 @@
+// First stage of a step: the new token's row, queries packed for the scan, and attention over sinks and
+// window. A group has kFixedParts thread blocks for its fixed rows and one for its queries.
+#include "kernels/cuda/stages.h"
+
+#include <cmath>
+
+#include "kernels/cuda/rows.cuh"
+
+namespace vattn::cuda {
+namespace {
+
+template <class E>
+__device__ void ScaleQueries(const DecodeParams& p, const DeviceGroup& group, int first, int heads, int most,
+                             float* out) {
+  const int dim = p.storage.host.row.dim_k;
+  const int64_t head = (int64_t{group.slot} * p.kv_heads + group.kv_head) * p.q_heads + first;
+  const std::byte* q = static_cast<const std::byte*>(p.call.q) + head * dim * E::kBytes;
+  for (int i = threadIdx.x; i < most * dim; i += kThreads) {
+    out[i] = i < heads * dim ? E::One(q + i * E::kBytes) * p.storage.host.scale : 0;
+  }
+}
+
+__device__ float LevelOffset(const CodeLayout& code, int j) {
+  if (j < code.dims8) return .5f - 64.f;
+  return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
+}
+
+// One head's query as kernels/cpu/scan.cc packs it: int8 levels of y [dims] and what undoes them.
+__device__ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out, int lane) {
+  const int dims = code.dims8 + code.dims4 + code.dims2;
+  float most = 0;
+  for (int j = 0; j < dims; ++j) most = fmaxf(most, fabsf(y[j]));
+  const float scale = fmaxf(__fdiv_rn(most, 127.f), 1e-30f);
+  for (int r = 0; r < dims / 4; ++r) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) {
+      const float level = rintf(fmaxf(fminf(127.f, __fdiv_rn(y[4 * r + i], scale)), -127.f));
+      word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(level))) << (8 * i);
+      offset = __fadd_rn(offset, __fmul_rn(__fmul_rn(level, scale), LevelOffset(code, 4 * r + i)));
+    }
+    out.run[r][lane] = static_cast<int32_t>(word);
+  }
+  out.scale[lane] = scale;
+  out.offset[lane] = offset;
+}
+
+template <class E>
+__device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, float* memory) {
+  constexpr int kHeads = 8;
+  const CodeLayout& code = p.storage.host.code;
+  const int dim = p.storage.host.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float* q = memory;                // [kHeads][dim]
+  float* y = memory + kHeads * dim;  // [kHeads][dims + 1]
+  for (int first = 0; first < p.q_heads; first += kHeads) {
+    const int heads = min(kHeads, p.q_heads - first);
+    __syncthreads();
+    ScaleQueries<E>(p, group, first, heads, kHeads, q);
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * dim; i += kThreads) group.scratch.query[first * dim + i] = q[i];
+    if (group.middle_end == group.middle_begin) continue;
+    for (int j = warp; j <= dims; j += kThreads / kWarp) {
+      const float* row = j < dims ? group.index.project + int64_t{j} * dim : group.index.center;
+      float sum[kHeads] = {};
+      for (int c = lane; c < dim; c += kWarp) {
+        const float x = row[c];
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) sum[h] = fmaf(x, q[h * dim + c], sum[h]);
+      }
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        sum[h] = WarpSum(sum[h]);
+        if (lane == 0) y[h * (dims + 1) + j] = sum[h];
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < heads) {
+      const float* at = y + threadIdx.x * (dims + 1);
+      PackHead(code, at, at[dims], group.scratch.packed[first / kHeads], threadIdx.x);
+    }
+  }
+}
+
+// The new token's row into the ring and into the host pool.
+template <class E>
+__device__ void WriteRow(const DecodeParams& p, const DeviceGroup& group) {
+  const RowLayout& row = p.storage.host.row;
+  const int64_t token = group.tokens - 1, head = int64_t{group.slot} * p.kv_heads + group.kv_head;
+  std::byte* ring = const_cast<std::byte*>(RowAddress(p.storage, group, token));
+  std::byte* host = const_cast<std::byte*>(HostRow(p.storage.host, group.blocks, token));
+  const int k_bytes = row.dim_k * E::kBytes, v_bytes = row.shared_kv ? 0 : row.dim_v * E::kBytes;
+  const std::byte* k = static_cast<const std::byte*>(p.call.k_new) + head * k_bytes;
+  const std::byte* v = static_cast<const std::byte*>(p.call.v_new) + head * v_bytes;
+  for (int i = threadIdx.x; i < (k_bytes + v_bytes) / 16; i += kThreads) {
+    const int at = i * 16;
+    const uint4 x = *reinterpret_cast<const uint4*>(at < k_bytes ? k + at : v + (at - k_bytes));
+    *reinterpret_cast<uint4*>(ring + at) = x;
+    *reinterpret_cast<uint4*>(host + at) = x;
+  }
+}
+
+template <DType kType, int kHeads>
+__device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int part, std::byte* memory,
+                            RowsShared<kHeads>& shared) {
+  using E = Element<kType>;
+  const RowLayout& row = p.storage.host.row;
+  const TileShape shape = MakeTileShape(row.row_bytes);
+  const int64_t count = group.middle_begin + group.tokens - group.middle_end;
+  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
+  const int tiles = all > part ? (all - part + kFixedParts - 1) / kFixedParts : 0;
+  if (p.call.k_new != nullptr && (all - 1) % kFixedParts == part) {
+    WriteRow<E>(p, group);
+    __threadfence();
+  }
+  float* queries = reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row)) - kHeads * row.dim_k;
+  const auto first_of = [&](int k) { return int64_t{part + k * kFixedParts} * shape.rows; };
+  for (int first = 0; first < p.q_heads; first += kHeads) {
+    const int heads = min(kHeads, p.q_heads - first);
+    __syncthreads();
+    ScaleQueries<E>(p, group, first, heads, kHeads, queries);
+    if (threadIdx.x < kHeads) shared.most[threadIdx.x] = -INFINITY;
+    float* state = group.scratch.fixed + (int64_t{part} * p.q_heads + first) * (row.dim_v + 3);
+    AttendTiles<kType, kHeads>(
+        row, shape, tiles, heads, queries, memory, shared, state,
+        [&](int k, int r) -> uint64_t {
+          const int64_t i = first_of(k) + r;
+          if (i >= count) return 0;
+          const int64_t token = i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
+          return reinterpret_cast<uint64_t>(RowAddress(p.storage, group, token));
+        },
+        [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); },
+        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {}, [](int, const std::byte*) {});
+  }
+}
+
+template <DType kType, int kHeads>
+__global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(16) std::byte memory[];
+  __shared__ RowsShared<kHeads> shared;
+  if (blockIdx.x == 0 && blockIdx.y == kFixedParts && threadIdx.x == 0) ++*p.hot.call;
+  if (static_cast<int>(blockIdx.x) >= p.header->num_groups) return;
+  const DeviceGroup& group = p.groups[blockIdx.x];
+  if (group.tokens == 0) return;
+  if (blockIdx.y < kFixedParts) {
+    AttendFixed<kType, kHeads>(p, group, blockIdx.y, memory, shared);
+    return;
+  }
+  if (threadIdx.x == 0) *group.scratch.barrier = 0;
+  PackQueries<Element<kType>>(p, group, reinterpret_cast<float*>(memory));
+}
+
+template <DType kType, int kHeads>
+int Launch(const DecodeParams& p, Stream stream) {
+  const RowLayout& row = p.storage.host.row;
+  const CodeLayout& code = p.storage.host.code;
+  const int pack = 8 * (row.dim_k + code.dims() + 1) * 4;
+  const int rows = RowsBytes<kHeads>(row), bytes = rows > pack ? rows : pack;
+  const auto kernel = PrepareKernel<kType, kHeads>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<dim3(p.most_groups, kFixedParts + 1), kThreads, bytes, static_cast<cudaStream_t>(stream.handle)>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int Prepare(const DecodeParams& p, Stream stream) {
+  return DispatchRows(p.storage.host.row.dtype, p.q_heads,
+                      [&]<DType kType, int kHeads>() { return Launch<kType, kHeads>(p, stream); });
+}
+
+}  // namespace vattn::cuda

@@ -1,0 +1,264 @@
+// Tiles of rows in shared memory: brought there from the device or straight from the host pool, and
+// what attention and its certificate compute from them. One thread block of kThreads works together.
+#ifndef VATTN_KERNELS_CUDA_ROWS_CUH_
+#define VATTN_KERNELS_CUDA_ROWS_CUH_
+
+#include <cuda_pipeline.h>
+
+#include "kernels/cuda/vocabulary.cuh"
+
+namespace vattn::cuda {
+
+constexpr int kThreads = 512;
+constexpr int kMostTileRows = 64;
+constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
+
+// Tile size of a row layout. Rows of a tile lie `pitch` bytes apart; two tiles are in flight.
+struct TileShape {
+  int rows, row_bytes, pitch;
+};
+VATTN_HD inline TileShape MakeTileShape(int row_bytes) {
+  const int pitch = row_bytes + kRowPadding;
+  int rows = kMostTileRows;
+  while (rows > 8 && rows * pitch > 44 * 1024) rows /= 2;
+  return {rows, row_bytes, pitch};
+}
+VATTN_HD inline int TileBytes(const TileShape& t) { return t.rows * t.pitch; }
+
+// Shared memory of a walk over tiles; tiles and vectors follow in dynamic shared memory.
+template <int kHeads>
+struct RowsShared {
+  uint64_t address[2][kMostTileRows];
+  float p[kMostTileRows * kHeads];  // [rows][kHeads] logits, then weights
+  float norm2[kMostTileRows];
+  float log_weight[kMostTileRows];
+  float factor[kMostTileRows];
+  float most[kHeads], scale[kHeads], mass[kHeads], mass2[kHeads];
+};
+
+// Brings `tiles` tiles through shared memory and calls compute(k, tile) on each by all threads.
+// address(k, r): where row r of tile k is, 0: no such row. Ends with all threads in step.
+template <class Address, class Compute>
+__device__ void WalkTiles(const TileShape& shape, int tiles, uint64_t (*at)[kMostTileRows], std::byte* memory,
+                          Address&& address, Compute&& compute) {
+  const int tid = threadIdx.x, per_row = shape.row_bytes / 16;
+  const auto list = [&](int k) {
+    if (tid < shape.rows) at[k & 1][tid] = k < tiles ? address(k, tid) : 0;
+  };
+  const auto fetch = [&](int k) {
+    std::byte* tile = memory + (k & 1) * TileBytes(shape);
+    if (k < tiles) {
+      for (int c = tid; c < shape.rows * per_row; c += kThreads) {
+        const int row = c / per_row, part = c - row * per_row;
+        const uint64_t from = at[k & 1][row];
+        if (from != 0) {
+          __pipeline_memcpy_async(tile + row * shape.pitch + part * 16,
+                                  reinterpret_cast<const std::byte*>(from) + part * 16, 16);
+        }
+      }
+    }
+    __pipeline_commit();
+  };
+  __syncthreads();
+  list(0);
+  __syncthreads();
+  fetch(0);
+  list(1);
+  __syncthreads();
+  for (int k = 0; k < tiles; ++k) {
+    fetch(k + 1);
+    __pipeline_wait_prior(1);
+    __syncthreads();
+    list(k + 2);
+    compute(k, memory + (k & 1) * TileBytes(shape));
+    __syncthreads();
+  }
+  __pipeline_wait_prior(0);
+}
+
+// out[row * kHeads + h] = vectors[h] . part of row, for count rows; vectors [kHeads][dim] in shared
+// memory, the part starts `offset` bytes into the row. Rows are shared by several lanes.
+template <DType kType, int kHeads>
+__device__ void DotTile(const TileShape& shape, const std::byte* tile, int count, int offset, int dim,
+                        const float* vectors, float* out) {
+  using E = Element<kType>;
+  const int pairs = shape.rows * kHeads;
+  int lanes = 1;
+  while (lanes < 8 && pairs * lanes * 2 <= kThreads) lanes *= 2;
+  const int sub = threadIdx.x % lanes;
+  for (int pair = threadIdx.x / lanes; pair < pairs; pair += kThreads / lanes) {
+    const int head = pair / shape.rows, row = pair - head * shape.rows;
+    float sum = 0;
+    if (row < count) {
+      const uint4* from = reinterpret_cast<const uint4*>(tile + row * shape.pitch + offset);
+      const float4* vector = reinterpret_cast<const float4*>(vectors + head * dim);
+      for (int c = sub; c < dim / E::kPer16; c += lanes) {
+        float x[E::kPer16];
+        E::Unpack(from[c], x);
+#pragma unroll
+        for (int i = 0; i < E::kPer16 / 4; ++i) {
+          const float4 q = vector[c * (E::kPer16 / 4) + i];
+          sum = fmaf(x[4 * i], q.x, sum);
+          sum = fmaf(x[4 * i + 1], q.y, sum);
+          sum = fmaf(x[4 * i + 2], q.z, sum);
+          sum = fmaf(x[4 * i + 3], q.w, sum);
+        }
+      }
+    }
+    for (int o = lanes / 2; o > 0; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    if (sub == 0) out[row * kHeads + head] = sum;
+  }
+}
+
+// out[row] = |part of row|^2 for count rows.
+template <DType kType>
+__device__ void NormTile(const TileShape& shape, const std::byte* tile, int count, int offset, int dim, float* out) {
+  using E = Element<kType>;
+  constexpr int kLanes = kThreads / kMostTileRows;
+  const int sub = threadIdx.x % kLanes, row = threadIdx.x / kLanes;
+  float sum = 0;
+  if (row < count) {
+    const uint4* from = reinterpret_cast<const uint4*>(tile + row * shape.pitch + offset);
+    for (int c = sub; c < dim / E::kPer16; c += kLanes) {
+      float x[E::kPer16];
+      E::Unpack(from[c], x);
+#pragma unroll
+      for (int i = 0; i < E::kPer16; ++i) sum = fmaf(x[i], x[i], sum);
+    }
+  }
+#pragma unroll
+  for (int o = kLanes / 2; o > 0; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
+  if (sub == 0 && row < shape.rows) out[row] = sum;
+}
+
+// The weighted sum of V over tiles: each thread holds two dimensions of every head for a part of the rows.
+template <DType kType, int kHeads>
+struct ValueSum {
+  float sum[kHeads][2];
+  int pairs, groups, pair, group;  // dimension pairs; parts of the rows; this thread's own
+
+  __device__ explicit ValueSum(int dim) {
+    pairs = dim / 2;
+    groups = kThreads / pairs;
+    group = threadIdx.x / pairs;
+    pair = threadIdx.x - group * pairs;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) sum[h][0] = sum[h][1] = 0;
+  }
+
+  // sum = sum * scale + p . V over count rows; p [rows][kHeads], scale [kHeads].
+  __device__ void Add(const TileShape& shape, const std::byte* tile, int count, int offset, const float* p,
+                      const float* scale) {
+    if (group >= groups) return;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) sum[h][0] *= scale[h], sum[h][1] *= scale[h];
+    const std::byte* at = tile + offset + pair * 2 * Element<kType>::kBytes;
+    for (int r = group; r < count; r += groups) {
+      const float2 v = Element<kType>::Pair(at + r * shape.pitch);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        sum[h][0] = fmaf(p[r * kHeads + h], v.x, sum[h][0]);
+        sum[h][1] = fmaf(p[r * kHeads + h], v.y, sum[h][1]);
+      }
+    }
+  }
+
+  // Sums over the parts, by way of memory [groups][kHeads][dim] in shared memory, to out(h, j, value) for
+  // the first `heads` heads. All threads must call it.
+  template <class Out>
+  __device__ void Finish(float* memory, int heads, Out&& out) {
+    const int dim = 2 * pairs;
+    __syncthreads();
+    if (group < groups) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        memory[(group * kHeads + h) * dim + 2 * pair] = sum[h][0];
+        memory[(group * kHeads + h) * dim + 2 * pair + 1] = sum[h][1];
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
+      float total = 0;
+      for (int g = 0; g < groups; ++g) total += memory[g * kHeads * dim + i];
+      out(i / dim, i % dim, total);
+    }
+    __syncthreads();
+  }
+};
+
+// Softmax states of up to kHeads heads over tiles of rows. shared.most must hold what the logits are
+// relative to at first (-inf: the rows' own largest), queries [kHeads][dim_k] lie in shared memory.
+//   address(k, r) as WalkTiles; count(k) rows of tile k;
+//   weigh(k, r): {added to the logit, factor of the weight};
+//   note(k, r, h, logit) for what the caller keeps; keep(k, tile) sees each tile once.
+// States [heads][dim_v + 3] go to `state`. With norms, |v|^2 of each row is in shared.norm2 at note.
+template <DType kType, int kHeads, class Address, class Count, class Weigh, class Note, class Keep>
+__device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int tiles, int heads,
+                            const float* queries, std::byte* memory, RowsShared<kHeads>& shared, float* state,
+                            Address&& address, Count&& count, Weigh&& weigh, Note&& note, Keep&& keep) {
+  const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
+  ValueSum<kType, kHeads> values(row.dim_v);
+  if (tid < kHeads) shared.mass[tid] = shared.mass2[tid] = 0;
+  WalkTiles(shape, tiles, shared.address, memory, address, [&](int k, const std::byte* tile) {
+    const int n = count(k);
+    if (tid < n) {
+      const float2 w = weigh(k, tid);
+      shared.log_weight[tid] = w.x;
+      shared.factor[tid] = w.y;
+    }
+    DotTile<kType, kHeads>(shape, tile, n, 0, row.dim_k, queries, shared.p);
+    NormTile<kType>(shape, tile, n, row.v_offset, row.dim_v, shared.norm2);
+    keep(k, tile);
+    __syncthreads();
+    if (warp < kHeads) {
+      const int h = warp;
+      float most = shared.most[h];
+      for (int r = lane; r < n; r += kWarp) {
+        const float s = shared.p[r * kHeads + h];
+        if (h < heads) note(k, r, h, s);
+        most = fmaxf(most, s + shared.log_weight[r]);
+      }
+      most = WarpMax(most);
+      const float scale = most == shared.most[h] ? 1 : expf(shared.most[h] - most);
+      float mass = 0, mass2 = 0;
+      for (int r = lane; r < n; r += kWarp) {
+        float& p = shared.p[r * kHeads + h];
+        p = expf(p + shared.log_weight[r] - most) * shared.factor[r];
+        mass += p;
+        mass2 = fmaf(p, shared.norm2[r], mass2);
+      }
+      mass = WarpSum(mass), mass2 = WarpSum(mass2);
+      __syncwarp();
+      if (lane == 0) {
+        shared.most[h] = most;
+        shared.scale[h] = scale;
+        shared.mass[h] = shared.mass[h] * scale + mass;
+        shared.mass2[h] = shared.mass2[h] * scale + mass2;
+      }
+    }
+    __syncthreads();
+    values.Add(shape, tile, n, row.v_offset, shared.p, shared.scale);
+  });
+  values.Finish(reinterpret_cast<float*>(memory), heads,
+                [&](int h, int j, float x) { state[h * (row.dim_v + 3) + j] = x; });
+  if (tid < heads) {
+    float* tail = state + tid * (row.dim_v + 3) + row.dim_v;
+    tail[0] = shared.most[tid];
+    tail[1] = shared.mass[tid];
+    tail[2] = shared.mass2[tid];
+  }
+  __syncthreads();
+}
+
+// Bytes of dynamic shared memory of AttendTiles: two tiles (or the value sums) and the queries.
+template <int kHeads>
+VATTN_HD inline int RowsBytes(const RowLayout& row) {
+  const TileShape shape = MakeTileShape(row.row_bytes);
+  const int sums = kThreads * 2 * kHeads * 4;
+  const int tiles = 2 * TileBytes(shape);
+  return (tiles > sums ? tiles : sums) + kHeads * (row.dim_k > row.dim_v ? row.dim_k : row.dim_v) * 4;
+}
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_ROWS_CUH_

@@ -1,0 +1,48 @@
+// The stages of a decode step on CUDA, in their order; kernels/cuda/decode.cu strings them together.
+#ifndef VATTN_KERNELS_CUDA_STAGES_H_
+#define VATTN_KERNELS_CUDA_STAGES_H_
+
+#include "kernels/cuda/params.h"
+
+namespace vattn::cuda {
+
+// Calls f<kType, kHeads>() for a dtype and the least number of heads that kernels are built for.
+template <class F>
+int DispatchRows(DType dtype, int heads, F&& f) {
+  const auto typed = [&]<DType kType>() {
+    return heads <= 4 ? f.template operator()<kType, 4>() : f.template operator()<kType, 8>();
+  };
+  switch (dtype) {
+    case DType::kF32: return typed.template operator()<DType::kF32>();
+    case DType::kF16: return typed.template operator()<DType::kF16>();
+    default: return typed.template operator()<DType::kBF16>();
+  }
+}
+
+// The answer kernels of one dtype, each built by its own translation unit.
+template <DType kType>
+struct AnswerOf {
+  static int Launch(const DecodeParams& params, int blocks, Stream stream);
+  // Thread blocks that fit the device at a time, 0 if one does not.
+  static int MostBlocks(const RowLayout& row, int q_heads);
+};
+template <>
+int AnswerOf<DType::kF32>::Launch(const DecodeParams&, int, Stream);
+template <>
+int AnswerOf<DType::kF32>::MostBlocks(const RowLayout&, int);
+template <>
+int AnswerOf<DType::kF16>::Launch(const DecodeParams&, int, Stream);
+template <>
+int AnswerOf<DType::kF16>::MostBlocks(const RowLayout&, int);
+template <>
+int AnswerOf<DType::kBF16>::Launch(const DecodeParams&, int, Stream);
+template <>
+int AnswerOf<DType::kBF16>::MostBlocks(const RowLayout&, int);
+
+int Prepare(const DecodeParams& params, Stream stream);
+int Scan(const DecodeParams& params, int blocks, Stream stream);
+int Answer(const DecodeParams& params, int blocks, Stream stream);
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_STAGES_H_

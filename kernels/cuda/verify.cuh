@@ -1,0 +1,249 @@
+// The certificate by a team (ALGORITHM 6), as kernels/cpu/verify.cc: terms of the tail by all thread
+// blocks, verdict and growth of head h by the block of rank h modulo the team's size.
+#ifndef VATTN_KERNELS_CUDA_VERIFY_CUH_
+#define VATTN_KERNELS_CUDA_VERIFY_CUH_
+
+#include "kernels/cuda/team.cuh"
+
+namespace vattn::cuda {
+
+// Sum over the thread block, the same in all threads. scratch [kWarps].
+template <class T>
+__device__ T BlockSum(T x, T* scratch) {
+  x = WarpSum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  T sum = 0;
+  for (int i = 0; i < kWarps; ++i) sum += scratch[i];
+  return sum;
+}
+
+// Inclusive sums over the threads of the block. scratch [kWarps].
+inline __device__ double BlockScan(double x, double* scratch) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int o = 1; o < kWarp; o *= 2) {
+    const double other = __shfl_up_sync(kAllLanes, x, o);
+    if (lane >= o) x += other;
+  }
+  __syncthreads();
+  if (lane == kWarp - 1) scratch[warp] = x;
+  __syncthreads();
+  for (int i = 0; i < warp; ++i) x += scratch[i];
+  return x;
+}
+
+// Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head in
+// shared.total [4 h + {variance, squares, mass, spread}] and the size of the tail in [4 G].
+template <DType kType, int kHeads>
+__device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
+  const GroupScratch& w = team.group.scratch;
+  RowLayout row = team.p.storage.host.row;
+  const TileShape shape = MakeTileShape(row.dim_v * Element<kType>::kBytes);
+  const int tid = threadIdx.x, heads = team.heads();
+  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
+  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
+  float* outputs = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row)) - kHeads * row.dim_v;
+  double* sums = reinterpret_cast<double*>(team.memory);
+  const int r = tid % shape.rows, h = tid / shape.rows;
+  for (int first = 0; first < heads; first += kHeads) {
+    const int now = min(kHeads, heads - first);
+    __syncthreads();
+    for (int i = tid; i < kHeads * row.dim_v; i += kThreads) {
+      outputs[i] = i < now * row.dim_v ? LoadShared(w.output + static_cast<int64_t>(first) * row.dim_v + i) : 0;
+    }
+    __syncthreads();
+    float norm2 = 0;
+    if (h < now) {
+      for (int j = 0; j < row.dim_v; ++j) norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
+    }
+    double variance = 0, squares = 0, mass = 0, spread = 0, tail = 0;
+    const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
+    const auto place = [&](int k, int row_of_tile) {
+      return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + row_of_tile;
+    };
+    WalkTiles(
+        shape, tiles, team.shared.rows.address, team.memory,
+        [&](int k, int row_of_tile) -> uint64_t {
+          const int64_t i = place(k, row_of_tile);
+          return i < count && inclusion(i) < 1 ? LoadShared(w.row + i) + row.v_offset : 0;
+        },
+        [&](int k, const std::byte* tile) {
+          const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
+          DotTile<kType, kHeads>(shape, tile, n, 0, row.dim_v, outputs, team.shared.rows.p);
+          __syncthreads();
+          if (h >= now || r >= n) return;
+          const int64_t i = place(k, r), at = (first + h) * w.capacity + i;
+          const HeadWork& work = team.shared.head[first + h];
+          TailToken token;
+          token.pi = inclusion(i);
+          TailTerm term;
+          if (token.pi < 1) {
+            token.e = expf(LoadShared(w.logit + at) - work.shift);
+            token.distance2 =
+                Max(LoadShared(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
+            token.error2 = token.e * token.e * token.distance2;
+            term = MakeTailTerm(token, work.denominator);
+            variance += term.variance;
+            squares += static_cast<double>(term.variance) * term.variance;
+            mass += token.e / token.pi;
+            spread += token.e / token.pi * token.distance2;
+            tail += first + h == 0;
+          }
+          w.residual[at] = term.residual;
+          w.term[at] = term.variance;
+        });
+    // The rows' parts of each head, one warp a head.
+    __syncthreads();
+    double* own = sums + static_cast<int64_t>(tid) * 5;
+    own[0] = variance, own[1] = squares, own[2] = mass, own[3] = spread, own[4] = tail;
+    __syncthreads();
+    const int warp = tid / kWarp, lane = tid % kWarp;
+    if (warp < now) {
+      double part[5] = {};
+      for (int i = lane; i < shape.rows; i += kWarp) {
+        for (int c = 0; c < 5; ++c) part[c] += sums[static_cast<int64_t>(warp * shape.rows + i) * 5 + c];
+      }
+      for (int c = 0; c < 5; ++c) part[c] = WarpSum(part[c]);
+      if (lane == 0) {
+        for (int c = 0; c < 4; ++c) team.shared.total[4 * (first + warp) + c] = part[c];
+        if (first + warp == 0) team.shared.total[4 * heads] = part[4];
+      }
+    }
+  }
+  team.Add(4 * heads + 1);
+}
+
+// Mean squared cosine between v - o of the kRankDraws listed places; negative if no two differ.
+template <DType kType, int kHeads>
+__device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, const float* output, float* memory) {
+  const GroupScratch& w = team.group.scratch;
+  const RowLayout& row = team.p.storage.host.row;
+  const int dim = row.dim_v, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __shared__ float norm2[kRankDraws], cosines[kWarps], pairs[kWarps];
+  for (int i = threadIdx.x; i < kRankDraws * dim; i += kThreads) {
+    const std::byte* v = reinterpret_cast<const std::byte*>(LoadShared(w.row + places[i / dim])) + row.v_offset;
+    memory[i] = Element<kType>::One(v + (i % dim) * Element<kType>::kBytes) - output[i % dim];
+  }
+  __syncthreads();
+  const auto dot = [&](int a, int b) {
+    float sum = 0;
+    for (int j = lane; j < dim; j += kWarp) sum = fmaf(memory[a * dim + j], memory[b * dim + j], sum);
+    return WarpSum(sum);
+  };
+  for (int i = warp; i < kRankDraws; i += kWarps) {
+    const float x = dot(i, i);
+    if (lane == 0) norm2[i] = x;
+  }
+  __syncthreads();
+  float sum = 0, count = 0;
+  for (int pair = warp; pair < kRankDraws * kRankDraws; pair += kWarps) {
+    const int a = pair / kRankDraws, b = pair % kRankDraws;
+    if (b >= a || places[a] == places[b] || norm2[a] * norm2[b] == 0) continue;
+    const float x = dot(a, b);
+    sum += x * x / (norm2[a] * norm2[b]);
+    ++count;
+  }
+  if (lane == 0) cosines[warp] = sum, pairs[warp] = count;
+  __syncthreads();
+  sum = 0, count = 0;
+  for (int i = 0; i < kWarps; ++i) sum += cosines[i], count += pairs[i];
+  __syncthreads();
+  return count > 0 ? sum / count : -1;
+}
+
+// Certificates of this block's heads at a look, after SumTail: to scratch.head and group.state.
+template <DType kType, int kHeads>
+__device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int look) {
+  const GroupScratch& w = team.group.scratch;
+  const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
+  __shared__ double scratch[kWarps];
+  __shared__ float norms[kWarps];
+  __shared__ int64_t places[kRankDraws];
+  float* output = reinterpret_cast<float*>(team.memory);   // [dim]
+  float* residuals = output + dim;                         // [kRankDraws][dim]
+  const int64_t tail = static_cast<int64_t>(team.shared.total[4 * heads]);
+  for (int h = team.rank; h < heads; h += team.size) {
+    const TailSums sums{.variance = team.shared.total[4 * h],
+                        .squares = team.shared.total[4 * h + 1],
+                        .mass = team.shared.total[4 * h + 2],
+                        .spread = team.shared.total[4 * h + 3]};
+    __syncthreads();
+    float norm2 = 0;
+    for (int j = tid; j < dim; j += kThreads) {
+      output[j] = LoadShared(w.output + static_cast<int64_t>(h) * dim + j);
+      norm2 = fmaf(output[j], output[j], norm2);
+    }
+    norm2 = BlockSum(norm2, norms);
+    float cos2 = -1;
+    if (tid < kRankDraws) places[tid] = 0;
+    if (tail > 1 && sums.variance > 0) {
+      // Places drawn systematically in proportion to their terms of V.
+      const int64_t per = (count + kThreads - 1) / kThreads, from = min(per * tid, count), to = min(from + per, count);
+      const float* term = w.term + h * w.capacity;
+      double own = 0;
+      for (int64_t i = from; i < to; ++i) own += LoadShared(term + i);
+      const double until = BlockScan(own, scratch);
+      double before = until - own;
+      __syncthreads();
+      if (tid == kThreads - 1) scratch[0] = until;
+      __syncthreads();
+      const double all = scratch[0];
+      const auto target = [&](int k) { return (k + .5) / kRankDraws * all; };
+      int next = 0;
+      while (next < kRankDraws && target(next) <= before) ++next;
+      for (int64_t i = from; i < to && next < kRankDraws && target(next) <= until; ++i) {
+        before += LoadShared(term + i);
+        const bool last = i == to - 1;  // rounding of the sums must leave no place open
+        while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until))) places[next++] = i;
+      }
+      __syncthreads();
+      cos2 = MeanCos2<kType, kHeads>(team, places, output, residuals);
+    }
+    if (tid == 0) {
+      HeadState state = team.shared.state[h];
+      HeadWork work = team.shared.head[h];
+      const bool exact = tail == 0 && count == team.middle();
+      JudgeHead(team.p.promise, look, sums, cos2, tail, exact, norm2, state, work);
+      if (look == 1) LearnHead(team.p.promise, team.group.index, work, state);
+      w.head[h] = work;
+      team.group.state[h] = state;
+    }
+  }
+}
+
+// The least factor on all inclusion probabilities for which this block's heads are expected to pass at
+// look `look`, to scratch.growth.
+template <int kHeads>
+__device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float scale, int look) {
+  const GroupScratch& w = team.group.scratch;
+  __shared__ float scratch[kWarps];
+  const int64_t tail = static_cast<int64_t>(team.shared.total[4 * team.heads()]);
+  for (int h = team.rank; h < team.heads(); h += team.size) {
+    const float root = GrowthRoot(team.p.promise, look, team.shared.head[h]);
+    const float* residual = w.residual + h * w.capacity;
+    const auto enough = [&](float by) {
+      float variance = 0;
+      for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+        const float pi = Min(1.f, by * scale * LoadShared(w.weight + i));
+        variance += LoadShared(residual + i) * (1 - pi) / pi;
+      }
+      return BlockSum(variance, scratch) <= root * root;
+    };
+    float factor = tail < kLeastTail ? kTailGrowth : kLeastGrowth;
+    if (!enough(factor)) {
+      float low = factor, high = kLargestGrowth;
+      for (int i = 0; i < kGrowthHalvings; ++i) {
+        const float middle = sqrtf(low * high);
+        (enough(middle) ? high : low) = middle;
+      }
+      factor = high;
+    }
+    if (threadIdx.x == 0) w.growth[h] = factor;
+  }
+}
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_VERIFY_CUH_

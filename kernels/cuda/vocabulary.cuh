@@ -1,0 +1,111 @@
+// The device vocabulary: elements of rows, reductions, and addresses of tokens.
+#ifndef VATTN_KERNELS_CUDA_VOCABULARY_CUH_
+#define VATTN_KERNELS_CUDA_VOCABULARY_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels/cuda/params.h"
+
+namespace vattn::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+template <DType kType>
+struct Element;
+
+template <>
+struct Element<DType::kF32> {
+  static constexpr int kBytes = 4, kPer16 = 4;
+  static __device__ void Unpack(const uint4& w, float* x) {
+    x[0] = __uint_as_float(w.x), x[1] = __uint_as_float(w.y);
+    x[2] = __uint_as_float(w.z), x[3] = __uint_as_float(w.w);
+  }
+  static __device__ float2 Pair(const void* at) { return *static_cast<const float2*>(at); }
+  static __device__ float One(const void* at) { return *static_cast<const float*>(at); }
+};
+
+template <>
+struct Element<DType::kF16> {
+  static constexpr int kBytes = 2, kPer16 = 8;
+  static __device__ float2 Word(unsigned w) { return __half22float2(*reinterpret_cast<const __half2*>(&w)); }
+  static __device__ void Unpack(const uint4& w, float* x) {
+    const unsigned words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 p = Word(words[i]);
+      x[2 * i] = p.x, x[2 * i + 1] = p.y;
+    }
+  }
+  static __device__ float2 Pair(const void* at) { return Word(*static_cast<const unsigned*>(at)); }
+  static __device__ float One(const void* at) { return __half2float(*static_cast<const __half*>(at)); }
+};
+
+template <>
+struct Element<DType::kBF16> {
+  static constexpr int kBytes = 2, kPer16 = 8;
+  static __device__ float2 Word(unsigned w) {
+    return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+  }
+  static __device__ void Unpack(const uint4& w, float* x) {
+    const unsigned words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 p = Word(words[i]);
+      x[2 * i] = p.x, x[2 * i + 1] = p.y;
+    }
+  }
+  static __device__ float2 Pair(const void* at) { return Word(*static_cast<const unsigned*>(at)); }
+  static __device__ float One(const void* at) { return __bfloat162float(*static_cast<const __nv_bfloat16*>(at)); }
+};
+
+// One element of an output in a dtype chosen at run time.
+inline __device__ void StoreOutput(void* out, int64_t at, int32_t dtype, float value) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kF32: static_cast<float*>(out)[at] = value; break;
+    case DType::kF16: static_cast<__half*>(out)[at] = __float2half_rn(value); break;
+    case DType::kBF16: static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16_rn(value); break;
+  }
+}
+
+template <class T>
+__device__ T WarpSum(T x) {
+#pragma unroll
+  for (int o = kWarp / 2; o > 0; o /= 2) x += __shfl_xor_sync(kAllLanes, x, o);
+  return x;
+}
+
+inline __device__ float WarpMax(float x) {
+#pragma unroll
+  for (int o = kWarp / 2; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, o));
+  return x;
+}
+
+// Memory that another thread block of the same kernel writes: past the L1 cache.
+template <class T>
+__device__ T LoadShared(const T* at) {
+  return __ldcg(at);
+}
+
+inline __device__ const std::byte* HostRow(const Storage& s, const int32_t* blocks, int64_t token) {
+  return s.base + blocks[token / kBlockTokens] * s.block.bytes + token % kBlockTokens * s.row.row_bytes;
+}
+
+// The row of a token that is in no list: sinks and ring on the device, the rest in the host pool.
+inline __device__ const std::byte* RowAddress(const DeviceStorage& s, const DeviceGroup& group, int64_t token) {
+  const int64_t row_bytes = s.host.row.row_bytes;
+  if (token < s.sinks) return group.fixed + token * row_bytes;
+  if (token >= group.ring_begin) return group.fixed + (s.sinks + token % s.ring_tokens) * row_bytes;
+  return HostRow(s.host, group.blocks, token);
+}
+
+inline __device__ int64_t FirstBlock(const DeviceGroup& g) { return g.middle_begin / kBlockTokens; }
+inline __device__ int64_t NumBlocks(const DeviceGroup& g) {
+  return g.middle_end <= g.middle_begin ? 0
+                                        : (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
+}
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_VOCABULARY_CUH_

@@ -1,0 +1,36 @@
+// Arrays of one attention call as the C API passes them.
+#ifndef VATTN_RUNTIME_ATTEND_REQUEST_H_
+#define VATTN_RUNTIME_ATTEND_REQUEST_H_
+
+#include <cstdint>
+
+namespace vattn {
+
+// Extents as vattn_attend_params. Optional ones may be null.
+struct AttendRequest {
+  int layer = 0;
+  int out_dtype = 0;
+  const void* q = nullptr;
+  const void* k_new = nullptr;
+  const void* v_new = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;
+  int32_t* verdict = nullptr;
+  float* error = nullptr;
+  int32_t* selected = nullptr;
+  int32_t* fetched = nullptr;
+  int32_t* looks = nullptr;
+  int64_t* middle = nullptr;
+};
+
+// As vattn_selection.
+struct Selection {
+  int64_t capacity = 0;
+  int32_t* tokens = nullptr;
+  float* log_weights = nullptr;
+  int32_t* counts = nullptr;
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_ATTEND_REQUEST_H_

@@ -1,0 +1,74 @@
+#include "runtime/cuda_backend.h"
+
+#include "memory/status.h"
+
+namespace vattn {
+
+absl::Status CudaBackend::CheckOptions(const Options& o) {
+  if (o.policy != static_cast<int32_t>(Policy::kVerified) && o.policy != static_cast<int32_t>(Policy::kDense)) {
+    return NotSupportedError("policy is ", o.policy, ", the CUDA backend has verified (0) and dense (3)");
+  }
+  if (o.index != static_cast<int32_t>(IndexKind::kBalanced)) {
+    return NotSupportedError("index is ", o.index, ", the CUDA backend has balanced (0)");
+  }
+  if (o.value_bits != 0) return NotSupportedError("value_bits is ", o.value_bits, ", the CUDA backend has 0");
+  for (const int32_t heads : o.layer_kv_heads) {
+    if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {
+      return NotSupportedError("num_q_heads is ", o.num_q_heads, " over ", heads, " KV heads, the CUDA backend has ",
+                               cuda::kMaxDeviceGroup, " query heads per KV head at most");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& options, const Storage& storage,
+                                                                 const Promise& promise, HostStore& store) {
+  VATTN_RETURN_IF_ERROR(CheckOptions(options));
+  absl::StatusOr<std::unique_ptr<Device>> device = Device::Open(options.device);
+  if (!device.ok()) return device.status();
+  std::unique_ptr<CudaBackend> backend(new CudaBackend);
+  backend->device_ = *std::move(device);
+  Device& d = *backend->device_;
+  backend->num_blocks_ = store.num_blocks();
+  backend->generations_ = std::make_unique<std::atomic<uint32_t>[]>(static_cast<size_t>(store.num_blocks()));
+
+  cuda::DeviceStorage& s = backend->storage_;
+  s.host = storage;
+  s.code_block_bytes = int64_t{kBlockTokens} * storage.code.bytes();
+  s.sinks = options.sinks;
+  s.ring_tokens = (options.window + kCodeTokens + kCodeTokens - 1) / kCodeTokens * kCodeTokens;
+  absl::StatusOr<std::byte*> base =
+      d.Register(store.base(), static_cast<uint64_t>(store.num_blocks()) * store.block_bytes());
+  if (!base.ok()) return base.status();
+  s.host.base = *base;
+  absl::StatusOr<DeviceMemory> codes = d.Allocate(static_cast<uint64_t>(store.num_blocks() * s.code_block_bytes));
+  if (!codes.ok()) return codes.status();
+  backend->codes_ = *std::move(codes);
+  s.codes = backend->codes_.data();
+
+  constexpr uint64_t kRow = (kQuantileBins + 1) * sizeof(float);
+  absl::StatusOr<DeviceMemory> quantile = d.Allocate(kRow * static_cast<uint64_t>(promise.max_looks));
+  if (!quantile.ok()) return quantile.status();
+  backend->quantile_ = *std::move(quantile);
+  VATTN_RETURN_IF_ERROR(d.Copy(backend->quantile_.data(), promise.quantile,
+                               kRow * static_cast<uint64_t>(promise.max_looks), d.stream()));
+  backend->promise_ = promise;
+  backend->promise_.quantile = backend->quantile_.as<const float[kQuantileBins + 1]>();
+
+  absl::StatusOr<DeviceMemory> counters = d.Allocate(sizeof(cuda::DeviceCounters));
+  if (!counters.ok()) return counters.status();
+  backend->counters_ = *std::move(counters);
+  VATTN_RETURN_IF_ERROR(d.Fill(backend->counters_.data(), 0, sizeof(cuda::DeviceCounters), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
+  return backend;
+}
+
+absl::StatusOr<cuda::DeviceCounters> CudaBackend::ReadCounters() {
+  cuda::DeviceCounters counters{};
+  VATTN_RETURN_IF_ERROR(device_->Activate());
+  VATTN_RETURN_IF_ERROR(device_->Copy(&counters, counters_.data(), sizeof(counters), device_->stream()));
+  VATTN_RETURN_IF_ERROR(device_->Synchronize(device_->stream()));
+  return counters;
+}
+
+}  // namespace vattn

@@ -1,0 +1,55 @@
+// What all sequences of a CUDA runtime share on the device: the mapped host pool, the codes beside it,
+// counters.
+#ifndef VATTN_RUNTIME_CUDA_BACKEND_H_
+#define VATTN_RUNTIME_CUDA_BACKEND_H_
+
+#include <atomic>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "kernels/cuda/params.h"
+#include "memory/device.h"
+#include "memory/host_store.h"
+#include "runtime/options.h"
+
+namespace vattn {
+
+// Thread-safe. Made before, destroyed before the pool that it maps.
+class CudaBackend {
+ public:
+  // NOT_SUPPORTED without a device or for options that the CUDA backend does not serve,
+  // OUT_OF_MEMORY if the pool cannot be pinned or its codes do not fit the device.
+  // quantile [max_looks][kQuantileBins + 1] on the host.
+  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(const Options& options, const Storage& storage,
+                                                             const Promise& promise, HostStore& store);
+  // The first option, if any, that keeps a runtime from CUDA, as NOT_SUPPORTED.
+  static absl::Status CheckOptions(const Options& options);
+
+  Device& device() { return *device_; }
+  const cuda::DeviceStorage& storage() const { return storage_; }
+  const Promise& promise() const { return promise_; }
+  cuda::DeviceCounters* counters() const { return counters_.as<cuda::DeviceCounters>(); }
+  // Waits for the copy alone, not for running steps.
+  absl::StatusOr<cuda::DeviceCounters> ReadCounters();
+
+  int64_t num_blocks() const { return num_blocks_; }
+  // Counts how often a block got new content that its rows in a hot set would not know of.
+  uint32_t generation(int32_t block) const { return generations_[block].load(std::memory_order_relaxed); }
+  void Renew(int32_t block) { generations_[block].fetch_add(1, std::memory_order_relaxed); }
+
+  uint64_t device_bytes() const { return codes_.size() + counters_.size() + quantile_.size(); }
+
+ private:
+  CudaBackend() = default;
+
+  std::unique_ptr<Device> device_;
+  cuda::DeviceStorage storage_;
+  Promise promise_;
+  int64_t num_blocks_ = 0;
+  DeviceMemory codes_, counters_, quantile_;
+  std::unique_ptr<std::atomic<uint32_t>[]> generations_;
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_CUDA_BACKEND_H_

@@ -1,0 +1,341 @@
+#include "runtime/cuda_batch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "memory/status.h"
+#include "runtime/sequence.h"
+
+namespace vattn {
+namespace {
+
+constexpr int kScanBlocksPerMultiprocessor = 4;
+constexpr int64_t kScratchTokens = 4096;  // working memory grows in steps of so many tokens
+
+// Hands out thread blocks in proportion to the groups' middles, one at least.
+void CutTeams(int blocks, cuda::DeviceGroup* groups, int count) {
+  int64_t all = 0;
+  for (int g = 0; g < count; ++g) all += groups[g].middle_end - groups[g].middle_begin + kScratchTokens;
+  int begin = 0, left = blocks - count;  // beyond the one that each gets
+  int64_t before = 0;
+  for (int g = 0; g < count; ++g) {
+    groups[g].team_begin = left < 0 ? g % blocks : begin;
+    groups[g].team_size = 1;
+    if (left < 0) continue;
+    const int64_t until = before + groups[g].middle_end - groups[g].middle_begin + kScratchTokens;
+    groups[g].team_size += static_cast<int>(until * left / all - before * left / all);
+    begin += groups[g].team_size;
+    before = until;
+  }
+}
+
+int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+}  // namespace
+
+CudaBatch::CudaBatch(Runtime& runtime, int slots) : runtime_(runtime), backend_(*runtime.cuda()), slots_(slots) {}
+
+CudaBatch::~CudaBatch() {
+  // Nothing that is enqueued may outlive its tables.
+  if (backend_.device().Activate().ok()) backend_.device().SynchronizeAll().IgnoreError();
+}
+
+absl::StatusOr<std::unique_ptr<CudaBatch>> CudaBatch::Create(Runtime& runtime, int slots) {
+  std::unique_ptr<CudaBatch> batch(new CudaBatch(runtime, slots));
+  VATTN_RETURN_IF_ERROR(batch->Allocate());
+  return batch;
+}
+
+absl::Status CudaBatch::Allocate() {
+  Device& d = backend_.device();
+  const Options& o = runtime_.options();
+  const int64_t row_bytes = runtime_.storage().row.row_bytes, tokens = backend_.num_blocks() * kBlockTokens;
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  for (int l = 0; l < o.num_layers; ++l) {
+    first_group_.push_back(most_groups_);
+    most_groups_ += int64_t{slots_} * runtime_.kv_heads(l);
+    const int blocks = runtime_.kv_heads(l) == 0 ? 0 : cuda::AnswerBlocks(backend_.storage(), runtime_.group(l));
+    if (runtime_.kv_heads(l) > 0 && blocks == 0) {
+      return NotSupportedError("rows of ", row_bytes, " bytes do not fit the shared memory of device ", d.ordinal(), " (",
+                               d.facts().name, ")");
+    }
+    answer_blocks_.push_back(blocks);
+  }
+  const uint64_t table_bytes = static_cast<uint64_t>(o.num_layers) * sizeof(cuda::StepHeader) +
+                               static_cast<uint64_t>(most_groups_) * sizeof(cuda::DeviceGroup);
+  absl::StatusOr<DeviceMemory> memory = d.Allocate(table_bytes);
+  if (!memory.ok()) return memory.status();
+  tables_ = *std::move(memory);
+  for (DeviceMemory& pinned : pinned_) {
+    memory = d.AllocatePinned(table_bytes);
+    if (!memory.ok()) return memory.status();
+    pinned = *std::move(memory);
+  }
+  hot_.slots = static_cast<int32_t>(
+      std::min<double>(std::floor(static_cast<double>(o.hot_share) * static_cast<double>(tokens)), INT32_MAX / 2));
+  const int64_t slots = hot_.slots;
+  memory = d.Allocate(static_cast<uint64_t>(slots * row_bytes));
+  if (!memory.ok()) return memory.status();
+  hot_rows_ = *std::move(memory);
+  // owner [slots], slot_of [tokens], use [slots], then the clock's hand and the count of calls.
+  const int64_t known = slots > 0 ? tokens : 0;
+  memory = d.Allocate(static_cast<uint64_t>(slots * 12 + known * 4 + 8));
+  if (!memory.ok()) return memory.status();
+  hot_tables_ = *std::move(memory);
+  hot_.rows = hot_rows_.data();
+  hot_.owner = hot_tables_.as<int64_t>();
+  hot_.slot_of = reinterpret_cast<int32_t*>(hot_.owner + slots);
+  hot_.use = reinterpret_cast<uint32_t*>(hot_.slot_of + known);
+  hot_.hand = hot_.use + slots;
+  hot_.call = hot_.hand + 1;
+  VATTN_RETURN_IF_ERROR(d.Fill(hot_.owner, 0xff, static_cast<uint64_t>(slots * 8 + known * 4), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Fill(hot_.use, 0, static_cast<uint64_t>(slots * 4 + 8), d.stream()));
+  seen_.resize(static_cast<size_t>(backend_.num_blocks()));
+  for (int64_t b = 0; b < backend_.num_blocks(); ++b) seen_[b] = backend_.generation(static_cast<int32_t>(b));
+  return d.Synchronize(d.stream());
+}
+
+uint64_t CudaBatch::device_bytes() const {
+  return tables_.size() + scratch_.size() + forget_.size() + staging_.size() + hot_rows_.size() + hot_tables_.size();
+}
+
+absl::Status CudaBatch::ForgetRenewed(DeviceStream stream) {
+  std::vector<int32_t> renewed;
+  for (const Filled& f : filled_) {
+    for (int l = 0; l < runtime_.options().num_layers; ++l) {
+      for (const HeadGroup& group : f.sequence->layer(l).groups) {
+        // A sequence that comes from another batch may bring blocks that changed there.
+        const int64_t from = f.sequence->cuda_batch == this ? group.changed_from : 0;
+        for (int64_t b = from; b < static_cast<int64_t>(group.blocks.size()); ++b) {
+          const int32_t id = group.blocks[b];
+          const uint32_t generation = backend_.generation(id);
+          if (seen_[id] == generation) continue;
+          seen_[id] = generation;
+          renewed.push_back(id);
+        }
+      }
+    }
+    f.sequence->cuda_batch = this;
+  }
+  if (renewed.empty()) return absl::OkStatus();
+  Device& d = backend_.device();
+  const uint64_t bytes = renewed.size() * sizeof(int32_t);
+  if (bytes > forget_.size()) {
+    absl::StatusOr<DeviceMemory> memory = d.Allocate(2 * bytes);
+    if (!memory.ok()) return memory.status();
+    forget_ = *std::move(memory);
+  }
+  VATTN_RETURN_IF_ERROR(d.Copy(forget_.data(), renewed.data(), bytes, stream));
+  return d.Check(cuda::ForgetBlocks(hot_, forget_.as<int32_t>(), static_cast<int64_t>(renewed.size()), {stream}),
+                 "updating the hot set");
+}
+
+absl::Status CudaBatch::GrowScratch(int new_tokens) {
+  uint64_t most = 0;
+  for (int l = 0; l < runtime_.options().num_layers; ++l) {
+    const int kv_heads = runtime_.kv_heads(l);
+    if (kv_heads == 0) continue;
+    uint64_t bytes = 0;
+    for (const Filled& f : filled_) {
+      cuda::GroupScratch scratch;
+      bytes += static_cast<uint64_t>(kv_heads) *
+               cuda::CarveScratch(runtime_.storage(), RoundUp(f.sequence->layer(l).tokens + new_tokens, kScratchTokens),
+                                  runtime_.group(l), answer_blocks_[l], nullptr, scratch);
+    }
+    most = std::max(most, bytes);
+  }
+  if (most <= scratch_.size()) return absl::OkStatus();
+  absl::StatusOr<DeviceMemory> memory = backend_.device().Allocate(most + most / 8);
+  if (!memory.ok()) return memory.status();
+  scratch_ = *std::move(memory);
+  return absl::OkStatus();
+}
+
+void CudaBatch::FillGroups(int l, int new_tokens, cuda::StepHeader& header, cuda::DeviceGroup* groups) const {
+  const Options& o = runtime_.options();
+  const int kv_heads = runtime_.kv_heads(l), group_size = runtime_.group(l);
+  std::byte* memory = scratch_.data();
+  int count = 0;
+  int64_t scanned = 0;
+  for (const Filled& f : filled_) {
+    const Layer& layer = f.sequence->layer(l);
+    const int64_t tokens = layer.tokens + new_tokens;
+    const int64_t begin = std::min<int64_t>(o.sinks, tokens), end = std::max(begin, f.sequence->MiddleEnd(tokens));
+    for (int h = 0; h < kv_heads; ++h, ++count) {
+      const HeadGroup& heads = layer.groups[h];
+      cuda::DeviceGroup& g = groups[count];
+      g = {};
+      g.blocks = f.sequence->cuda()->blocks(l, h);
+      g.fixed = f.sequence->cuda()->fixed(l, h);
+      g.state = f.sequence->cuda()->state(l, h);
+      if (heads.device_index) g.index = heads.DeviceTables();
+      g.key = MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l), static_cast<uint32_t>(h));
+      g.slot = f.slot;
+      g.kv_head = h;
+      g.tokens = tokens;
+      g.middle_begin = begin;
+      g.middle_end = end;
+      g.ring_begin = std::max<int64_t>(0, tokens - backend_.storage().ring_tokens);
+      g.first_block = scanned;
+      g.step = f.sequence->step() + 1;  // the step that is being opened
+      if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
+      memory += cuda::CarveScratch(runtime_.storage(), RoundUp(tokens, kScratchTokens), group_size, answer_blocks_[l],
+                                   memory, g.scratch);
+    }
+  }
+  CutTeams(answer_blocks_[l], groups, count);
+  header = {.scan_blocks = scanned, .num_groups = count, .new_tokens = new_tokens};
+}
+
+absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream) {
+  Device& d = backend_.device();
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  stream_ = stream != nullptr ? stream : d.stream();
+  filled_.clear();
+  for (int slot = 0; slot < slots_; ++slot) {
+    if (slots[slot] != nullptr) filled_.push_back({slots[slot], slot});
+  }
+  std::vector<CudaSequence*> halves;
+  for (const Filled& f : filled_) {
+    absl::StatusOr<CudaSequence*> half = f.sequence->Cuda();
+    if (!half.ok()) return half.status();
+    halves.push_back(*half);
+  }
+  VATTN_RETURN_IF_ERROR(GrowScratch(new_tokens));
+  VATTN_RETURN_IF_ERROR(ForgetRenewed(stream_));
+  for (size_t i = 0; i < filled_.size(); ++i) VATTN_RETURN_IF_ERROR(halves[i]->Flush(*filled_[i].sequence, stream_));
+  turn_ = (turn_ + 1) % kTurns;
+  VATTN_RETURN_IF_ERROR(d.Wait(passed_[turn_]));
+  const int layers = runtime_.options().num_layers;
+  cuda::StepHeader* headers = pinned_[turn_].as<cuda::StepHeader>();
+  cuda::DeviceGroup* groups = reinterpret_cast<cuda::DeviceGroup*>(headers + layers);
+  for (int l = 0; l < layers; ++l) {
+    headers[l] = {};
+    if (runtime_.kv_heads(l) > 0) FillGroups(l, new_tokens, headers[l], groups + first_group_[l]);
+  }
+  VATTN_RETURN_IF_ERROR(d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), stream_));
+  return d.Record(passed_[turn_], stream_);
+}
+
+absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Selection& selection,
+                               DeviceStream stream) {
+  Device& d = backend_.device();
+  cuda::DecodeParams p;
+  p.task = task;
+  p.storage = backend_.storage();
+  p.promise = backend_.promise();
+  p.hot = hot_;
+  const int layers = runtime_.options().num_layers, kv_heads = runtime_.kv_heads(r.layer);
+  p.header = tables_.as<cuda::StepHeader>() + r.layer;
+  p.groups = reinterpret_cast<cuda::DeviceGroup*>(tables_.as<cuda::StepHeader>() + layers) + first_group_[r.layer];
+  p.counters = backend_.counters();
+  p.most_groups = slots_ * kv_heads;
+  p.kv_heads = kv_heads;
+  p.q_heads = runtime_.group(r.layer);
+  p.call = {.q = r.q,
+            .k_new = r.k_new,
+            .v_new = r.v_new,
+            .out = r.out,
+            .lse = r.lse,
+            .verdict = r.verdict,
+            .error = r.error,
+            .selected = r.selected,
+            .fetched = r.fetched,
+            .looks = r.looks,
+            .middle = r.middle,
+            .out_dtype = r.out_dtype};
+  p.selection = {selection.capacity, selection.tokens, selection.log_weights, selection.counts};
+  return d.Check(cuda::Decode(p, answer_blocks_[r.layer], kScanBlocksPerMultiprocessor * d.facts().multiprocessors,
+                              {stream}),
+                 "enqueueing attention");
+}
+
+absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Selection& selection,
+                              DeviceStream stream) {
+  Device& d = backend_.device();
+  const Options& o = runtime_.options();
+  const RowLayout& row = runtime_.storage().row;
+  const int64_t kv_heads = runtime_.kv_heads(r.layer), element = ElementBytes(row.dtype);
+  // Every array as bytes a slot; in: copied before, out: copied after, for filled slots.
+  struct Array {
+    void* host;
+    int64_t slot_bytes;
+    bool in, out;
+    int64_t at = 0;
+  };
+  AttendRequest staged = r;
+  Selection list = selection;
+  const int64_t out_bytes = o.num_q_heads * int64_t{row.dim_v} * ElementBytes(static_cast<DType>(r.out_dtype));
+  const bool given = task == cuda::Task::kAttendSelected, wanted = task == cuda::Task::kSelect;
+  std::vector<Array> arrays = {
+      {const_cast<void*>(r.q), o.num_q_heads * int64_t{row.dim_k} * element, true, false},
+      {const_cast<void*>(r.k_new), kv_heads * row.dim_k * element, true, false},
+      {const_cast<void*>(r.v_new), kv_heads * row.dim_v * element, true, false},
+      {r.out, out_bytes, false, true},
+      {r.lse, o.num_q_heads * 4, false, true},
+      {r.verdict, o.num_q_heads * 4, false, true},
+      {r.error, o.num_q_heads * 4, false, true},
+      {r.selected, kv_heads * 4, false, true},
+      {r.fetched, kv_heads * 4, false, true},
+      {r.looks, kv_heads * 4, false, true},
+      {r.middle, kv_heads * 8, false, true},
+      {list.tokens, kv_heads * list.capacity * 4, given, wanted},
+      {list.log_weights, kv_heads * list.capacity * 4, given, wanted},
+      {list.counts, kv_heads * 4, given, wanted},
+  };
+  int64_t bytes = 0;
+  for (Array& a : arrays) {
+    a.at = bytes;
+    if (a.host != nullptr) bytes += RoundUp(a.slot_bytes * slots_, 256);
+  }
+  if (static_cast<uint64_t>(bytes) > staging_.size()) {
+    absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(bytes));
+    if (!memory.ok()) return memory.status();
+    staging_ = *std::move(memory);
+  }
+  const auto device = [&](size_t i) {
+    return arrays[i].host == nullptr ? nullptr : static_cast<void*>(staging_.data() + arrays[i].at);
+  };
+  staged.q = device(0), staged.k_new = device(1), staged.v_new = device(2), staged.out = device(3);
+  staged.lse = static_cast<float*>(device(4));
+  staged.verdict = static_cast<int32_t*>(device(5));
+  staged.error = static_cast<float*>(device(6));
+  staged.selected = static_cast<int32_t*>(device(7));
+  staged.fetched = static_cast<int32_t*>(device(8));
+  staged.looks = static_cast<int32_t*>(device(9));
+  staged.middle = static_cast<int64_t*>(device(10));
+  list.tokens = static_cast<int32_t*>(device(11));
+  list.log_weights = static_cast<float*>(device(12));
+  list.counts = static_cast<int32_t*>(device(13));
+  const auto copy = [&](const Array& a, int slot, bool to_device) {
+    std::byte* host = static_cast<std::byte*>(a.host) + slot * a.slot_bytes;
+    std::byte* there = staging_.data() + a.at + slot * a.slot_bytes;
+    return to_device ? d.Copy(there, host, static_cast<uint64_t>(a.slot_bytes), stream)
+                     : d.Copy(host, there, static_cast<uint64_t>(a.slot_bytes), stream);
+  };
+  for (const Filled& f : filled_) {
+    for (const Array& a : arrays) {
+      if (a.host != nullptr && a.in) VATTN_RETURN_IF_ERROR(copy(a, f.slot, true));
+    }
+  }
+  VATTN_RETURN_IF_ERROR(Launch(task, staged, list, stream));
+  for (const Filled& f : filled_) {
+    for (const Array& a : arrays) {
+      if (a.host != nullptr && a.out) VATTN_RETURN_IF_ERROR(copy(a, f.slot, false));
+    }
+  }
+  return d.Synchronize(stream);
+}
+
+absl::Status CudaBatch::Call(cuda::Task task, const AttendRequest& r, const Selection& selection,
+                             DeviceStream stream) {
+  Device& d = backend_.device();
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  const DeviceStream used = stream != nullptr ? stream : stream_;
+  if (!d.CanFollow(r.q)) return Stage(task, r, selection, used);
+  VATTN_RETURN_IF_ERROR(Launch(task, r, selection, used));
+  return stream != nullptr ? absl::OkStatus() : d.Synchronize(used);
+}
+
+}  // namespace vattn

@@ -1,0 +1,73 @@
+// The device half of a batch: the tables of a step, working memory, the hot set, and the calls.
+#ifndef VATTN_RUNTIME_CUDA_BATCH_H_
+#define VATTN_RUNTIME_CUDA_BATCH_H_
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/cuda/launch.h"
+#include "runtime/attend_request.h"
+#include "runtime/cuda_backend.h"
+
+namespace vattn {
+
+class Runtime;
+class Sequence;
+
+// Used as the batch: by one thread at a time. Addresses of tables do not change once they are made, so
+// that captured attention calls can be replayed in every later step.
+class CudaBatch {
+ public:
+  static absl::StatusOr<std::unique_ptr<CudaBatch>> Create(Runtime& runtime, int slots);
+  ~CudaBatch();
+
+  // Enqueues the tables of a step in which every sequence has `new_tokens` more tokens than its layers
+  // say. stream null: the device's own, also for the calls of the step that come without one.
+  absl::Status BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream);
+
+  // Enqueues one call. With q in plain host memory all arrays are taken to be there: the call then
+  // blocks until they are filled. It also blocks without a stream.
+  absl::Status Call(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
+
+  uint64_t device_bytes() const;
+
+ private:
+  struct Filled {
+    Sequence* sequence;
+    int slot;
+  };
+
+  CudaBatch(Runtime& runtime, int slots);
+  absl::Status Allocate();
+  absl::Status ForgetRenewed(DeviceStream stream);
+  absl::Status GrowScratch(int new_tokens);
+  void FillGroups(int layer, int new_tokens, cuda::StepHeader& header, cuda::DeviceGroup* groups) const;
+  absl::Status Stage(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
+  absl::Status Launch(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
+
+  Runtime& runtime_;
+  CudaBackend& backend_;
+  const int slots_;
+  std::vector<Filled> filled_;
+  std::vector<int64_t> first_group_;  // [layers] place of a layer's groups in the table
+  int64_t most_groups_ = 0;           // of all layers
+  std::vector<int> answer_blocks_;    // [layers] thread blocks of the answer
+  DeviceMemory tables_;               // StepHeader [layers], then DeviceGroup [most_groups]
+  DeviceMemory scratch_;
+  DeviceMemory forget_;               // block ids
+  DeviceMemory staging_;
+  DeviceMemory hot_rows_, hot_tables_;
+  cuda::HotSetRef hot_;
+  std::vector<uint32_t> seen_;        // [blocks of the pool] generation that the hot set knows
+  // Pinned copies of the tables, used in turn, each free again when its event has passed.
+  static constexpr int kTurns = 4;
+  DeviceMemory pinned_[kTurns];
+  DeviceEvent passed_[kTurns];
+  int turn_ = 0;
+  DeviceStream stream_ = nullptr;     // of the open step
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_CUDA_BATCH_H_

@@ -1,0 +1,195 @@
+#include "runtime/cuda_sequence.h"
+
+#include <algorithm>
+
+#include "memory/status.h"
+#include "runtime/sequence.h"
+
+namespace vattn {
+namespace {
+
+constexpr int64_t kLeastTableBlocks = 64;
+constexpr int64_t kDenseChange = 1024;  // changed entries from which a whole table is sent
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& backend, const Sequence& sequence) {
+  std::unique_ptr<CudaSequence> made(new CudaSequence(backend));
+  Device& d = backend.device();
+  const Runtime& runtime = sequence.runtime();
+  const int layers = runtime.options().num_layers;
+  int64_t states = 0;
+  for (int l = 0; l < layers; ++l) {
+    made->first_.push_back(made->groups_);
+    made->states_before_.push_back(states);
+    const int heads = runtime.kv_heads(l);
+    made->q_per_kv_.push_back(heads == 0 ? 0 : runtime.group(l));
+    made->groups_ += heads;
+    states += int64_t{heads} * made->q_per_kv_.back();
+  }
+  const cuda::DeviceStorage& s = backend.storage();
+  absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(states) * sizeof(HeadState));
+  if (!memory.ok()) return memory.status();
+  made->states_ = *std::move(memory);
+  memory = d.Allocate(static_cast<uint64_t>(made->groups_) * (s.sinks + s.ring_tokens) *
+                      static_cast<uint64_t>(s.host.row.row_bytes));
+  if (!memory.ok()) return memory.status();
+  made->fixed_ = *std::move(memory);
+  std::vector<HeadState> host;
+  for (int l = 0; l < layers; ++l) {
+    for (const HeadGroup& group : sequence.layer(l).groups) {
+      host.insert(host.end(), group.states.begin(), group.states.end());
+    }
+  }
+  VATTN_RETURN_IF_ERROR(d.Copy(made->states_.data(), host.data(), host.size() * sizeof(HeadState), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
+  return made;
+}
+
+const int32_t* CudaSequence::blocks(int layer, int head) const {
+  return tables_.as<int32_t>() + (first_[layer] + head) * table_blocks_;
+}
+
+HeadState* CudaSequence::state(int layer, int head) const {
+  return states_.as<HeadState>() + states_before_[layer] + int64_t{head} * q_per_kv_[layer];
+}
+
+std::byte* CudaSequence::fixed(int layer, int head) const {
+  const cuda::DeviceStorage& s = backend_.storage();
+  return fixed_.data() + (first_[layer] + head) * int64_t{s.sinks + s.ring_tokens} * s.host.row.row_bytes;
+}
+
+template <class T>
+absl::StatusOr<const T*> CudaSequence::Send(const std::vector<T>& items, DeviceStream stream) {
+  const uint64_t bytes = items.size() * sizeof(T);
+  if (bytes > items_.size()) {
+    absl::StatusOr<DeviceMemory> memory = backend_.device().Allocate(std::max<uint64_t>(2 * bytes, 4096));
+    if (!memory.ok()) return memory.status();
+    items_ = *std::move(memory);
+  }
+  VATTN_RETURN_IF_ERROR(backend_.device().Copy(items_.data(), items.data(), bytes, stream));
+  return items_.as<const T>();
+}
+
+absl::Status CudaSequence::SendTables(Sequence& sequence, DeviceStream stream) {
+  Device& d = backend_.device();
+  int64_t most = 0, changed = 0;
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    for (const HeadGroup& group : sequence.layer(l).groups) {
+      const int64_t size = static_cast<int64_t>(group.blocks.size());
+      most = std::max(most, size);
+      changed += std::max<int64_t>(0, size - group.changed_from);
+    }
+  }
+  const bool grow = most > table_blocks_;
+  if (grow) {
+    const int64_t room = std::max(kLeastTableBlocks, 2 * most);
+    absl::StatusOr<DeviceMemory> memory =
+        d.Allocate(static_cast<uint64_t>(groups_) * static_cast<uint64_t>(room) * sizeof(int32_t));
+    if (!memory.ok()) return memory.status();
+    tables_ = *std::move(memory);
+    table_blocks_ = room;
+  }
+  std::vector<cuda::Patch> patches;
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    for (int h = 0; h < static_cast<int>(sequence.layer(l).groups.size()); ++h) {
+      HeadGroup& group = sequence.layer(l).groups[h];
+      const int64_t size = static_cast<int64_t>(group.blocks.size()), from = grow ? 0 : group.changed_from;
+      int32_t* table = const_cast<int32_t*>(blocks(l, h));
+      if (grow || changed > kDenseChange) {
+        if (size > from) {
+          VATTN_RETURN_IF_ERROR(d.Copy(table + from, group.blocks.data() + from,
+                                       static_cast<uint64_t>(size - from) * sizeof(int32_t), stream));
+        }
+      } else {
+        for (int64_t b = from; b < size; ++b) patches.push_back({table + b, group.blocks[b]});
+      }
+      group.changed_from = size;
+    }
+  }
+  if (patches.empty()) return absl::OkStatus();
+  absl::StatusOr<const cuda::Patch*> sent = Send(patches, stream);
+  if (!sent.ok()) return sent.status();
+  return d.Check(cuda::ApplyPatches(*sent, static_cast<int64_t>(patches.size()), {stream}), "updating block tables");
+}
+
+absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) {
+  Device& d = backend_.device();
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    for (HeadGroup& group : sequence.layer(l).groups) {
+      if (!group.index || group.device_index) continue;
+      absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(group.index->bytes()));
+      if (!memory.ok()) return memory.status();
+      VATTN_RETURN_IF_ERROR(d.Copy(memory->data(), group.index->floats().data(),
+                                   static_cast<uint64_t>(group.index->bytes()), stream));
+      index_bytes_ += memory->size();
+      group.device_index = std::make_shared<DeviceMemory>(*std::move(memory));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
+  Device& d = backend_.device();
+  const cuda::DeviceStorage& s = backend_.storage();
+  VATTN_RETURN_IF_ERROR(SendTables(sequence, stream));
+  VATTN_RETURN_IF_ERROR(SendIndices(sequence, stream));
+  if (!load_codes_.empty()) {
+    absl::StatusOr<const int32_t*> sent = Send(load_codes_, stream);
+    if (!sent.ok()) return sent.status();
+    VATTN_RETURN_IF_ERROR(
+        d.Check(cuda::LoadCodes(s, *sent, static_cast<int64_t>(load_codes_.size()), {stream}), "loading codes"));
+    load_codes_.clear();
+  }
+  std::vector<cuda::EncodeItem> encode;
+  std::vector<cuda::FixedItem> fixed;
+  int64_t most = 0;
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    Layer& layer = sequence.layer(l);
+    const int64_t begin = std::max<int64_t>(layer.coded_on_device, s.sinks);
+    for (int h = 0; h < static_cast<int>(layer.groups.size()); ++h) {
+      if (layer.coded > begin) {
+        encode.push_back({blocks(l, h), layer.groups[h].DeviceTables(), begin, layer.coded});
+        most = std::max(most, layer.coded - begin);
+      }
+      if (!fixed_loaded_ && layer.tokens > 0) fixed.push_back({blocks(l, h), this->fixed(l, h), layer.tokens});
+    }
+    layer.coded_on_device = layer.coded;
+  }
+  if (!encode.empty()) {
+    absl::StatusOr<const cuda::EncodeItem*> sent = Send(encode, stream);
+    if (!sent.ok()) return sent.status();
+    VATTN_RETURN_IF_ERROR(
+        d.Check(cuda::Encode(s, *sent, static_cast<int>(encode.size()), most, {stream}), "coding keys"));
+  }
+  if (!fixed.empty()) {
+    absl::StatusOr<const cuda::FixedItem*> sent = Send(fixed, stream);
+    if (!sent.ok()) return sent.status();
+    VATTN_RETURN_IF_ERROR(
+        d.Check(cuda::LoadFixed(s, *sent, static_cast<int>(fixed.size()), {stream}), "loading sinks and window"));
+  }
+  fixed_loaded_ = true;
+  busy_ = true;
+  return absl::OkStatus();
+}
+
+absl::Status CudaSequence::Pull(Sequence& sequence) {
+  if (!busy_) return absl::OkStatus();
+  Device& d = backend_.device();
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
+  std::vector<HeadState> host(states_.size() / sizeof(HeadState));
+  VATTN_RETURN_IF_ERROR(d.Copy(host.data(), states_.data(), host.size() * sizeof(HeadState), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
+  size_t at = 0;
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    for (HeadGroup& group : sequence.layer(l).groups) {
+      std::copy_n(host.begin() + static_cast<int64_t>(at), group.states.size(), group.states.begin());
+      at += group.states.size();
+    }
+  }
+  busy_ = false;
+  return absl::OkStatus();
+}
+
+}  // namespace vattn

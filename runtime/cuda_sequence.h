@@ -1,0 +1,69 @@
+// The device half of a sequence: block tables, index tables, controller state, sinks and window.
+#ifndef VATTN_RUNTIME_CUDA_SEQUENCE_H_
+#define VATTN_RUNTIME_CUDA_SEQUENCE_H_
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/cuda/launch.h"
+#include "runtime/cuda_backend.h"
+
+namespace vattn {
+
+class Sequence;
+
+// Used as the sequence: by one thread at a time.
+class CudaSequence {
+ public:
+  static absl::StatusOr<std::unique_ptr<CudaSequence>> Create(CudaBackend& backend, const Sequence& sequence);
+
+  // Enqueues what changed on the host since the last call: block tables, copies of codes, codes of
+  // tokens [layer.coded_on_device, layer.coded), and after host-side writes sinks and window.
+  absl::Status Flush(Sequence& sequence, DeviceStream stream);
+
+  // Rows of the window were written by the host: the device's are to be loaded anew.
+  void ForgetFixed() { fixed_loaded_ = false; }
+  // Codes of a block were written by the host.
+  void LoadCodes(int32_t block) { load_codes_.push_back(block); }
+
+  // Waits for the device if it may still work on the sequence, and brings the controller state to the
+  // host. Before the host reads or changes anything.
+  absl::Status Pull(Sequence& sequence);
+  // Steps were enqueued since the last Pull.
+  void MarkBusy() { busy_ = true; }
+
+  const int32_t* blocks(int layer, int head) const;
+  HeadState* state(int layer, int head) const;
+  std::byte* fixed(int layer, int head) const;
+  uint64_t device_bytes() const {
+    return tables_.size() + states_.size() + fixed_.size() + items_.size() + index_bytes_;
+  }
+
+ private:
+  explicit CudaSequence(CudaBackend& backend) : backend_(backend) {}
+  absl::Status SendTables(Sequence& sequence, DeviceStream stream);
+  absl::Status SendIndices(Sequence& sequence, DeviceStream stream);
+  // Copies items to the device, for kernels on the same stream.
+  template <class T>
+  absl::StatusOr<const T*> Send(const std::vector<T>& items, DeviceStream stream);
+
+  CudaBackend& backend_;
+  std::vector<int> first_;        // [layers] groups of the layers before
+  std::vector<int64_t> states_before_;  // [layers] controller states of the layers before
+  std::vector<int> q_per_kv_;     // [layers]
+  int groups_ = 0;
+  int64_t table_blocks_ = 0;      // room of each group's block table
+  DeviceMemory tables_;           // int32_t [groups][table_blocks]
+  DeviceMemory states_;           // HeadState
+  DeviceMemory fixed_;            // [groups][sinks + ring][row_bytes]
+  DeviceMemory items_;            // of the last Send
+  uint64_t index_bytes_ = 0;
+  std::vector<int32_t> load_codes_;
+  bool fixed_loaded_ = false;
+  bool busy_ = false;
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_CUDA_SEQUENCE_H_
