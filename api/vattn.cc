@@ -156,12 +156,15 @@ absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& 
   return absl::OkStatus();
 }
 
-absl::Status ToAttend(const vattn_attend_params* params, CUstream_st* stream, bool needs_out,
-                      vattn::AttendRequest& out) {
+absl::Status CheckStream(const vattn_batch* batch, const CUstream_st* stream) {
+  if (stream == nullptr || batch->impl->runtime().cuda() != nullptr) return absl::OkStatus();
+  return InvalidArgumentError("stream is given, must be NULL on the CPU backend");
+}
+
+absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, vattn::AttendRequest& out) {
   vattn_attend_params p;
   vattn_attend_params_init(&p, sizeof(p));
   VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
-  if (stream != nullptr) return InvalidArgumentError("stream is given, must be NULL on the CPU backend");
   if (p.reserved0 != 0) return OutOfRangeError("reserved0", p.reserved0, 0, 0);
   if (p.num_tokens != 1) return OutOfRangeError("num_tokens", p.num_tokens, 1, 1);
   if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
@@ -178,7 +181,8 @@ absl::Status ToAttend(const vattn_attend_params* params, CUstream_st* stream, bo
          .selected = p.selected,
          .fetched = p.fetched,
          .looks = p.looks,
-         .middle = p.middle};
+         .middle = p.middle,
+         .timeline = p.timeline};
   return absl::OkStatus();
 }
 
@@ -415,6 +419,7 @@ vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot) {
 vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens, CUstream_st* stream) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
     return batch->impl->BeginStep(new_tokens, stream);
   });
 }
@@ -433,7 +438,8 @@ vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params, C
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
-    VATTN_RETURN_IF_ERROR(ToAttend(params, stream, /*needs_out=*/true, request));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
     return batch->impl->Attend(request, stream);
   });
 }
@@ -443,7 +449,8 @@ vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_attend_params* 
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
-    VATTN_RETURN_IF_ERROR(ToAttend(params, stream, /*needs_out=*/true, request));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
     vattn::Selection list;
     VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/false, list));
     return batch->impl->AttendSelected(request, list, stream);
@@ -455,7 +462,8 @@ vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params, v
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
-    VATTN_RETURN_IF_ERROR(ToAttend(params, stream, /*needs_out=*/false, request));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/false, request));
     vattn::Selection list;
     VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/true, list));
     return batch->impl->Select(request, list, stream);

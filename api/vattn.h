@@ -149,7 +149,9 @@ typedef struct vattn_options {
   /* Machine. */
   int32_t backend;     /* vattn_backend */
   int32_t device;      /* CUDA ordinal */
-  int32_t num_threads; /* CPU worker threads, 0: all that this process may use; 0 to 4096 */
+  /* CPU threads that a call is spread over. 0: all that this process may use; 1: the calling one, so
+   * that calls of several threads run side by side. 0 to 4096. */
+  int32_t num_threads;
   int32_t numa_node;   /* host pool placement; -1: where the threads first touch it */
   int32_t huge_pages;  /* 1: ask for transparent huge pages */
   int32_t prefault;    /* 1: touch the whole host pool at create, in parallel */
@@ -339,7 +341,23 @@ typedef struct vattn_attend_params {
   int32_t* fetched;   /* [slots, num_tokens, kv_heads] of them not in the hot set */
   int32_t* looks;     /* [slots, num_tokens, kv_heads] draws made */
   int64_t* middle;    /* [slots, num_tokens, kv_heads] tokens in the middle */
+  /* [VATTN_TIMELINE_MARKS] nanoseconds of the device's clock when stages ended for the first filled
+   * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA with policy verified only, on
+   * the CPU nothing is written. */
+  uint64_t* timeline;
 } vattn_attend_params;
+
+typedef enum vattn_timeline {
+  VATTN_TIMELINE_START = 0,
+  VATTN_TIMELINE_PREPARED = 1, /* new row written, queries packed */
+  VATTN_TIMELINE_SCANNED = 2,  /* every code of the call */
+  VATTN_TIMELINE_PLANNED = 3,  /* multipliers found */
+  VATTN_TIMELINE_DRAWN = 4,    /* the first look's rows chosen */
+  VATTN_TIMELINE_ATTENDED = 5, /* ... fetched and attended */
+  VATTN_TIMELINE_JUDGED = 6,   /* ... and certified */
+  VATTN_TIMELINE_DONE = 7,     /* further looks, output */
+  VATTN_TIMELINE_MARKS = 8
+} vattn_timeline;
 
 VATTN_EXPORT void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size);
 

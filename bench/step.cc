@@ -2,57 +2,23 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstddef>
 
 #include "bench/dtype.h"
 #include "bench/environment.h"
 #include "bench/handles.h"
-#include "bench/parallel.h"
 #include "bench/statistics.h"
+#include "bench/step_prompt.h"
 
 namespace vattn::bench {
 namespace {
 
-constexpr int64_t kWarmUp = 4;    // steps that do not count: the first may be exact
-constexpr int64_t kStretch = 4;   // steps that one policy takes before the other has its turn
-constexpr int64_t kChunk = 4096;  // tokens appended at a time
+constexpr int64_t kWarmUp = 4;   // steps that do not count: the first may be exact
+constexpr int64_t kStretch = 4;  // steps that one policy takes before the other has its turn
 
 using Clock = std::chrono::steady_clock;
 
 double Microseconds(Clock::time_point since) {
   return std::chrono::duration<double, std::micro>(Clock::now() - since).count();
-}
-
-// Inputs of one layer in one step, in the runtime's type.
-struct LayerInputs {
-  std::vector<std::byte> q;     // [batch, q_heads, head_dim]
-  std::vector<std::byte> k, v;  // [batch, kv_heads, head_dim]
-};
-
-std::vector<LayerInputs> MakeInputs(const DecodeShape& shape, const DecodeData& data,
-                                    int64_t step) {
-  const size_t dim = shape.head_dim, row = dim * ElementBytes(shape.dtype);
-  std::vector<LayerInputs> inputs(shape.layers);
-  std::vector<float> a(dim), b(dim);
-  for (int32_t layer = 0; layer < shape.layers; ++layer) {
-    LayerInputs& in = inputs[layer];
-    in.q.resize(row * shape.q_heads * shape.batch);
-    in.k.resize(row * shape.kv_heads * shape.batch);
-    in.v.resize(in.k.size());
-    for (int32_t sequence = 0; sequence < shape.batch; ++sequence) {
-      for (int32_t head = 0; head < shape.q_heads; ++head) {
-        data.Query({sequence, layer, head}, step, a.data());
-        FromFloat(shape.dtype, a.data(), dim, &in.q[(sequence * shape.q_heads + head) * row]);
-      }
-      for (int32_t head = 0; head < shape.kv_heads; ++head) {
-        const size_t to = (sequence * shape.kv_heads + head) * row;
-        data.Rows({sequence, layer, head}, shape.tokens + step, 1, a.data(), b.data());
-        FromFloat(shape.dtype, a.data(), dim, &in.k[to]);
-        FromFloat(shape.dtype, b.data(), dim, &in.v[to]);
-      }
-    }
-  }
-  return inputs;
 }
 
 // A batch of one runtime and policy.
@@ -82,7 +48,8 @@ class Decoder {
 
   void Step(const std::vector<LayerInputs>& inputs, const ReadBuffer* caches, bool counts) {
     const auto start = Clock::now();
-    Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1, nullptr), "vattn_batch_begin_step");
+    Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1, nullptr),
+          "vattn_batch_begin_step");
     const double open_us = Microseconds(start) / shape_.layers;
     for (int32_t layer = 0; layer < shape_.layers; ++layer) {
       if (caches != nullptr) caches->ReadAll();
@@ -129,63 +96,6 @@ class Decoder {
   std::vector<double> us_, shares_, promised_;
 };
 
-// Rows of `count` tokens of every KV head, [kv_heads, count, head_dim].
-void MakeRows(const DecodeShape& shape, const DecodeData& data, int32_t sequence, int32_t layer,
-              int64_t first, int64_t count, std::vector<std::byte>* k, std::vector<std::byte>* v) {
-  const size_t head_bytes = count * shape.head_dim * ElementBytes(shape.dtype);
-  k->resize(head_bytes * shape.kv_heads);
-  v->resize(head_bytes * shape.kv_heads);
-  ParallelFor(UsableCores(), shape.kv_heads, [&](int64_t head) {
-    std::vector<float> a(count * shape.head_dim), b(a.size());
-    data.Rows({sequence, layer, head}, first, count, a.data(), b.data());
-    FromFloat(shape.dtype, a.data(), a.size(), k->data() + head * head_bytes);
-    FromFloat(shape.dtype, b.data(), b.size(), v->data() + head * head_bytes);
-  });
-}
-
-// The calibrating queries, [prompt_queries, q_heads, head_dim].
-std::vector<std::byte> MakePromptQueries(const DecodeShape& shape, const DecodeData& data,
-                                         int32_t sequence, int32_t layer) {
-  const size_t row = shape.head_dim * ElementBytes(shape.dtype);
-  std::vector<std::byte> queries(data.prompt_queries() * shape.q_heads * row);
-  std::vector<float> q(shape.head_dim);
-  for (int64_t i = 0; i < data.prompt_queries(); ++i) {
-    for (int32_t head = 0; head < shape.q_heads; ++head) {
-      data.PromptQuery({sequence, layer, head}, i, q.data());
-      FromFloat(shape.dtype, q.data(), q.size(), &queries[(i * shape.q_heads + head) * row]);
-    }
-  }
-  return queries;
-}
-
-void AppendPrompt(const DecodeShape& shape, const DecodeData& data, int32_t sequence, int32_t layer,
-                  const std::vector<Decoder*>& decoders) {
-  const std::vector<std::byte> queries = MakePromptQueries(shape, data, sequence, layer);
-  std::vector<std::byte> k, v;
-  for (int64_t first = 0; first < shape.tokens;) {
-    // The last chunk has to be as long as the queries that go with it.
-    const int64_t left = shape.tokens - first;
-    const int64_t count = left <= kChunk + data.prompt_queries() ? left : kChunk;
-    MakeRows(shape, data, sequence, layer, first, count, &k, &v);
-    vattn_append_params params;
-    vattn_append_params_init(&params, sizeof(params));
-    params.layer = layer;
-    params.num_tokens = count;
-    params.k = k.data();
-    params.v = v.data();
-    params.k_token_stride = params.v_token_stride = shape.head_dim;
-    params.k_head_stride = params.v_head_stride = count * shape.head_dim;
-    if (count == left && !queries.empty()) {
-      params.q = queries.data();
-      params.num_queries = static_cast<int32_t>(data.prompt_queries());
-    }
-    for (Decoder* decoder : decoders) {
-      Check(vattn_append(decoder->sequence(sequence), &params), "vattn_append");
-    }
-    first += count;
-  }
-}
-
 }  // namespace
 
 void SetShape(const DecodeShape& shape, int64_t steps, vattn_options* options) {
@@ -206,7 +116,8 @@ StepFigures MeasureStep(const DecodeShape& shape, const DecodeData& data,
   Decoder verified(shape, options), dense(shape, dense_options);
   for (int32_t sequence = 0; sequence < shape.batch; ++sequence) {
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
-      AppendPrompt(shape, data, sequence, layer, {&verified, &dense});
+      AppendPrompt(shape, data, sequence, layer, UsableCores(),
+                   {verified.sequence(sequence), dense.sequence(sequence)});
       progress->Count(sequence * shape.layers + layer + 1, shape.batch * shape.layers);
     }
   }
@@ -218,7 +129,8 @@ StepFigures MeasureStep(const DecodeShape& shape, const DecodeData& data,
     const int64_t end = std::min(begin + kStretch, kWarmUp + steps);
     for (Decoder* decoder : {&verified, &dense}) {
       for (int64_t step = begin; step < end; ++step) {
-        decoder->Step(MakeInputs(shape, data, step), caches, step >= kWarmUp);
+        decoder->Step(MakeInputs(shape, data, {.query = step, .token = step}), caches,
+                      step >= kWarmUp);
       }
     }
     progress->Count(end, kWarmUp + steps);

@@ -13,6 +13,8 @@
 #include "bench/handles.h"
 #include "bench/option_arguments.h"
 #include "bench/step.h"
+#include "bench/step_cuda.h"
+#include "bench/step_cuda_command.h"
 #include "bench/text.h"
 
 namespace vattn::bench {
@@ -28,17 +30,27 @@ constexpr char kNotes[] =
     "as\n"
     "the other layers of a model would do. Read bandwidth is the fastest of several plain reads "
     "of\n"
-    "1 GiB by the same number of threads, before and after.";
+    "1 GiB by the same number of threads, before and after.\n"
+    "On a CUDA device every --tokens and --batch is measured: the attention of a step as a "
+    "replayed\n"
+    "CUDA graph, device arrays throughout, beside exact attention with all KV in device memory, "
+    "the\n"
+    "same streamed from the host, and a HiSparse-style hot set. Where host memory would not hold "
+    "a\n"
+    "batch apart its sequences are forks of one.";
 
 constexpr size_t kBandwidthBytes = size_t{1} << 30;
 constexpr int kBandwidthRepeats = 5;
+constexpr int64_t kCpuSteps = 32;
 
 struct Arguments {
   OptionArguments options;
   DecodeShape shape;
   std::vector<int64_t> tokens = {4096, 32768, 131072};
-  int64_t steps = 32;
-  bool keep_caches = false;
+  std::vector<int32_t> batches = {1};
+  std::optional<int64_t> steps;
+  bool keep_caches = false, resident = false, no_baselines = false;
+  double host_gib = 0;
   std::string trace, json;
 };
 
@@ -58,7 +70,7 @@ void CheckMemory(const DecodeShape& shape, const vattn_options& options) {
                    "; lower --tokens, --layers, --kv-heads or --batch");
 }
 
-std::string DescribeShape(const DecodeShape& shape, const Arguments& arguments,
+std::string DescribeShape(const DecodeShape& shape, const Arguments& arguments, int64_t steps,
                           const vattn_options& options) {
   const std::string data =
       arguments.trace.empty() ? "synthetic keys" : "stretched from a recorded trace (see --help)";
@@ -68,7 +80,7 @@ std::string DescribeShape(const DecodeShape& shape, const Arguments& arguments,
          ChoiceName(DTypeChoices(), shape.dtype) + ", batch " + std::to_string(shape.batch) + ", " +
          data + "\n" + DescribePolicy(options) + ", " + std::to_string(options.index_bytes) +
          " bytes of code, " + std::to_string(ResolveThreads(options.num_threads)) + " threads, " +
-         std::to_string(arguments.steps) + " steps, seed " + std::to_string(options.seed);
+         std::to_string(steps) + " steps, seed " + std::to_string(options.seed);
 }
 
 std::string Table(const std::vector<StepFigures>& all, double read_gbps) {
@@ -96,15 +108,54 @@ Json FiguresJson(const StepFigures& f, double read_gbps) {
           {"verified_or_exact_share", f.promised_share}};
 }
 
+// The backend that the library takes for these options.
+int32_t ChosenBackend(const vattn_options& options) {
+  if (options.backend == VATTN_BACKEND_CPU) return VATTN_BACKEND_CPU;
+  if (options.backend == VATTN_BACKEND_CUDA) RequireStepDevice();
+  vattn_options small = options, chosen;
+  small.host_bytes = uint64_t{64} << 20;
+  vattn_options_init(&chosen, sizeof(chosen));
+  const Runtime runtime = CreateRuntime(small);
+  Check(vattn_runtime_options(runtime.get(), &chosen), "vattn_runtime_options");
+  return chosen.backend;
+}
+
+void RunStepOnDevice(const Arguments& arguments, const DecodeShape& shape,
+                     const vattn_options& options, const Trace* trace, const CommandLine& command) {
+  DeviceStepArguments device;
+  device.shape = shape;
+  device.options = options;
+  device.options.backend = VATTN_BACKEND_CUDA;
+  device.tokens = arguments.tokens;
+  device.batches = arguments.batches;
+  if (arguments.steps) device.plan.steps = *arguments.steps;
+  device.plan.keep_caches = arguments.keep_caches;
+  device.plan.threads = ResolveThreads(options.num_threads);
+  device.resident = arguments.resident;
+  device.baselines = !arguments.no_baselines;
+  device.host_bytes = static_cast<uint64_t>(arguments.host_gib * 0x1p30);
+  device.json = arguments.json;
+  RunDeviceStep(device, trace, command);
+}
+
 void RunStep(const Arguments& arguments, const CommandLine& command) {
   DecodeShape shape = arguments.shape;
   vattn_options options = arguments.options.Resolve();
   std::optional<Trace> trace;
   if (!arguments.trace.empty()) trace = ReadTrace(arguments.trace);
   if (shape.head_dim == 0) shape.head_dim = trace ? static_cast<int32_t>(trace->head_dim_k) : 128;
+  SetShape(shape, 0, &options);
+  if (ChosenBackend(options) == VATTN_BACKEND_CUDA) {
+    RunStepOnDevice(arguments, shape, options, trace ? &*trace : nullptr, command);
+    return;
+  }
+  if (arguments.batches.size() != 1) throw UsageError("--batch: one number on the CPU backend");
+  if (arguments.resident) throw UsageError("--resident: on a CUDA device only");
+  shape.batch = arguments.batches[0];
+  const int64_t steps = arguments.steps.value_or(kCpuSteps);
   for (const int64_t tokens : arguments.tokens) {  // what does not fit shows before the long part
     shape.tokens = tokens;
-    SetShape(shape, arguments.steps, &options);
+    SetShape(shape, steps, &options);
     CheckMemory(shape, options);
     CreateRuntime(options);
   }
@@ -118,11 +169,11 @@ void RunStep(const Arguments& arguments, const CommandLine& command) {
   std::vector<StepFigures> all;
   for (const int64_t tokens : arguments.tokens) {
     shape.tokens = tokens;
-    SetShape(shape, arguments.steps, &options);
+    SetShape(shape, steps, &options);
     const std::unique_ptr<DecodeData> data =
         trace ? StretchTrace(*trace, shape, options.seed) : MakeSynthetic(shape, options.seed);
-    all.push_back(MeasureStep(shape, *data, options, arguments.steps, filler ? &*filler : nullptr,
-                              &progress));
+    all.push_back(
+        MeasureStep(shape, *data, options, steps, filler ? &*filler : nullptr, &progress));
   }
   read_gbps =
       std::max(read_gbps, ReadBuffer(kBandwidthBytes, threads).Bandwidth(kBandwidthRepeats));
@@ -130,7 +181,7 @@ void RunStep(const Arguments& arguments, const CommandLine& command) {
 
   const std::string reproduce = command.Reproduce(options.seed);
   std::printf("%s\n%s\nread bandwidth: %s GB/s\n\n%s\nreproduce: %s\n", EnvironmentLine().c_str(),
-              DescribeShape(shape, arguments, options).c_str(), Number(read_gbps, 3).c_str(),
+              DescribeShape(shape, arguments, steps, options).c_str(), Number(read_gbps, 3).c_str(),
               Table(all, read_gbps).c_str(), reproduce.c_str());
   if (arguments.json.empty()) return;
   Json json = ResultHeader(command);
@@ -138,10 +189,14 @@ void RunStep(const Arguments& arguments, const CommandLine& command) {
   json["data"] = trace ? "stretched trace" : "synthetic";
   json["trace"] = arguments.trace;
   json["settings"] = SettingsJson(options);
-  json["shape"] = {{"layers", shape.layers},     {"q_heads", shape.q_heads},
-                   {"kv_heads", shape.kv_heads}, {"head_dim", shape.head_dim},
-                   {"batch", shape.batch},       {"dtype", ChoiceName(DTypeChoices(), shape.dtype)},
-                   {"steps", arguments.steps},   {"caches_filled", !arguments.keep_caches}};
+  json["shape"] = {{"layers", shape.layers},
+                   {"q_heads", shape.q_heads},
+                   {"kv_heads", shape.kv_heads},
+                   {"head_dim", shape.head_dim},
+                   {"batch", shape.batch},
+                   {"dtype", ChoiceName(DTypeChoices(), shape.dtype)},
+                   {"steps", steps},
+                   {"caches_filled", !arguments.keep_caches}};
   json["read_gbps"] = read_gbps;
   json["rows"] = Json::array();
   for (const StepFigures& figures : all) json["rows"].push_back(FiguresJson(figures, read_gbps));
@@ -169,14 +224,22 @@ void AddStepCommand(CLI::App* app, const CommandLine& command) {
   sub->add_option("--kv-heads", shape.kv_heads, "KV heads")->check(count)->capture_default_str();
   sub->add_option("--head-dim", shape.head_dim, "Elements of K and of V (the trace's, else 128)")
       ->check(count);
-  sub->add_option("--batch", shape.batch, "Sequences in a step")
+  sub->add_option("--batch", arguments->batches, "Sequences in a step; several on CUDA, as 1,4")
+      ->delimiter(',')
       ->check(count)
+      ->type_name("LIST")
       ->capture_default_str();
   AddChoice(sub, "--dtype", DTypeChoices(), "Type of rows and queries (bf16)", &shape.dtype);
-  sub->add_option("--steps", arguments->steps, "Timed steps")->check(count)->capture_default_str();
+  sub->add_option("--steps", arguments->steps, "Timed steps (32; 64 on CUDA)")->check(count);
   sub->add_option("--trace", arguments->trace, "Recording to lengthen (synthetic without)")
       ->type_name("FILE");
   sub->add_flag("--keep-caches", arguments->keep_caches, "Leave the caches as the last call did");
+  sub->add_flag("--resident", arguments->resident,
+                "CUDA: a second line where every step asks the same, so that nothing is missed");
+  sub->add_flag("--no-baselines", arguments->no_baselines, "CUDA: the library's steps alone");
+  sub->add_option("--host-gib", arguments->host_gib,
+                  "CUDA: host memory that may be taken (what is available)")
+      ->check(CLI::Range(1., 1e6).description(""));
   arguments->options.Add(sub);
   sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
   sub->callback([arguments, &command] { RunStep(*arguments, command); });

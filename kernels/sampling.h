@@ -32,8 +32,8 @@ constexpr int kGrowthHalvings = 14;
 constexpr float kLeastOthers = 1e-3f;  // of the denominator
 constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
 
-// One tile in so many is looked at while multipliers are sought: at most about 16,384 tokens.
-constexpr int64_t kPlanTokens = 16384;
+// One tile in so many is looked at while multipliers are sought: at most so many tokens and a block.
+constexpr int64_t kPlanTokens = 4096;
 constexpr int kLeastPlanStride = 4;
 VATTN_HD inline int PlanStride(int64_t middle) {
   int stride = kLeastPlanStride;
@@ -95,7 +95,7 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
 VATTN_HD inline float MoveMultiplier(float tiny, const HeadWork& work, HeadState& state) {
   const float ratio = std::log((work.predicted + tiny) / work.target);
   const float low = -std::log(work.target) - 20;
-  const float move = Max(-3.f, Min(3.f, kExponent * ratio));
+  const float move = Max(Min(kExponent * ratio, 3.f), -3.f);
   state.log_multiplier = Max(low, state.log_multiplier + move);
   return ratio;
 }
@@ -141,7 +141,7 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
   work.variance = static_cast<float>(sums.variance);
   if (sums.mass > 0) state.spread = Max(static_cast<float>(sums.spread / sums.mass), 1.17549435e-38f);
   if (sums.estimate > 0) {
-    const float eta2 = Max(.01f, Min(4.f, static_cast<float>(sums.relative / sums.estimate)));
+    const float eta2 = Max(Min(static_cast<float>(sums.relative / sums.estimate), 4.f), .01f);
     state.eta2 += .2f * (eta2 - state.eta2);
   }
   if (cos2 >= 0) state.cos2 = state.cos2 < 0 ? cos2 : kRankMemory * state.cos2 + (1 - kRankMemory) * cos2;
@@ -162,7 +162,7 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
 VATTN_HD inline void LearnHead(const Promise& promise, const IndexTables& index, const HeadWork& work,
                                HeadState& state) {
   const float ratio = work.variance / (work.predicted + kTiny * ValueUnit(index));
-  state.rho += .1f * (Max(.7f, Min(5.f, ratio)) - state.rho);
+  state.rho += .1f * (Max(Min(ratio, 5.f), .7f) - state.rho);
   state.z += .3f * (QuantileAt(promise, 1, work.cos2) - state.z);
 }
 

@@ -21,6 +21,7 @@ struct AttendRequest {
   int32_t* fetched = nullptr;
   int32_t* looks = nullptr;
   int64_t* middle = nullptr;
+  uint64_t* timeline = nullptr;
 };
 
 // As vattn_selection.

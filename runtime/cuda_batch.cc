@@ -13,23 +13,6 @@ namespace {
 constexpr int kScanBlocksPerMultiprocessor = 4;
 constexpr int64_t kScratchTokens = 4096;  // working memory grows in steps of so many tokens
 
-// Hands out thread blocks in proportion to the groups' middles, one at least.
-void CutTeams(int blocks, cuda::DeviceGroup* groups, int count) {
-  int64_t all = 0;
-  for (int g = 0; g < count; ++g) all += groups[g].middle_end - groups[g].middle_begin + kScratchTokens;
-  int begin = 0, left = blocks - count;  // beyond the one that each gets
-  int64_t before = 0;
-  for (int g = 0; g < count; ++g) {
-    groups[g].team_begin = left < 0 ? g % blocks : begin;
-    groups[g].team_size = 1;
-    if (left < 0) continue;
-    const int64_t until = before + groups[g].middle_end - groups[g].middle_begin + kScratchTokens;
-    groups[g].team_size += static_cast<int>(until * left / all - before * left / all);
-    begin += groups[g].team_size;
-    before = until;
-  }
-}
-
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 }  // namespace
@@ -55,12 +38,15 @@ absl::Status CudaBatch::Allocate() {
   for (int l = 0; l < o.num_layers; ++l) {
     first_group_.push_back(most_groups_);
     most_groups_ += int64_t{slots_} * runtime_.kv_heads(l);
-    const int blocks = runtime_.kv_heads(l) == 0 ? 0 : cuda::AnswerBlocks(backend_.storage(), runtime_.group(l));
-    if (runtime_.kv_heads(l) > 0 && blocks == 0) {
+    cuda::AnswerShape shape;
+    if (runtime_.kv_heads(l) > 0) {
+      shape = cuda::ShapeAnswer(backend_.storage(), runtime_.group(l), slots_ * runtime_.kv_heads(l));
+    }
+    if (runtime_.kv_heads(l) > 0 && shape.team == 0) {
       return NotSupportedError("rows of ", row_bytes, " bytes do not fit the shared memory of device ", d.ordinal(), " (",
                                d.facts().name, ")");
     }
-    answer_blocks_.push_back(blocks);
+    answer_.push_back(shape);
   }
   const uint64_t table_bytes = static_cast<uint64_t>(o.num_layers) * sizeof(cuda::StepHeader) +
                                static_cast<uint64_t>(most_groups_) * sizeof(cuda::DeviceGroup);
@@ -78,19 +64,20 @@ absl::Status CudaBatch::Allocate() {
   memory = d.Allocate(static_cast<uint64_t>(slots * row_bytes));
   if (!memory.ok()) return memory.status();
   hot_rows_ = *std::move(memory);
-  // owner [slots], slot_of [tokens], use [slots], then the clock's hand and the count of calls.
+  // owner [slots], use [slots], the clock's hand and the count of calls, then slot_of [tokens].
   const int64_t known = slots > 0 ? tokens : 0;
-  memory = d.Allocate(static_cast<uint64_t>(slots * 12 + known * 4 + 8));
+  memory = d.Allocate(static_cast<uint64_t>(slots * 16 + known * 4 + 16));
   if (!memory.ok()) return memory.status();
   hot_tables_ = *std::move(memory);
   hot_.rows = hot_rows_.data();
   hot_.owner = hot_tables_.as<int64_t>();
-  hot_.slot_of = reinterpret_cast<int32_t*>(hot_.owner + slots);
-  hot_.use = reinterpret_cast<uint32_t*>(hot_.slot_of + known);
+  hot_.use = reinterpret_cast<unsigned long long*>(hot_.owner + slots);
   hot_.hand = hot_.use + slots;
   hot_.call = hot_.hand + 1;
-  VATTN_RETURN_IF_ERROR(d.Fill(hot_.owner, 0xff, static_cast<uint64_t>(slots * 8 + known * 4), d.stream()));
-  VATTN_RETURN_IF_ERROR(d.Fill(hot_.use, 0, static_cast<uint64_t>(slots * 4 + 8), d.stream()));
+  hot_.slot_of = reinterpret_cast<int32_t*>(hot_.call + 1);
+  VATTN_RETURN_IF_ERROR(d.Fill(hot_.owner, 0xff, static_cast<uint64_t>(slots * 8), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Fill(hot_.use, 0, static_cast<uint64_t>(slots * 8 + 16), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Fill(hot_.slot_of, 0xff, static_cast<uint64_t>(known * 4), d.stream()));
   seen_.resize(static_cast<size_t>(backend_.num_blocks()));
   for (int64_t b = 0; b < backend_.num_blocks(); ++b) seen_[b] = backend_.generation(static_cast<int32_t>(b));
   return d.Synchronize(d.stream());
@@ -140,8 +127,8 @@ absl::Status CudaBatch::GrowScratch(int new_tokens) {
     for (const Filled& f : filled_) {
       cuda::GroupScratch scratch;
       bytes += static_cast<uint64_t>(kv_heads) *
-               cuda::CarveScratch(runtime_.storage(), RoundUp(f.sequence->layer(l).tokens + new_tokens, kScratchTokens),
-                                  runtime_.group(l), answer_blocks_[l], nullptr, scratch);
+               cuda::CarveScratch(runtime_.storage(), runtime_.promise(), RoundUp(f.sequence->layer(l).tokens + new_tokens, kScratchTokens),
+                                  runtime_.group(l), answer_[l].team, nullptr, scratch);
     }
     most = std::max(most, bytes);
   }
@@ -180,11 +167,10 @@ void CudaBatch::FillGroups(int l, int new_tokens, cuda::StepHeader& header, cuda
       g.first_block = scanned;
       g.step = f.sequence->step() + 1;  // the step that is being opened
       if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
-      memory += cuda::CarveScratch(runtime_.storage(), RoundUp(tokens, kScratchTokens), group_size, answer_blocks_[l],
+      memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(), RoundUp(tokens, kScratchTokens), group_size, answer_[l].team,
                                    memory, g.scratch);
     }
   }
-  CutTeams(answer_blocks_[l], groups, count);
   header = {.scan_blocks = scanned, .num_groups = count, .new_tokens = new_tokens};
 }
 
@@ -244,9 +230,10 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
             .fetched = r.fetched,
             .looks = r.looks,
             .middle = r.middle,
+            .timeline = r.timeline,
             .out_dtype = r.out_dtype};
   p.selection = {selection.capacity, selection.tokens, selection.log_weights, selection.counts};
-  return d.Check(cuda::Decode(p, answer_blocks_[r.layer], kScanBlocksPerMultiprocessor * d.facts().multiprocessors,
+  return d.Check(cuda::Decode(p, answer_[r.layer], kScanBlocksPerMultiprocessor * d.facts().multiprocessors,
                               {stream}),
                  "enqueueing attention");
 }
@@ -265,6 +252,7 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
     int64_t at = 0;
   };
   AttendRequest staged = r;
+  uint64_t* const timeline = r.timeline;
   Selection list = selection;
   const int64_t out_bytes = o.num_q_heads * int64_t{row.dim_v} * ElementBytes(static_cast<DType>(r.out_dtype));
   const bool given = task == cuda::Task::kAttendSelected, wanted = task == cuda::Task::kSelect;
@@ -289,8 +277,9 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
     a.at = bytes;
     if (a.host != nullptr) bytes += RoundUp(a.slot_bytes * slots_, 256);
   }
-  if (static_cast<uint64_t>(bytes) > staging_.size()) {
-    absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(bytes));
+  constexpr uint64_t kTimelineBytes = cuda::kMarks * sizeof(uint64_t);
+  if (static_cast<uint64_t>(bytes) + kTimelineBytes > staging_.size()) {
+    absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(bytes) + kTimelineBytes);
     if (!memory.ok()) return memory.status();
     staging_ = *std::move(memory);
   }
@@ -305,6 +294,7 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
   staged.fetched = static_cast<int32_t*>(device(8));
   staged.looks = static_cast<int32_t*>(device(9));
   staged.middle = static_cast<int64_t*>(device(10));
+  staged.timeline = timeline == nullptr ? nullptr : reinterpret_cast<uint64_t*>(staging_.data() + bytes);
   list.tokens = static_cast<int32_t*>(device(11));
   list.log_weights = static_cast<float*>(device(12));
   list.counts = static_cast<int32_t*>(device(13));
@@ -325,6 +315,7 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
       if (a.host != nullptr && a.out) VATTN_RETURN_IF_ERROR(copy(a, f.slot, false));
     }
   }
+  if (timeline != nullptr) VATTN_RETURN_IF_ERROR(d.Copy(timeline, staged.timeline, kTimelineBytes, stream));
   return d.Synchronize(stream);
 }
 

@@ -52,7 +52,7 @@ class CudaBatch {
   std::vector<Filled> filled_;
   std::vector<int64_t> first_group_;  // [layers] place of a layer's groups in the table
   int64_t most_groups_ = 0;           // of all layers
-  std::vector<int> answer_blocks_;    // [layers] thread blocks of the answer
+  std::vector<cuda::AnswerShape> answer_;  // [layers]
   DeviceMemory tables_;               // StepHeader [layers], then DeviceGroup [most_groups]
   DeviceMemory scratch_;
   DeviceMemory forget_;               // block ids

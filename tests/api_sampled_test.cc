@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 #include "tests/attention_model.h"
+#include "tests/backend.h"
 
 namespace vattn::test {
 namespace {
@@ -62,6 +64,7 @@ TEST_P(VerifiedTest, KeepsItsPromise) {
   options.index = p.index;
   options.refresh = 1;
   options.epsilon = .2f;
+  if (const std::string why = NotServed(options); !why.empty()) GTEST_SKIP() << why;
   Decoder decoder(p.shape, options);
   int trials = 0, verified = 0, failures = 0;
   double lse_error = 0;
@@ -145,6 +148,7 @@ TEST_P(RankedTest, IsSensible) {
   options.index = GetParam().index;
   options.value_bits = GetParam().value_bits;
   options.topk_share = .2f;
+  if (const std::string why = NotServed(options); !why.empty()) GTEST_SKIP() << why;
   Decoder decoder(shape, options);
   double sum = 0;
   for (int step = 0; step < 4; ++step) {
@@ -188,6 +192,7 @@ TEST(SelectionTest, SelectThenAttendIsTheEstimate) {
   for (const int32_t index : {VATTN_INDEX_BALANCED, VATTN_INDEX_EXACT}) {
     vattn_options options = OptionsFor(shape);
     options.index = index;
+    if (!NotServed(options).empty()) continue;
     Decoder decoder(shape, options);
     decoder.Step();
     const Sequence fork = decoder.sequence.Fork();
@@ -233,6 +238,7 @@ TEST(SelectionTest, AllTokensAreDense) {
     const Shape shape = {6, 2, 64, 64, false, VATTN_F16};
     vattn_options options = OptionsFor(shape);
     options.policy = policy;
+    if (!NotServed(options).empty()) continue;
     Decoder decoder(shape, options);
     const int64_t count = decoder.rows.tokens + 1;
     std::vector<int32_t> tokens(2 * count), counts(2, static_cast<int32_t>(count));
@@ -246,6 +252,52 @@ TEST(SelectionTest, AllTokensAreDense) {
     ExpectExact(call, 0, decoder.rows);
     EXPECT_EQ(call.selected[0], call.middle[0]);
   }
+}
+
+// Lists longer than any draw of the library's own are read whole.
+TEST(SelectionTest, LongListsAreReadWhole) {
+  const Shape shape = {2, 1, 16, 16, false, VATTN_F32};
+  const Runtime runtime(OptionsFor(shape));
+  std::mt19937_64 engine(13);
+  Rows rows;
+  rows.AddGaussian(shape, engine, 70000);
+  Sequence sequence(runtime);
+  AppendRows(sequence, shape, 0, rows);
+  Batch batch(runtime, 1);
+  batch.Set(0, sequence);
+  for (const bool weighted : {false, true}) {
+    const int64_t count = rows.tokens + 1;
+    std::vector<int32_t> tokens(count), counts = {static_cast<int32_t>(count)};
+    std::iota(tokens.begin(), tokens.end(), 0);
+    std::vector<float> weights(weighted ? count : 0, 0.f);
+    Call call(shape, 1, 0);
+    call.Fill(engine, 1, 2);
+    batch.BeginStep(1);
+    batch.AttendSelected(call.Params(), SelectionOf(count, tokens, weights, counts));
+    call.AddTo(rows, 0);
+    ExpectExact(call, 0, rows);
+    EXPECT_EQ(call.selected[0], call.middle[0]);
+  }
+}
+
+// A promise that takes every row it may: the list holds all of the draw.
+TEST(SelectionTest, LargeDrawsAreWhole) {
+  const Shape shape = {2, 1, 16, 16, false, VATTN_F32};
+  vattn_options options = OptionsFor(shape);
+  options.epsilon = .002f;
+  Decoder decoder(shape, options);
+  decoder.rows.AddGaussian(shape, decoder.engine, 80000);
+  AppendRows(decoder.sequence, shape, 0, decoder.rows, kTokens);
+  const int64_t capacity = decoder.rows.tokens + 1;
+  std::vector<int32_t> tokens(capacity), counts(1);
+  std::vector<float> weights(capacity);
+  vattn_selection selection = SelectionOf(capacity, tokens, weights, counts);
+  Call call(shape, 1, 0);
+  call.Fill(decoder.engine, 1, 2);
+  decoder.batch.BeginStep(1);
+  decoder.batch.Select(call.Params(), selection);
+  EXPECT_EQ(counts[0], call.selected[0] + capacity - call.middle[0]);
+  EXPECT_GT(static_cast<double>(call.selected[0]), .4 * static_cast<double>(call.middle[0]));
 }
 
 // Lists that differ by slot and head, with weights, around an empty slot.

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "tests/backend.h"
+
 namespace vattn::test {
 namespace {
 
@@ -82,7 +84,7 @@ vattn_options OptionsFor(const Shape& shape) {
   options.head_dim_v = shape.dim_v;
   options.shared_kv = shape.shared_kv ? 1 : 0;
   options.dtype = shape.dtype;
-  options.backend = VATTN_BACKEND_CPU;
+  options.backend = OnCuda() ? VATTN_BACKEND_CUDA : VATTN_BACKEND_CPU;
   options.num_threads = 1;
   options.host_bytes = uint64_t{256} << 20;
   return options;

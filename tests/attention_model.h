@@ -22,7 +22,7 @@ struct Shape {
   bool shared_kv = false;
   int32_t dtype = VATTN_F32;
 };
-// Defaults with this shape, one layer, on the CPU with one thread.
+// Defaults with this shape, one layer, one thread, on the backend under test (tests/backend.h).
 vattn_options OptionsFor(const Shape& shape);
 // `count` values of a Gaussian, rounded to dtype.
 std::vector<float> Gaussian(std::mt19937_64& engine, int32_t dtype, int64_t count, float sigma);

@@ -72,17 +72,19 @@ static void TestSteps(vattn_runtime* runtime, vattn_batch* batch, vattn_sequence
 
   CHECK_OK(vattn_batch_begin_step(batch, 1, NULL));
   CHECK_OK(vattn_attend(batch, &attend, NULL));
-  CHECK_INVALID(vattn_attend(batch, &attend, NULL),
-                "layer is 0, which was attended in this step, must be");
-  CHECK_INVALID(vattn_batch_begin_step(batch, 1, NULL),
-                "layer 1 was not attended in the step before, must be");
-  /* The sequence belongs to the step until every layer is done. */
-  CHECK_INVALID(vattn_append(sequence, &append),
-                "layer 1 was not attended in the step before, must be");
-  CHECK_INVALID(vattn_sequence_truncate(sequence, 1),
-                "layer 1 was not attended in the step before");
-  CHECK_INVALID(vattn_sequence_build_index(sequence),
-                "layer 1 was not attended in the step before");
+  if (!OnCuda()) { /* there a replayed graph may attend, of which no call knows */
+    CHECK_INVALID(vattn_attend(batch, &attend, NULL),
+                  "layer is 0, which was attended in this step, must be");
+    CHECK_INVALID(vattn_batch_begin_step(batch, 1, NULL),
+                  "layer 1 was not attended in the step before, must be");
+    /* The sequence belongs to the step until every layer is done. */
+    CHECK_INVALID(vattn_append(sequence, &append),
+                  "layer 1 was not attended in the step before, must be");
+    CHECK_INVALID(vattn_sequence_truncate(sequence, 1),
+                  "layer 1 was not attended in the step before");
+    CHECK_INVALID(vattn_sequence_build_index(sequence),
+                  "layer 1 was not attended in the step before");
+  }
   CHECK_INVALID(vattn_batch_set(batch, 1, sequence),
                 "sequence already sits in slot 0 of this batch");
   attend.layer = 1;
@@ -107,11 +109,13 @@ static void TestFields(vattn_batch* batch) {
   CHECK_OK(vattn_batch_begin_step(batch, 1, NULL));
   CHECK_INVALID(vattn_attend(NULL, &good, NULL), "batch is NULL, must be given");
   CHECK_INVALID(vattn_attend(batch, NULL, NULL), "params is NULL, must be given");
-  CHECK_INVALID(vattn_attend(batch, &good, stream),
-                "stream is given, must be NULL on the CPU backend");
+  if (!OnCuda()) {
+    CHECK_INVALID(vattn_attend(batch, &good, stream),
+                  "stream is given, must be NULL on the CPU backend");
+  }
   longer.params.struct_size = sizeof(longer);
   CHECK_INVALID(vattn_attend(batch, &longer.params, NULL),
-                "params.struct_size is 120 with byte 112 set");
+                "params.struct_size is 128 with byte 120 set");
 #define CHECK_ATTEND(field, value_, text) \
   CHECK_FIELD(vattn_attend(batch, &params, NULL), field, value_, text)
   CHECK_ATTEND(struct_size, 1, "params.struct_size is 1, must be 8 to 4096");

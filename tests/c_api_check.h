@@ -21,7 +21,9 @@ enum { kLayers = 3, kLeftOut = 2, kQHeads = 4, kKvHeads = 2, kDim = 16, kPrompt 
 /* Rows for a prompt of kPrompt tokens, and for one decode step of four slots. */
 extern float rows[kPrompt * kKvHeads * kDim];
 
-/* 3 layers of which the last is left out, fp32, 8 MiB pool, CPU backend. */
+/* Whether VATTN_BACKEND says "cuda"; else tests run on the CPU. */
+int OnCuda(void);
+/* 3 layers of which the last is left out, fp32, 8 MiB pool, on the backend under test. */
 vattn_options MakeOptions(void);
 vattn_runtime* MakeRuntime(void);
 /* With kPrompt tokens in each of its layers. */

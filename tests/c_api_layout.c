@@ -23,7 +23,7 @@ STATIC_ASSERT_PLACE(vattn_options, log_user, 184);
 STATIC_ASSERT_LAST(vattn_options, profile, 192);
 STATIC_ASSERT_LAST(vattn_sequence_options, reserve_tokens, 16);
 STATIC_ASSERT_LAST(vattn_append_params, q_head_stride, 88);
-STATIC_ASSERT_LAST(vattn_attend_params, middle, 104);
+STATIC_ASSERT_LAST(vattn_attend_params, timeline, 112);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_LAST(vattn_stats, blocks_copied, 136);
 

@@ -235,7 +235,7 @@ void TestRuntime(void) {
   CHECK_INVALID(vattn_runtime_create(&options, NULL), "out is NULL, must be given");
   options.backend = VATTN_BACKEND_CUDA;
   if (strstr(vattn_build_info(), "cuda") == NULL) {
-    CHECK_ERROR(vattn_runtime_create(&options, &runtime), VATTN_NOT_SUPPORTED, "backend is cuda");
+    CHECK_ERROR(vattn_runtime_create(&options, &runtime), VATTN_NOT_SUPPORTED, "no CUDA backend");
     CHECK(runtime == NULL);
   }
   runtime = MakeRuntime();

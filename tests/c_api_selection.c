@@ -47,8 +47,10 @@ static void TestSelectedLists(vattn_batch* batch) {
   CHECK_INVALID(vattn_attend_selected(batch, NULL, &good, NULL), "params is NULL, must be given");
   CHECK_INVALID(vattn_attend_selected(batch, &params, NULL, NULL),
                 "selection is NULL, must be given");
-  CHECK_INVALID(vattn_attend_selected(batch, &params, &good, stream),
-                "stream is given, must be NULL");
+  if (!OnCuda()) {
+    CHECK_INVALID(vattn_attend_selected(batch, &params, &good, stream),
+                  "stream is given, must be NULL");
+  }
 #define CHECK_SELECTED(field, value_, text) \
   CHECK_SELECTION(vattn_attend_selected(batch, &params, &selection, NULL), field, value_, text)
   CHECK_SELECTED(struct_size, 0, "selection.struct_size is 0, must be 8 to 4096");
@@ -71,8 +73,10 @@ static void TestSelectedLists(vattn_batch* batch) {
   for (size_t i = 0; i < sizeof(out); ++i)
     CHECK(((unsigned char*)out)[i] == 0x55); /* nothing written */
   CHECK_OK(vattn_attend_selected(batch, &params, &good, NULL));
-  CHECK_INVALID(vattn_attend_selected(batch, &params, &good, NULL),
-                "layer is 0, which was attended in this step");
+  if (!OnCuda()) {
+    CHECK_INVALID(vattn_attend_selected(batch, &params, &good, NULL),
+                  "layer is 0, which was attended in this step");
+  }
 }
 
 static void TestSelect(vattn_batch* batch) {
@@ -83,7 +87,9 @@ static void TestSelect(vattn_batch* batch) {
   CHECK_INVALID(vattn_select(NULL, &params, &good, NULL), "batch is NULL, must be given");
   CHECK_INVALID(vattn_select(batch, NULL, &good, NULL), "params is NULL, must be given");
   CHECK_INVALID(vattn_select(batch, &params, NULL, NULL), "selection is NULL, must be given");
-  CHECK_INVALID(vattn_select(batch, &params, &good, stream), "stream is given, must be NULL");
+  if (!OnCuda()) {
+    CHECK_INVALID(vattn_select(batch, &params, &good, stream), "stream is given, must be NULL");
+  }
 #define CHECK_SELECT(field, value_, text) \
   CHECK_SELECTION(vattn_select(batch, &params, &selection, NULL), field, value_, text)
   CHECK_SELECT(capacity, -1, "capacity is -1, must be 1 to");
@@ -99,8 +105,10 @@ static void TestSelect(vattn_batch* batch) {
   CHECK(counts[0] == kPrompt + 1 && counts[1] == kPrompt + 1);
   good.capacity = kCapacity;
   CHECK_OK(vattn_select(batch, &params, &good, NULL)); /* asked again with room */
-  CHECK_INVALID(vattn_select(batch, &params, &good, NULL),
-                "layer is 1, which was attended in this step");
+  if (!OnCuda()) {
+    CHECK_INVALID(vattn_select(batch, &params, &good, NULL),
+                  "layer is 1, which was attended in this step");
+  }
 }
 
 void TestSelection(void) {

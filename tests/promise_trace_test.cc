@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <numeric>
+#include <string>
 
 #include "api/vattn.h"
 #include "bench/reference.h"
@@ -10,6 +11,7 @@
 #include "bench/report.h"
 #include "bench/statistics.h"
 #include "bench/trace.h"
+#include "tests/backend.h"
 
 namespace vattn::bench {
 namespace {
@@ -89,6 +91,7 @@ TEST_F(PromiseTraceTest, StrictPreset) {
 
 TEST_F(PromiseTraceTest, ValueCodes) {
   options_.value_bits = 2;
+  if (const std::string why = test::NotServed(options_); !why.empty()) GTEST_SKIP() << why;
   plan_.seeds = 4;
   const Observations seen = RunAll();
   ExpectCoverage(seen);

@@ -63,32 +63,68 @@ std::vector<float> Normals(int count, uint64_t seed) {
   return out;
 }
 
+void ExpectDots(const Rows& rows, const std::vector<float>& queries, int heads, float unit) {
+  constexpr int64_t kLd = 70;
+  const int count = rows.list.count, dim = rows.list.dim;
+  std::vector<float> out(heads * kLd, -7);
+  DotRows(rows.list, queries.data(), heads, out.data(), kLd, unit);
+  for (int g = 0; g < heads; ++g) {
+    for (int i = 0; i < kLd; ++i) {
+      if (i >= count) {
+        ASSERT_EQ(out[g * kLd + i], -7) << "written past the last row";
+        continue;
+      }
+      double sum = 0, size = 0;
+      for (int c = 0; c < dim; ++c) {
+        const double term = queries[g * dim + c] * rows.values[i * dim + c];
+        sum += term, size += std::abs(term);
+      }
+      ASSERT_NEAR(out[g * kLd + i], sum, 4e-7 * size) << dim << " " << heads << " " << count << " " << i;
+    }
+  }
+}
+
 TEST_P(RowsTest, DotRows) {
   for (const int dim : kRowDims) {
     for (const int heads : kGroupSizes) {
       for (const int count : kCounts) {
         const Rows rows(dtype(), count, dim, dim + count);
         const std::vector<float> queries = Normals(heads * dim, heads);
-        constexpr int64_t kLd = 70;
-        std::vector<float> out(heads * kLd, -7);
-        DotRows(rows.list, queries.data(), heads, out.data(), kLd);
-        for (int g = 0; g < heads; ++g) {
-          for (int i = 0; i < kLd; ++i) {
-            if (i >= count) {
-              ASSERT_EQ(out[g * kLd + i], -7) << "written past the last row";
-              continue;
-            }
-            double sum = 0, size = 0;
-            for (int c = 0; c < dim; ++c) {
-              const double term = queries[g * dim + c] * rows.values[i * dim + c];
-              sum += term, size += std::abs(term);
-            }
-            ASSERT_NEAR(out[g * kLd + i], sum, 4e-7 * size)
-                << dim << " " << heads << " " << count << " " << i;
-          }
-        }
+        ExpectDots(rows, queries, heads, 0);
       }
     }
+  }
+}
+
+// A unit is a hint: queries that are what it says and others give the same products.
+TEST_P(RowsTest, DotRowsWithAUnit) {
+  constexpr float kUnit = .0883883476f;
+  for (const int dim : kRowDims) {
+    for (const int heads : kGroupSizes) {
+      for (const int count : kCounts) {
+        const Rows rows(dtype(), count, dim, dim + count);
+        std::vector<float> queries = Normals(heads * dim, heads);
+        ExpectDots(rows, queries, heads, kUnit);
+        for (int c = 0; c < heads * dim; ++c) {
+          uint16_t narrow;
+          WriteElement(DType::kBF16, reinterpret_cast<uint8_t*>(&narrow), 0, queries[c]);
+          queries[c] = kUnit * static_cast<float>(ReadElement(DType::kBF16, &narrow, 0));
+        }
+        ExpectDots(rows, queries, heads, kUnit);
+        queries[heads * dim - 1] *= 1 + 0x1p-20f;
+        ExpectDots(rows, queries, heads, kUnit);
+      }
+    }
+  }
+}
+
+TEST_P(RowsTest, DotRowsWithAUnitKeepsInfAndNan) {
+  const Rows rows(dtype(), 16, 128, 3);
+  for (const float bad : {INFINITY, -INFINITY, NAN}) {
+    std::vector<float> queries(128, 1), out(16);
+    queries[5] = bad;
+    DotRows(rows.list, queries.data(), 1, out.data(), 16, 1);
+    for (int i = 0; i < 16; ++i) EXPECT_FALSE(std::isfinite(out[i])) << i;
   }
 }
 

@@ -15,8 +15,8 @@ build build all -DVATTN_TESTS=ON
 ctest --test-dir build --output-on-failure -j "$jobs"
 [ "${VATTN_QUICK:-0}" = 1 ] && exit 0
 build build-asan all -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
-  -DVATTN_BENCH=OFF -DVATTN_SANITIZE=address,undefined
+  -DVATTN_BENCH=OFF -DVATTN_CUDA=OFF -DVATTN_SANITIZE=address,undefined
 ctest --test-dir build-asan --output-on-failure -j "$jobs"
 build build-tsan thread_tests -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
-  -DVATTN_BENCH=OFF -DVATTN_SANITIZE=thread
+  -DVATTN_BENCH=OFF -DVATTN_CUDA=OFF -DVATTN_SANITIZE=thread
 ctest --test-dir build-tsan --output-on-failure -j "$jobs" -L threads

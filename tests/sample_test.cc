@@ -145,6 +145,34 @@ TEST_P(SampleTest, LooksAreNested) {
   }
 }
 
+// Looks that draw from candidates find what looks over all tokens find, also when the candidates of a
+// segment are too many to be kept, and when a scale is past those kept.
+TEST_P(SampleTest, CandidatesChangeNothing) {
+  const Weights w(f_, 1e-3);
+  for (const std::vector<float>& scales :
+       std::vector<std::vector<float>>{{.3f, .31f, .5f, .9f, 2.f, 2.1f}, {50.f, 70.f, 1e3f, 1e6f}, {1e-6f, .5f}}) {
+    std::vector<uint32_t> tokens[2];
+    std::vector<float> weights[2];
+    std::fill(f_.group.scratch.logit, f_.group.scratch.logit + 5120, -7.f);
+    for (const bool keep : {false, true}) {
+      int64_t count = 0;
+      float previous = 0, kept = 0;
+      for (const float scale : scales) {
+        count = DrawTokens(f_.group, w.At(scale), previous, {.refresh = 64}, count, {}, keep ? &kept : nullptr);
+        EXPECT_TRUE(!keep || kept >= scale);
+        previous = scale;
+      }
+      tokens[keep] = Tokens(count);
+      weights[keep] = {f_.group.scratch.weight, f_.group.scratch.weight + count};
+    }
+    EXPECT_EQ(tokens[true], tokens[false]);
+    EXPECT_EQ(weights[true], weights[false]);
+    EXPECT_GT(tokens[true].size(), 10u);
+    EXPECT_EQ(std::count(f_.group.scratch.logit, f_.group.scratch.logit + 5120, -7.f), 5120)
+        << "written past the sparse arrays";
+  }
+}
+
 TEST_P(SampleTest, ThreadsDoNotMatter) {
   const Weights w(f_, 1e-3);
   std::vector<float> variance(f_.shape.q_heads), other(f_.shape.q_heads);

@@ -4,6 +4,8 @@
 #ifndef VATTN_KERNELS_CUDA_ANSWER_CUH_
 #define VATTN_KERNELS_CUDA_ANSWER_CUH_
 
+#include <algorithm>
+
 #include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/stages.h"
 #include "kernels/cuda/verify.cuh"
@@ -30,7 +32,7 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
   const GroupScratch& w = team.group.scratch;
   const HotSetRef& hot = team.p.hot;
   const RowLayout& row = team.p.storage.host.row;
-  const TileShape shape = MakeTileShape(row.row_bytes);
+  const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
   const int heads = team.heads(), tid = threadIdx.x;
   const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
   const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
@@ -269,30 +271,86 @@ __device__ void AnswerSelect(Team<kHeads>& team, int64_t drawn, float scale) {
   }
 }
 
+// Attention over more tokens of the caller's than the list has room for: rows are read past the hot set.
+template <DType kType, int kHeads>
+__device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t count, const float* log_weights) {
+  const RowLayout& row = team.p.storage.host.row;
+  const TileShape shape = MakeTileShape(row.row_bytes);
+  const int64_t most = team.group.tokens;
+  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
+  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
+  const auto place = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  for (int first = 0; first < team.heads(); first += kHeads) {
+    const float* queries = LoadQueries(team, first);
+    if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
+    AttendTiles<kType, kHeads>(
+        row, shape, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
+        team.group.scratch.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+        [&](int k, int r) -> uint64_t {
+          const int64_t i = place(k, r);
+          if (i >= count) return 0;
+          const int64_t token = tokens[i] >= 0 && tokens[i] < most ? tokens[i] : 0;
+          return reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token));
+        },
+        [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
+        [&](int k, int r) {
+          // A token out of range makes the answer NaN.
+          const int32_t token = tokens[place(k, r)];
+          const float factor = token >= 0 && token < most ? 1 : NAN;
+          return make_float2(log_weights == nullptr ? 0 : log_weights[place(k, r)], factor);
+        },
+        [](int, int, int, float) {}, [](int, const std::byte*) {});
+  }
+  Combine(team, false);
+  TakeHeads(team, false);
+  WriteHeads(team, [](int) { return true; },
+             [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
+  int middle = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    middle += tokens[i] >= team.group.middle_begin && tokens[i] < team.group.middle_end;
+  }
+  if (middle > 0) atomicAdd(&team.shared.count, middle);
+  __syncthreads();
+  WriteReport(team, {.selected = team.shared.count, .fetched = team.shared.count});
+}
+
 // Attention over the caller's tokens.
 template <DType kType, int kHeads>
 __device__ void AnswerSelected(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
   const SelectionArrays& in = team.p.selection;
   const int64_t at = int64_t{team.group.slot} * team.p.kv_heads + team.group.kv_head;
-  const int64_t count = min(static_cast<int64_t>(in.counts[at]), min(in.capacity, w.capacity));
-  const uint32_t call = *team.p.hot.call;
-  int64_t middle = 0;
-  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count; i += int64_t{team.size} * kThreads) {
-    const uint32_t token = static_cast<uint32_t>(in.tokens[at * in.capacity + i]);
-    w.token[i] = token;
-    if (token >= team.group.middle_begin && token < team.group.middle_end) {
-      ++middle;
-      if (Resolve(team.p, team.group, call, token, i) != 0) atomicAdd(&team.shared.fetched, 1);
-    } else {
-      w.slot[i] = -1;
-      w.row[i] = reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token));
+  const int64_t count = min(static_cast<int64_t>(in.counts[at]), in.capacity);
+  if (count > w.capacity) return AnswerLong<kType, kHeads>(team, in.tokens + at * in.capacity, count,
+                                                           in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
+  const unsigned long long call = *team.p.hot.call;
+  const int lane = threadIdx.x % kWarp;
+  bool wrong = false;
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i - lane < count; i += int64_t{team.size} * kThreads) {
+    const uint32_t token = i < count ? static_cast<uint32_t>(in.tokens[at * in.capacity + i]) : 0;
+    const bool there = token < team.group.tokens;
+    const bool middle = i < count && token >= team.group.middle_begin && token < team.group.middle_end;
+    wrong = wrong || !there;
+    const int misses = Resolve(team.p, team.group, call, middle, token, i);
+    if (i < count) {
+      w.token[i] = token;
+      if (!middle) {
+        w.slot[i] = -1;
+        w.row[i] = reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, there ? token : 0));
+      }
+    }
+    const int of_middle = __popc(__ballot_sync(kAllLanes, middle));
+    if (lane == 0) {
+      atomicAdd(&team.shared.fetched, misses);
+      atomicAdd(&team.shared.count, of_middle);
     }
   }
-  atomicAdd(&team.shared.count, static_cast<int32_t>(middle));
-  __syncthreads();
-  if (threadIdx.x == 0) team.shared.total[0] = team.shared.fetched, team.shared.total[1] = team.shared.count;
-  team.Add(2);
+  wrong = __syncthreads_or(wrong);
+  if (threadIdx.x == 0) {
+    team.shared.total[0] = team.shared.fetched, team.shared.total[1] = team.shared.count;
+    team.shared.total[2] = wrong;
+  }
+  team.Add(3);
   const Report report{.selected = static_cast<int64_t>(team.shared.total[1]),
                       .fetched = static_cast<int64_t>(team.shared.total[0])};
   if (in.log_weights == nullptr) {  // weights are 1
@@ -303,8 +361,17 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
   }
   team.Sync();
   AttendList<kType, kHeads>(team, count, 1.f, in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
+  wrong = team.shared.total[2] > 0;
   Combine(team, false);
   TakeHeads(team, false);
+  if (wrong) {
+    // A token out of range cannot be reported from here: NaN says that the answer is none.
+    const int dim = team.p.storage.host.row.dim_v;
+    for (int h = team.rank; h < team.heads(); h += team.size) {
+      for (int j = threadIdx.x; j < dim; j += kThreads) w.output[static_cast<int64_t>(h) * dim + j] = NAN;
+    }
+    __syncthreads();
+  }
   WriteHeads(team, [](int) { return true; },
              [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
   WriteReport(team, report);
@@ -314,9 +381,12 @@ template <DType kType, int kHeads>
 __device__ void AnswerVerified(Team<kHeads>& team) {
   const Promise& promise = team.p.promise;
   const int heads = team.heads();
-  for (int i = threadIdx.x; i < heads; i += kThreads) team.shared.state[i] = team.group.state[i];
-  SumEstimates(team);
-  Plan plan = MakePlan(team);
+  for (int i = threadIdx.x; i < heads; i += kThreads) {
+    team.shared.log_gain[i] = team.group.scratch.log_gain[i];
+    team.shared.floor[i] = team.group.scratch.floor[i];
+  }
+  TakeHeads(team, true);
+  Plan plan = FinishPlan(team);
   const bool sampled = IsFinite(plan.expected);  // NaN in one head's query or in codes draws nothing
   if (team.p.task == Task::kSelect) {
     const int64_t drawn = Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0);
@@ -341,13 +411,16 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     if (now < 0) break;  // no room: the heads that have not passed stay so
     count = now;
     team.Sync();
+    if (look == 1) team.Mark(Mark::kDrawn);
     AttendList<kType, kHeads>(team, count, plan.scale, nullptr);
     Combine(team, true);
+    if (look == 1) team.Mark(Mark::kAttended);
     TakeHeads(team, look > 1);
     SumTail<kType, kHeads>(team, count, plan.scale);
     JudgeHeads<kType, kHeads>(team, count, look);
     team.Sync();
     TakeHeads(team, true);
+    if (look == 1) team.Mark(Mark::kJudged);
     report.looks = look;
     bool passed = true;
     for (int h = 0; h < heads; ++h) passed = passed && team.shared.head[h].bound <= promise.epsilon;
@@ -402,6 +475,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
                [](int) { return make_float2(static_cast<float>(Verdict::kDense), 0); });
     report.selected = report.fetched = team.middle();
   }
+  team.Mark(Mark::kDone);
   WriteReport(team, report);
 }
 
@@ -427,53 +501,84 @@ __device__ void AnswerGroup(const DecodeParams& p, const DeviceGroup& group, Tea
   }
 }
 
+// Thread block b is number b % size of the team of group b / size.
 template <DType kType, int kHeads>
-__global__ void __launch_bounds__(kThreads, 1) AnswerKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, 1) AnswerKernel(const __grid_constant__ DecodeParams p, int size) {
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ TeamShared<kHeads> shared;
-  const int groups = p.header->num_groups, block = blockIdx.x;
-  if (groups > static_cast<int>(gridDim.x)) {
-    for (int g = block; g < groups; g += gridDim.x) {
-      if (p.groups[g].tokens > 0) AnswerGroup<kType, kHeads>(p, p.groups[g], shared, memory, 0, 1);
+  const int rank = blockIdx.x % size, teams = gridDim.x / size;
+  for (int g = blockIdx.x / size; g < p.header->num_groups; g += teams) {
+    if (p.groups[g].tokens > 0) AnswerGroup<kType, kHeads>(p, p.groups[g], shared, memory, rank, size);
+  }
+}
+
+constexpr int kMostTeam = 16;  // more than 8 is not in every device's reach
+
+// Launch of `teams` teams of `size` thread blocks, as clusters or cooperatively.
+struct TeamLaunch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  TeamLaunch(bool clusters, int teams, int size, int bytes, cudaStream_t stream) {
+    config.gridDim = dim3(teams * size);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (clusters) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = size;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
     }
-    return;
   }
-  int g = 0;
-  for (int step = 1 << 12; step > 0; step /= 2) {
-    if (g + step < groups && p.groups[g + step].team_begin <= block) g += step;
-  }
-  const DeviceGroup& group = p.groups[g];
-  const int rank = block - group.team_begin;
-  if (group.tokens > 0 && rank >= 0 && rank < group.team_size) {
-    AnswerGroup<kType, kHeads>(p, group, shared, memory, rank, group.team_size);
-  }
-}
+};
 
 template <DType kType, int kHeads>
-int LaunchAnswer(const DecodeParams& p, int blocks, Stream stream) {
+cudaError_t AllowAnswer(int bytes) {
   const auto kernel = AnswerKernel<kType, kHeads>;
-  const int bytes = RowsBytes<kHeads>(p.storage.host.row);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  DecodeParams copy = p;
-  void* arguments[] = {&copy};
-  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), arguments, bytes,
-                                     static_cast<cudaStream_t>(stream.handle));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return error != cudaSuccess ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
 template <DType kType, int kHeads>
-int MostBlocks(const RowLayout& row) {
+int LaunchAnswer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
+  const int bytes = RowsBytes<kHeads>(p.storage.host.row);
+  const cudaError_t error = AllowAnswer<kType, kHeads>(bytes);
+  if (error != cudaSuccess) return error;
+  const TeamLaunch launch(shape.clusters, shape.teams, shape.team, bytes, static_cast<cudaStream_t>(stream.handle));
+  return cudaLaunchKernelEx(&launch.config, AnswerKernel<kType, kHeads>, p, shape.team);
+}
+
+// The largest teams with which all of `groups` are answered at a time, or else the smallest.
+template <DType kType, int kHeads>
+AnswerShape ShapeAnswer(const RowLayout& row, int groups) {
   const auto kernel = AnswerKernel<kType, kHeads>;
   const int bytes = RowsBytes<kHeads>(row);
-  int device = 0, multiprocessors = 0, each = 0;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess ||
-      cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, bytes) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
+  int device = 0, multiprocessors = 0, major = 0, each = 0;
+  AnswerShape shape;
+  if (AllowAnswer<kType, kHeads>(bytes) == cudaSuccess && cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, bytes) == cudaSuccess && each > 0) {
+    shape.clusters = major >= 9;
+    const int resident = multiprocessors * each;
+    for (int team = kMostTeam; team >= 1 && shape.team == 0; --team) {
+      int teams = resident / team;
+      if (shape.clusters) {
+        const TeamLaunch launch(true, groups, team, bytes, nullptr);
+        if (cudaOccupancyMaxActiveClusters(&teams, kernel, &launch.config) != cudaSuccess) teams = 0;
+      }
+      if (teams >= groups || (team == 1 && teams > 0)) shape = {shape.clusters, std::min(teams, groups), team};
+    }
+    // A cluster's place is the hardware's care: all may be launched.
+    if (shape.clusters && shape.team > 0) shape.teams = groups;
   }
-  return multiprocessors * each;
+  cudaGetLastError();
+  return shape;
 }
 
 }  // namespace vattn::cuda

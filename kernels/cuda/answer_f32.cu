@@ -3,14 +3,14 @@
 namespace vattn::cuda {
 
 template <>
-int AnswerOf<DType::kF32>::Launch(const DecodeParams& p, int blocks, Stream stream) {
-  return p.q_heads <= 4 ? LaunchAnswer<DType::kF32, 4>(p, blocks, stream)
-                        : LaunchAnswer<DType::kF32, 8>(p, blocks, stream);
+int AnswerOf<DType::kF32>::Launch(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
+  return p.q_heads <= 4 ? LaunchAnswer<DType::kF32, 4>(p, shape, stream)
+                        : LaunchAnswer<DType::kF32, 8>(p, shape, stream);
 }
 
 template <>
-int AnswerOf<DType::kF32>::MostBlocks(const RowLayout& row, int q_heads) {
-  return q_heads <= 4 ? cuda::MostBlocks<DType::kF32, 4>(row) : cuda::MostBlocks<DType::kF32, 8>(row);
+AnswerShape AnswerOf<DType::kF32>::Shape(const RowLayout& row, int q_heads, int groups) {
+  return q_heads <= 4 ? ShapeAnswer<DType::kF32, 4>(row, groups) : ShapeAnswer<DType::kF32, 8>(row, groups);
 }
 
 }  // namespace vattn::cuda

@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/stages.h"
+#include "kernels/cuda/team.cuh"
 
 namespace vattn::cuda {
 namespace {
@@ -19,25 +20,28 @@ struct Carver {
   }
 };
 
-// Rows that a draw may hold: all of a short middle, an eighth of a long one.
-int64_t ListCapacity(int64_t tokens) {
-  constexpr int64_t kShort = 32768;
-  return tokens <= kShort ? tokens : tokens / 8 > kShort ? tokens / 8 : kShort;
+// Rows that a draw may hold: the promise's share of the tokens, and what chance may add.
+int64_t ListCapacity(const Promise& promise, int64_t tokens) {
+  const auto share = static_cast<int64_t>(1.1 * promise.max_selected_share * static_cast<double>(tokens)) + 4096;
+  return share < tokens ? share : tokens;
 }
 
 }  // namespace
 
-size_t CarveScratch(const Storage& s, int64_t tokens, int q_heads, int team, std::byte* memory, GroupScratch& w) {
+size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int q_heads, int team,
+                    std::byte* memory, GroupScratch& w) {
   Carver c{memory};
   const int64_t heads = q_heads, blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t floats = s.row.dim_v + 3;
-  w.capacity = (ListCapacity(tokens) + 63) / 64 * 64;
+  w.capacity = (ListCapacity(promise, tokens) + 63) / 64 * 64;
   c.Take(blocks * heads * kBlockTokens, w.estimate);
   c.Take(blocks * heads, w.shift);
   c.Take(blocks * heads, w.mass);
   c.Take(blocks * kBlockTokens, w.candidate);
-  c.Take(blocks, w.candidates);
-  c.Take(blocks, w.kept);
+  c.Take(kMostSegments, w.candidates);
+  c.Take(kMostSegments * (heads + 1), w.predicted);
+  c.Take(heads, w.log_gain);
+  c.Take(heads, w.floor);
   c.Take(w.capacity, w.token);
   c.Take(w.capacity, w.weight);
   c.Take(w.capacity, w.row);
@@ -58,28 +62,30 @@ size_t CarveScratch(const Storage& s, int64_t tokens, int q_heads, int team, std
   return c.used;
 }
 
-int AnswerBlocks(const DeviceStorage& storage, int q_heads) {
+AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups) {
   const RowLayout& row = storage.host.row;
   switch (row.dtype) {
-    case DType::kF32: return AnswerOf<DType::kF32>::MostBlocks(row, q_heads);
-    case DType::kF16: return AnswerOf<DType::kF16>::MostBlocks(row, q_heads);
-    default: return AnswerOf<DType::kBF16>::MostBlocks(row, q_heads);
+    case DType::kF32: return AnswerOf<DType::kF32>::Shape(row, q_heads, groups);
+    case DType::kF16: return AnswerOf<DType::kF16>::Shape(row, q_heads, groups);
+    default: return AnswerOf<DType::kBF16>::Shape(row, q_heads, groups);
   }
 }
 
-int Answer(const DecodeParams& p, int blocks, Stream stream) {
+int Answer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
   switch (p.storage.host.row.dtype) {
-    case DType::kF32: return AnswerOf<DType::kF32>::Launch(p, blocks, stream);
-    case DType::kF16: return AnswerOf<DType::kF16>::Launch(p, blocks, stream);
-    default: return AnswerOf<DType::kBF16>::Launch(p, blocks, stream);
+    case DType::kF32: return AnswerOf<DType::kF32>::Launch(p, shape, stream);
+    case DType::kF16: return AnswerOf<DType::kF16>::Launch(p, shape, stream);
+    default: return AnswerOf<DType::kBF16>::Launch(p, shape, stream);
   }
 }
 
-int Decode(const DecodeParams& p, int blocks, int scan_blocks, Stream stream) {
+int Decode(const DecodeParams& p, const AnswerShape& shape, int scan_blocks, Stream stream) {
   int error = Prepare(p, stream);
   const bool sampled = p.promise.policy == Policy::kVerified && p.task != Task::kAttendSelected;
   if (error == cudaSuccess && sampled) error = Scan(p, scan_blocks, stream);
-  if (error == cudaSuccess) error = Answer(p, blocks, stream);
+  if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);
+  if (error == cudaSuccess && sampled) error = Predict(p, stream);
+  if (error == cudaSuccess) error = Answer(p, shape, stream);
   return error;
 }
 

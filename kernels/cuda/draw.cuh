@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "kernels/cuda/hot_set.cuh"
 #include "kernels/cuda/team.cuh"
 
 namespace vattn::cuda {
@@ -101,179 +102,211 @@ __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int 
 constexpr int kDrawTokens = 8;
 inline __device__ int DrawToken(int lane, int i) { return lane / 8 * 64 + i / 2 * 16 + lane % 8 * 2 + i % 2; }
 
-// Sums as PredictSample over every token, and as candidates all with u < bound * weight.
+// Writes a warp's kept tokens (ballots, by place in the lane) of one block, ascending; their number.
+inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane, const unsigned (&kept)[kDrawTokens],
+                                      const float (&weight2)[kDrawTokens]) {
+  // Ranks in the order of tokens: runs of 8 lanes one after the other, in a run k by k.
+  const unsigned run = 0xffu << (lane / 8 * 8), before_run = (1u << (lane / 8 * 8)) - 1;
+  const unsigned before_lane = run & ((1u << lane) - 1);
+  int rank = 0, count = 0;
+#pragma unroll
+  for (int i = 0; i < kDrawTokens; ++i) {
+    count += __popc(kept[i]);
+    rank += __popc(kept[i] & before_run);
+  }
+#pragma unroll
+  for (int i = 0; i < kDrawTokens; i += 2) {
+    const int here = rank + __popc(kept[i] & before_lane) + __popc(kept[i + 1] & before_lane);
+    const bool even = kept[i] >> lane & 1, odd = kept[i + 1] >> lane & 1;
+    const auto put = [&](int at, int j) {
+      out[at] = uint64_t{first + DrawToken(lane, j)} | uint64_t{__float_as_uint(__fsqrt_rn(weight2[j]))} << 32;
+    };
+    if (even) put(here, i);
+    if (odd) put(here + even, i + 1);
+    rank += __popc(kept[i] & run) + __popc(kept[i + 1] & run);
+  }
+  return count;
+}
+
+// One segment by a warp: predicted variance of every head and expected draws to scratch.predicted, and
+// as candidates all tokens with u < bound * weight, one after the other from where its tokens start.
 template <int kHeads>
-__device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float bound, Randomness randomness) {
-  const GroupScratch& w = team.group.scratch;
-  const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
+__device__ void PredictSegment(const DeviceGroup& group, int heads, int segment, const float* log_gain,
+                               const float* floors, float scale, float bound, Randomness randomness) {
+  const GroupScratch& w = group.scratch;
+  const int lane = threadIdx.x % kWarp;
   const uint32_t refresh = randomness.redraw > 0 ? 1 : randomness.refresh;
   const uint32_t use = randomness.redraw > 0 ? static_cast<uint32_t>(RandomUse::kRedraw) + randomness.redraw - 1
                                              : static_cast<uint32_t>(RandomUse::kSelect);
-  const RandomKey key = team.group.key;
-  for (int i = tid; i < kWarps * (kMaxDeviceGroup + 1); i += kThreads) (&team.shared.sums[0][0])[i] = 0;
-  __syncthreads();
-  float expected = 0;
-  for (int64_t b = team.BlocksBegin() + warp; b < team.BlocksEnd(); b += kWarps) {
-    const uint16_t* estimate = w.estimate + b * heads * kBlockTokens;
-    float weight2[kDrawTokens] = {};
-    for (int h = 0; h < heads; ++h) {
-      const float gain = expf(team.shared.log_gain[h] + w.shift[b * heads + h]);
+  const RandomKey key = group.key;
+  const uint64_t step = group.step;
+  const uint16_t* const estimates = w.estimate;
+  const float* const shifts = w.shift;
+  const float inverse_scale = 1 / scale;
+  const int64_t blocks = NumBlocks(group), begin = segment * SegmentBlocks(blocks);
+  const int64_t end = min(blocks, begin + SegmentBlocks(blocks)), first_block = FirstBlock(group);
+  uint64_t* const out = w.candidate + begin * kBlockTokens;
+  float* const sums = w.predicted + static_cast<int64_t>(segment) * (heads + 1);
+  float expected = 0, variance[kHeads] = {}, floor[kHeads];
 #pragma unroll
-      for (int k = 0; k < kDrawTokens / 2; ++k) {
-        const float2 e = __half22float2(
-            *reinterpret_cast<const __half2*>(estimate + h * kBlockTokens + DrawToken(lane, 2 * k)));
-        AddWeight(e.x, gain, team.shared.floor[h], weight2[2 * k]);
-        AddWeight(e.y, gain, team.shared.floor[h], weight2[2 * k + 1]);
+  for (int h = 0; h < kHeads; ++h) floor[h] = h < heads ? floors[h] : 0;
+  if (heads > kHeads) {
+    for (int h = lane; h < heads; h += kWarp) sums[h] = 0;
+    __syncwarp();
+  }
+  int candidates = 0;
+  for (int64_t b = begin; b < end; ++b) {
+    const uint16_t* estimate = estimates + b * heads * kBlockTokens;
+    float weight2[kDrawTokens] = {};
+    __half2 held[kHeads][kDrawTokens / 2];  // estimates
+    float own = 0;                          // gain of head lane % kHeads
+    for (int first = 0; first < heads; first += kHeads) {
+      const int mine = first + lane % kHeads;
+      own = mine < heads ? expf(log_gain[mine] + shifts[b * heads + mine]) : 0;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        const float gain = __shfl_sync(kAllLanes, own, h);
+        if (first + h < heads) {
+          const float least = heads > kHeads ? floors[first + h] : floor[h];
+          const uint16_t* from = estimate + (first + h) * kBlockTokens;
+#pragma unroll
+          for (int k = 0; k < kDrawTokens / 2; ++k) {
+            held[h][k] = *reinterpret_cast<const __half2*>(from + DrawToken(lane, 2 * k));
+            const float2 e = __half22float2(held[h][k]);
+            AddWeight(e.x, gain, least, weight2[2 * k]);
+            AddWeight(e.y, gain, least, weight2[2 * k + 1]);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < kDrawTokens / 2; ++k) held[h][k] = __half2{};
+        }
       }
     }
-    const uint32_t first = static_cast<uint32_t>((FirstBlock(team.group) + b) * kBlockTokens);
-    float u[kDrawTokens];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t counter = TokenCounter(first + DrawToken(lane, j));
-      const Philox4 x = Philox({{counter, Epoch(counter, team.group.step, refresh), key.stream, use}}, key.key0, key.key1);
-#pragma unroll
-      for (int k = 0; k < kDrawTokens / 2; ++k) u[2 * k + j] = UnitFloat(x.word[k]);
-    }
+    const uint32_t first_token = static_cast<uint32_t>((first_block + b) * kBlockTokens);
     float excess[kDrawTokens];
     unsigned kept[kDrawTokens];
     unsigned any = 0;
 #pragma unroll
-    for (int i = 0; i < kDrawTokens; ++i) {
-      excess[i] = weight2[i] > 0 ? Excess(weight2[i], scale, expected) : 0;
-      kept[i] = __ballot_sync(kAllLanes, u[i] < bound * __fsqrt_rn(weight2[i]));
-      any |= kept[i];
-    }
-    for (int h = 0; h < heads; ++h) {
-      const float gain = expf(team.shared.log_gain[h] + w.shift[b * heads + h]);
-      float sum = 0;
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t counter = TokenCounter(first_token + DrawToken(lane, j));
+      const Philox4 r = Philox({{counter, Epoch(counter, step, refresh), key.stream, use}}, key.key0, key.key1);
 #pragma unroll
       for (int k = 0; k < kDrawTokens / 2; ++k) {
-        const float2 e = __half22float2(
-            *reinterpret_cast<const __half2*>(estimate + h * kBlockTokens + DrawToken(lane, 2 * k)));
-        const float x0 = e.x * gain, x1 = e.y * gain;
-        sum = fmaf(x0 * x0, excess[2 * k], sum);
-        sum = fmaf(x1 * x1, excess[2 * k + 1], sum);
-      }
-      sum = WarpSum(sum);
-      if (lane == 0) team.shared.sums[warp][h] += sum;
-    }
-    int count = 0;
-    if (any != 0) {
-      // Ranks in the order of tokens: runs of 8 lanes one after the other, in a run k by k.
-      const unsigned run = 0xffu << (lane / 8 * 8), before_run = (1u << (lane / 8 * 8)) - 1;
-      const unsigned before_lane = run & ((1u << lane) - 1);
-      int rank = 0;
-#pragma unroll
-      for (int i = 0; i < kDrawTokens; ++i) {
-        count += __popc(kept[i]);
-        rank += __popc(kept[i] & before_run);
-      }
-#pragma unroll
-      for (int i = 0; i < kDrawTokens; i += 2) {
-        const int here = rank + __popc(kept[i] & before_lane) + __popc(kept[i + 1] & before_lane);
-        const bool even = kept[i] >> lane & 1, odd = kept[i + 1] >> lane & 1;
-        const auto put = [&](int at, int j) {
-          w.candidate[b * kBlockTokens + at] =
-              uint64_t{first + DrawToken(lane, j)} |
-              uint64_t{__float_as_uint(__fsqrt_rn(weight2[j]))} << 32;
-        };
-        if (even) put(here, i);
-        if (odd) put(here + even, i + 1);
-        rank += __popc(kept[i] & run) + __popc(kept[i + 1] & run);
+        const int i = 2 * k + j;
+        const float inverse = rsqrtf(fmaxf(weight2[i], 1e-30f)), weight = weight2[i] * inverse;
+        expected += fminf(1.f, weight * scale);
+        excess[i] = fmaxf(fmaf(inverse, inverse_scale, -1.f), 0.f);
+        // The rough weight decides only where the exact one surely agrees.
+        const float u = UnitFloat(r.word[k]);
+        kept[i] = __ballot_sync(kAllLanes, u < bound * weight * 1.00001f);
+        any |= kept[i];
       }
     }
-    if (lane == 0) w.candidates[b] = count;
+    if (heads <= kHeads) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        float sum = 0;  // of e^2 (1 / pi - 1), in the unit of the gain
+#pragma unroll
+        for (int k = 0; k < kDrawTokens / 2; ++k) {
+          const float2 e = __half22float2(held[h][k]);
+          sum = fmaf(e.x * e.x, excess[2 * k], sum);
+          sum = fmaf(e.y * e.y, excess[2 * k + 1], sum);
+        }
+        const float gain = __shfl_sync(kAllLanes, own, h);
+        variance[h] = fmaf(sum, gain * gain, variance[h]);
+      }
+    } else {
+      for (int h = 0; h < heads; ++h) {
+        const float gain = expf(log_gain[h] + shifts[b * heads + h]);
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < kDrawTokens / 2; ++k) {
+          const float2 e = __half22float2(
+              *reinterpret_cast<const __half2*>(estimate + h * kBlockTokens + DrawToken(lane, 2 * k)));
+          const float x0 = e.x * gain, x1 = e.y * gain;
+          sum = fmaf(x0 * x0, excess[2 * k], sum);
+          sum = fmaf(x1 * x1, excess[2 * k + 1], sum);
+        }
+        sum = WarpSum(sum);
+        if (lane == 0) sums[h] += sum;
+      }
+    }
+    if (any != 0) candidates += WriteCandidates(out + candidates, first_token, lane, kept, weight2);
+  }
+  if (heads <= kHeads) {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const float sum = WarpSum(variance[h]);
+      if (lane == 0 && h < heads) sums[h] = sum;
+    }
   }
   expected = WarpSum(expected);
-  if (lane == 0) team.shared.sums[warp][heads] = expected;
-  __syncthreads();
-  for (int i = tid; i <= heads; i += kThreads) {
-    double sum = 0;
-    for (int j = 0; j < kWarps; ++j) sum += team.shared.sums[j][i];
-    team.shared.total[i] = sum;
+  if (lane == 0) {
+    sums[heads] = expected;
+    w.candidates[segment] = candidates;
   }
-  team.Add(heads + 1);
 }
 
-// Where row i of the list is and whether it should be copied to the hot set. Returns 1 for a miss.
-inline __device__ int Resolve(const DecodeParams& p, const DeviceGroup& group, uint32_t call, uint32_t token, int64_t i) {
-  constexpr uint32_t kTaken = 0xffffffffu;
-  constexpr int kTries = 64;
-  const GroupScratch& w = group.scratch;
-  const HotSetRef& hot = p.hot;
-  const int64_t row_bytes = p.storage.host.row.row_bytes;
-  const uint32_t mark = call * 2 + 1;
-  const int64_t key = int64_t{group.blocks[token / kBlockTokens]} * kBlockTokens + token % kBlockTokens;
-  w.slot[i] = -1;
-  if (hot.slots > 0) {
-    const int32_t slot = *static_cast<volatile int32_t*>(hot.slot_of + key);
-    if (slot >= 0) {
-      volatile uint32_t* use = hot.use + slot;
-      for (;;) {
-        const uint32_t seen = *use;
-        if (seen == kTaken) break;
-        if (seen >> 1 == call || atomicCAS(hot.use + slot, seen, mark) == seen) {
-          __threadfence();
-          if (*static_cast<volatile int64_t*>(hot.owner + slot) != key) break;
-          w.row[i] = reinterpret_cast<uint64_t>(hot.rows + slot * row_bytes);
-          return 0;
-        }
-      }
-    }
-    for (int tries = 0; tries < kTries; ++tries) {
-      const uint32_t at = atomicAdd(hot.hand, 1u) % static_cast<uint32_t>(hot.slots);
-      const uint32_t seen = *static_cast<volatile uint32_t*>(hot.use + at);
-      if (seen == kTaken || seen >> 1 == call) continue;
-      if (seen & 1) {
-        atomicCAS(hot.use + at, seen, seen & ~1u);
-        continue;
-      }
-      if (atomicCAS(hot.use + at, seen, kTaken) != seen) continue;
-      const int64_t old = hot.owner[at];
-      if (old >= 0) atomicCAS(hot.slot_of + old, static_cast<int32_t>(at), -1);
-      *static_cast<volatile int64_t*>(hot.owner + at) = key;
-      __threadfence();
-      *static_cast<volatile uint32_t*>(hot.use + at) = mark;
-      w.slot[i] = static_cast<int32_t>(at);
-      break;
-    }
+// Sums of scratch.predicted over the segments to shared.total [G + 1].
+template <int kHeads>
+__device__ void SumPredicted(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int segments = NumSegments(NumBlocks(team.group));
+  __syncthreads();
+  for (int h = warp; h <= heads; h += kWarps) {
+    double sum = 0;
+    for (int s = lane; s < segments; s += kWarp) sum += LoadShared(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h);
+    sum = WarpSum(sum);
+    if (lane == 0) team.shared.total[h] = sum;
   }
-  w.row[i] = reinterpret_cast<uint64_t>(HostRow(p.storage.host, group.blocks, token));
-  return 1;
+  __syncthreads();
+}
+
+// PredictSegment of all of the middle by the team, and the sums. Two barriers.
+template <int kHeads>
+__device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float bound, Randomness randomness) {
+  __syncthreads();
+  for (int s = team.SegmentBegin(threadIdx.x / kWarp); s < team.SegmentBegin(threadIdx.x / kWarp + 1); ++s) {
+    PredictSegment<kHeads>(team.group, team.heads(), s, team.shared.log_gain, team.shared.floor, scale, bound,
+                           randomness);
+  }
+  team.Sync();
+  SumPredicted(team);
 }
 
 // Appends the candidates with low * weight <= u < high * weight, ascending, to the list after its first
-// `count`; the new count, or -1 if the list has no room for it. Counts misses in shared.fetched.
+// `count`, and finds their rows; the new count, or -1 if the list has no room for it. Counts misses in
+// shared.fetched. Others see this block's part after a barrier.
 template <int kHeads>
 __device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high, Randomness randomness, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
-  const int64_t begin = team.BlocksBegin(), end = team.BlocksEnd();
-  const auto drawn = [&](uint64_t candidate) {
-    const float u = Uniform(team.group, randomness, static_cast<uint32_t>(candidate));
-    const float weight = __uint_as_float(static_cast<uint32_t>(candidate >> 32));
+  const int64_t segment_tokens = SegmentBlocks(NumBlocks(team.group)) * kBlockTokens;
+  const int segment_begin = team.SegmentBegin(warp), segment_end = team.SegmentBegin(warp + 1);
+  const auto drawn = [&](uint64_t c) {
+    const float u = Uniform(team.group, randomness, static_cast<uint32_t>(c));
+    const float weight = __uint_as_float(static_cast<uint32_t>(c >> 32));
     return u < high * weight && u >= low * weight;
   };
-  __syncthreads();
-  if (tid == 0) team.shared.count = 0;
-  __syncthreads();
-  for (int64_t b = begin + warp; b < end; b += kWarps) {
-    const int candidates = static_cast<int>(w.candidates[b]);
-    int kept = 0;
+  int kept = 0;
+  for (int segment = segment_begin; segment < segment_end; ++segment) {
+    const uint64_t* candidate = w.candidate + segment * segment_tokens;
+    const int candidates = static_cast<int>(w.candidates[segment]);
     for (int i = lane; i - lane < candidates; i += kWarp) {
-      const bool in = i < candidates && drawn(w.candidate[b * kBlockTokens + i]);
-      kept += __popc(__ballot_sync(kAllLanes, in));
-    }
-    if (lane == 0) {
-      w.kept[b] = kept;
-      atomicAdd(&team.shared.count, kept);
+      kept += __popc(__ballot_sync(kAllLanes, i < candidates && drawn(candidate[i])));
     }
   }
   __syncthreads();
+  if (lane == 0) team.shared.kept[warp] = kept;
+  __syncthreads();
+  int own = 0, before = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) before += team.shared.kept[i];
+    own += team.shared.kept[i];
+  }
   // Where this thread block's part of the list starts.
-  const int own = team.shared.count;
-  int64_t at = count, all = own;
+  int64_t first = count, all = own;
   if (team.size > 1) {
     double* totals = w.partial + static_cast<int64_t>(team.parity) * team.size * kPartials(team.heads());
     if (tid == 0) totals[team.rank] = own;
@@ -281,55 +314,34 @@ __device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high, 
     all = 0;
     for (int r = 0; r < team.size; ++r) {
       const int64_t n = static_cast<int64_t>(LoadShared(totals + r));
-      if (r < team.rank) at += n;
+      if (r < team.rank) first += n;
       all += n;
     }
     team.parity ^= 1;
   }
   if (count + all > w.capacity) return -1;
-  const uint32_t call = *team.p.hot.call;
-  for (int64_t first = begin; first < end; first += kThreads) {
-    const int blocks = static_cast<int>(min(end - first, int64_t{kThreads}));
-    // Offsets of the next blocks: a scan over the warps' scans.
-    const int mine = tid < blocks ? static_cast<int>(w.kept[first + tid]) : 0;
-    int sum = mine;
-#pragma unroll
-    for (int o = 1; o < kWarp; o *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, sum, o);
-      if (lane >= o) sum += other;
-    }
-    __syncthreads();
-    if (lane == kWarp - 1) team.shared.slot[warp] = sum;
-    __syncthreads();
-    int before = 0, whole = 0;
-    for (int j = 0; j < kWarps; ++j) {
-      if (j < warp) before += team.shared.slot[j];
-      whole += team.shared.slot[j];
-    }
-    team.shared.offset[tid] = before + sum - mine;
-    __syncthreads();
-    for (int i = warp; i < blocks; i += kWarps) {
-      const int64_t b = first + i;
-      const int candidates = static_cast<int>(w.candidates[b]);
-      int64_t to = at + team.shared.offset[i];
-      for (int c = lane; c - lane < candidates; c += kWarp) {
-        const uint64_t candidate = c < candidates ? w.candidate[b * kBlockTokens + c] : 0;
-        const bool in = c < candidates && drawn(candidate);
-        const unsigned ballot = __ballot_sync(kAllLanes, in);
-        int miss = 0;
-        if (in) {
-          const int64_t place = to + __popc(ballot & ((1u << lane) - 1));
-          w.token[place] = static_cast<uint32_t>(candidate);
-          w.weight[place] = __uint_as_float(static_cast<uint32_t>(candidate >> 32));
-          miss = Resolve(team.p, team.group, call, static_cast<uint32_t>(candidate), place);
-        }
-        const int misses = __popc(__ballot_sync(kAllLanes, miss != 0));
-        if (lane == 0 && misses > 0) atomicAdd(&team.shared.fetched, misses);
-        to += __popc(ballot);
+  int64_t to = first + before;
+  for (int segment = segment_begin; segment < segment_end; ++segment) {
+    const uint64_t* candidate = w.candidate + segment * segment_tokens;
+    const int candidates = static_cast<int>(w.candidates[segment]);
+    for (int i = lane; i - lane < candidates; i += kWarp) {
+      const uint64_t c = i < candidates ? candidate[i] : 0;
+      const bool in = i < candidates && drawn(c);
+      const unsigned ballot = __ballot_sync(kAllLanes, in);
+      if (in) {
+        const int64_t place = to + __popc(ballot & ((1u << lane) - 1));
+        w.token[place] = static_cast<uint32_t>(c);
+        w.weight[place] = __uint_as_float(static_cast<uint32_t>(c >> 32));
       }
+      to += __popc(ballot);
     }
-    at += whole;
-    __syncthreads();
+  }
+  __syncthreads();
+  const unsigned long long call = *team.p.hot.call;
+  for (int i = tid; i - lane < own; i += kThreads) {
+    const bool in = i < own;
+    const int misses = Resolve(team.p, team.group, call, in, in ? w.token[first + i] : 0, first + i);
+    if (lane == 0 && misses > 0) atomicAdd(&team.shared.fetched, misses);
   }
   return count + all;
 }

@@ -7,13 +7,11 @@
 
 namespace vattn::cuda {
 
-// Thread blocks of the answer kernel that fit the current device at a time: teams are cut from them.
-// 0: the shape does not fit (rows too large).
-int AnswerBlocks(const DeviceStorage& storage, int q_heads);
+// How `groups` groups are answered on the current device; team 0: the rows do not fit it.
+AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups);
 
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
-// `blocks`: thread blocks of the answer, that the groups' teams were cut from.
-int Decode(const DecodeParams& params, int blocks, int scan_blocks, Stream stream);
+int Decode(const DecodeParams& params, const AnswerShape& shape, int scan_blocks, Stream stream);
 
 // Codes of `count` items in device memory, `most` tokens at most in one of them.
 int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, Stream stream);
@@ -33,8 +31,8 @@ int ApplyPatches(const Patch* patches, int64_t count, Stream stream);
 int Write(const WriteParams& params, Stream stream);
 
 // Bytes of working memory of a group, and its parts carved from `memory` (null: nothing is carved).
-size_t CarveScratch(const Storage& storage, int64_t tokens, int q_heads, int team, std::byte* memory,
-                    GroupScratch& out);
+size_t CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads, int team,
+                    std::byte* memory, GroupScratch& out);
 
 }  // namespace vattn::cuda
 

@@ -5,14 +5,14 @@ namespace vattn::cuda {
 
 constexpr int kNoDevice = 100;  // cudaErrorNoDevice
 
-int AnswerBlocks(const DeviceStorage&, int) { return 0; }
-int Decode(const DecodeParams&, int, int, Stream) { return kNoDevice; }
+AnswerShape ShapeAnswer(const DeviceStorage&, int, int) { return {}; }
+int Decode(const DecodeParams&, const AnswerShape&, int, Stream) { return kNoDevice; }
 int Encode(const DeviceStorage&, const EncodeItem*, int, int64_t, Stream) { return kNoDevice; }
 int LoadFixed(const DeviceStorage&, const FixedItem*, int, Stream) { return kNoDevice; }
 int LoadCodes(const DeviceStorage&, const int32_t*, int64_t, Stream) { return kNoDevice; }
 int ForgetBlocks(const HotSetRef&, const int32_t*, int64_t, Stream) { return kNoDevice; }
 int ApplyPatches(const Patch*, int64_t, Stream) { return kNoDevice; }
 int Write(const WriteParams&, Stream) { return kNoDevice; }
-size_t CarveScratch(const Storage&, int64_t, int, int, std::byte*, GroupScratch&) { return 0; }
+size_t CarveScratch(const Storage&, const Promise&, int64_t, int, int, std::byte*, GroupScratch&) { return 0; }
 
 }  // namespace vattn::cuda

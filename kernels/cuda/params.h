@@ -31,9 +31,9 @@ struct HotSetRef {
   std::byte* rows = nullptr;    // [slots][row_bytes]
   int32_t* slot_of = nullptr;   // [blocks of the pool * 256] slot of a token of a block, -1: none
   int64_t* owner = nullptr;     // [slots] token of a block that it holds, -1: none
-  uint32_t* use = nullptr;      // [slots] 2 * call of the last use + mark
-  uint32_t* hand = nullptr;     // [1] of the clock
-  uint32_t* call = nullptr;     // [1] counts attention calls
+  unsigned long long* use = nullptr;   // [slots] 2 * call of the last use + mark
+  unsigned long long* hand = nullptr;  // [1] of the clock
+  unsigned long long* call = nullptr;  // [1] counts attention calls
   int32_t slots = 0;
 };
 
@@ -43,8 +43,10 @@ struct GroupScratch {
   float* shift = nullptr;            // [blocks][G] ln of that largest
   float* mass = nullptr;             // [blocks][G] sum of estimate
   uint64_t* candidate = nullptr;     // [blocks][256] token, then weight in the high word
-  uint32_t* candidates = nullptr;    // [blocks] of them in use
-  uint32_t* kept = nullptr;          // [blocks] of them drawn
+  uint32_t* candidates = nullptr;    // [kMostSegments] of them in use, from the start of each segment
+  float* predicted = nullptr;        // [kMostSegments][G + 1] variances and draws
+  float* log_gain = nullptr;         // [G] of the plan, see kernels/cpu/sample.h
+  float* floor = nullptr;            // [G]
   uint32_t* token = nullptr;         // [capacity] selected tokens
   float* weight = nullptr;           // [capacity] inclusion probability before the cap at 1
   uint64_t* row = nullptr;           // [capacity] address of the row
@@ -78,7 +80,6 @@ struct DeviceGroup {
   int64_t ring_begin = 0;           // tokens from here on are in the ring
   int64_t first_block = 0;          // of the scan: blocks of all groups before this one
   uint64_t step = 0;
-  int32_t team_begin = 0, team_size = 0;  // thread blocks that answer it
   GroupScratch scratch;
 };
 
@@ -95,6 +96,13 @@ struct DeviceCounters {
   unsigned long long middle, selected, fetched, looks;
 };
 
+// How the answer kernel is launched: teams of thread blocks, a group's each.
+struct AnswerShape {
+  bool clusters = false;  // a team is a cluster; else the launch is cooperative
+  int32_t teams = 0;      // at a time; with fewer than there are groups they take several in turn
+  int32_t team = 0;       // thread blocks of one
+};
+
 // Arrays of an attention call, extents as vattn_attend_params.
 struct CallArrays {
   const void* q = nullptr;
@@ -108,8 +116,13 @@ struct CallArrays {
   int32_t* fetched = nullptr;
   int32_t* looks = nullptr;
   int64_t* middle = nullptr;
+  uint64_t* timeline = nullptr;
   int32_t out_dtype = 0;
 };
+
+// Places in CallArrays::timeline, as vattn_timeline.
+enum class Mark : int32_t { kStart, kPrepared, kScanned, kPlanned, kDrawn, kAttended, kJudged, kDone };
+constexpr int kMarks = 8;
 
 // As vattn_selection: in for kAttendSelected, out for kSelect.
 struct SelectionArrays {

@@ -24,21 +24,48 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int stride = kPartials(heads), floats = team.p.storage.host.row.dim_v + 3;
   double* parts = w.partial + static_cast<int64_t>(team.parity) * team.size * stride;
-  for (int h = warp; h < heads; h += kWarps) {
-    float most = -INFINITY, mass = 0;
-    for (int64_t b = team.BlocksBegin() + lane; b < team.BlocksEnd(); b += kWarp) {
-      const float shift = w.shift[b * heads + h];
-      if (shift > most) {
-        mass *= expf(most - shift);
-        most = shift;
+  for (int first = 0; first < heads; first += kHeads) {
+    // Largest of each head first, so that the sums need no rescaling. shared.sums carries both.
+    float most[kHeads], mass[kHeads] = {};
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) most[h] = -INFINITY;
+    for (int64_t b = team.BlocksBegin() + threadIdx.x; b < team.BlocksEnd(); b += kThreads) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        if (first + h < heads) most[h] = fmaxf(most[h], w.shift[b * heads + first + h]);
       }
-      mass += w.mass[b * heads + h] * expf(shift - most);
     }
-    const float all = WarpMax(most);
-    mass = WarpSum(most > -INFINITY ? mass * expf(most - all) : 0);
-    if (lane == 0) {
-      parts[team.rank * stride + 2 * h] = all;
-      parts[team.rank * stride + 2 * h + 1] = mass;
+    const auto over_warps = [&](const float (&own)[kHeads], auto&& of_warp, auto&& merge, float (&out)[kHeads]) {
+      __syncthreads();
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        const float x = of_warp(own[h]);
+        if (lane == 0) team.shared.sums[warp][h] = x;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        out[h] = team.shared.sums[0][h];
+        for (int j = 1; j < kWarps; ++j) out[h] = merge(out[h], team.shared.sums[j][h]);
+      }
+    };
+    over_warps(most, [](float x) { return WarpMax(x); }, [](float x, float y) { return fmaxf(x, y); }, most);
+    for (int64_t b = team.BlocksBegin() + threadIdx.x; b < team.BlocksEnd(); b += kThreads) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        if (first + h >= heads) continue;
+        const int64_t at = b * heads + first + h;
+        mass[h] = fmaf(w.mass[at], expf(w.shift[at] - most[h]), mass[h]);
+      }
+    }
+    over_warps(mass, [](float x) { return WarpSum(x); }, [](float x, float y) { return x + y; }, mass);
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        if (first + h >= heads) continue;
+        parts[team.rank * stride + 2 * (first + h)] = most[h];
+        parts[team.rank * stride + 2 * (first + h) + 1] = mass[h];
+      }
     }
   }
   team.Sync();
@@ -91,21 +118,100 @@ __device__ float TakePrediction(Team<kHeads>& team) {
   return expected;
 }
 
+// One thread block's copy of the sample that multipliers are sought on, in registers: its estimates in
+// the unit of head.shift. Every block of a team holds the same, so that rounds need no barrier.
 template <int kHeads>
-__device__ Plan MakePlan(Team<kHeads>& team) {
-  const Promise& promise = team.p.promise;
-  const IndexTables& index = team.group.index;
-  const int heads = team.heads();
-  const float n = static_cast<float>(team.middle());
-  for (int h = threadIdx.x; h < heads; h += kThreads) {
-    PlanHead(false, promise, index, n, team.shared.state[h], team.shared.head[h]);
+struct Sample {
+  static constexpr int kTokens = static_cast<int>(2 * kPlanTokens / kThreads);  // a thread's, at most
+  float e[kHeads][kTokens];
+  int stride;
+
+  __device__ void Load(const Team<kHeads>& team, int phase) {
+    constexpr int kTiles = kBlockTokens / kTileTokens;
+    const GroupScratch& w = team.group.scratch;
+    const int heads = team.heads();
+    const int64_t blocks = NumBlocks(team.group), per_block = stride <= kTiles ? kTiles / stride : 1;
+    const int64_t items = stride <= kTiles ? blocks * per_block : (blocks + stride - 1) / stride * kTiles;
+#pragma unroll
+    for (int i = 0; i < kTokens; i += 2) {
+      // Lanes of 8 take a tile, two tokens each.
+      const int64_t item = (int64_t{i} / 2 * kThreads + threadIdx.x) / (kTileTokens / 2);
+      int64_t b;
+      int tile;
+      if (stride <= kTiles) {
+        b = item / per_block;
+        tile = static_cast<int>((phase + b) % stride + item % per_block * stride);
+      } else {
+        tile = static_cast<int>(item % kTiles);
+        b = item / kTiles * stride + (tile - phase % stride + stride) % stride;
+      }
+      const bool in = item < items && b < blocks;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        float2 pair = make_float2(0, 0);
+        if (in && h < heads) {
+          const uint16_t* at = w.estimate + (b * heads + h) * kBlockTokens + tile * kTileTokens + threadIdx.x % 8 * 2;
+          pair = __half22float2(*reinterpret_cast<const __half2*>(at));
+          const float unit = expf(w.shift[b * heads + h] - team.shared.head[h].shift);
+          // What underflows here still has its floor.
+          if (pair.x > 0) pair.x = fmaxf(pair.x * unit, 1e-37f);
+          if (pair.y > 0) pair.y = fmaxf(pair.y * unit, 1e-37f);
+        }
+        e[h][i] = pair.x, e[h][i + 1] = pair.y;
+      }
+    }
   }
-  const float tiny = kTiny * ValueUnit(index);
-  const int stride = PlanStride(team.middle());
-  const int phase = static_cast<int>(team.group.step % static_cast<uint64_t>(stride));
+
+  // As PredictSample, without a barrier of the team.
+  __device__ void Predict(Team<kHeads>& team) const {
+    const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    float gain[kHeads], floor[kHeads], variance[kHeads] = {}, expected = 0;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      gain[h] = h < heads ? expf(team.shared.log_gain[h] + team.shared.head[h].shift) : 0;
+      floor[h] = h < heads ? team.shared.floor[h] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      float weight2 = 0;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) AddWeight(e[h][i], gain[h], floor[h], weight2);
+      if (e[0][i] == 0) continue;
+      const float excess = Excess(weight2, 1.f, expected);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        const float x = e[h][i] * gain[h];
+        variance[h] = fmaf(x * x, excess, variance[h]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) variance[h] = WarpSum(variance[h]);
+    expected = WarpSum(expected);
+    if (lane == 0) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) team.shared.sums[warp][h] = variance[h];
+      team.shared.sums[warp][kHeads] = expected;
+    }
+    __syncthreads();
+    if (threadIdx.x <= heads) {
+      const int from = threadIdx.x < heads ? threadIdx.x : kHeads;
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < kWarps; ++j) sum += team.shared.sums[j][from];
+      team.shared.total[threadIdx.x] = static_cast<double>(sum) * stride;
+    }
+    __syncthreads();
+  }
+};
+
+// The fixed point: multipliers for which every head is expected to meet its target.
+template <int kHeads, class Predict>
+__device__ void FindMultipliers(Team<kHeads>& team, Predict&& predict) {
+  const int heads = team.heads();
+  const float tiny = kTiny * ValueUnit(team.group.index);
   for (int round = 0; round < kPlanRounds; ++round) {
     SetGains(team);
-    PredictSample(team, 1.f, stride, phase);
+    predict();
     TakePrediction(team);
     for (int h = threadIdx.x; h < heads; h += kThreads) {
       team.shared.sums[0][h] = MoveMultiplier(tiny, team.shared.head[h], team.shared.state[h]);
@@ -113,13 +219,21 @@ __device__ Plan MakePlan(Team<kHeads>& team) {
     __syncthreads();
     float worst = -100;
     for (int h = 0; h < heads; ++h) worst = Max(worst, team.shared.sums[0][h]);
+    __syncthreads();
     if (round >= kLeastRounds && fabsf(worst) < kClose) break;
   }
-  SetGains(team);
+}
+
+// Scale of the first draw, after the passes of plan.cu: to be called by every block of the team.
+template <int kHeads>
+__device__ Plan FinishPlan(Team<kHeads>& team) {
+  const Promise& promise = team.p.promise;
+  const int heads = team.heads();
+  const float n = static_cast<float>(team.middle());
   const Randomness randomness{.refresh = promise.refresh};
   Plan plan;
   plan.bound = kCandidateScale;
-  PredictAll(team, 1.f, plan.bound, randomness);
+  SumPredicted(team);
   plan.expected = TakePrediction(team);
   // What is left of the gap is closed for the worst head by one factor on every probability.
   float scale = kLeastScale;

@@ -25,23 +25,28 @@ __device__ float LevelOffset(const CodeLayout& code, int j) {
   return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
 }
 
-// One head's query as kernels/cpu/scan.cc packs it: int8 levels of y [dims] and what undoes them.
-__device__ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out, int lane) {
-  const int dims = code.dims8 + code.dims4 + code.dims2;
+// One head's query as kernels/cpu/scan.cc packs it, by a warp: int8 levels of y [dims] and what undoes
+// them. The offset's sum has another order than there.
+__device__ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out, int head) {
+  const int dims = code.dims8 + code.dims4 + code.dims2, lane = threadIdx.x % kWarp;
   float most = 0;
-  for (int j = 0; j < dims; ++j) most = fmaxf(most, fabsf(y[j]));
-  const float scale = fmaxf(__fdiv_rn(most, 127.f), 1e-30f);
-  for (int r = 0; r < dims / 4; ++r) {
+  for (int j = lane; j < dims; j += kWarp) most = fmaxf(most, fabsf(y[j]));
+  const float scale = fmaxf(__fdiv_rn(WarpMax(most), 127.f), 1e-30f);
+  float sum = 0;
+  for (int r = lane; r < dims / 4; r += kWarp) {
     uint32_t word = 0;
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float level = rintf(fmaxf(fminf(127.f, __fdiv_rn(y[4 * r + i], scale)), -127.f));
       word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(level))) << (8 * i);
-      offset = __fadd_rn(offset, __fmul_rn(__fmul_rn(level, scale), LevelOffset(code, 4 * r + i)));
+      sum += level * scale * LevelOffset(code, 4 * r + i);
     }
-    out.run[r][lane] = static_cast<int32_t>(word);
+    out.run[r][head] = static_cast<int32_t>(word);
   }
-  out.scale[lane] = scale;
-  out.offset[lane] = offset;
+  sum = WarpSum(sum);
+  if (lane > 0) return;
+  out.scale[head] = scale;
+  out.offset[head] = offset + sum;
 }
 
 template <class E>
@@ -74,9 +79,9 @@ __device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, flo
       }
     }
     __syncthreads();
-    if (threadIdx.x < heads) {
-      const float* at = y + threadIdx.x * (dims + 1);
-      PackHead(code, at, at[dims], group.scratch.packed[first / kHeads], threadIdx.x);
+    if (warp < heads) {
+      const float* at = y + warp * (dims + 1);
+      PackHead(code, at, at[dims], group.scratch.packed[first / kHeads], warp);
     }
   }
 }
@@ -137,7 +142,11 @@ template <DType kType, int kHeads>
 __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ RowsShared<kHeads> shared;
-  if (blockIdx.x == 0 && blockIdx.y == kFixedParts && threadIdx.x == 0) ++*p.hot.call;
+  const bool first = blockIdx.x == 0 && blockIdx.y == kFixedParts && threadIdx.x == 0;
+  if (first) {
+    Note(p, Mark::kStart);
+    ++*p.hot.call;
+  }
   if (static_cast<int>(blockIdx.x) >= p.header->num_groups) return;
   const DeviceGroup& group = p.groups[blockIdx.x];
   if (group.tokens == 0) return;

@@ -17,11 +17,15 @@ constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 struct TileShape {
   int rows, row_bytes, pitch;
 };
-VATTN_HD inline TileShape MakeTileShape(int row_bytes) {
+VATTN_HD inline TileShape MakeTileShape(int row_bytes, int most = kMostTileRows) {
   const int pitch = row_bytes + kRowPadding;
-  int rows = kMostTileRows;
+  int rows = most;
   while (rows > 8 && rows * pitch > 44 * 1024) rows /= 2;
   return {rows, row_bytes, pitch};
+}
+// For a list of `count` rows that `size` thread blocks share: small tiles rather than idle blocks.
+VATTN_HD inline TileShape MakeTileShape(int row_bytes, int64_t count, int size) {
+  return MakeTileShape(row_bytes, count > int64_t{kMostTileRows} / 2 * size ? kMostTileRows : kMostTileRows / 2);
 }
 VATTN_HD inline int TileBytes(const TileShape& t) { return t.rows * t.pitch; }
 

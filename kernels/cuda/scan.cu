@@ -145,13 +145,14 @@ __device__ void ScanBlock(const std::byte* codes, const Words& words, const Pack
 }
 
 template <int kHeads, int k8, int k4, int k2>
-__global__ void __launch_bounds__(kScanThreads) ScanKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kScanThreads, kHeads <= 4 ? 2 : 1) ScanKernel(const __grid_constant__ DecodeParams p) {
   constexpr int kWarps = kScanThreads / kWarp;
   __shared__ __align__(16) PackedQueries packed;
   const Storage& s = p.storage.host;
   const Words words{s.code.dims8 / 4, s.code.dims4 / 8, s.code.dims2 / 16};
   const int warp = threadIdx.x / kWarp;
   // Thread blocks take contiguous runs of the blocks of all groups.
+  if (blockIdx.x == 0 && threadIdx.x == 0) Note(p, Mark::kPrepared);
   const int64_t all = p.header->scan_blocks;
   const int64_t from = all * blockIdx.x / gridDim.x, to = all * (blockIdx.x + 1) / gridDim.x;
   if (from >= to) return;

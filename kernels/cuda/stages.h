@@ -22,26 +22,29 @@ int DispatchRows(DType dtype, int heads, F&& f) {
 // The answer kernels of one dtype, each built by its own translation unit.
 template <DType kType>
 struct AnswerOf {
-  static int Launch(const DecodeParams& params, int blocks, Stream stream);
-  // Thread blocks that fit the device at a time, 0 if one does not.
-  static int MostBlocks(const RowLayout& row, int q_heads);
+  static int Launch(const DecodeParams& params, const AnswerShape& shape, Stream stream);
+  static AnswerShape Shape(const RowLayout& row, int q_heads, int groups);
 };
 template <>
-int AnswerOf<DType::kF32>::Launch(const DecodeParams&, int, Stream);
+int AnswerOf<DType::kF32>::Launch(const DecodeParams&, const AnswerShape&, Stream);
 template <>
-int AnswerOf<DType::kF32>::MostBlocks(const RowLayout&, int);
+AnswerShape AnswerOf<DType::kF32>::Shape(const RowLayout&, int, int);
 template <>
-int AnswerOf<DType::kF16>::Launch(const DecodeParams&, int, Stream);
+int AnswerOf<DType::kF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
 template <>
-int AnswerOf<DType::kF16>::MostBlocks(const RowLayout&, int);
+AnswerShape AnswerOf<DType::kF16>::Shape(const RowLayout&, int, int);
 template <>
-int AnswerOf<DType::kBF16>::Launch(const DecodeParams&, int, Stream);
+int AnswerOf<DType::kBF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
 template <>
-int AnswerOf<DType::kBF16>::MostBlocks(const RowLayout&, int);
+AnswerShape AnswerOf<DType::kBF16>::Shape(const RowLayout&, int, int);
 
 int Prepare(const DecodeParams& params, Stream stream);
 int Scan(const DecodeParams& params, int blocks, Stream stream);
-int Answer(const DecodeParams& params, int blocks, Stream stream);
+// Multipliers of every head, one thread block a group.
+int PlanDraw(const DecodeParams& params, Stream stream);
+// Predicted variance and candidates of the whole middle under the plan.
+int Predict(const DecodeParams& params, Stream stream);
+int Answer(const DecodeParams& params, const AnswerShape& shape, Stream stream);
 
 }  // namespace vattn::cuda
 

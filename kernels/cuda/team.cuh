@@ -1,4 +1,5 @@
-// A team: the thread blocks that answer one group together, all resident at a time (cooperative launch).
+// A team: the thread blocks that answer one group together, all resident at a time: a cluster where the
+// device has them, else part of a cooperative launch.
 #ifndef VATTN_KERNELS_CUDA_TEAM_CUH_
 #define VATTN_KERNELS_CUDA_TEAM_CUH_
 
@@ -9,6 +10,13 @@ namespace vattn::cuda {
 
 constexpr int kWarps = kThreads / kWarp;
 
+// The middle is cut into at most kMostSegments runs of blocks; a warp takes one at a time.
+constexpr int kMostSegments = 256;
+VATTN_HD inline int64_t SegmentBlocks(int64_t blocks) { return (blocks + kMostSegments - 1) / kMostSegments; }
+VATTN_HD inline int NumSegments(int64_t blocks) {
+  return blocks == 0 ? 0 : static_cast<int>((blocks + SegmentBlocks(blocks) - 1) / SegmentBlocks(blocks));
+}
+
 // Shared memory of a thread block of a team. Every block of a team keeps the same copies of the heads.
 template <int kHeads>
 struct TeamShared {
@@ -18,7 +26,7 @@ struct TeamShared {
   float log_gain[kMaxDeviceGroup];  // of inclusion weights, see kernels/cpu/sample.h
   float floor[kMaxDeviceGroup];
   float sums[kWarps][kMaxDeviceGroup + 1];  // of a pass over estimates
-  int32_t offset[kThreads + 1];             // of blocks in the list
+  int32_t kept[kWarps];  // candidates that each warp draws
   double total[kPartials(kMaxDeviceGroup)];
   int32_t slot[kMostTileRows];
   int64_t key[kMostTileRows];
@@ -40,10 +48,17 @@ struct Team {
   __device__ int heads() const { return p.q_heads; }
   __device__ int64_t middle() const { return group.middle_end - group.middle_begin; }
 
+  __device__ void Mark(cuda::Mark mark) const {
+    if (rank == 0 && threadIdx.x == 0 && &group == p.groups) Note(p, mark);
+  }
+
   // All threads of the team. What was written to global memory before is seen after it, past the L1.
   __device__ void Sync() {
+    if (size == 1) return __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
     __syncthreads();
-    if (size == 1) return;
     if (threadIdx.x == 0) {
       ++phase;
       __threadfence();
@@ -56,6 +71,7 @@ struct Team {
       __threadfence();
     }
     __syncthreads();
+#endif
   }
 
   // shared.total[0, count) of every block of the team, summed in the same order by each. Holds a barrier.
@@ -77,9 +93,17 @@ struct Team {
     }
   }
 
-  // Blocks of the middle that this thread block looks at: a contiguous run.
-  __device__ int64_t BlocksBegin() const { return NumBlocks(group) * rank / size; }
-  __device__ int64_t BlocksEnd() const { return NumBlocks(group) * (rank + 1) / size; }
+  // Segments of the middle (draw.cuh) that a warp of this thread block looks at: from here up to
+  // SegmentBegin(warp + 1). Those of the block are a contiguous run.
+  __device__ int SegmentBegin(int warp) const {
+    const int segments = NumSegments(NumBlocks(group)), warps = kWarps * size;
+    return segments * (rank * kWarps + warp) / warps;
+  }
+  // Blocks of the middle in them.
+  __device__ int64_t BlocksBegin() const { return SegmentBegin(0) * SegmentBlocks(NumBlocks(group)); }
+  __device__ int64_t BlocksEnd() const {
+    return min(NumBlocks(group), SegmentBegin(kWarps) * SegmentBlocks(NumBlocks(group)));
+  }
 };
 
 }  // namespace vattn::cuda

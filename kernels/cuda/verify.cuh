@@ -40,7 +40,9 @@ template <DType kType, int kHeads>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
   RowLayout row = team.p.storage.host.row;
-  const TileShape shape = MakeTileShape(row.dim_v * Element<kType>::kBytes);
+  // No more rows than a tile of whole rows has: two of those are what there is memory for.
+  const TileShape shape =
+      MakeTileShape(row.dim_v * Element<kType>::kBytes, MakeTileShape(row.row_bytes, count, team.size).rows);
   const int tid = threadIdx.x, heads = team.heads();
   const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
   const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
@@ -223,9 +225,23 @@ __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float 
   for (int h = team.rank; h < team.heads(); h += team.size) {
     const float root = GrowthRoot(team.p.promise, look, team.shared.head[h]);
     const float* residual = w.residual + h * w.capacity;
+    // The first rows of each thread stay in registers over the search.
+    constexpr int kHeld = 8;
+    float held_weight[kHeld], held_residual[kHeld];
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int64_t i = threadIdx.x + int64_t{k} * kThreads;
+      held_weight[k] = i < count ? scale * LoadShared(w.weight + i) : INFINITY;
+      held_residual[k] = i < count ? LoadShared(residual + i) : 0;
+    }
     const auto enough = [&](float by) {
       float variance = 0;
-      for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        const float pi = Min(1.f, by * held_weight[k]);
+        variance += held_residual[k] * (1 - pi) / pi;
+      }
+      for (int64_t i = threadIdx.x + int64_t{kHeld} * kThreads; i < count; i += kThreads) {
         const float pi = Min(1.f, by * scale * LoadShared(w.weight + i));
         variance += LoadShared(residual + i) * (1 - pi) / pi;
       }

@@ -82,6 +82,14 @@ inline __device__ float WarpMax(float x) {
   return x;
 }
 
+// Notes the time of a stage; by one thread of the first group's first thread block.
+inline __device__ void Note(const DecodeParams& p, Mark mark) {
+  if (p.call.timeline == nullptr) return;
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  p.call.timeline[static_cast<int>(mark)] = now;
+}
+
 // Memory that another thread block of the same kernel writes: past the L1 cache.
 template <class T>
 __device__ T LoadShared(const T* at) {

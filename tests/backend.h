@@ -1,0 +1,21 @@
+// The backend that a test runs on: the CPU, or CUDA where VATTN_BACKEND is "cuda"
+// (tests/backend_main.cc).
+#ifndef VATTN_TESTS_BACKEND_H_
+#define VATTN_TESTS_BACKEND_H_
+
+#include <string>
+
+#include "api/vattn.h"
+
+namespace vattn::test {
+
+bool OnCuda();
+// Why this machine or build has no CUDA device to run on, or "".
+std::string NoCuda();
+// What the backend under test is known to lack of these options, in the library's words, or "".
+// Expects that the library refuses them.
+std::string NotServed(const vattn_options& options);
+
+}  // namespace vattn::test
+
+#endif  // VATTN_TESTS_BACKEND_H_
