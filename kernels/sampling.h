@@ -33,7 +33,7 @@ constexpr float kLeastOthers = 1e-3f;  // of the denominator
 constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
 
 // One tile in so many is looked at while multipliers are sought: at most so many tokens and a block.
-constexpr int64_t kPlanTokens = 4096;
+constexpr int64_t kPlanTokens = 8192;
 constexpr int kLeastPlanStride = 4;
 VATTN_HD inline int PlanStride(int64_t middle) {
   int stride = kLeastPlanStride;

@@ -19,10 +19,13 @@ struct DeviceFacts {
   std::string name;
   int32_t compute_major = 0, compute_minor = 0;
   int32_t multiprocessors = 0;
-  uint64_t memory_bytes = 0, free_bytes = 0;
+  uint64_t memory_bytes = 0;
   int32_t l2_bytes = 0;
   int32_t driver = 0, runtime = 0;  // CUDA versions, 13000 for 13.0
 };
+
+// False in a build without CUDA.
+bool BuiltWithCuda();
 
 // Devices that this process may use; empty without CUDA, a driver or a device.
 std::vector<DeviceFacts> ListDevices();

@@ -54,6 +54,8 @@ DeviceFacts ReadFacts(int ordinal) {
 
 }  // namespace
 
+bool BuiltWithCuda() { return true; }
+
 std::vector<DeviceFacts> ListDevices() {
   int count = 0;
   std::vector<DeviceFacts> devices;

@@ -11,6 +11,8 @@ absl::Status NoCuda() { return NotSupportedError("this build has no CUDA backend
 
 }  // namespace
 
+bool BuiltWithCuda() { return false; }
+
 std::vector<DeviceFacts> ListDevices() { return {}; }
 
 DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept { *this = std::move(other); }

@@ -1,5 +1,7 @@
 #include "runtime/cuda_backend.h"
 
+#include "kernels/cuda/launch.h"
+
 #include "memory/status.h"
 
 namespace vattn {
@@ -37,6 +39,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   s.code_block_bytes = int64_t{kBlockTokens} * storage.code.bytes();
   s.sinks = options.sinks;
   s.ring_tokens = (options.window + kCodeTokens + kCodeTokens - 1) / kCodeTokens * kCodeTokens;
+  s.tiles_in_flight = cuda::TilesInFlight(storage);
   absl::StatusOr<std::byte*> base =
       d.Register(store.base(), static_cast<uint64_t>(store.num_blocks()) * store.block_bytes());
   if (!base.ok()) return base.status();
@@ -45,6 +48,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   if (!codes.ok()) return codes.status();
   backend->codes_ = *std::move(codes);
   s.codes = backend->codes_.data();
+  // The scan reads blocks whole, tokens that have no codes yet included.
+  VATTN_RETURN_IF_ERROR(d.Fill(s.codes, 0, backend->codes_.size(), d.stream()));
 
   constexpr uint64_t kRow = (kQuantileBins + 1) * sizeof(float);
   absl::StatusOr<DeviceMemory> quantile = d.Allocate(kRow * static_cast<uint64_t>(promise.max_looks));

@@ -16,7 +16,7 @@ namespace vattn::cuda {
 template <int kHeads>
 __device__ float* LoadQueries(Team<kHeads>& team, int first) {
   const RowLayout& row = team.p.storage.host.row;
-  float* queries = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row)) - kHeads * row.dim_k;
+  float* queries = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) - kHeads * row.dim_k;
   const int now = min(kHeads, team.heads() - first);
   __syncthreads();
   for (int i = threadIdx.x; i < kHeads * row.dim_k; i += kThreads) {
@@ -45,7 +45,7 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
     }
     float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (row.dim_v + 3);
     AttendTiles<kType, kHeads>(
-        row, shape, tiles, min(kHeads, heads - first), queries, team.memory, team.shared.rows, state,
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, heads - first), queries, team.memory, team.shared.rows, state,
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
           return i < count ? LoadShared(w.row + i) : 0;
@@ -60,17 +60,7 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
         [&](int k, int r, int h, float logit) {
           const int64_t i = place(k, r);
           w.logit[(first + h) * w.capacity + i] = logit;
-          if (first + h > 0) return;
-          w.norm2[i] = team.shared.rows.norm2[r];
-          const int32_t slot = team.shared.slot[r];
-          if (slot < 0) return;
-          // The row is whole in its slot since the barrier before this: others may find it now.
-          __threadfence();
-          const uint32_t token = LoadShared(w.token + i);
-          const int64_t block = team.group.blocks[token / kBlockTokens];
-          *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) = slot;
-          w.row[i] = reinterpret_cast<uint64_t>(hot.rows + static_cast<int64_t>(slot) * row.row_bytes);
-          w.slot[i] = -1;
+          if (first + h == 0) w.norm2[i] = team.shared.rows.norm2[r];
         },
         [&](int k, const std::byte* tile) {
           if (first > 0 || hot.slots == 0) return;
@@ -102,7 +92,7 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
     const float* queries = LoadQueries(team, first);
     if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
     AttendTiles<kType, kHeads>(
-        row, shape, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
         w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
         [&](int k, int r) -> uint64_t {
           return token(k, r) < count ? reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token(k, r)))
@@ -113,10 +103,29 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
   }
 }
 
-// Merges the team's states of this block's heads, and those of sinks and window if `fixed`: output,
-// shift, denominator and ref to scratch. Barriers before and after.
+// Rows that AttendList brought to the hot set may be found there from now on. After a barrier, so that
+// they are whole.
 template <int kHeads>
-__device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed) {
+__device__ void Publish(Team<kHeads>& team, int64_t count) {
+  const GroupScratch& w = team.group.scratch;
+  const HotSetRef& hot = team.p.hot;
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count; i += int64_t{team.size} * kThreads) {
+    const int32_t slot = LoadShared(w.slot + i);
+    if (slot < 0) continue;
+    const uint32_t token = LoadShared(w.token + i);
+    const int64_t block = team.group.blocks[token / kBlockTokens];
+    __threadfence();
+    *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) = slot;
+    w.row[i] = reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * team.p.storage.host.row.row_bytes);
+    w.slot[i] = -1;
+  }
+}
+
+// Merges the team's states of this block's heads, and those of sinks and window if `fixed`: output,
+// shift, denominator and ref to scratch; publishes the first `count` rows of the list. Barriers before
+// and after.
+template <int kHeads>
+__device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const Promise& promise = team.p.promise;
   const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
@@ -129,6 +138,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed) {
     return from + static_cast<int64_t>(h) * (dim + 3);
   };
   team.Sync();
+  Publish(team, count);
   for (int h = team.rank; h < heads; h += team.size) {
     float most = -INFINITY;
     for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadShared(state(r, h) + dim));
@@ -240,7 +250,7 @@ __device__ int64_t SumFetched(Team<kHeads>& team) {
 template <DType kType, int kHeads>
 __device__ void AnswerDense(Team<kHeads>& team, Verdict verdict) {
   AttendAll<kType, kHeads>(team);
-  Combine(team, false);
+  Combine(team, false, 0);
   TakeHeads(team, false);
   WriteHeads(team, [](int) { return true; }, [&](int) { return make_float2(static_cast<float>(verdict), 0); });
   WriteReport(team, {.selected = team.middle(), .fetched = team.middle()});
@@ -284,7 +294,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
     const float* queries = LoadQueries(team, first);
     if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
     AttendTiles<kType, kHeads>(
-        row, shape, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
         team.group.scratch.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
@@ -301,7 +311,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
         },
         [](int, int, int, float) {}, [](int, const std::byte*) {});
   }
-  Combine(team, false);
+  Combine(team, false, 0);
   TakeHeads(team, false);
   WriteHeads(team, [](int) { return true; },
              [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
@@ -362,7 +372,7 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
   team.Sync();
   AttendList<kType, kHeads>(team, count, 1.f, in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
   wrong = team.shared.total[2] > 0;
-  Combine(team, false);
+  Combine(team, false, count);
   TakeHeads(team, false);
   if (wrong) {
     // A token out of range cannot be reported from here: NaN says that the answer is none.
@@ -413,7 +423,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     team.Sync();
     if (look == 1) team.Mark(Mark::kDrawn);
     AttendList<kType, kHeads>(team, count, plan.scale, nullptr);
-    Combine(team, true);
+    Combine(team, true, count);
     if (look == 1) team.Mark(Mark::kAttended);
     TakeHeads(team, look > 1);
     SumTail<kType, kHeads>(team, count, plan.scale);
@@ -459,7 +469,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   const auto passed = [&](int h) { return sampled && team.shared.head[h].bound <= promise.epsilon; };
   bool all = true;
   for (int h = 0; h < heads; ++h) all = all && passed(h);
-  if (report.looks == 0 && !dense) Combine(team, true);  // nothing was drawn: sinks and window alone
+  if (report.looks == 0 && !dense) Combine(team, true, 0);  // nothing was drawn: sinks and window alone
   WriteHeads(team, [&](int h) { return passed(h) || !dense; },
              [&](int h) {
                return make_float2(static_cast<float>(passed(h) ? Verdict::kVerified : Verdict::kBestEffort),
@@ -469,7 +479,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     // Verdicts are kept from what the exact answer is about to overwrite.
     for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.floor[h] = passed(h) ? 1 : 0;
     AttendAll<kType, kHeads>(team);
-    Combine(team, false);
+    Combine(team, false, 0);
     TakeHeads(team, false);
     WriteHeads(team, [&](int h) { return team.shared.floor[h] == 0; },
                [](int) { return make_float2(static_cast<float>(Verdict::kDense), 0); });
@@ -512,70 +522,34 @@ __global__ void __launch_bounds__(kThreads, 1) AnswerKernel(const __grid_constan
   }
 }
 
-constexpr int kMostTeam = 16;  // more than 8 is not in every device's reach
-
-// Launch of `teams` teams of `size` thread blocks, as clusters or cooperatively.
-struct TeamLaunch {
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-
-  TeamLaunch(bool clusters, int teams, int size, int bytes, cudaStream_t stream) {
-    config.gridDim = dim3(teams * size);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    if (clusters) {
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = size;
-      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    } else {
-      attribute.id = cudaLaunchAttributeCooperative;
-      attribute.val.cooperative = 1;
-    }
-  }
-};
-
-template <DType kType, int kHeads>
-cudaError_t AllowAnswer(int bytes) {
-  const auto kernel = AnswerKernel<kType, kHeads>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  return error != cudaSuccess ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
+constexpr int kMostTeam = 16;  // more thread blocks wait longer for each other than they save
 
 template <DType kType, int kHeads>
 int LaunchAnswer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
-  const int bytes = RowsBytes<kHeads>(p.storage.host.row);
-  const cudaError_t error = AllowAnswer<kType, kHeads>(bytes);
+  const auto kernel = AnswerKernel<kType, kHeads>;
+  const int bytes = RowsBytes<kHeads>(p.storage.host.row, p.storage.tiles_in_flight);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const TeamLaunch launch(shape.clusters, shape.teams, shape.team, bytes, static_cast<cudaStream_t>(stream.handle));
-  return cudaLaunchKernelEx(&launch.config, AnswerKernel<kType, kHeads>, p, shape.team);
+  DecodeParams params = p;
+  int team = shape.team;
+  void* arguments[] = {&params, &team};
+  return cudaLaunchCooperativeKernel(kernel, dim3(shape.teams * shape.team), dim3(kThreads), arguments, bytes,
+                                     static_cast<cudaStream_t>(stream.handle));
 }
 
-// The largest teams with which all of `groups` are answered at a time, or else the smallest.
 template <DType kType, int kHeads>
-AnswerShape ShapeAnswer(const RowLayout& row, int groups) {
+AnswerShape ShapeOf(const DeviceStorage& storage, int groups) {
   const auto kernel = AnswerKernel<kType, kHeads>;
-  const int bytes = RowsBytes<kHeads>(row);
-  int device = 0, multiprocessors = 0, major = 0, each = 0;
+  const int bytes = RowsBytes<kHeads>(storage.host.row, storage.tiles_in_flight);
+  int device = 0, multiprocessors = 0, each = 0;
   AnswerShape shape;
-  if (AllowAnswer<kType, kHeads>(bytes) == cudaSuccess && cudaGetDevice(&device) == cudaSuccess &&
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+      cudaGetDevice(&device) == cudaSuccess &&
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, bytes) == cudaSuccess && each > 0) {
-    shape.clusters = major >= 9;
     const int resident = multiprocessors * each;
-    for (int team = kMostTeam; team >= 1 && shape.team == 0; --team) {
-      int teams = resident / team;
-      if (shape.clusters) {
-        const TeamLaunch launch(true, groups, team, bytes, nullptr);
-        if (cudaOccupancyMaxActiveClusters(&teams, kernel, &launch.config) != cudaSuccess) teams = 0;
-      }
-      if (teams >= groups || (team == 1 && teams > 0)) shape = {shape.clusters, std::min(teams, groups), team};
-    }
-    // A cluster's place is the hardware's care: all may be launched.
-    if (shape.clusters && shape.team > 0) shape.teams = groups;
+    shape.team = std::clamp(resident / groups, 1, kMostTeam);
+    shape.teams = std::min(groups, resident / shape.team);
   }
   cudaGetLastError();
   return shape;

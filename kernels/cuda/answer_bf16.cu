@@ -9,8 +9,8 @@ int AnswerOf<DType::kBF16>::Launch(const DecodeParams& p, const AnswerShape& sha
 }
 
 template <>
-AnswerShape AnswerOf<DType::kBF16>::Shape(const RowLayout& row, int q_heads, int groups) {
-  return q_heads <= 4 ? ShapeAnswer<DType::kBF16, 4>(row, groups) : ShapeAnswer<DType::kBF16, 8>(row, groups);
+AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage& storage, int q_heads, int groups) {
+  return q_heads <= 4 ? ShapeOf<DType::kBF16, 4>(storage, groups) : ShapeOf<DType::kBF16, 8>(storage, groups);
 }
 
 }  // namespace vattn::cuda

@@ -62,12 +62,24 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   return c.used;
 }
 
+int TilesInFlight(const Storage& storage) {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    cudaGetLastError();
+    return kLeastTiles;
+  }
+  // Beside the tiles lie queries or outputs and what kernels declare.
+  constexpr int kRest = 64 * 1024;
+  const int tiles = (most - kRest) / TileBytes(MakeTileShape(storage.row.row_bytes));
+  return tiles < kLeastTiles ? kLeastTiles : tiles > kMostTiles ? kMostTiles : tiles;
+}
+
 AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups) {
-  const RowLayout& row = storage.host.row;
-  switch (row.dtype) {
-    case DType::kF32: return AnswerOf<DType::kF32>::Shape(row, q_heads, groups);
-    case DType::kF16: return AnswerOf<DType::kF16>::Shape(row, q_heads, groups);
-    default: return AnswerOf<DType::kBF16>::Shape(row, q_heads, groups);
+  switch (storage.host.row.dtype) {
+    case DType::kF32: return AnswerOf<DType::kF32>::Shape(storage, q_heads, groups);
+    case DType::kF16: return AnswerOf<DType::kF16>::Shape(storage, q_heads, groups);
+    default: return AnswerOf<DType::kBF16>::Shape(storage, q_heads, groups);
   }
 }
 

@@ -7,6 +7,9 @@
 
 namespace vattn::cuda {
 
+// DeviceStorage::tiles_in_flight for the current device.
+int TilesInFlight(const Storage& storage);
+
 // How `groups` groups are answered on the current device; team 0: the rows do not fit it.
 AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups);
 

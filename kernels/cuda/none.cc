@@ -5,6 +5,7 @@ namespace vattn::cuda {
 
 constexpr int kNoDevice = 100;  // cudaErrorNoDevice
 
+int TilesInFlight(const Storage&) { return 0; }
 AnswerShape ShapeAnswer(const DeviceStorage&, int, int) { return {}; }
 int Decode(const DecodeParams&, const AnswerShape&, int, Stream) { return kNoDevice; }
 int Encode(const DeviceStorage&, const EncodeItem*, int, int64_t, Stream) { return kNoDevice; }

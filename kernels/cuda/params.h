@@ -23,6 +23,7 @@ struct DeviceStorage {
   int64_t code_block_bytes = 0;
   int32_t sinks = 0;             // rows kept on the device: the first tokens ...
   int32_t ring_tokens = 0;       // ... and the last ones: token t in row sinks + t % ring_tokens
+  int32_t tiles_in_flight = 0;   // of rows, in a thread block's shared memory
 };
 
 // Rows of the middle that stay on the device, shared by the groups of a batch. Evicted by a clock:
@@ -98,9 +99,8 @@ struct DeviceCounters {
 
 // How the answer kernel is launched: teams of thread blocks, a group's each.
 struct AnswerShape {
-  bool clusters = false;  // a team is a cluster; else the launch is cooperative
-  int32_t teams = 0;      // at a time; with fewer than there are groups they take several in turn
-  int32_t team = 0;       // thread blocks of one
+  int32_t teams = 0;  // at a time; with fewer than there are groups they take several in turn
+  int32_t team = 0;   // thread blocks of one
 };
 
 // Arrays of an attention call, extents as vattn_attend_params.

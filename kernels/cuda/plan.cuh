@@ -23,16 +23,20 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int stride = kPartials(heads), floats = team.p.storage.host.row.dim_v + 3;
+  const int64_t begin = team.BlocksBegin(), end = team.BlocksEnd();
+  const float* const shifts = w.shift;
+  const float* const masses = w.mass;
   double* parts = w.partial + static_cast<int64_t>(team.parity) * team.size * stride;
   for (int first = 0; first < heads; first += kHeads) {
     // Largest of each head first, so that the sums need no rescaling. shared.sums carries both.
     float most[kHeads], mass[kHeads] = {};
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) most[h] = -INFINITY;
-    for (int64_t b = team.BlocksBegin() + threadIdx.x; b < team.BlocksEnd(); b += kThreads) {
+#pragma unroll 4
+    for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        if (first + h < heads) most[h] = fmaxf(most[h], w.shift[b * heads + first + h]);
+        if (first + h < heads) most[h] = fmaxf(most[h], shifts[b * heads + first + h]);
       }
     }
     const auto over_warps = [&](const float (&own)[kHeads], auto&& of_warp, auto&& merge, float (&out)[kHeads]) {
@@ -50,12 +54,13 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
       }
     };
     over_warps(most, [](float x) { return WarpMax(x); }, [](float x, float y) { return fmaxf(x, y); }, most);
-    for (int64_t b = team.BlocksBegin() + threadIdx.x; b < team.BlocksEnd(); b += kThreads) {
+#pragma unroll 4
+    for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         if (first + h >= heads) continue;
         const int64_t at = b * heads + first + h;
-        mass[h] = fmaf(w.mass[at], expf(w.shift[at] - most[h]), mass[h]);
+        mass[h] = fmaf(masses[at], expf(shifts[at] - most[h]), mass[h]);
       }
     }
     over_warps(mass, [](float x) { return WarpSum(x); }, [](float x, float y) { return x + y; }, mass);
@@ -122,7 +127,8 @@ __device__ float TakePrediction(Team<kHeads>& team) {
 // the unit of head.shift. Every block of a team holds the same, so that rounds need no barrier.
 template <int kHeads>
 struct Sample {
-  static constexpr int kTokens = static_cast<int>(2 * kPlanTokens / kThreads);  // a thread's, at most
+  // A thread's tokens: a sample may be up to two blocks over kPlanTokens.
+  static constexpr int kTokens = static_cast<int>(kPlanTokens / kThreads) + 2;
   float e[kHeads][kTokens];
   int stride;
 

@@ -79,7 +79,8 @@ __device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, flo
       }
     }
     __syncthreads();
-    if (warp < heads) {
+    // Heads that are not there are packed as zeros.
+    if (warp < kHeads) {
       const float* at = y + warp * (dims + 1);
       PackHead(code, at, at[dims], group.scratch.packed[first / kHeads], warp);
     }
@@ -117,7 +118,7 @@ __device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int
     WriteRow<E>(p, group);
     __threadfence();
   }
-  float* queries = reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row)) - kHeads * row.dim_k;
+  float* queries = reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row, kLeastTiles)) - kHeads * row.dim_k;
   const auto first_of = [&](int k) { return int64_t{part + k * kFixedParts} * shape.rows; };
   for (int first = 0; first < p.q_heads; first += kHeads) {
     const int heads = min(kHeads, p.q_heads - first);
@@ -126,7 +127,7 @@ __device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int
     if (threadIdx.x < kHeads) shared.most[threadIdx.x] = -INFINITY;
     float* state = group.scratch.fixed + (int64_t{part} * p.q_heads + first) * (row.dim_v + 3);
     AttendTiles<kType, kHeads>(
-        row, shape, tiles, heads, queries, memory, shared, state,
+        row, shape, kLeastTiles, tiles, heads, queries, memory, shared, state,
         [&](int k, int r) -> uint64_t {
           const int64_t i = first_of(k) + r;
           if (i >= count) return 0;
@@ -163,7 +164,7 @@ int Launch(const DecodeParams& p, Stream stream) {
   const RowLayout& row = p.storage.host.row;
   const CodeLayout& code = p.storage.host.code;
   const int pack = 8 * (row.dim_k + code.dims() + 1) * 4;
-  const int rows = RowsBytes<kHeads>(row), bytes = rows > pack ? rows : pack;
+  const int rows = RowsBytes<kHeads>(row, kLeastTiles), bytes = rows > pack ? rows : pack;
   const auto kernel = PrepareKernel<kType, kHeads>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

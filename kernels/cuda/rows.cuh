@@ -13,7 +13,9 @@ constexpr int kThreads = 512;
 constexpr int kMostTileRows = 64;
 constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 
-// Tile size of a row layout. Rows of a tile lie `pitch` bytes apart; two tiles are in flight.
+constexpr int kLeastTiles = 2, kMostTiles = 4;  // in flight
+
+// Tile size of a row layout. Rows of a tile lie `pitch` bytes apart.
 struct TileShape {
   int rows, row_bytes, pitch;
 };
@@ -32,7 +34,7 @@ VATTN_HD inline int TileBytes(const TileShape& t) { return t.rows * t.pitch; }
 // Shared memory of a walk over tiles; tiles and vectors follow in dynamic shared memory.
 template <int kHeads>
 struct RowsShared {
-  uint64_t address[2][kMostTileRows];
+  uint64_t address[kMostTiles][kMostTileRows];
   float p[kMostTileRows * kHeads];  // [rows][kHeads] logits, then weights
   float norm2[kMostTileRows];
   float log_weight[kMostTileRows];
@@ -40,41 +42,46 @@ struct RowsShared {
   float most[kHeads], scale[kHeads], mass[kHeads], mass2[kHeads];
 };
 
-// Brings `tiles` tiles through shared memory and calls compute(k, tile) on each by all threads.
-// address(k, r): where row r of tile k is, 0: no such row. Ends with all threads in step.
+// Brings `tiles` tiles through shared memory, `depth` at a time, and calls compute(k, tile) on each by
+// all threads. address(k, r): where row r of tile k is, 0: no such row. Ends with all threads in step.
 template <class Address, class Compute>
-__device__ void WalkTiles(const TileShape& shape, int tiles, uint64_t (*at)[kMostTileRows], std::byte* memory,
-                          Address&& address, Compute&& compute) {
+__device__ void WalkTiles(const TileShape& shape, int depth, int tiles, uint64_t (*at)[kMostTileRows],
+                          std::byte* memory, Address&& address, Compute&& compute) {
   const int tid = threadIdx.x, per_row = shape.row_bytes / 16;
-  const auto list = [&](int k) {
-    if (tid < shape.rows) at[k & 1][tid] = k < tiles ? address(k, tid) : 0;
-  };
+  // A warp lists and fetches its own rows of every tile, so that only the tiles need a barrier.
+  const int warp = tid / kWarp, lane = tid % kWarp, rows_each = (shape.rows + kThreads / kWarp - 1) / (kThreads / kWarp);
   const auto fetch = [&](int k) {
-    std::byte* tile = memory + (k & 1) * TileBytes(shape);
-    if (k < tiles) {
-      for (int c = tid; c < shape.rows * per_row; c += kThreads) {
-        const int row = c / per_row, part = c - row * per_row;
-        const uint64_t from = at[k & 1][row];
+    const int stage = k % depth, first = warp * rows_each;
+    std::byte* tile = memory + stage * TileBytes(shape);
+    const int mine = min(rows_each, shape.rows - first);
+    if (k < tiles && mine > 0) {
+      if (lane < mine) at[stage][first + lane] = address(k, first + lane);
+      __syncwarp();
+      for (int c = lane; c < mine * per_row; c += kWarp) {
+        const int row = first + c / per_row, part = c % per_row;
+        const uint64_t from = at[stage][row];
         if (from != 0) {
           __pipeline_memcpy_async(tile + row * shape.pitch + part * 16,
                                   reinterpret_cast<const std::byte*>(from) + part * 16, 16);
         }
       }
+      __syncwarp();
     }
     __pipeline_commit();
   };
   __syncthreads();
-  list(0);
-  __syncthreads();
-  fetch(0);
-  list(1);
-  __syncthreads();
+  for (int k = 0; k < depth - 1; ++k) fetch(k);
   for (int k = 0; k < tiles; ++k) {
-    fetch(k + 1);
-    __pipeline_wait_prior(1);
+    fetch(k + depth - 1);
+    if (depth == kMostTiles) {
+      __pipeline_wait_prior(kMostTiles - 1);
+    } else if (depth == 3) {
+      __pipeline_wait_prior(2);
+    } else {
+      __pipeline_wait_prior(1);
+    }
     __syncthreads();
-    list(k + 2);
-    compute(k, memory + (k & 1) * TileBytes(shape));
+    compute(k, memory + (k % depth) * TileBytes(shape));
     __syncthreads();
   }
   __pipeline_wait_prior(0);
@@ -197,13 +204,13 @@ struct ValueSum {
 //   note(k, r, h, logit) for what the caller keeps; keep(k, tile) sees each tile once.
 // States [heads][dim_v + 3] go to `state`. With norms, |v|^2 of each row is in shared.norm2 at note.
 template <DType kType, int kHeads, class Address, class Count, class Weigh, class Note, class Keep>
-__device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int tiles, int heads,
+__device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int depth, int tiles, int heads,
                             const float* queries, std::byte* memory, RowsShared<kHeads>& shared, float* state,
                             Address&& address, Count&& count, Weigh&& weigh, Note&& note, Keep&& keep) {
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   ValueSum<kType, kHeads> values(row.dim_v);
   if (tid < kHeads) shared.mass[tid] = shared.mass2[tid] = 0;
-  WalkTiles(shape, tiles, shared.address, memory, address, [&](int k, const std::byte* tile) {
+  WalkTiles(shape, depth, tiles, shared.address, memory, address, [&](int k, const std::byte* tile) {
     const int n = count(k);
     if (tid < n) {
       const float2 w = weigh(k, tid);
@@ -254,12 +261,11 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int ti
   __syncthreads();
 }
 
-// Bytes of dynamic shared memory of AttendTiles: two tiles (or the value sums) and the queries.
+// Bytes of dynamic shared memory of AttendTiles: tiles (or the value sums) and the queries.
 template <int kHeads>
-VATTN_HD inline int RowsBytes(const RowLayout& row) {
-  const TileShape shape = MakeTileShape(row.row_bytes);
+VATTN_HD inline int RowsBytes(const RowLayout& row, int depth) {
   const int sums = kThreads * 2 * kHeads * 4;
-  const int tiles = 2 * TileBytes(shape);
+  const int tiles = depth * TileBytes(MakeTileShape(row.row_bytes));
   return (tiles > sums ? tiles : sums) + kHeads * (row.dim_k > row.dim_v ? row.dim_k : row.dim_v) * 4;
 }
 

@@ -1,7 +1,6 @@
 // Scan of the index: predicted scores of every middle token for every head of its group, as fp16
 // estimates relative to the largest of their block (kernels/cpu/scan.h has the definition). A warp takes
-// a block of 256 tokens: a lane holds four neighbouring tokens, so that one 16-byte load brings a code
-// word of each.
+// a block of 256 tokens: a lane holds neighbouring tokens, so that one load brings a code word of each.
 #include <cmath>
 
 #include "kernels/cuda/stages.h"
@@ -71,16 +70,24 @@ __device__ int OrderedInt(float x) {
 }
 __device__ float FromOrderedInt(int i) { return __int_as_float(i < 0 ? i ^ 0x7fffffff : i); }
 
+// A lane's scores of a block wait in shared memory until the largest is known: registers for all of them
+// would leave room for few warps.
+template <int kHeads>
+struct BlockScores {
+  float score[kRuns * kHeads * kTokens][kWarp];
+  __device__ float& At(int run, int h, int t) { return score[(run * kHeads + h) * kTokens + t][threadIdx.x % kWarp]; }
+};
+
 // One block of 256 tokens for up to kHeads heads from `first` on, by one warp. k8, k4, k2 >= 0: words of
 // each precision known at compile time.
 template <int kHeads, int k8, int k4, int k2>
 __device__ void ScanBlock(const std::byte* codes, const Words& words, const PackedQueries& q, int heads,
-                          int begin, int end, uint16_t* estimate, float* shift, float* mass) {
+                          int begin, int end, BlockScores<kHeads>& scores, uint16_t* estimate, float* shift,
+                          float* mass) {
   const int lane = threadIdx.x % kWarp;
   const int words8 = k8 >= 0 ? k8 : words.words8, words4 = k4 >= 0 ? k4 : words.words4;
   const int words2 = k2 >= 0 ? k2 : words.words2, all = words8 + words4 + words2;
-  float score[kRuns][kHeads][kTokens];
-#pragma unroll
+#pragma unroll 1
   for (int run = 0; run < kRuns; ++run) {
     const int token = run * kRunTokens + lane * kTokens;
     const uint4* at = reinterpret_cast<const uint4*>(codes + (token / kTileTokens) * all * 64 + token % kTileTokens * 4);
@@ -106,7 +113,7 @@ __device__ void ScanBlock(const std::byte* codes, const Words& words, const Pack
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         const bool inside = token + t >= begin && token + t < end;
-        score[run][h][t] = inside ? fmaf(static_cast<float>(acc[h][t]), q.scale[h], q.offset[h]) : -INFINITY;
+        scores.At(run, h, t) = inside ? fmaf(static_cast<float>(acc[h][t]), q.scale[h], q.offset[h]) : -INFINITY;
       }
     }
   }
@@ -117,7 +124,7 @@ __device__ void ScanBlock(const std::byte* codes, const Words& words, const Pack
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) most = fmaxf(most, score[run][h][t]);
+      for (int t = 0; t < kTokens; ++t) most = fmaxf(most, scores.At(run, h, t));
     }
     most = FromOrderedInt(__reduce_max_sync(kAllLanes, OrderedInt(most)));
     unsigned sum = 0;  // in units of 2^-24, in which every estimate is whole
@@ -127,7 +134,7 @@ __device__ void ScanBlock(const std::byte* codes, const Words& words, const Pack
       unsigned short* out = &half.x;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const float s = score[run][h][t];
+        const float s = scores.At(run, h, t);
         const float e = s > -INFINITY ? fmaxf(ExpNegative(__fsub_rn(s, most)), kLeastEstimate) : 0;
         const __half rounded = __float2half_rn(e);
         out[t] = __half_as_ushort(rounded);
@@ -145,9 +152,10 @@ __device__ void ScanBlock(const std::byte* codes, const Words& words, const Pack
 }
 
 template <int kHeads, int k8, int k4, int k2>
-__global__ void __launch_bounds__(kScanThreads, kHeads <= 4 ? 2 : 1) ScanKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kScanThreads, kHeads <= 4 ? 4 : 2) ScanKernel(const __grid_constant__ DecodeParams p) {
   constexpr int kWarps = kScanThreads / kWarp;
   __shared__ __align__(16) PackedQueries packed;
+  extern __shared__ __align__(16) std::byte memory[];
   const Storage& s = p.storage.host;
   const Words words{s.code.dims8 / 4, s.code.dims4 / 8, s.code.dims2 / 16};
   const int warp = threadIdx.x / kWarp;
@@ -166,9 +174,12 @@ __global__ void __launch_bounds__(kScanThreads, kHeads <= 4 ? 2 : 1) ScanKernel(
     if (end <= at) continue;
     for (int first = 0; first < p.q_heads; first += kHeads) {
       __syncthreads();
-      const int* source = reinterpret_cast<const int*>(group.scratch.packed + first / 8);
-      for (int i = threadIdx.x; i < static_cast<int>(sizeof(PackedQueries) / 4); i += kScanThreads) {
-        reinterpret_cast<int*>(&packed)[i] = source[i];
+      const PackedQueries& source = group.scratch.packed[first / 8];
+      const int runs = words.words8 + 2 * words.words4 + 4 * words.words2;
+      for (int i = threadIdx.x; i < runs * 8; i += kScanThreads) (&packed.run[0][0])[i] = (&source.run[0][0])[i];
+      if (threadIdx.x < 8) {
+        packed.scale[threadIdx.x] = source.scale[threadIdx.x];
+        packed.offset[threadIdx.x] = source.offset[threadIdx.x];
       }
       __syncthreads();
       for (int64_t item = at + warp; item < end; item += kWarps) {
@@ -179,22 +190,29 @@ __global__ void __launch_bounds__(kScanThreads, kHeads <= 4 ? 2 : 1) ScanKernel(
             codes, words, packed, min(kHeads, p.q_heads - first),
             static_cast<int>(max(group.middle_begin - token, int64_t{0})),
             static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})),
-            group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out, group.scratch.mass + out);
+            reinterpret_cast<BlockScores<kHeads>*>(memory)[warp], group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out, group.scratch.mass + out);
       }
     }
     at = end;
   }
 }
 
+template <class Kernel>
+int LaunchKernel(Kernel kernel, int bytes, const DecodeParams& p, int blocks, cudaStream_t stream) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<blocks, kScanThreads, bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
 template <int kHeads>
 int Launch(const DecodeParams& p, int blocks, cudaStream_t stream) {
+  constexpr int kBytes = kScanThreads / kWarp * sizeof(BlockScores<kHeads>);
   const CodeLayout& c = p.storage.host.code;
   if (c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48) {
-    ScanKernel<kHeads, 0, 5, 3><<<blocks, kScanThreads, 0, stream>>>(p);
-  } else {
-    ScanKernel<kHeads, -1, -1, -1><<<blocks, kScanThreads, 0, stream>>>(p);
+    return LaunchKernel(ScanKernel<kHeads, 0, 5, 3>, kBytes, p, blocks, stream);
   }
-  return cudaGetLastError();
+  return LaunchKernel(ScanKernel<kHeads, -1, -1, -1>, kBytes, p, blocks, stream);
 }
 
 }  // namespace

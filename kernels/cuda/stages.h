@@ -23,20 +23,20 @@ int DispatchRows(DType dtype, int heads, F&& f) {
 template <DType kType>
 struct AnswerOf {
   static int Launch(const DecodeParams& params, const AnswerShape& shape, Stream stream);
-  static AnswerShape Shape(const RowLayout& row, int q_heads, int groups);
+  static AnswerShape Shape(const DeviceStorage& storage, int q_heads, int groups);
 };
 template <>
 int AnswerOf<DType::kF32>::Launch(const DecodeParams&, const AnswerShape&, Stream);
 template <>
-AnswerShape AnswerOf<DType::kF32>::Shape(const RowLayout&, int, int);
+AnswerShape AnswerOf<DType::kF32>::Shape(const DeviceStorage&, int, int);
 template <>
 int AnswerOf<DType::kF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
 template <>
-AnswerShape AnswerOf<DType::kF16>::Shape(const RowLayout&, int, int);
+AnswerShape AnswerOf<DType::kF16>::Shape(const DeviceStorage&, int, int);
 template <>
 int AnswerOf<DType::kBF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
 template <>
-AnswerShape AnswerOf<DType::kBF16>::Shape(const RowLayout&, int, int);
+AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage&, int, int);
 
 int Prepare(const DecodeParams& params, Stream stream);
 int Scan(const DecodeParams& params, int blocks, Stream stream);

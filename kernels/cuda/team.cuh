@@ -1,5 +1,4 @@
-// A team: the thread blocks that answer one group together, all resident at a time: a cluster where the
-// device has them, else part of a cooperative launch.
+// A team: the thread blocks that answer one group together, all resident at a time (cooperative launch).
 #ifndef VATTN_KERNELS_CUDA_TEAM_CUH_
 #define VATTN_KERNELS_CUDA_TEAM_CUH_
 
@@ -11,7 +10,7 @@ namespace vattn::cuda {
 constexpr int kWarps = kThreads / kWarp;
 
 // The middle is cut into at most kMostSegments runs of blocks; a warp takes one at a time.
-constexpr int kMostSegments = 256;
+constexpr int kMostSegments = 320;
 VATTN_HD inline int64_t SegmentBlocks(int64_t blocks) { return (blocks + kMostSegments - 1) / kMostSegments; }
 VATTN_HD inline int NumSegments(int64_t blocks) {
   return blocks == 0 ? 0 : static_cast<int>((blocks + SegmentBlocks(blocks) - 1) / SegmentBlocks(blocks));
@@ -54,24 +53,18 @@ struct Team {
 
   // All threads of the team. What was written to global memory before is seen after it, past the L1.
   __device__ void Sync() {
-    if (size == 1) return __syncthreads();
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
     __syncthreads();
+    if (size == 1) return;
     if (threadIdx.x == 0) {
       ++phase;
-      __threadfence();
-      atomicAdd(group.scratch.barrier, 1u);
       const uint32_t all = phase * static_cast<uint32_t>(size);
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(group.scratch.barrier) : "memory");
       uint32_t seen;
       do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(group.scratch.barrier) : "memory");
       } while (seen < all);
-      __threadfence();
     }
     __syncthreads();
-#endif
   }
 
   // shared.total[0, count) of every block of the team, summed in the same order by each. Holds a barrier.

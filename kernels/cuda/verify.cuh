@@ -46,7 +46,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
   const int tid = threadIdx.x, heads = team.heads();
   const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
   const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
-  float* outputs = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row)) - kHeads * row.dim_v;
+  float* outputs = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) - kHeads * row.dim_v;
   double* sums = reinterpret_cast<double*>(team.memory);
   const int r = tid % shape.rows, h = tid / shape.rows;
   for (int first = 0; first < heads; first += kHeads) {
@@ -66,7 +66,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
       return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + row_of_tile;
     };
     WalkTiles(
-        shape, tiles, team.shared.rows.address, team.memory,
+        shape, team.p.storage.tiles_in_flight, tiles, team.shared.rows.address, team.memory,
         [&](int k, int row_of_tile) -> uint64_t {
           const int64_t i = place(k, row_of_tile);
           return i < count && inclusion(i) < 1 ? LoadShared(w.row + i) + row.v_offset : 0;
