@@ -281,7 +281,8 @@ typedef struct vattn_append_params {
 
 VATTN_EXPORT void vattn_append_params_init(vattn_append_params* params, size_t struct_size);
 
-/* Adds prompt tokens to one layer, in chunks of any size. Blocks until copied.
+/* Adds prompt tokens to one layer, in chunks of any size. Blocks until copied. On CUDA k and v, and q
+ * apart from them, may be device memory; what writes it must have ended.
  * FULL: nothing was added and the sequence goes on as before. */
 VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* params);
 

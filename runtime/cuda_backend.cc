@@ -68,11 +68,37 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   return backend;
 }
 
+absl::Status CudaBackend::Write(const WriteParams& params) {
+  VATTN_RETURN_IF_ERROR(device_->Activate());
+  const int64_t blocks = (params.first + params.count + kBlockTokens - 1) / kBlockTokens;
+  const uint64_t heads = static_cast<uint64_t>(params.kv_heads), pointers = heads * sizeof(int32_t*);
+  absl::StatusOr<DeviceMemory> memory =
+      device_->Allocate(pointers + heads * static_cast<uint64_t>(blocks) * sizeof(int32_t));
+  if (!memory.ok()) return memory.status();
+  int32_t* ids = reinterpret_cast<int32_t*>(memory->data() + pointers);
+  std::vector<const int32_t*> lists;
+  for (int32_t h = 0; h < params.kv_heads; ++h) {
+    lists.push_back(ids + h * blocks);
+    VATTN_RETURN_IF_ERROR(device_->Copy(ids + h * blocks, params.blocks[h],
+                                        static_cast<uint64_t>(blocks) * sizeof(int32_t), device_->stream()));
+  }
+  VATTN_RETURN_IF_ERROR(device_->Copy(memory->data(), lists.data(), pointers, device_->stream()));
+  WriteParams there = params;
+  there.storage = storage_.host;
+  there.blocks = memory->as<const int32_t* const>();
+  VATTN_RETURN_IF_ERROR(device_->Check(cuda::Write(there, {device_->stream()}), "writing rows"));
+  return device_->Synchronize(device_->stream());
+}
+
+absl::Status CudaBackend::Read(void* to, const void* from, uint64_t bytes) {
+  VATTN_RETURN_IF_ERROR(device_->Activate());
+  VATTN_RETURN_IF_ERROR(device_->Copy(to, from, bytes, device_->stream()));
+  return device_->Synchronize(device_->stream());
+}
+
 absl::StatusOr<cuda::DeviceCounters> CudaBackend::ReadCounters() {
   cuda::DeviceCounters counters{};
-  VATTN_RETURN_IF_ERROR(device_->Activate());
-  VATTN_RETURN_IF_ERROR(device_->Copy(&counters, counters_.data(), sizeof(counters), device_->stream()));
-  VATTN_RETURN_IF_ERROR(device_->Synchronize(device_->stream()));
+  VATTN_RETURN_IF_ERROR(Read(&counters, counters_.data(), sizeof(counters)));
   return counters;
 }
 

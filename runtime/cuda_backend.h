@@ -32,6 +32,11 @@ class CudaBackend {
   // Waits for the copy alone, not for running steps.
   absl::StatusOr<cuda::DeviceCounters> ReadCounters();
 
+  // Op write for k and v that the device can follow; params.blocks are host lists. Blocks until done.
+  absl::Status Write(const WriteParams& params);
+  // `bytes` from memory that the device can follow to the host. Blocks until done.
+  absl::Status Read(void* to, const void* from, uint64_t bytes);
+
   int64_t num_blocks() const { return num_blocks_; }
   // Counts how often a block got new content that its rows in a hot set would not know of.
   uint32_t generation(int32_t block) const { return generations_[block].load(std::memory_order_relaxed); }

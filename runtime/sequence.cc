@@ -161,18 +161,35 @@ absl::Status Sequence::Append(const AppendRequest& r) {
   VATTN_RETURN_IF_ERROR(Meet(needs));
   std::vector<const int32_t*> blocks;
   for (const HeadGroup& group : layer.groups) blocks.push_back(group.blocks.data());
-  runtime_->ops().write({.storage = s,
-                         .blocks = blocks.data(),
-                         .kv_heads = static_cast<int32_t>(blocks.size()),
-                         .first = layer.tokens,
-                         .count = r.num_tokens,
-                         .k = r.k,
-                         .v = r.v,
-                         .k_token_stride = r.k_token_stride,
-                         .k_head_stride = r.k_head_stride,
-                         .v_token_stride = r.v_token_stride,
-                         .v_head_stride = r.v_head_stride},
-                        runtime_->stream());
+  const WriteParams write{.storage = s,
+                          .blocks = blocks.data(),
+                          .kv_heads = static_cast<int32_t>(blocks.size()),
+                          .first = layer.tokens,
+                          .count = r.num_tokens,
+                          .k = r.k,
+                          .v = r.v,
+                          .k_token_stride = r.k_token_stride,
+                          .k_head_stride = r.k_head_stride,
+                          .v_token_stride = r.v_token_stride,
+                          .v_head_stride = r.v_head_stride};
+  const auto on_device = [this](const void* p) {
+    return runtime_->cuda() != nullptr && p != nullptr && runtime_->cuda()->device().CanFollow(p);
+  };
+  if (on_device(r.k)) {
+    VATTN_RETURN_IF_ERROR(runtime_->cuda()->Write(write));
+  } else {
+    runtime_->ops().write(write, runtime_->stream());
+  }
+  // Queries are read here: those on the device come over whole, from the first element to the last.
+  const uint8_t* q = static_cast<const uint8_t*>(r.q);
+  std::vector<uint8_t> copied;
+  if (r.num_queries > 0 && on_device(r.q)) {
+    const int64_t last = (r.num_queries - 1) * r.q_token_stride +
+                         (runtime_->options().num_q_heads - 1) * r.q_head_stride + s.row.dim_k;
+    copied.resize(static_cast<size_t>(last * ElementBytes(s.row.dtype)));
+    VATTN_RETURN_IF_ERROR(runtime_->cuda()->Read(copied.data(), r.q, copied.size()));
+    q = copied.data();
+  }
   AddTokens(r.layer, r.num_tokens);
   const int group = runtime_->group(r.layer), dim = s.row.dim_k, element = ElementBytes(s.row.dtype);
   for (size_t g = 0; g < layer.groups.size() && r.num_queries > 0; ++g) {
@@ -182,7 +199,7 @@ absl::Status Sequence::Append(const AppendRequest& r) {
     std::vector<float> queries(static_cast<size_t>(r.num_queries) * group * dim);
     for (int64_t i = 0; i < int64_t{r.num_queries} * group; ++i) {
       const int64_t at = i / group * r.q_token_stride + (static_cast<int64_t>(g) * group + i % group) * r.q_head_stride;
-      const uint8_t* row = static_cast<const uint8_t*>(r.q) + at * element;
+      const uint8_t* row = q + at * element;
       cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype}, queries.data() + i * dim);
     }
     for (float& x : queries) x *= s.scale;

@@ -39,6 +39,26 @@ inline __device__ float Excess(float weight2, float scale, float& expected) {
   return fmaxf(inverse / scale - 1.f, 0.f);
 }
 
+// One tile of 16 tokens in `stride` is looked at, in block b those whose number is (phase + b) modulo
+// stride: how many there are in so many blocks, and where the item-th lies.
+constexpr int kTilesPerBlock = kBlockTokens / kTileTokens;
+inline __device__ int64_t SampledTiles(int stride, int64_t blocks) {
+  if (stride <= kTilesPerBlock) return blocks * (kTilesPerBlock / stride);
+  return (blocks + stride - 1) / stride * kTilesPerBlock;
+}
+struct TilePlace {
+  int64_t block;
+  int tile;
+};
+inline __device__ TilePlace SampledTile(int stride, int phase, int64_t item) {
+  if (stride <= kTilesPerBlock) {
+    const int64_t per_block = kTilesPerBlock / stride, b = item / per_block;
+    return {b, static_cast<int>((phase + b) % stride + item % per_block * stride)};
+  }
+  const int tile = static_cast<int>(item % kTilesPerBlock);
+  return {item / kTilesPerBlock * stride + (tile - phase % stride + stride) % stride, tile};
+}
+
 // Predicted variance of every head [0, G) and expected draws [G] over one tile of 16 tokens in
 // `stride`, as PredictVariance of kernels/cpu/sample.h: into shared.total.
 template <int kHeads>
@@ -46,25 +66,18 @@ __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int 
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int64_t blocks = NumBlocks(team.group);
-  constexpr int kTiles = kBlockTokens / kTileTokens, kLanes = kTileTokens / 2;  // a lane takes two tokens
+  constexpr int kLanes = kTileTokens / 2;  // a lane takes two tokens
   for (int i = tid; i < kWarps * (kMaxDeviceGroup + 1); i += kThreads) (&team.shared.sums[0][0])[i] = 0;
   __syncthreads();
-  const int64_t per_block = stride <= kTiles ? kTiles / stride : 1;
-  const int64_t items = stride <= kTiles ? blocks * per_block : (blocks + stride - 1) / stride * kTiles;
+  const int64_t items = SampledTiles(stride, blocks);
   const int64_t step = static_cast<int64_t>(team.size) * (kThreads / kLanes);
   const int64_t rounds = (items + step - 1) / step;
   float expected = 0;
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t item = round * step + static_cast<int64_t>(team.rank) * (kThreads / kLanes) + tid / kLanes;
-    int64_t b;
-    int tile;
-    if (stride <= kTiles) {
-      b = item / per_block;
-      tile = static_cast<int>((phase + b) % stride + item % per_block * stride);
-    } else {
-      tile = static_cast<int>(item % kTiles);
-      b = item / kTiles * stride + (tile - phase % stride + stride) % stride;
-    }
+    const auto [b0, tile0] = SampledTile(stride, phase, item);
+    int64_t b = b0;
+    int tile = tile0;
     const bool in = item < items && b < blocks;
     if (!in) b = 0, tile = 0;
     const uint16_t* estimate = w.estimate + b * heads * kBlockTokens + tile * kTileTokens + tid % kLanes * 2;

@@ -133,24 +133,14 @@ struct Sample {
   int stride;
 
   __device__ void Load(const Team<kHeads>& team, int phase) {
-    constexpr int kTiles = kBlockTokens / kTileTokens;
     const GroupScratch& w = team.group.scratch;
     const int heads = team.heads();
-    const int64_t blocks = NumBlocks(team.group), per_block = stride <= kTiles ? kTiles / stride : 1;
-    const int64_t items = stride <= kTiles ? blocks * per_block : (blocks + stride - 1) / stride * kTiles;
+    const int64_t blocks = NumBlocks(team.group), items = SampledTiles(stride, blocks);
 #pragma unroll
     for (int i = 0; i < kTokens; i += 2) {
       // Lanes of 8 take a tile, two tokens each.
       const int64_t item = (int64_t{i} / 2 * kThreads + threadIdx.x) / (kTileTokens / 2);
-      int64_t b;
-      int tile;
-      if (stride <= kTiles) {
-        b = item / per_block;
-        tile = static_cast<int>((phase + b) % stride + item % per_block * stride);
-      } else {
-        tile = static_cast<int>(item % kTiles);
-        b = item / kTiles * stride + (tile - phase % stride + stride) % stride;
-      }
+      const auto [b, tile] = SampledTile(stride, phase, item);
       const bool in = item < items && b < blocks;
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {

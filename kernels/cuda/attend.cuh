@@ -1,0 +1,197 @@
+// Attention of a team: over its list of drawn or given rows, over every token, and the merging of its
+// thread blocks' states.
+#ifndef VATTN_KERNELS_CUDA_ATTEND_CUH_
+#define VATTN_KERNELS_CUDA_ATTEND_CUH_
+
+#include <cmath>
+
+#include "kernels/cuda/team.cuh"
+#include "kernels/cuda/verify.cuh"
+
+namespace vattn::cuda {
+
+// Queries of heads [first, first + kHeads) behind the tiles in dynamic shared memory.
+template <int kHeads>
+__device__ float* LoadQueries(Team<kHeads>& team, int first) {
+  const RowLayout& row = team.p.storage.host.row;
+  float* queries = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) - kHeads * row.dim_k;
+  const int now = min(kHeads, team.heads() - first);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kHeads * row.dim_k; i += kThreads) {
+    queries[i] = i < now * row.dim_k ? team.group.scratch.query[static_cast<int64_t>(first) * row.dim_k + i] : 0;
+  }
+  return queries;
+}
+
+// States of all heads over this block's tiles of the list. log_weights: added to the logits, in place of
+// the inclusion probabilities at `scale`; null: those.
+template <DType kType, int kHeads>
+__device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float scale, const float* log_weights) {
+  const GroupScratch& w = team.group.scratch;
+  const HotSetRef& hot = team.p.hot;
+  const RowLayout& row = team.p.storage.host.row;
+  const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
+  const int heads = team.heads(), tid = threadIdx.x;
+  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
+  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
+  const auto place = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  for (int first = 0; first < heads; first += kHeads) {
+    const float* queries = LoadQueries(team, first);
+    if (tid < kHeads) {
+      team.shared.rows.most[tid] =
+          log_weights != nullptr || first + tid >= heads ? -INFINITY : team.shared.head[first + tid].shift;
+    }
+    float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (row.dim_v + 3);
+    AttendTiles<kType, kHeads>(
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, heads - first), queries, team.memory, team.shared.rows, state,
+        [&](int k, int r) -> uint64_t {
+          const int64_t i = place(k, r);
+          return i < count ? LoadShared(w.row + i) : 0;
+        },
+        [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
+        [&](int k, int r) {
+          const int64_t i = place(k, r);
+          team.shared.slot[r] = first == 0 ? LoadShared(w.slot + i) : -1;
+          if (log_weights != nullptr) return make_float2(log_weights[i], 1);
+          return make_float2(0, 1 / Min(1.f, scale * LoadShared(w.weight + i)));
+        },
+        [&](int k, int r, int h, float logit) {
+          const int64_t i = place(k, r);
+          w.logit[(first + h) * w.capacity + i] = logit;
+          if (first + h == 0) w.norm2[i] = team.shared.rows.norm2[r];
+        },
+        [&](int k, const std::byte* tile) {
+          if (first > 0 || hot.slots == 0) return;
+          __syncthreads();  // shared.slot is there
+          const int per_row = row.row_bytes / 16;
+          const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
+          for (int c = tid; c < n * per_row; c += kThreads) {
+            const int r = c / per_row, part = c - r * per_row;
+            const int32_t slot = team.shared.slot[r];
+            if (slot < 0) continue;
+            *reinterpret_cast<uint4*>(hot.rows + static_cast<int64_t>(slot) * row.row_bytes + part * 16) =
+                *reinterpret_cast<const uint4*>(tile + r * shape.pitch + part * 16);
+          }
+        });
+  }
+}
+
+// States of all heads over this block's tiles of every token.
+template <DType kType, int kHeads>
+__device__ __noinline__ void AttendAll(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  const RowLayout& row = team.p.storage.host.row;
+  const TileShape shape = MakeTileShape(row.row_bytes);
+  const int64_t count = team.group.tokens;
+  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
+  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
+  const auto token = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  for (int first = 0; first < team.heads(); first += kHeads) {
+    const float* queries = LoadQueries(team, first);
+    if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
+    AttendTiles<kType, kHeads>(
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
+        w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+        [&](int k, int r) -> uint64_t {
+          return token(k, r) < count ? reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token(k, r)))
+                                     : 0;
+        },
+        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); },
+        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {}, [](int, const std::byte*) {});
+  }
+}
+
+// Rows that AttendList brought to the hot set may be found there from now on. After a barrier, so that
+// they are whole.
+template <int kHeads>
+__device__ void Publish(Team<kHeads>& team, int64_t count) {
+  const GroupScratch& w = team.group.scratch;
+  const HotSetRef& hot = team.p.hot;
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count; i += int64_t{team.size} * kThreads) {
+    const int32_t slot = LoadShared(w.slot + i);
+    if (slot < 0) continue;
+    const uint32_t token = LoadShared(w.token + i);
+    const int64_t block = team.group.blocks[token / kBlockTokens];
+    __threadfence();
+    *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) = slot;
+    w.row[i] = reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * team.p.storage.host.row.row_bytes);
+    w.slot[i] = -1;
+  }
+}
+
+// Merges the team's states of this block's heads, and those of sinks and window if `fixed`: output,
+// shift, denominator and ref to scratch; publishes the first `count` rows of the list. Barriers before
+// and after.
+template <int kHeads>
+__device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count) {
+  const GroupScratch& w = team.group.scratch;
+  const Promise& promise = team.p.promise;
+  const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
+  const int parts = team.size + (fixed ? kFixedParts : 0);
+  __shared__ float norms[kWarps];
+  float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
+  const auto state = [&](int r, int h) {
+    const float* from = r < team.size ? w.state + static_cast<int64_t>(r) * heads * (dim + 3)
+                                      : w.fixed + static_cast<int64_t>(r - team.size) * heads * (dim + 3);
+    return from + static_cast<int64_t>(h) * (dim + 3);
+  };
+  team.Sync();
+  Publish(team, count);
+  for (int h = team.rank; h < heads; h += team.size) {
+    float most = -INFINITY;
+    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadShared(state(r, h) + dim));
+    most = WarpMax(most);
+    __syncthreads();
+    if (tid % kWarp == 0) norms[tid / kWarp] = most;
+    __syncthreads();
+    for (int i = 0; i < kWarps; ++i) most = fmaxf(most, norms[i]);
+    float mass = 0, mass2 = 0;
+    for (int r = tid; r < parts; r += kThreads) {
+      const float* at = state(r, h) + dim;
+      const float f = LoadShared(at + 1) == 0 ? 0 : expf(LoadShared(at) - most);
+      factor[r] = f;
+      mass += f * LoadShared(at + 1);
+      mass2 += f * LoadShared(at + 2);
+    }
+    mass = fmaxf(BlockSum(mass, norms), 1e-30f);
+    mass2 = BlockSum(mass2, norms);
+    float norm2 = 0;
+    for (int j = tid; j < dim; j += kThreads) {
+      float sum = 0;
+      for (int r = 0; r < parts; ++r) sum = fmaf(factor[r], LoadShared(state(r, h) + j), sum);
+      const float o = sum / mass;
+      w.output[static_cast<int64_t>(h) * dim + j] = o;
+      norm2 = fmaf(o, o, norm2);
+    }
+    norm2 = BlockSum(norm2, norms);
+    if (tid == 0) {
+      HeadWork work = team.shared.head[h];
+      if (most > work.shift) work.mass *= expf(work.shift - most);
+      work.shift = most;
+      work.denominator = mass;
+      work.ref = sqrtf(norm2);
+      if (promise.norm == Norm::kValue) work.ref = Max(work.ref, promise.norm_floor * sqrtf(Max(mass2 / mass, 0.f)));
+      w.head[h] = work;
+    }
+    __syncthreads();
+  }
+  team.Sync();
+}
+
+// What the blocks of the other heads left in scratch.head and group.state, to all.
+template <int kHeads>
+__device__ void TakeHeads(Team<kHeads>& team, bool states) {
+  const int words = sizeof(HeadWork) / 4, state_words = sizeof(HeadState) / 4;
+  __syncthreads();
+  for (int i = threadIdx.x; i < team.heads() * words; i += kThreads) {
+    reinterpret_cast<float*>(team.shared.head)[i] = LoadShared(reinterpret_cast<const float*>(team.group.scratch.head) + i);
+  }
+  for (int i = threadIdx.x; states && i < team.heads() * state_words; i += kThreads) {
+    reinterpret_cast<float*>(team.shared.state)[i] = LoadShared(reinterpret_cast<const float*>(team.group.state) + i);
+  }
+  __syncthreads();
+}
+
+}  // namespace vattn::cuda
+
+#endif  // VATTN_KERNELS_CUDA_ATTEND_CUH_
