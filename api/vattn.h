@@ -185,7 +185,9 @@ typedef struct vattn_options {
   float topk_share;           /* .05: top-k of the middle per query head; [0, 1] */
   float base_share;           /* .05: base sample of the middle, VATTN_POLICY_TOPK_UNIFORM; [0, 1] */
   int32_t target;             /* vattn_target */
-  float hot_share;            /* .05: share of the middle that the hot set may hold; [0, 1] */
+  /* .05: share of the middle that the hot set may hold; [0, 1]. On CUDA each batch keeps one of its own
+   * in device memory, with this share of the rows of the host pool. */
+  float hot_share;
   int32_t reserved0;          /* 0 */
 
   /* Logger; NULL keeps the library silent. */
