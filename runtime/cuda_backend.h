@@ -42,8 +42,6 @@ class CudaBackend {
   uint32_t generation(int32_t block) const { return generations_[block].load(std::memory_order_relaxed); }
   void Renew(int32_t block) { generations_[block].fetch_add(1, std::memory_order_relaxed); }
 
-  uint64_t device_bytes() const { return codes_.size() + counters_.size() + quantile_.size(); }
-
  private:
   CudaBackend() = default;
 

@@ -83,10 +83,6 @@ absl::Status CudaBatch::Allocate() {
   return d.Synchronize(d.stream());
 }
 
-uint64_t CudaBatch::device_bytes() const {
-  return tables_.size() + scratch_.size() + forget_.size() + staging_.size() + hot_rows_.size() + hot_tables_.size();
-}
-
 absl::Status CudaBatch::ForgetRenewed(DeviceStream stream) {
   std::vector<int32_t> renewed;
   for (const Filled& f : filled_) {
@@ -171,7 +167,7 @@ void CudaBatch::FillGroups(int l, int new_tokens, cuda::StepHeader& header, cuda
                                    memory, g.scratch);
     }
   }
-  header = {.scan_blocks = scanned, .num_groups = count, .new_tokens = new_tokens};
+  header = {.scan_blocks = scanned, .num_groups = count};
 }
 
 absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream) {

@@ -30,8 +30,6 @@ class CudaBatch {
   // blocks until they are filled. It also blocks without a stream.
   absl::Status Call(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
 
-  uint64_t device_bytes() const;
-
  private:
   struct Filled {
     Sequence* sequence;

@@ -122,7 +122,6 @@ absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) 
       if (!memory.ok()) return memory.status();
       VATTN_RETURN_IF_ERROR(d.Copy(memory->data(), group.index->floats().data(),
                                    static_cast<uint64_t>(group.index->bytes()), stream));
-      index_bytes_ += memory->size();
       group.device_index = std::make_shared<DeviceMemory>(*std::move(memory));
     }
   }

@@ -36,9 +36,6 @@ class CudaSequence {
   const int32_t* blocks(int layer, int head) const;
   HeadState* state(int layer, int head) const;
   std::byte* fixed(int layer, int head) const;
-  uint64_t device_bytes() const {
-    return tables_.size() + states_.size() + fixed_.size() + items_.size() + index_bytes_;
-  }
 
  private:
   explicit CudaSequence(CudaBackend& backend) : backend_(backend) {}
@@ -58,7 +55,6 @@ class CudaSequence {
   DeviceMemory states_;           // HeadState
   DeviceMemory fixed_;            // [groups][sinks + ring][row_bytes]
   DeviceMemory items_;            // of the last Send
-  uint64_t index_bytes_ = 0;
   std::vector<int32_t> load_codes_;
   bool fixed_loaded_ = false;
   bool busy_ = false;

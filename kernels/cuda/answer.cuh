@@ -106,9 +106,8 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
   const RowLayout& row = team.p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes);
   const int64_t most = team.group.tokens;
-  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
-  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
-  const auto place = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  const int tiles = team.Tiles(count, shape.rows);
+  const auto place = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
   for (int first = 0; first < team.heads(); first += kHeads) {
     const float* queries = LoadQueries(team, first);
     if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
@@ -218,11 +217,11 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   Plan plan = FinishPlan(team);
   const bool sampled = IsFinite(plan.expected);  // NaN in one head's query or in codes draws nothing
   if (team.p.task == Task::kSelect) {
-    const int64_t drawn = Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0);
+    const int64_t drawn = Max(Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0), int64_t{0});
     if (team.rank == 0) {
       for (int i = threadIdx.x; i < heads; i += kThreads) team.group.state[i] = team.shared.state[i];
     }
-    AnswerSelect(team, Max(drawn, int64_t{0}), plan.scale);
+    AnswerSelect(team, drawn, plan.scale);
     const int64_t fetched = SumFetched(team);
     WriteReport(team, {.selected = drawn, .fetched = fetched, .looks = 1});
     return;

@@ -32,9 +32,8 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
   const RowLayout& row = team.p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
   const int heads = team.heads(), tid = threadIdx.x;
-  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
-  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
-  const auto place = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  const int tiles = team.Tiles(count, shape.rows);
+  const auto place = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
   for (int first = 0; first < heads; first += kHeads) {
     const float* queries = LoadQueries(team, first);
     if (tid < kHeads) {
@@ -83,9 +82,8 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
   const RowLayout& row = team.p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes);
   const int64_t count = team.group.tokens;
-  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
-  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
-  const auto token = [&](int k, int r) { return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + r; };
+  const int tiles = team.Tiles(count, shape.rows);
+  const auto token = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
   for (int first = 0; first < team.heads(); first += kHeads) {
     const float* queries = LoadQueries(team, first);
     if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;

@@ -88,7 +88,6 @@ struct DeviceGroup {
 struct StepHeader {
   int64_t scan_blocks = 0;  // of all groups
   int32_t num_groups = 0;
-  int32_t new_tokens = 0;
 };
 
 // Sums over calls, read by vattn_runtime_stats.

@@ -28,9 +28,7 @@ struct TeamShared {
   int32_t kept[kWarps];  // candidates that each warp draws
   double total[kPartials(kMaxDeviceGroup)];
   int32_t slot[kMostTileRows];
-  int64_t key[kMostTileRows];
   int32_t count, fetched;
-  float factor;
 };
 
 // A thread block's view of its team at work on one group.
@@ -85,6 +83,14 @@ struct Team {
       __syncthreads();
     }
   }
+
+  // Tiles of `rows` rows go round the thread blocks of the team: how many of a list of `count` rows this
+  // one has, and the place in the list of row r of its k-th.
+  __device__ int Tiles(int64_t count, int rows) const {
+    const int all = static_cast<int>((count + rows - 1) / rows);
+    return all > rank ? (all - rank + size - 1) / size : 0;
+  }
+  __device__ int64_t RowPlace(int rows, int k, int r) const { return (rank + int64_t{k} * size) * rows + r; }
 
   // Segments of the middle (draw.cuh) that a warp of this thread block looks at: from here up to
   // SegmentBegin(warp + 1). Those of the block are a contiguous run.

@@ -44,8 +44,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
   const TileShape shape =
       MakeTileShape(row.dim_v * Element<kType>::kBytes, MakeTileShape(row.row_bytes, count, team.size).rows);
   const int tid = threadIdx.x, heads = team.heads();
-  const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
-  const int tiles = all > team.rank ? (all - team.rank + team.size - 1) / team.size : 0;
+  const int tiles = team.Tiles(count, shape.rows);
   float* outputs = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) - kHeads * row.dim_v;
   double* sums = reinterpret_cast<double*>(team.memory);
   const int r = tid % shape.rows, h = tid / shape.rows;
@@ -62,9 +61,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     }
     double variance = 0, squares = 0, mass = 0, spread = 0, tail = 0;
     const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
-    const auto place = [&](int k, int row_of_tile) {
-      return (team.rank + static_cast<int64_t>(k) * team.size) * shape.rows + row_of_tile;
-    };
+    const auto place = [&](int k, int row_of_tile) { return team.RowPlace(shape.rows, k, row_of_tile); };
     WalkTiles(
         shape, team.p.storage.tiles_in_flight, tiles, team.shared.rows.address, team.memory,
         [&](int k, int row_of_tile) -> uint64_t {
