@@ -13,8 +13,7 @@ namespace vattn {
 constexpr float kDefensive = .1f;  // floor of a token's contribution, of the mean
 constexpr float kMargin = .9f;     // the plan aims below epsilon by this factor
 constexpr int kPlanRounds = 12;    // of the fixed point on a part of the tiles, at most
-constexpr int kLeastRounds = 3;
-constexpr float kClose = .05f;     // |ln| of the worst head's variance over its target that ends them
+constexpr float kClose = .3f;      // |ln| of the worst head's variance over its target that ends them
 constexpr float kTiny = 1e-20f;    // of a variance, in the unit of the values
 constexpr float kLeastUnit = 1e-30f;
 constexpr float kExponent = 1.6f;  // damping: alone, a multiplier moves variance by its power -1/2
@@ -33,7 +32,7 @@ constexpr float kLeastOthers = 1e-3f;  // of the denominator
 constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
 
 // One tile in so many is looked at while multipliers are sought: at most so many tokens and a block.
-constexpr int64_t kPlanTokens = 8192;
+constexpr int64_t kPlanTokens = 4096;
 constexpr int kLeastPlanStride = 4;
 VATTN_HD inline int PlanStride(int64_t middle) {
   int stride = kLeastPlanStride;

@@ -10,7 +10,6 @@
 namespace vattn {
 namespace {
 
-constexpr int kScanBlocksPerMultiprocessor = 4;
 constexpr int64_t kScratchTokens = 4096;  // working memory grows in steps of so many tokens
 
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -229,7 +228,7 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
             .timeline = r.timeline,
             .out_dtype = r.out_dtype};
   p.selection = {selection.capacity, selection.tokens, selection.log_weights, selection.counts};
-  return d.Check(cuda::Decode(p, answer_[r.layer], kScanBlocksPerMultiprocessor * d.facts().multiprocessors,
+  return d.Check(cuda::Decode(p, answer_[r.layer], d.facts().multiprocessors,
                               {stream}),
                  "enqueueing attention");
 }

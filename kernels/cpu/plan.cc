@@ -62,7 +62,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     Predict(group, plan, stride, phase, stream);
     float worst = -100;
     for (int g = 0; g < heads; ++g) worst = std::max(worst, MoveMultiplier(tiny, w.head[g], group.state[g]));
-    if (round >= kLeastRounds && std::abs(worst) < kClose) break;
+    if (std::abs(worst) < kClose) break;
   }
   Predict(group, plan, 1, 0, stream);
   // What is left of the gap is closed for the worst head by one factor on every probability.

@@ -340,8 +340,6 @@ __global__ void __launch_bounds__(kThreads, 1) AnswerKernel(const __grid_constan
   }
 }
 
-constexpr int kMostTeam = 16;  // more thread blocks wait longer for each other than they save
-
 template <DType kType, int kHeads>
 int LaunchAnswer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
   const auto kernel = AnswerKernel<kType, kHeads>;

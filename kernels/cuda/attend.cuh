@@ -153,10 +153,20 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     }
     mass = fmaxf(BlockSum(mass, norms), 1e-30f);
     mass2 = BlockSum(mass2, norms);
+    // Several threads share an element, so that its parts are loaded at a time.
+    const int shares = Max(kThreads / dim, 1);
+    float* share = factor + parts;  // [shares][dim]
+    for (int i = tid; i < shares * dim; i += kThreads) {
+      float sum = 0;
+#pragma unroll 8
+      for (int r = i / dim; r < parts; r += shares) sum = fmaf(factor[r], LoadShared(state(r, h) + i % dim), sum);
+      share[i] = sum;
+    }
+    __syncthreads();
     float norm2 = 0;
     for (int j = tid; j < dim; j += kThreads) {
       float sum = 0;
-      for (int r = 0; r < parts; ++r) sum = fmaf(factor[r], LoadShared(state(r, h) + j), sum);
+      for (int i = 0; i < shares; ++i) sum += share[i * dim + j];
       const float o = sum / mass;
       w.output[static_cast<int64_t>(h) * dim + j] = o;
       norm2 = fmaf(o, o, norm2);

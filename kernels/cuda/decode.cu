@@ -91,10 +91,10 @@ int Answer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
   }
 }
 
-int Decode(const DecodeParams& p, const AnswerShape& shape, int scan_blocks, Stream stream) {
+int Decode(const DecodeParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
   int error = Prepare(p, stream);
   const bool sampled = p.promise.policy == Policy::kVerified && p.task != Task::kAttendSelected;
-  if (error == cudaSuccess && sampled) error = Scan(p, scan_blocks, stream);
+  if (error == cudaSuccess && sampled) error = Scan(p, multiprocessors, stream);
   if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);
   if (error == cudaSuccess && sampled) error = Predict(p, stream);
   if (error == cudaSuccess) error = Answer(p, shape, stream);

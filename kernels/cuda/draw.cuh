@@ -168,30 +168,55 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
     __syncwarp();
   }
   int candidates = 0;
+  // Estimates of kHeads heads from `first` on of block b, and the unit of head first + lane % kHeads.
+  constexpr bool kAhead = kHeads <= 4;  // there are registers for the next block's
+  __half2 held[kHeads][kDrawTokens / 2], next[kAhead ? kHeads : 1][kDrawTokens / 2];
+  float shift = 0, next_shift = 0;
+  const auto load = [&](int64_t b, int first, auto& to, float& unit) {
+    const int mine = first + lane % kHeads;
+    unit = mine < heads ? shifts[b * heads + mine] : 0;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const uint16_t* from = estimates + (b * heads + first + h) * kBlockTokens;
+#pragma unroll
+      for (int k = 0; k < kDrawTokens / 2; ++k) {
+        to[h][k] = first + h < heads ? *reinterpret_cast<const __half2*>(from + DrawToken(lane, 2 * k)) : __half2{};
+      }
+    }
+  };
+  if constexpr (kAhead) {
+    if (heads <= kHeads && begin < end) load(begin, 0, next, next_shift);
+  }
   for (int64_t b = begin; b < end; ++b) {
     const uint16_t* estimate = estimates + b * heads * kBlockTokens;
     float weight2[kDrawTokens] = {};
-    __half2 held[kHeads][kDrawTokens / 2];  // estimates
-    float own = 0;                          // gain of head lane % kHeads
+    float own = 0;  // gain of head lane % kHeads
     for (int first = 0; first < heads; first += kHeads) {
+      bool loaded = false;
+      if constexpr (kAhead) {
+        if (heads <= kHeads) {
+#pragma unroll
+          for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+            for (int k = 0; k < kDrawTokens / 2; ++k) held[h][k] = next[h][k];
+          }
+          shift = next_shift;
+          if (b + 1 < end) load(b + 1, 0, next, next_shift);
+          loaded = true;
+        }
+      }
+      if (!loaded) load(b, first, held, shift);
       const int mine = first + lane % kHeads;
-      own = mine < heads ? expf(log_gain[mine] + shifts[b * heads + mine]) : 0;
+      own = mine < heads ? expf(log_gain[mine] + shift) : 0;
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         const float gain = __shfl_sync(kAllLanes, own, h);
-        if (first + h < heads) {
-          const float least = heads > kHeads ? floors[first + h] : floor[h];
-          const uint16_t* from = estimate + (first + h) * kBlockTokens;
+        const float least = heads <= kHeads ? floor[h] : first + h < heads ? floors[first + h] : 0;
 #pragma unroll
-          for (int k = 0; k < kDrawTokens / 2; ++k) {
-            held[h][k] = *reinterpret_cast<const __half2*>(from + DrawToken(lane, 2 * k));
-            const float2 e = __half22float2(held[h][k]);
-            AddWeight(e.x, gain, least, weight2[2 * k]);
-            AddWeight(e.y, gain, least, weight2[2 * k + 1]);
-          }
-        } else {
-#pragma unroll
-          for (int k = 0; k < kDrawTokens / 2; ++k) held[h][k] = __half2{};
+        for (int k = 0; k < kDrawTokens / 2; ++k) {
+          const float2 e = __half22float2(held[h][k]);
+          AddWeight(e.x, gain, least, weight2[2 * k]);
+          AddWeight(e.y, gain, least, weight2[2 * k + 1]);
         }
       }
     }
@@ -269,7 +294,11 @@ __device__ void SumPredicted(Team<kHeads>& team) {
   __syncthreads();
   for (int h = warp; h <= heads; h += kWarps) {
     double sum = 0;
-    for (int s = lane; s < segments; s += kWarp) sum += LoadShared(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h);
+#pragma unroll
+    for (int i = 0; i < kMostSegments / kWarp; ++i) {
+      const int s = i * kWarp + lane;
+      sum += s < segments ? LoadShared(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h) : 0.f;
+    }
     sum = WarpSum(sum);
     if (lane == 0) team.shared.total[h] = sum;
   }
@@ -324,12 +353,9 @@ __device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high, 
     double* totals = w.partial + static_cast<int64_t>(team.parity) * team.size * kPartials(team.heads());
     if (tid == 0) totals[team.rank] = own;
     team.Sync();
-    all = 0;
-    for (int r = 0; r < team.size; ++r) {
-      const int64_t n = static_cast<int64_t>(LoadShared(totals + r));
-      if (r < team.rank) first += n;
-      all += n;
-    }
+    const int n = lane < team.size ? static_cast<int>(LoadShared(totals + lane)) : 0;
+    first += WarpSum(lane < team.rank ? n : 0);
+    all = WarpSum(n);
     team.parity ^= 1;
   }
   if (count + all > w.capacity) return -1;

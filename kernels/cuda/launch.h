@@ -14,7 +14,7 @@ int TilesInFlight(const Storage& storage);
 AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups);
 
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
-int Decode(const DecodeParams& params, const AnswerShape& shape, int scan_blocks, Stream stream);
+int Decode(const DecodeParams& params, const AnswerShape& shape, int multiprocessors, Stream stream);
 
 // Codes of `count` items in device memory, `most` tokens at most in one of them.
 int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, Stream stream);

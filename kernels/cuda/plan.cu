@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant_
 }
 
 template <int kHeads>
-__global__ void __launch_bounds__(kPredictThreads, kHeads <= 4 ? 5 : 4) PredictKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kPredictThreads, 4) PredictKernel(const __grid_constant__ DecodeParams p) {
   const int warp = threadIdx.x / kWarp, groups = p.header->num_groups;
   // Segments go round the groups, so that neighbouring warps share no group's tables but all have work.
   const int64_t all = static_cast<int64_t>(groups) * kMostSegments;

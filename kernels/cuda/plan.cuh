@@ -17,6 +17,19 @@ struct Plan {
   bool feasible = true;   // false: more than max_selected_share of the middle would be needed
 };
 
+// A sum in the unit exp(most), and another one added to it.
+inline __device__ void MergeSum(float& most, float& sum, float other_most, float other_sum) {
+  const float both = fmaxf(most, other_most);
+  if (both == -INFINITY) return;
+  sum = fmaf(sum, expf(most - both), other_sum * expf(other_most - both));
+  most = both;
+}
+inline __device__ void MergeOverWarp(float& most, float& sum) {
+  const float all = WarpMax(most);
+  sum = WarpSum(all == -INFINITY ? 0.f : sum * expf(most - all));
+  most = all;
+}
+
 // shared.head[h].shift, mass and denominator.
 template <int kHeads>
 __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
@@ -28,48 +41,30 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   const float* const masses = w.mass;
   double* parts = w.partial + static_cast<int64_t>(team.parity) * team.size * stride;
   for (int first = 0; first < heads; first += kHeads) {
-    // Largest of each head first, so that the sums need no rescaling. shared.sums carries both.
-    float most[kHeads], mass[kHeads] = {};
+    float most[kHeads], mass[kHeads];
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) most[h] = -INFINITY;
-#pragma unroll 4
+    for (int h = 0; h < kHeads; ++h) most[h] = -INFINITY, mass[h] = 0;
+#pragma unroll 2
     for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        if (first + h < heads) most[h] = fmaxf(most[h], shifts[b * heads + first + h]);
+        if (first + h < heads) MergeSum(most[h], mass[h], shifts[b * heads + first + h], masses[b * heads + first + h]);
       }
     }
-    const auto over_warps = [&](const float (&own)[kHeads], auto&& of_warp, auto&& merge, float (&out)[kHeads]) {
-      __syncthreads();
+    __syncthreads();
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        const float x = of_warp(own[h]);
-        if (lane == 0) team.shared.sums[warp][h] = x;
-      }
-      __syncthreads();
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        out[h] = team.shared.sums[0][h];
-        for (int j = 1; j < kWarps; ++j) out[h] = merge(out[h], team.shared.sums[j][h]);
-      }
-    };
-    over_warps(most, [](float x) { return WarpMax(x); }, [](float x, float y) { return fmaxf(x, y); }, most);
-#pragma unroll 4
-    for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (first + h >= heads) continue;
-        const int64_t at = b * heads + first + h;
-        mass[h] = fmaf(masses[at], expf(shifts[at] - most[h]), mass[h]);
-      }
+    for (int h = 0; h < kHeads; ++h) {
+      MergeOverWarp(most[h], mass[h]);
+      if (lane == 0) team.shared.sums[warp][2 * h] = most[h], team.shared.sums[warp][2 * h + 1] = mass[h];
     }
-    over_warps(mass, [](float x) { return WarpSum(x); }, [](float x, float y) { return x + y; }, mass);
-    if (threadIdx.x == 0) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (first + h >= heads) continue;
-        parts[team.rank * stride + 2 * (first + h)] = most[h];
-        parts[team.rank * stride + 2 * (first + h) + 1] = mass[h];
+    __syncthreads();
+    if (warp < kHeads && first + warp < heads) {
+      float all = lane < kWarps ? team.shared.sums[lane][2 * warp] : -INFINITY;
+      float sum = lane < kWarps ? team.shared.sums[lane][2 * warp + 1] : 0;
+      MergeOverWarp(all, sum);
+      if (lane == 0) {
+        parts[team.rank * stride + 2 * (first + warp)] = all;
+        parts[team.rank * stride + 2 * (first + warp) + 1] = sum;
       }
     }
   }
@@ -216,7 +211,7 @@ __device__ void FindMultipliers(Team<kHeads>& team, Predict&& predict) {
     float worst = -100;
     for (int h = 0; h < heads; ++h) worst = Max(worst, team.shared.sums[0][h]);
     __syncthreads();
-    if (round >= kLeastRounds && fabsf(worst) < kClose) break;
+    if (fabsf(worst) < kClose) break;
   }
 }
 

@@ -1,6 +1,6 @@
 // Scan of the index: predicted scores of every middle token for every head of its group, as fp16
 // estimates relative to the largest of their block (kernels/cpu/scan.h has the definition). A warp takes
-// a block of 256 tokens: a lane holds neighbouring tokens, so that one load brings a code word of each.
+// a block of 256 tokens, 32 at a time: tensor cores multiply their codes with up to 8 heads' queries.
 #include <cmath>
 
 #include "kernels/cuda/stages.h"
@@ -11,158 +11,263 @@ namespace vattn::cuda {
 namespace {
 
 constexpr int kScanThreads = 256;
-constexpr int kTokens = 4;                    // of a lane at a time
-constexpr int kRunTokens = kWarp * kTokens;   // of a warp
-constexpr int kRuns = kBlockTokens / kRunTokens;
+constexpr int kScanWarps = kScanThreads / kWarp;
+constexpr int kScanBlocks = 2;   // of a multiprocessor: few warps, but registers for what is on its way
+constexpr int kPartTokens = 32;  // of a warp at a time: two tiles
+constexpr int kParts = kBlockTokens / kPartTokens;
+constexpr int kQuad = 4;         // lanes that share rows of a matrix product: lane = 4 * row + place
 
+// Code words of a token by precision (kernels/geometry.h). A word holds 1, 2 or 4 runs of 4 dimensions.
 struct Words {
   int words8, words4, words2;
+
+  __device__ int all() const { return words8 + words4 + words2; }
+  __device__ int Runs(int word) const { return word < words8 ? 1 : word < words8 + words4 ? 2 : 4; }
+  __device__ int FirstRun(int word) const {
+    const int over8 = word - words8, over4 = over8 - words4;
+    return over8 < 0 ? word : over4 < 0 ? words8 + 2 * over8 : words8 + 2 * words4 + 4 * over4;
+  }
+  // Place q of a quad takes words q, 4 + q, 8 + q, ...: of the i-th four, the most runs in one.
+  __device__ int MostRuns(int i) const { return Runs(min(all(), kQuad * (i + 1)) - 1); }
 };
 
-// The polynomial of kernels/cpu/scan.cc, operation by operation.
+// The polynomial of kernels/cpu/scan.cc, operation by operation; adding and subtracting kRound rounds to
+// the nearest integer, whose low bits it leaves where the exponent wants them.
 __device__ float ExpNegative(float x) {
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23
   const float y = fmaxf(__fmul_rn(x, 1.44269504f), -30.f);
-  const float n = rintf(y);
-  const float f = __fsub_rn(y, n);
+  const float r = __fadd_rn(y, kRound);
+  const float f = __fsub_rn(y, __fsub_rn(r, kRound));
   float p = fmaf(f, .00961813f, .05550411f);
   p = fmaf(f, p, .24022651f);
   p = fmaf(f, p, .69314718f);
   p = fmaf(f, p, 1.f);
-  const float e = __int_as_float(__float_as_int(p) + (static_cast<int>(n) << 23));
+  const float e = __int_as_float(__float_as_int(p) + (__float_as_int(r) << 23));
   return y > -29.f ? e : 0;
 }
 
-// acc[h][t] += the dot products of one run of 4 dimensions: codes of the lane's tokens with run r.
+// acc += codes of 16 tokens times queries of 8 heads over two runs a lane. Lane 4 g + q: low, high are
+// rows g and g + 8 of the codes' runs 0 and 1, b the same runs of head g's query; acc: rows g, g, g + 8,
+// g + 8 with heads 2 q, 2 q + 1 (mma.m16n8k32).
+__device__ void Multiply(int (&acc)[4], uint32_t low0, uint32_t high0, uint32_t low1, uint32_t high1, int32_t b0,
+                         int32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(low0), "r"(high0), "r"(low1), "r"(high1), "r"(b0), "r"(b1));
+}
+
+// What a lane does with word 4 i + place of its tokens, and its part of head `row`'s query.
+struct WordPlan {
+  int bits;
+  uint32_t mask;
+  int32_t query[4];  // runs of the word, 0 where there is none
+};
+__device__ WordPlan PlanWord(const Words& words, const PackedQueries& q, int i) {
+  const int lane = threadIdx.x % kWarp, word = kQuad * i + lane % kQuad;
+  const int runs = word < words.all() ? words.Runs(word) : 0;
+  WordPlan plan;
+  plan.bits = runs <= 1 ? 8 : runs == 2 ? 4 : 2;
+  plan.mask = runs <= 1 ? 0xffffffffu : runs == 2 ? 0x0f0f0f0fu : 0x03030303u;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) plan.query[r] = r < runs ? q.run[words.FirstRun(word) + r][lane / kQuad] : 0;
+  return plan;
+}
+
+// acc[0]: tokens 4 g, 4 g + 1 of the 32, acc[1]: 4 g + 2, 4 g + 3. `most` runs are looked at.
+__device__ void AddWord(const uint4& word, const WordPlan& plan, int most, int (&acc)[2][4]) {
+  const uint32_t w[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int run = 0; run < 4; run += 2) {
+    if (run >= most) break;
+    uint32_t low[4], high[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      low[t] = (w[t] >> (plan.bits * run)) & plan.mask;
+      high[t] = run + 1 < most ? (w[t] >> (plan.bits * (run + 1))) & plan.mask : 0;
+    }
+    Multiply(acc[0], low[0], low[1], high[0], high[1], plan.query[run], plan.query[run + 1]);
+    Multiply(acc[1], low[2], low[3], high[2], high[3], plan.query[run], plan.query[run + 1]);
+  }
+}
+
+// How the scores of 32 tokens lie over the lanes of a warp: kTokens tokens from FirstToken() on for kOwn
+// heads from FirstHead() on.
 template <int kHeads>
-__device__ void DotRun(const uint32_t (&codes)[kTokens], const int32_t* run, int (&acc)[kHeads][kTokens]) {
-  int32_t q[kHeads];
-  if constexpr (kHeads % 4 == 0) {
-#pragma unroll
-    for (int h = 0; h < kHeads; h += 4) *reinterpret_cast<int4*>(q + h) = *reinterpret_cast<const int4*>(run + h);
-  } else {
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) q[h] = run[h];
-  }
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) acc[h][t] = __dp4a(static_cast<int>(codes[t]), q[h], acc[h][t]);
-  }
-}
+struct Spread {
+  static constexpr int kOwn = kHeads == 1 ? 1 : 2;
+  static constexpr int kTokens = kHeads * kPartTokens / kWarp / kOwn > 0 ? kHeads * kPartTokens / kWarp / kOwn : 1;
+  static constexpr int kSharing = kQuad * kOwn / (kHeads > 2 ? kHeads : kOwn);  // lanes of a quad with a head
 
-template <int kBits, int kHeads>
-__device__ void DotWord(const uint4& word, const int32_t (*run)[8], int (&acc)[kHeads][kTokens]) {
-  constexpr uint32_t kMask = kBits == 8 ? 0xffffffffu : kBits == 4 ? 0x0f0f0f0fu : 0x03030303u;
-  const uint32_t w[kTokens] = {word.x, word.y, word.z, word.w};
-#pragma unroll
-  for (int i = 0; i < 8 / kBits; ++i) {
-    uint32_t codes[kTokens];
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) codes[t] = (w[t] >> (kBits * i)) & kMask;
-    DotRun<kHeads>(codes, run[i], acc);
+  static __device__ int Row() { return threadIdx.x % kWarp / kQuad; }
+  static __device__ int Place() { return threadIdx.x % kQuad; }
+  static __device__ int FirstHead() { return kHeads == 8 ? 2 * Place() : kHeads == 4 ? 2 * (Place() % 2) : 0; }
+  static __device__ int FirstToken() {
+    return 4 * Row() + (kHeads == 8 ? 0 : kHeads == 4 ? 2 * (Place() / 2) : Place());
   }
-}
 
-// Ordered like the float it is made of.
-__device__ int OrderedInt(float x) {
-  const int i = __float_as_int(x);
-  return i < 0 ? i ^ 0x7fffffff : i;
-}
-__device__ float FromOrderedInt(int i) { return __int_as_float(i < 0 ? i ^ 0x7fffffff : i); }
+  // Sums as Multiply leaves them, to the lanes that go on with them.
+  static __device__ void Share(const int (&acc)[2][4], int (&out)[kTokens][kOwn]) {
+    if constexpr (kHeads == 8) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        out[t][0] = acc[t / 2][t % 2 * 2];
+        out[t][1] = acc[t / 2][t % 2 * 2 + 1];
+      }
+    } else {
+      // Places 2 and 3 have heads that are not there: they take the second half of the tokens.
+      int half[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (kOwn == 1 && i % 2 == 1) continue;
+        const int other = __shfl_xor_sync(kAllLanes, acc[1][i], 2);
+        half[i / 2][i % 2] = Place() < 2 ? acc[0][i] : other;
+      }
+      // And with one or two heads, places 1 and 3 the odd tokens.
+#pragma unroll
+      for (int h = 0; h < kOwn; ++h) {
+        if constexpr (kHeads == 4) {
+          out[0][h] = half[0][h], out[1][h] = half[1][h];
+        } else {
+          const int other = __shfl_xor_sync(kAllLanes, half[1][h], 1);
+          out[0][h] = Place() % 2 == 0 ? half[0][h] : other;
+        }
+      }
+    }
+  }
 
-// A lane's scores of a block wait in shared memory until the largest is known: registers for all of them
-// would leave room for few warps.
-template <int kHeads>
-struct BlockScores {
-  float score[kRuns * kHeads * kTokens][kWarp];
-  __device__ float& At(int run, int h, int t) { return score[(run * kHeads + h) * kTokens + t][threadIdx.x % kWarp]; }
+  // Over all lanes that have tokens of the same head.
+  template <class T, class F>
+  static __device__ T Reduce(T x, F&& f) {
+#pragma unroll
+    for (int o = kQuad; o < kWarp; o *= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, o));
+    if constexpr (kHeads <= 4) x = f(x, __shfl_xor_sync(kAllLanes, x, 2));
+    if constexpr (kHeads <= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, 1));
+    return x;
+  }
 };
 
-// One block of 256 tokens for up to kHeads heads from `first` on, by one warp. k8, k4, k2 >= 0: words of
-// each precision known at compile time.
-template <int kHeads, int k8, int k4, int k2>
-__device__ void ScanBlock(const std::byte* codes, const Words& words, const PackedQueries& q, int heads,
-                          int begin, int end, BlockScores<kHeads>& scores, uint16_t* estimate, float* shift,
-                          float* mass) {
+// Where a lane finds its four tokens' words kQuad * i + place of part `part` of a block.
+__device__ const uint4* WordsAt(const std::byte* codes, int all, int part, int i) {
   const int lane = threadIdx.x % kWarp;
-  const int words8 = k8 >= 0 ? k8 : words.words8, words4 = k4 >= 0 ? k4 : words.words4;
-  const int words2 = k2 >= 0 ? k2 : words.words2, all = words8 + words4 + words2;
-#pragma unroll 1
-  for (int run = 0; run < kRuns; ++run) {
-    const int token = run * kRunTokens + lane * kTokens;
-    const uint4* at = reinterpret_cast<const uint4*>(codes + (token / kTileTokens) * all * 64 + token % kTileTokens * 4);
-    int acc[kHeads][kTokens] = {};
-    const int32_t(*level)[8] = q.run;
-    if constexpr (k4 >= 0) {
-      uint4 word[k8 + k4 + k2];
+  const int tile = 2 * part + lane / 16, word = kQuad * i + lane % kQuad;
+  return reinterpret_cast<const uint4*>(codes + (tile * all + word) * 64 + lane / kQuad % 4 * 16);
+}
+
+// The next parts' words of a lane, on their way while it works; across blocks, so that the end of one
+// does not leave the memory idle.
+template <int kHeads, int kFours>
+struct WordQueue {
+  static constexpr int kAhead = kHeads <= 4 ? 4 : 2;
+  uint4 word[kAhead][kFours > 0 ? kFours : 1];
+
+  __device__ void Fetch(const std::byte* codes, int all, int part) {
 #pragma unroll
-      for (int w = 0; w < k8 + k4 + k2; ++w) word[w] = __ldcs(at + w * 4);
-#pragma unroll
-      for (int w = 0; w < k8; ++w) DotWord<8, kHeads>(word[w], level + w, acc);
-#pragma unroll
-      for (int w = 0; w < k4; ++w) DotWord<4, kHeads>(word[k8 + w], level + k8 + 2 * w, acc);
-#pragma unroll
-      for (int w = 0; w < k2; ++w) DotWord<2, kHeads>(word[k8 + k4 + w], level + k8 + 2 * k4 + 4 * w, acc);
-    } else {
-      for (int w = 0; w < words8; ++w, at += 4, level += 1) DotWord<8, kHeads>(__ldcs(at), level, acc);
-      for (int w = 0; w < words4; ++w, at += 4, level += 2) DotWord<4, kHeads>(__ldcs(at), level, acc);
-      for (int w = 0; w < words2; ++w, at += 4, level += 4) DotWord<2, kHeads>(__ldcs(at), level, acc);
+    for (int i = 0; i < kFours; ++i) {
+      if (codes != nullptr && kQuad * i + static_cast<int>(threadIdx.x) % kQuad < all) {
+        word[part % kAhead][i] = __ldcs(WordsAt(codes, all, part, i));
+      }
     }
+  }
+};
+
+// One block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it inside the middle.
+// kFours: fours of words known at compile time and planned in `plans`, the first parts in the queue, where
+// those of the block `following` (or null) come next; 0: any number.
+template <int kHeads, int kFours>
+__device__ void ScanBlock(const std::byte* codes, const std::byte* following, WordQueue<kHeads, kFours>& queue,
+                          const Words& words, const WordPlan* plans, const PackedQueries& q, int heads, int begin,
+                          int end, uint16_t* estimate, float* shift, float* mass) {
+  using Lanes = Spread<kHeads>;
+  constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
+  const int place = Lanes::Place(), all = words.all();
+  float scale[kOwn], offset[kOwn], score[kParts][kTokens][kOwn];
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
+  for (int h = 0; h < kOwn; ++h) {
+    scale[h] = q.scale[Lanes::FirstHead() + h];
+    offset[h] = q.offset[Lanes::FirstHead() + h];
+  }
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const bool inside = token + t >= begin && token + t < end;
-        scores.At(run, h, t) = inside ? fmaf(static_cast<float>(acc[h][t]), q.scale[h], q.offset[h]) : -INFINITY;
+  for (int part = 0; part < kParts; ++part) {
+    int acc[2][4] = {};
+    if constexpr (kFours > 0) {
+      constexpr int kAhead = WordQueue<kHeads, kFours>::kAhead;
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) AddWord(queue.word[part % kAhead][i], plans[i], words.MostRuns(i), acc);
+      queue.Fetch(part + kAhead < kParts ? codes : following, all, (part + kAhead) % kParts);
+    } else {
+      for (int i = 0; i * kQuad < all; ++i) {
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        const uint4 word = kQuad * i + place < all ? __ldcs(WordsAt(codes, all, part, i)) : none;
+        AddWord(word, PlanWord(words, q, i), words.MostRuns(i), acc);
+      }
+    }
+    int sum[kTokens][kOwn];
+    Lanes::Share(acc, sum);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int token = part * kPartTokens + Lanes::FirstToken() + t;
+#pragma unroll
+      for (int h = 0; h < kOwn; ++h) {
+        score[part][t][h] =
+            token >= begin && token < end ? fmaf(static_cast<float>(sum[t][h]), scale[h], offset[h]) : -INFINITY;
       }
     }
   }
 #pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    if (h >= heads) break;
+  for (int h = 0; h < kOwn; ++h) {
+    const int head = Lanes::FirstHead() + h;
     float most = -INFINITY;
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
+    for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) most = fmaxf(most, scores.At(run, h, t));
+      for (int t = 0; t < kTokens; ++t) most = fmaxf(most, score[part][t][h]);
     }
-    most = FromOrderedInt(__reduce_max_sync(kAllLanes, OrderedInt(most)));
+    most = Lanes::Reduce(most, [](float x, float y) { return fmaxf(x, y); });
     unsigned sum = 0;  // in units of 2^-24, in which every estimate is whole
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      ushort4 half;
-      unsigned short* out = &half.x;
+    for (int part = 0; part < kParts; ++part) {
+      alignas(8) __half rounded[kTokens];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const float s = scores.At(run, h, t);
+        const float s = score[part][t][h];
         const float e = s > -INFINITY ? fmaxf(ExpNegative(__fsub_rn(s, most)), kLeastEstimate) : 0;
-        const __half rounded = __float2half_rn(e);
-        out[t] = __half_as_ushort(rounded);
-        sum += static_cast<unsigned>(__half2float(rounded) * 0x1p24f);
+        rounded[t] = __float2half_rn(e);
+        sum += static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
       }
-      *reinterpret_cast<ushort4*>(estimate + h * kBlockTokens + run * kRunTokens + lane * kTokens) = half;
+      if (head >= heads) continue;
+      uint16_t* out = estimate + head * kBlockTokens + part * kPartTokens + Lanes::FirstToken();
+      if constexpr (kTokens == 4) {
+        *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(rounded);
+      } else if constexpr (kTokens == 2) {
+        *reinterpret_cast<__half2*>(out) = __halves2half2(rounded[0], rounded[1]);
+      } else {
+        *out = __half_as_ushort(rounded[0]);
+      }
     }
     // A warp's sum may reach 2^32, so its halves are added apart.
-    const unsigned low = __reduce_add_sync(kAllLanes, sum & 0xfff), high = __reduce_add_sync(kAllLanes, sum >> 12);
-    if (lane == 0) {
-      shift[h] = most;
-      mass[h] = fmaf(static_cast<float>(high), 0x1p-12f, static_cast<float>(low) * 0x1p-24f);
+    const auto add = [](unsigned x, unsigned y) { return x + y; };
+    const unsigned low = Lanes::Reduce(sum & 0xfff, add), high = Lanes::Reduce(sum >> 12, add);
+    if (Lanes::Row() == 0 && place < kQuad / Lanes::kSharing && head < heads) {
+      shift[head] = most;
+      mass[head] = fmaf(static_cast<float>(high), 0x1p-12f, static_cast<float>(low) * 0x1p-24f);
     }
   }
 }
 
+// k8, k4, k2 >= 0: words of each precision known at compile time.
 template <int kHeads, int k8, int k4, int k2>
-__global__ void __launch_bounds__(kScanThreads, kHeads <= 4 ? 4 : 2) ScanKernel(const __grid_constant__ DecodeParams p) {
-  constexpr int kWarps = kScanThreads / kWarp;
-  __shared__ __align__(16) PackedQueries packed;
-  extern __shared__ __align__(16) std::byte memory[];
-  const Storage& s = p.storage.host;
-  const Words words{s.code.dims8 / 4, s.code.dims4 / 8, s.code.dims2 / 16};
-  const int warp = threadIdx.x / kWarp;
-  // Thread blocks take contiguous runs of the blocks of all groups.
+__global__ void __launch_bounds__(kScanThreads, kScanBlocks)
+ScanKernel(const __grid_constant__ DecodeParams p) {
+  constexpr int kFours = k8 < 0 ? 0 : (k8 + k4 + k2 + kQuad - 1) / kQuad;
+  const CodeLayout& code = p.storage.host.code;
+  WordQueue<kHeads, kFours> queue = {};
+  const Words words = k8 < 0 ? Words{code.dims8 / 4, code.dims4 / 8, code.dims2 / 16} : Words{k8, k4, k2};
   if (blockIdx.x == 0 && threadIdx.x == 0) Note(p, Mark::kPrepared);
-  const int64_t all = p.header->scan_blocks;
-  const int64_t from = all * blockIdx.x / gridDim.x, to = all * (blockIdx.x + 1) / gridDim.x;
+  // Warps take contiguous runs of the blocks of all groups.
+  const int64_t all = p.header->scan_blocks, warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
+  const int64_t from = all * warp / warps, to = all * (warp + 1) / warps;
   if (from >= to) return;
   int g = 0;
   for (int step = 1 << 20; step > 0; step /= 2) {
@@ -173,57 +278,51 @@ __global__ void __launch_bounds__(kScanThreads, kHeads <= 4 ? 4 : 2) ScanKernel(
     const int64_t end = min(to, group.first_block + NumBlocks(group));
     if (end <= at) continue;
     for (int first = 0; first < p.q_heads; first += kHeads) {
-      __syncthreads();
-      const PackedQueries& source = group.scratch.packed[first / 8];
-      const int runs = words.words8 + 2 * words.words4 + 4 * words.words2;
-      for (int i = threadIdx.x; i < runs * 8; i += kScanThreads) (&packed.run[0][0])[i] = (&source.run[0][0])[i];
-      if (threadIdx.x < 8) {
-        packed.scale[threadIdx.x] = source.scale[threadIdx.x];
-        packed.offset[threadIdx.x] = source.offset[threadIdx.x];
-      }
-      __syncthreads();
-      for (int64_t item = at + warp; item < end; item += kWarps) {
-        const int64_t b = item - group.first_block, block = FirstBlock(group) + b, token = block * kBlockTokens;
-        const std::byte* codes = p.storage.codes + group.blocks[block] * p.storage.code_block_bytes;
+      const PackedQueries& packed = group.scratch.packed[first / 8];
+      WordPlan plans[kFours > 0 ? kFours : 1];
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) plans[i] = PlanWord(words, packed, i);
+      const auto codes = [&](int64_t item) {
+        const int64_t block = FirstBlock(group) + item - group.first_block;
+        return p.storage.codes + group.blocks[block] * p.storage.code_block_bytes;
+      };
+#pragma unroll
+      for (int part = 0; part < queue.kAhead; ++part) queue.Fetch(codes(at), words.all(), part);
+      for (int64_t item = at; item < end; ++item) {
+        const int64_t b = item - group.first_block, token = (FirstBlock(group) + b) * kBlockTokens;
         const int64_t out = b * p.q_heads + first;
-        ScanBlock<kHeads, k8, k4, k2>(
-            codes, words, packed, min(kHeads, p.q_heads - first),
-            static_cast<int>(max(group.middle_begin - token, int64_t{0})),
-            static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})),
-            reinterpret_cast<BlockScores<kHeads>*>(memory)[warp], group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out, group.scratch.mass + out);
+        ScanBlock<kHeads, kFours>(codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans,
+                                  packed, min(kHeads, p.q_heads - first),
+                                  static_cast<int>(max(group.middle_begin - token, int64_t{0})),
+                                  static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})),
+                                  group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out,
+                                  group.scratch.mass + out);
       }
     }
     at = end;
   }
 }
 
-template <class Kernel>
-int LaunchKernel(Kernel kernel, int bytes, const DecodeParams& p, int blocks, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<blocks, kScanThreads, bytes, stream>>>(p);
-  return cudaGetLastError();
-}
-
 template <int kHeads>
-int Launch(const DecodeParams& p, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = kScanThreads / kWarp * sizeof(BlockScores<kHeads>);
+int Launch(const DecodeParams& p, int multiprocessors, cudaStream_t stream) {
+  const int blocks = multiprocessors * kScanBlocks;
   const CodeLayout& c = p.storage.host.code;
   if (c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48) {
-    return LaunchKernel(ScanKernel<kHeads, 0, 5, 3>, kBytes, p, blocks, stream);
+    ScanKernel<kHeads, 0, 5, 3><<<blocks, kScanThreads, 0, stream>>>(p);
+  } else {
+    ScanKernel<kHeads, -1, -1, -1><<<blocks, kScanThreads, 0, stream>>>(p);
   }
-  return LaunchKernel(ScanKernel<kHeads, -1, -1, -1>, kBytes, p, blocks, stream);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
-int Scan(const DecodeParams& p, int blocks, Stream stream) {
+int Scan(const DecodeParams& p, int multiprocessors, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  if (p.q_heads <= 1) return Launch<1>(p, blocks, s);
-  if (p.q_heads <= 2) return Launch<2>(p, blocks, s);
-  if (p.q_heads <= 4) return Launch<4>(p, blocks, s);
-  if (p.q_heads == 6) return Launch<6>(p, blocks, s);
-  return Launch<8>(p, blocks, s);
+  if (p.q_heads <= 1) return Launch<1>(p, multiprocessors, s);
+  if (p.q_heads <= 2) return Launch<2>(p, multiprocessors, s);
+  if (p.q_heads <= 4) return Launch<4>(p, multiprocessors, s);
+  return Launch<8>(p, multiprocessors, s);
 }
 
 }  // namespace vattn::cuda

@@ -39,7 +39,7 @@ template <>
 AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage&, int, int);
 
 int Prepare(const DecodeParams& params, Stream stream);
-int Scan(const DecodeParams& params, int blocks, Stream stream);
+int Scan(const DecodeParams& params, int multiprocessors, Stream stream);
 // Multipliers of every head, one thread block a group.
 int PlanDraw(const DecodeParams& params, Stream stream);
 // Predicted variance and candidates of the whole middle under the plan.

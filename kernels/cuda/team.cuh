@@ -8,9 +8,10 @@
 namespace vattn::cuda {
 
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kMostTeam = 16;  // more thread blocks wait longer for each other than they save
 
 // The middle is cut into at most kMostSegments runs of blocks; a warp takes one at a time.
-constexpr int kMostSegments = 320;
+constexpr int kMostSegments = 256;
 VATTN_HD inline int64_t SegmentBlocks(int64_t blocks) { return (blocks + kMostSegments - 1) / kMostSegments; }
 VATTN_HD inline int NumSegments(int64_t blocks) {
   return blocks == 0 ? 0 : static_cast<int>((blocks + SegmentBlocks(blocks) - 1) / SegmentBlocks(blocks));
@@ -74,10 +75,14 @@ struct Team {
       for (int i = threadIdx.x; i < count; i += kThreads) own[i] = shared.total[i];
       Sync();
       const double* from = group.scratch.partial + static_cast<int64_t>(parity) * size * stride;
-      for (int i = threadIdx.x; i < count; i += kThreads) {
-        double sum = 0;
-        for (int r = 0; r < size; ++r) sum += LoadShared(from + r * stride + i);
-        shared.total[i] = sum;
+      // Parts of a sum are loaded at a time, not one after the other.
+      const int part = threadIdx.x % kMostTeam;
+      for (int first = 0; first < count; first += kThreads / kMostTeam) {
+        const int i = first + threadIdx.x / kMostTeam;
+        double sum = i < count && part < size ? LoadShared(from + part * stride + i) : 0;
+#pragma unroll
+        for (int o = kMostTeam / 2; o > 0; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
+        if (i < count && part == 0) shared.total[i] = sum;
       }
       parity ^= 1;
       __syncthreads();

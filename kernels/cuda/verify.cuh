@@ -114,40 +114,51 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
   team.Add(4 * heads + 1);
 }
 
-// Mean squared cosine between v - o of the kRankDraws listed places; negative if no two differ.
+// Mean squared cosine between v - o of the kRankDraws listed places; negative if no two differ. memory:
+// [kRankDraws][dim + 4].
 template <DType kType, int kHeads>
 __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, const float* output, float* memory) {
-  const GroupScratch& w = team.group.scratch;
+  using E = Element<kType>;
   const RowLayout& row = team.p.storage.host.row;
-  const int dim = row.dim_v, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  __shared__ float norm2[kRankDraws], cosines[kWarps], pairs[kWarps];
-  for (int i = threadIdx.x; i < kRankDraws * dim; i += kThreads) {
-    const std::byte* v = reinterpret_cast<const std::byte*>(LoadShared(w.row + places[i / dim])) + row.v_offset;
-    memory[i] = Element<kType>::One(v + (i % dim) * Element<kType>::kBytes) - output[i % dim];
+  const int tid = threadIdx.x, dim = row.dim_v, pitch = dim + 4, chunks = dim / E::kPer16;
+  __shared__ uint64_t rows[kRankDraws];
+  __shared__ float cosines[kWarps], pairs[kWarps];
+  if (tid < kRankDraws) rows[tid] = LoadShared(team.group.scratch.row + places[tid]) + row.v_offset;
+  __syncthreads();
+  for (int i = tid; i < kRankDraws * chunks; i += kThreads) {
+    const int draw = i / chunks, at = i % chunks * E::kPer16;
+    float x[E::kPer16];
+    E::Unpack(reinterpret_cast<const uint4*>(rows[draw])[i % chunks], x);
+#pragma unroll
+    for (int j = 0; j < E::kPer16; ++j) memory[draw * pitch + at + j] = x[j] - output[at + j];
   }
   __syncthreads();
-  const auto dot = [&](int a, int b) {
-    float sum = 0;
-    for (int j = lane; j < dim; j += kWarp) sum = fmaf(memory[a * dim + j], memory[b * dim + j], sum);
-    return WarpSum(sum);
-  };
-  for (int i = warp; i < kRankDraws; i += kWarps) {
-    const float x = dot(i, i);
-    if (lane == 0) norm2[i] = x;
+  // A pair of draws is for kShare lanes, with the norms of both on the way.
+  constexpr int kPairs = kRankDraws * (kRankDraws - 1) / 2, kShare = 4;
+  static_assert(kPairs * kShare <= kThreads);
+  const int pair = tid / kShare;
+  int a = 1;
+  while (a * (a + 1) / 2 <= pair) ++a;
+  const int b = pair - a * (a - 1) / 2;
+  float dot = 0, norm_a = 0, norm_b = 0;
+  if (pair < kPairs) {
+    for (int j = tid % kShare * 4; j < dim; j += kShare * 4) {
+      const float4 x = *reinterpret_cast<const float4*>(memory + a * pitch + j);
+      const float4 y = *reinterpret_cast<const float4*>(memory + b * pitch + j);
+      dot = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, dot))));
+      norm_a = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, norm_a))));
+      norm_b = fmaf(y.x, y.x, fmaf(y.y, y.y, fmaf(y.z, y.z, fmaf(y.w, y.w, norm_b))));
+    }
   }
-  __syncthreads();
-  float sum = 0, count = 0;
-  for (int pair = warp; pair < kRankDraws * kRankDraws; pair += kWarps) {
-    const int a = pair / kRankDraws, b = pair % kRankDraws;
-    if (b >= a || places[a] == places[b] || norm2[a] * norm2[b] == 0) continue;
-    const float x = dot(a, b);
-    sum += x * x / (norm2[a] * norm2[b]);
-    ++count;
+#pragma unroll
+  for (int o = kShare / 2; o > 0; o /= 2) {
+    dot += __shfl_xor_sync(kAllLanes, dot, o);
+    norm_a += __shfl_xor_sync(kAllLanes, norm_a, o);
+    norm_b += __shfl_xor_sync(kAllLanes, norm_b, o);
   }
-  if (lane == 0) cosines[warp] = sum, pairs[warp] = count;
-  __syncthreads();
-  sum = 0, count = 0;
-  for (int i = 0; i < kWarps; ++i) sum += cosines[i], count += pairs[i];
+  const bool counts = pair < kPairs && tid % kShare == 0 && places[a] != places[b] && norm_a * norm_b != 0;
+  const float sum = BlockSum(counts ? dot * dot / (norm_a * norm_b) : 0.f, cosines);
+  const float count = BlockSum(counts ? 1.f : 0.f, pairs);
   __syncthreads();
   return count > 0 ? sum / count : -1;
 }
@@ -161,7 +172,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   __shared__ float norms[kWarps];
   __shared__ int64_t places[kRankDraws];
   float* output = reinterpret_cast<float*>(team.memory);   // [dim]
-  float* residuals = output + dim;                         // [kRankDraws][dim]
+  float* residuals = output + dim;                         // [kRankDraws][dim + 4]
   const int64_t tail = static_cast<int64_t>(team.shared.total[4 * heads]);
   for (int h = team.rank; h < heads; h += team.size) {
     const TailSums sums{.variance = team.shared.total[4 * h],
@@ -182,6 +193,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
       const int64_t per = (count + kThreads - 1) / kThreads, from = min(per * tid, count), to = min(from + per, count);
       const float* term = w.term + h * w.capacity;
       double own = 0;
+#pragma unroll 4
       for (int64_t i = from; i < to; ++i) own += LoadShared(term + i);
       const double until = BlockScan(own, scratch);
       double before = until - own;
