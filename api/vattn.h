@@ -165,7 +165,8 @@ typedef struct vattn_options {
   /* Index and value codes. */
   int32_t index;       /* vattn_index */
   int32_t index_bytes; /* bytes of code per token and KV head: 16, 32, 48 or 64 */
-  int32_t value_bits;  /* 0, 2 or 4 bits per value element kept beside the rows */
+  /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device too. */
+  int32_t value_bits;
 
   /* Promise. */
   int32_t policy;        /* vattn_policy */

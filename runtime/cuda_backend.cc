@@ -13,7 +13,6 @@ absl::Status CudaBackend::CheckOptions(const Options& o) {
   if (o.index != static_cast<int32_t>(IndexKind::kBalanced)) {
     return NotSupportedError("index is ", o.index, ", the CUDA backend has balanced (0)");
   }
-  if (o.value_bits != 0) return NotSupportedError("value_bits is ", o.value_bits, ", the CUDA backend has 0");
   for (const int32_t heads : o.layer_kv_heads) {
     if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {
       return NotSupportedError("num_q_heads is ", o.num_q_heads, " over ", heads, " KV heads, the CUDA backend has ",
@@ -36,7 +35,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
 
   cuda::DeviceStorage& s = backend->storage_;
   s.host = storage;
-  s.code_block_bytes = int64_t{kBlockTokens} * storage.code.bytes();
+  s.code_block_bytes = int64_t{kBlockTokens} * (storage.code.bytes() + storage.value_code_bytes);
   s.sinks = options.sinks;
   s.ring_tokens = (options.window + kCodeTokens + kCodeTokens - 1) / kCodeTokens * kCodeTokens;
   s.tiles_in_flight = cuda::TilesInFlight(storage);

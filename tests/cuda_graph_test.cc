@@ -18,7 +18,7 @@ const std::vector<int64_t> kLengths = {1100, 1500, -1, 2990, 4000, 30};
 
 Shape LayerShape(int layer) { return {8, layer == 0 ? 2 : 1, 64, 64, false, VATTN_BF16}; }
 
-vattn_options MakeOptions(float hot_share) {
+vattn_options MakeOptions(float hot_share, int32_t value_bits) {
   static const int32_t kHeads[kLayers] = {2, 1};
   vattn_options options = OptionsFor(LayerShape(0));
   options.backend = VATTN_BACKEND_CUDA;
@@ -26,6 +26,7 @@ vattn_options MakeOptions(float hot_share) {
   options.layer_kv_heads = kHeads;
   options.epsilon = .2f;
   options.hot_share = hot_share;
+  options.value_bits = value_bits;
   options.host_bytes = 64 << 20;
   return options;
 }
@@ -52,10 +53,10 @@ struct Answers {
 class Decoder {
  public:
   // captured: from the second step on one graph answers, from the first one with warm = false.
-  Decoder(float hot_share, bool captured, bool warm = true)
+  Decoder(float hot_share, bool captured, bool warm = true, int32_t value_bits = 0)
       : captured_(captured),
         warm_(warm),
-        runtime_(MakeOptions(hot_share)),
+        runtime_(MakeOptions(hot_share, value_bits)),
         batch_(runtime_, static_cast<int32_t>(kLengths.size())),
         stream_(MakeStream()) {
     for (size_t s = 0; s < kLengths.size(); ++s) {
@@ -184,6 +185,15 @@ TEST(CudaGraphTest, ReplayedStepsGiveTheBitsOfCalls) {
   SKIP_WITHOUT_DEVICE();
   Decoder called(.05f, false), replayed(.05f, true);
   ExpectSameBits(called, replayed);
+}
+
+TEST(CudaGraphTest, ReplayedStepsGiveTheBitsOfCallsWithValueCodes) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int32_t bits : {2, 4}) {
+    SCOPED_TRACE("value_bits " + std::to_string(bits));
+    Decoder called(.05f, false, true, bits), replayed(.05f, true, true, bits);
+    ExpectSameBits(called, replayed);
+  }
 }
 
 // A hot set so small that it is overwritten all the time.

@@ -27,6 +27,7 @@ struct Case {
   Shape shape;
   float query_sigma = 2;
   int steps = 20;
+  int32_t value_bits = 0;
 };
 
 void CompareSteps(Twins& twins, float query_sigma, int steps) {
@@ -135,6 +136,7 @@ TEST_P(CudaParityTest, AnswersAsTheCpu) {
   vattn_options options = OptionsFor(c.shape);
   options.epsilon = kEpsilon;
   options.seed = 7;
+  options.value_bits = c.value_bits;
   options.host_bytes = uint64_t{512} << 20;
   Twins twins(options, {c.shape}, kLengths);
   Lists lists(c.shape, twins.slots(), 20000 + 64);
@@ -168,7 +170,18 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"d256_g4_f32", {4, 1, 256, 256, false, VATTN_F32}},
                     Case{"mla_g16_bf16", {16, 1, 576, 512, true, VATTN_BF16}, 1, 8},
                     Case{"mla_g8_f16", {8, 1, 576, 512, true, VATTN_F16}, 1, 8},
-                    Case{"mla_g128_bf16", {128, 1, 576, 512, true, VATTN_BF16}, 1, 4}),
+                    Case{"mla_g128_bf16", {128, 1, 576, 512, true, VATTN_BF16}, 1, 4},
+                    Case{"values2_d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}, 2, 20, 2},
+                    Case{"values4_d64_g4_bf16", {8, 2, 64, 64, false, VATTN_BF16}, 2, 20, 4},
+                    Case{"values2_d80_g2_f16", {4, 2, 80, 80, false, VATTN_F16}, 2, 20, 2},
+                    Case{"values4_d80_g6_f32", {12, 2, 80, 80, false, VATTN_F32}, 2, 20, 4},
+                    Case{"values2_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 2, 20, 2},
+                    Case{"values4_d128_g8_f16", {16, 2, 128, 128, false, VATTN_F16}, 2, 20, 4},
+                    Case{"values2_d192_g16_bf16", {16, 1, 192, 192, false, VATTN_BF16}, 2, 20, 2},
+                    Case{"values4_d192_128_g9_bf16", {9, 1, 192, 128, false, VATTN_BF16}, 2, 20, 4},
+                    Case{"values2_d256_g12_f32", {12, 1, 256, 256, false, VATTN_F32}, 2, 20, 2},
+                    Case{"values2_mla_g16_bf16", {16, 1, 576, 512, true, VATTN_BF16}, 1, 8, 2},
+                    Case{"values4_mla_g128_f16", {128, 1, 576, 512, true, VATTN_F16}, 1, 4, 4}),
     [](const auto& info) { return std::string(info.param.name); });
 
 TEST(CudaLayersTest, LayersMayDifferAndBeLeftOut) {

@@ -128,9 +128,6 @@ TEST(BackendChoiceTest, WhatCudaLacksRunsOnTheCpu) {
   options.index = VATTN_INDEX_EXACT;
   check(options, "index is 1");
   options = OptionsWith(VATTN_BACKEND_AUTO);
-  options.value_bits = 2;
-  check(options, "value_bits is 2");
-  options = OptionsWith(VATTN_BACKEND_AUTO);
   options.num_q_heads = 256;
   options.num_kv_heads = 1;
   check(options, "num_q_heads is 256");

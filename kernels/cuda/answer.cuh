@@ -216,6 +216,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   TakeHeads(team, true);
   Plan plan = FinishPlan(team);
   const bool sampled = IsFinite(plan.expected);  // NaN in one head's query or in codes draws nothing
+  const bool coded = team.p.storage.host.value_bits > 0;
   if (team.p.task == Task::kSelect) {
     const int64_t drawn = Max(Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0), int64_t{0});
     if (team.rank == 0) {
@@ -237,10 +238,12 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     }
     const int64_t now = Draw(team, previous, plan.scale, randomness, count);
     if (now < 0) break;  // no room: the heads that have not passed stay so
+    const int64_t before = count;
     count = now;
     team.Sync();
     if (look == 1) team.Mark(Mark::kDrawn);
     AttendList<kType, kHeads>(team, count, plan.scale, nullptr);
+    if (coded) CorrectList(team, before, count, plan.scale);
     Combine(team, true, count);
     if (look == 1) team.Mark(Mark::kAttended);
     TakeHeads(team, look > 1);
@@ -287,7 +290,12 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   const auto passed = [&](int h) { return sampled && team.shared.head[h].bound <= promise.epsilon; };
   bool all = true;
   for (int h = 0; h < heads; ++h) all = all && passed(h);
-  if (report.looks == 0 && !dense) Combine(team, true, 0);  // nothing was drawn: sinks and window alone
+  if (report.looks == 0 && !dense) {  // nothing was drawn: sinks, window and value codes alone
+    AttendList<kType, kHeads>(team, 0, plan.scale, nullptr);
+    if (coded) CorrectList(team, 0, 0, plan.scale);
+    Combine(team, true, 0);
+    TakeHeads(team, false);
+  }
   WriteHeads(team, [&](int h) { return passed(h) || !dense; },
              [&](int h) {
                return make_float2(static_cast<float>(passed(h) ? Verdict::kVerified : Verdict::kBestEffort),

@@ -117,20 +117,22 @@ __device__ void Publish(Team<kHeads>& team, int64_t count) {
   }
 }
 
-// Merges the team's states of this block's heads, and those of sinks and window if `fixed`: output,
-// shift, denominator and ref to scratch; publishes the first `count` rows of the list. Barriers before
-// and after.
+// Merges the team's states of this block's heads, and if `fixed` those of sinks and window and of value
+// codes: output, shift, denominator and ref to scratch; publishes the first `count` rows of the list.
+// Barriers before and after.
 template <int kHeads>
 __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const Promise& promise = team.p.promise;
   const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
-  const int parts = team.size + (fixed ? kFixedParts : 0);
+  const bool coded = fixed && team.p.storage.host.value_bits > 0;
+  const int rows = team.size + (fixed ? kFixedParts : 0), parts = rows + (coded ? 1 : 0);
   __shared__ float norms[kWarps];
   float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
   const auto state = [&](int r, int h) {
     const float* from = r < team.size ? w.state + static_cast<int64_t>(r) * heads * (dim + 3)
-                                      : w.fixed + static_cast<int64_t>(r - team.size) * heads * (dim + 3);
+                        : r < rows    ? w.fixed + static_cast<int64_t>(r - team.size) * heads * (dim + 3)
+                                      : w.coded;
     return from + static_cast<int64_t>(h) * (dim + 3);
   };
   team.Sync();
@@ -143,16 +145,23 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     if (tid % kWarp == 0) norms[tid / kWarp] = most;
     __syncthreads();
     for (int i = 0; i < kWarps; ++i) most = fmaxf(most, norms[i]);
-    float mass = 0, mass2 = 0;
+    float mass = 0, mass2 = 0, coded_mass = 0;  // |v|^2 is summed over rows alone
     for (int r = tid; r < parts; r += kThreads) {
       const float* at = state(r, h) + dim;
-      const float f = LoadShared(at + 1) == 0 ? 0 : expf(LoadShared(at) - most);
+      const float own = r < rows ? LoadShared(at + 1) : 0;
+      const float of_codes = r >= rows               ? LoadShared(at + 1)
+                             : coded && r < team.size ? LoadShared(w.coded_mass + r * heads + h)
+                                                      : 0;
+      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadShared(at) - most);
       factor[r] = f;
-      mass += f * LoadShared(at + 1);
+      mass += f * own;
+      coded_mass += f * of_codes;
       mass2 += f * LoadShared(at + 2);
     }
-    mass = fmaxf(BlockSum(mass, norms), 1e-30f);
+    mass = BlockSum(mass, norms);
     mass2 = BlockSum(mass2, norms);
+    if (coded) coded_mass = BlockSum(coded_mass, norms);
+    const float denominator = fmaxf(mass + coded_mass, 1e-30f);
     // Several threads share an element, so that its parts are loaded at a time.
     const int shares = Max(kThreads / dim, 1);
     float* share = factor + parts;  // [shares][dim]
@@ -167,7 +176,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     for (int j = tid; j < dim; j += kThreads) {
       float sum = 0;
       for (int i = 0; i < shares; ++i) sum += share[i * dim + j];
-      const float o = sum / mass;
+      const float o = sum / denominator;
       w.output[static_cast<int64_t>(h) * dim + j] = o;
       norm2 = fmaf(o, o, norm2);
     }
@@ -176,9 +185,9 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       HeadWork work = team.shared.head[h];
       if (most > work.shift) work.mass *= expf(work.shift - most);
       work.shift = most;
-      work.denominator = mass;
+      work.denominator = denominator;
       work.ref = sqrtf(norm2);
-      if (promise.norm == Norm::kValue) work.ref = Max(work.ref, promise.norm_floor * sqrtf(Max(mass2 / mass, 0.f)));
+      if (promise.norm == Norm::kValue) work.ref = Max(work.ref, promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, 1e-30f), 0.f)));
       w.head[h] = work;
     }
     __syncthreads();

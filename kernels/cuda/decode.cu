@@ -4,6 +4,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/stages.h"
 #include "kernels/cuda/team.cuh"
+#include "kernels/cuda/values.h"
 
 namespace vattn::cuda {
 namespace {
@@ -58,6 +59,13 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(heads * s.row.dim_v, w.output);
   c.Take(heads, w.head);
   c.Take(heads, w.growth);
+  const bool coded = s.value_bits > 0;
+  const int64_t items = coded ? ValueItems(s, q_heads) : 0;
+  c.Take(coded ? heads * w.capacity : 0, w.guess);
+  c.Take(coded ? heads * floats : 0, w.coded);
+  c.Take(coded ? team * heads : 0, w.coded_mass);
+  c.Take(items * kMostParts, w.value_part);
+  c.Take(items, w.value_parts_done);
   c.Take(1, w.barrier);
   return c.used;
 }
@@ -70,7 +78,7 @@ int TilesInFlight(const Storage& storage) {
     return kLeastTiles;
   }
   // Beside the tiles lie queries or outputs and what kernels declare.
-  constexpr int kRest = 64 * 1024;
+  constexpr int kRest = 68 * 1024;
   const int tiles = (most - kRest) / TileBytes(MakeTileShape(storage.row.row_bytes));
   return tiles < kLeastTiles ? kLeastTiles : tiles > kMostTiles ? kMostTiles : tiles;
 }
@@ -95,6 +103,8 @@ int Decode(const DecodeParams& p, const AnswerShape& shape, int multiprocessors,
   int error = Prepare(p, stream);
   const bool sampled = p.promise.policy == Policy::kVerified && p.task != Task::kAttendSelected;
   if (error == cudaSuccess && sampled) error = Scan(p, multiprocessors, stream);
+  const bool coded = sampled && p.storage.host.value_bits > 0 && p.task == Task::kDecode;
+  if (error == cudaSuccess && coded) error = SumValues(p, stream);
   if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);
   if (error == cudaSuccess && sampled) error = Predict(p, stream);
   if (error == cudaSuccess) error = Answer(p, shape, stream);

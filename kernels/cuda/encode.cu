@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/values.h"
 #include "kernels/cuda/vocabulary.cuh"
 
 namespace vattn::cuda {
@@ -94,7 +95,8 @@ int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int coun
 }  // namespace
 
 int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, Stream stream) {
-  if (count == 0 || most == 0 || storage.host.code.bytes() == 0) return cudaSuccess;
+  const int error = EncodeValues(storage, items, count, most, stream);
+  if (error != cudaSuccess || count == 0 || most == 0 || storage.host.code.bytes() == 0) return error;
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
   switch (storage.host.row.dtype) {
     case DType::kF32: return LaunchEncode<DType::kF32>(storage, items, count, most, s);

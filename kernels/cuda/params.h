@@ -12,14 +12,14 @@
 namespace vattn::cuda {
 
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
-VATTN_HD constexpr int kPartials(int heads) { return 4 * heads + 4; }
+VATTN_HD constexpr int kPartials(int heads) { return 6 * heads + 4; }
 constexpr int kFixedParts = 4;        // thread blocks that share the sinks and window of a group
 
 // Where the bytes of a token are. Host blocks are as in kernels/geometry.h; codes have a copy on the
 // device, block by block.
 struct DeviceStorage {
   Storage host;                  // base: the device's address of the mapped host pool
-  std::byte* codes = nullptr;    // [blocks of the pool][256 tokens of code]
+  std::byte* codes = nullptr;    // [blocks of the pool][256 tokens of code, then of value code]
   int64_t code_block_bytes = 0;
   int32_t sinks = 0;             // rows kept on the device: the first tokens ...
   int32_t ring_tokens = 0;       // ... and the last ones: token t in row sinks + t % ring_tokens
@@ -37,6 +37,8 @@ struct HotSetRef {
   unsigned long long* call = nullptr;  // [1] counts attention calls
   int32_t slots = 0;
 };
+
+struct ValuePart;
 
 // Working memory of one group for one call; sizes for n tokens rounded up to blocks.
 struct GroupScratch {
@@ -64,6 +66,12 @@ struct GroupScratch {
   float* output = nullptr;           // [G][dim_v]
   HeadWork* head = nullptr;          // [G]
   float* growth = nullptr;           // [G]
+  // With value codes. States take back what codes said of their rows; its mass is not in theirs.
+  float* guess = nullptr;            // [G][capacity] ln e^ of the selected
+  float* coded = nullptr;            // [G][dim_v + 3] softmax states of the codes of the whole middle
+  float* coded_mass = nullptr;       // [team][G] mass taken back, in the unit of the state
+  ValuePart* value_part = nullptr;   // [items][kMostParts] see kernels/cuda/values.h
+  uint32_t* value_parts_done = nullptr;  // [items] in this call
   uint32_t* barrier = nullptr;       // [1] arrivals in this call
   int64_t capacity = 0;              // of the list of selected tokens
 };

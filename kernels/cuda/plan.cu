@@ -22,7 +22,7 @@ __device__ void FindPlan(Team<kHeads>& team) {
   team.Mark(Mark::kScanned);
   SumEstimates(team);
   for (int h = tid; h < heads; h += kThreads) {
-    PlanHead(false, team.p.promise, team.group.index, static_cast<float>(team.middle()), team.shared.state[h],
+    PlanHead(team.p.storage.host.value_bits > 0, team.p.promise, team.group.index, static_cast<float>(team.middle()), team.shared.state[h],
              team.shared.head[h]);
   }
   __syncthreads();

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/values.h"
 
 namespace vattn::cuda {
 namespace {
@@ -156,6 +157,9 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant_
     return;
   }
   if (threadIdx.x == 0) *group.scratch.barrier = 0;
+  for (int i = threadIdx.x; i < ValueItems(p.storage.host, p.q_heads); i += kThreads) {
+    group.scratch.value_parts_done[i] = 0;
+  }
   PackQueries<Element<kType>>(p, group, reinterpret_cast<float*>(memory));
 }
 

@@ -14,6 +14,7 @@ constexpr int kMostTileRows = 64;
 constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 
 constexpr int kLeastTiles = 2, kMostTiles = 4;  // in flight
+constexpr int kTailSums = 7;     // doubles a thread, of the certificate
 
 // Tile size of a row layout. Rows of a tile lie `pitch` bytes apart.
 struct TileShape {
@@ -261,10 +262,11 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int de
   __syncthreads();
 }
 
-// Bytes of dynamic shared memory of AttendTiles: tiles (or the value sums) and the queries.
+// Bytes of dynamic shared memory of AttendTiles: tiles (or the sums of values or of the certificate) and
+// the queries.
 template <int kHeads>
 VATTN_HD inline int RowsBytes(const RowLayout& row, int depth) {
-  const int sums = kThreads * 2 * kHeads * 4;
+  const int sums = kThreads * (2 * kHeads * 4 > kTailSums * 8 ? 2 * kHeads * 4 : kTailSums * 8);
   const int tiles = depth * TileBytes(MakeTileShape(row.row_bytes));
   return (tiles > sums ? tiles : sums) + kHeads * (row.dim_k > row.dim_v ? row.dim_k : row.dim_v) * 4;
 }

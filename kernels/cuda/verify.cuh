@@ -4,6 +4,7 @@
 #define VATTN_KERNELS_CUDA_VERIFY_CUH_
 
 #include "kernels/cuda/team.cuh"
+#include "kernels/cuda/values.cuh"
 
 namespace vattn::cuda {
 
@@ -35,7 +36,8 @@ inline __device__ double BlockScan(double x, double* scratch) {
 }
 
 // Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head in
-// shared.total [4 h + {variance, squares, mass, spread}] and the size of the tail in [4 G].
+// shared.total [4 h + {variance, squares, mass, spread}], the size of the tail in [4 G], and with value
+// codes [4 G + 1 + 2 h + {relative, estimate}].
 template <DType kType, int kHeads>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
@@ -47,6 +49,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
   const int tiles = team.Tiles(count, shape.rows);
   float* outputs = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) - kHeads * row.dim_v;
   double* sums = reinterpret_cast<double*>(team.memory);
+  const bool coded = team.p.storage.host.value_bits > 0;
   const int r = tid % shape.rows, h = tid / shape.rows;
   for (int first = 0; first < heads; first += kHeads) {
     const int now = min(kHeads, heads - first);
@@ -59,7 +62,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     if (h < now) {
       for (int j = 0; j < row.dim_v; ++j) norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
     }
-    double variance = 0, squares = 0, mass = 0, spread = 0, tail = 0;
+    double variance = 0, squares = 0, mass = 0, spread = 0, tail = 0, relative = 0, estimate = 0;
     const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
     const auto place = [&](int k, int row_of_tile) { return team.RowPlace(shape.rows, k, row_of_tile); };
     WalkTiles(
@@ -71,6 +74,10 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
         [&](int k, const std::byte* tile) {
           const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
           DotTile<kType, kHeads>(shape, tile, n, 0, row.dim_v, outputs, team.shared.rows.p);
+          if (coded) {
+            DotCodes<kType>(team, shape, tile, n, team.shared.rows.address[k % team.p.storage.tiles_in_flight],
+                            [&](int row_of_tile) { return LoadShared(w.token + place(k, row_of_tile)); }, outputs);
+          }
           __syncthreads();
           if (h >= now || r >= n) return;
           const int64_t i = place(k, r), at = (first + h) * w.capacity + i;
@@ -83,6 +90,17 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
             token.distance2 =
                 Max(LoadShared(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
             token.error2 = token.e * token.e * token.distance2;
+            if (coded) {
+              // |e (v - o) - e^ (v^ - o)|^2 from dot products.
+              const CodedDots<kHeads>& dots = DotsOf(team);
+              const float guess = expf(LoadShared(w.guess + at) - work.shift);
+              const float code_dot = dots.dot[r * kHeads + h];
+              const float code_distance2 = dots.norm2[r] - 2 * code_dot + norm2;
+              const float inner = dots.cross[r] - team.shared.rows.p[r * kHeads + h] - code_dot + norm2;
+              token.error2 = Max(0.f, token.error2 + guess * guess * code_distance2 - 2 * token.e * guess * inner);
+              relative += (token.e - guess) * (token.e - guess) / token.pi;
+              estimate += guess * guess / token.pi;
+            }
             term = MakeTailTerm(token, work.denominator);
             variance += term.variance;
             squares += static_cast<double>(term.variance) * term.variance;
@@ -95,42 +113,68 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
         });
     // The rows' parts of each head, one warp a head.
     __syncthreads();
-    double* own = sums + static_cast<int64_t>(tid) * 5;
+    double* own = sums + static_cast<int64_t>(tid) * kTailSums;
     own[0] = variance, own[1] = squares, own[2] = mass, own[3] = spread, own[4] = tail;
+    own[5] = relative, own[6] = estimate;
     __syncthreads();
     const int warp = tid / kWarp, lane = tid % kWarp;
     if (warp < now) {
-      double part[5] = {};
+      double part[kTailSums] = {};
       for (int i = lane; i < shape.rows; i += kWarp) {
-        for (int c = 0; c < 5; ++c) part[c] += sums[static_cast<int64_t>(warp * shape.rows + i) * 5 + c];
+        const double* row_sums = sums + static_cast<int64_t>(warp * shape.rows + i) * kTailSums;
+        for (int c = 0; c < 5; ++c) part[c] += row_sums[c];
+        if (coded) part[5] += row_sums[5], part[6] += row_sums[6];
       }
       for (int c = 0; c < 5; ++c) part[c] = WarpSum(part[c]);
+      if (coded) part[5] = WarpSum(part[5]), part[6] = WarpSum(part[6]);
       if (lane == 0) {
         for (int c = 0; c < 4; ++c) team.shared.total[4 * (first + warp) + c] = part[c];
         if (first + warp == 0) team.shared.total[4 * heads] = part[4];
+        if (coded) {
+          double* rest = team.shared.total + 4 * heads + 1 + 2 * (first + warp);
+          rest[0] = part[5], rest[1] = part[6];
+        }
       }
     }
   }
-  team.Add(4 * heads + 1);
+  team.Add((coded ? 6 : 4) * heads + 1);
 }
 
-// Mean squared cosine between v - o of the kRankDraws listed places; negative if no two differ. memory:
-// [kRankDraws][dim + 4].
+// Mean squared cosine between the residuals v - o, or e (v - o) - e^ (v^ - o) with value codes, of the
+// kRankDraws listed places for head h; negative if no two differ. memory: [kRankDraws][dim + 4].
 template <DType kType, int kHeads>
-__device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, const float* output, float* memory) {
+__device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, const float* output, float* memory) {
   using E = Element<kType>;
+  const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
   const int tid = threadIdx.x, dim = row.dim_v, pitch = dim + 4, chunks = dim / E::kPer16;
+  const bool coded = team.p.storage.host.value_bits > 0;
   __shared__ uint64_t rows[kRankDraws];
-  __shared__ float cosines[kWarps], pairs[kWarps];
-  if (tid < kRankDraws) rows[tid] = LoadShared(team.group.scratch.row + places[tid]) + row.v_offset;
+  __shared__ const std::byte* codes[kRankDraws];
+  __shared__ float exact[kRankDraws], guess[kRankDraws], cosines[kWarps], pairs[kWarps];
+  if (tid < kRankDraws) {
+    const int64_t i = places[tid], at = h * w.capacity + i;
+    rows[tid] = LoadShared(w.row + i) + row.v_offset;
+    if (coded) {
+      exact[tid] = expf(LoadShared(w.logit + at) - team.shared.head[h].shift);
+      guess[tid] = expf(LoadShared(w.guess + at) - team.shared.head[h].shift);
+      codes[tid] = ValueCode(team.p.storage, team.group, LoadShared(w.token + i));
+    }
+  }
   __syncthreads();
   for (int i = tid; i < kRankDraws * chunks; i += kThreads) {
     const int draw = i / chunks, at = i % chunks * E::kPer16;
     float x[E::kPer16];
     E::Unpack(reinterpret_cast<const uint4*>(rows[draw])[i % chunks], x);
 #pragma unroll
-    for (int j = 0; j < E::kPer16; ++j) memory[draw * pitch + at + j] = x[j] - output[at + j];
+    for (int j = 0; j < E::kPer16; ++j) {
+      float residual = x[j] - output[at + j];
+      if (coded) {
+        const float predicted = CodedValue(team.p.storage.host, team.group.index, codes[draw], at + j);
+        residual = exact[draw] * residual - guess[draw] * (predicted - output[at + j]);
+      }
+      memory[draw * pitch + at + j] = residual;
+    }
   }
   __syncthreads();
   // A pair of draws is for kShare lanes, with the norms of both on the way.
@@ -174,11 +218,15 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   float* output = reinterpret_cast<float*>(team.memory);   // [dim]
   float* residuals = output + dim;                         // [kRankDraws][dim + 4]
   const int64_t tail = static_cast<int64_t>(team.shared.total[4 * heads]);
+  const bool coded = team.p.storage.host.value_bits > 0;
   for (int h = team.rank; h < heads; h += team.size) {
+    const double* rest = team.shared.total + 4 * heads + 1 + 2 * h;
     const TailSums sums{.variance = team.shared.total[4 * h],
                         .squares = team.shared.total[4 * h + 1],
                         .mass = team.shared.total[4 * h + 2],
-                        .spread = team.shared.total[4 * h + 3]};
+                        .spread = team.shared.total[4 * h + 3],
+                        .relative = coded ? rest[0] : 0,
+                        .estimate = coded ? rest[1] : 0};
     __syncthreads();
     float norm2 = 0;
     for (int j = tid; j < dim; j += kThreads) {
@@ -210,7 +258,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
         while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until))) places[next++] = i;
       }
       __syncthreads();
-      cos2 = MeanCos2<kType, kHeads>(team, places, output, residuals);
+      cos2 = MeanCos2<kType, kHeads>(team, places, h, output, residuals);
     }
     if (tid == 0) {
       HeadState state = team.shared.state[h];
