@@ -80,4 +80,11 @@ std::string DescribePolicy(const vattn_options& options) {
   }
 }
 
+std::string DescribeCodes(const vattn_options& options) {
+  const std::string keys = std::to_string(options.index_bytes) + " bytes of code";
+  return options.value_bits == 0
+             ? keys
+             : keys + ", values of " + std::to_string(options.value_bits) + " bits";
+}
+
 }  // namespace vattn::bench

@@ -28,6 +28,8 @@ std::string ChoiceName(const Choices& choices, int32_t value);
 Json SettingsJson(const vattn_options& options);
 // What the policy is set to, in a few words.
 std::string DescribePolicy(const vattn_options& options);
+// What is kept beside the rows.
+std::string DescribeCodes(const vattn_options& options);
 
 }  // namespace vattn::bench
 

@@ -78,8 +78,8 @@ std::string DescribeShape(const DecodeShape& shape, const Arguments& arguments, 
          std::to_string(shape.q_heads) + " query heads, " + std::to_string(shape.kv_heads) +
          " KV heads, head_dim " + std::to_string(shape.head_dim) + ", " +
          ChoiceName(DTypeChoices(), shape.dtype) + ", batch " + std::to_string(shape.batch) + ", " +
-         data + "\n" + DescribePolicy(options) + ", " + std::to_string(options.index_bytes) +
-         " bytes of code, " + std::to_string(ResolveThreads(options.num_threads)) + " threads, " +
+         data + "\n" + DescribePolicy(options) + ", " + DescribeCodes(options) + ", " +
+         std::to_string(ResolveThreads(options.num_threads)) + " threads, " +
          std::to_string(steps) + " steps, seed " + std::to_string(options.seed);
 }
 

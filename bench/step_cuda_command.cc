@@ -96,8 +96,8 @@ std::string Describe(const DeviceStepArguments& arguments, const DeviceRates& ra
          " KV heads, head_dim " + std::to_string(shape.head_dim) + ", " +
          ChoiceName(DTypeChoices(), shape.dtype) + ", " +
          (recorded ? "stretched from a recorded trace (see --help)" : "synthetic keys") + "\n" +
-         DescribePolicy(arguments.options) + ", " + std::to_string(arguments.options.index_bytes) +
-         " bytes of code, hot share " + Number(arguments.options.hot_share, 3) + ", " +
+         DescribePolicy(arguments.options) + ", " + DescribeCodes(arguments.options) +
+         ", hot share " + Number(arguments.options.hot_share, 3) + ", " +
          std::to_string(arguments.plan.steps) + " steps after " +
          std::to_string(arguments.plan.all_steps() - arguments.plan.steps) +
          " that warm up, seed " + std::to_string(arguments.options.seed) + "; up to " +

@@ -100,7 +100,8 @@ void StepRecord::Summarize(const vattn_options& options, DeviceStepFigures* figu
   const double heads = static_cast<double>(shape_.batch) * shape_.kv_heads;
   const double estimate_bytes = 2. * shape_.q_heads / shape_.kv_heads;  // fp16, a query head each
   figures->pcie_bytes = heads * figures->fetched * static_cast<double>(RowBytes(options));
-  figures->scan_bytes = heads * figures->middle * (options.index_bytes + 2 * estimate_bytes);
+  const double code_bytes = options.index_bytes + options.value_bits * options.head_dim_v / 8.;
+  figures->scan_bytes = heads * figures->middle * (code_bytes + 2 * estimate_bytes);
   for (size_t i = 0; i < stage_us_.size(); ++i) figures->stage_us[i] = Mean(stage_us_[i]);
 }
 

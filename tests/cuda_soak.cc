@@ -25,13 +25,14 @@ constexpr int kCheckEvery = 50, kCheckedHeads = 3;
 constexpr int64_t kMostLeft = 64 << 20;  // device bytes that may stay behind
 const Shape kShape = {8, 2, 64, 64, false, VATTN_BF16};
 
-vattn_options MakeOptions(uint64_t seed) {
+vattn_options MakeOptions(uint64_t seed, int32_t value_bits) {
   vattn_options options = OptionsFor(kShape);
   options.backend = VATTN_BACKEND_CUDA;
   options.num_layers = kLayers;
   options.num_threads = 0;
   options.epsilon = .2f;
   options.hot_share = .01f;
+  options.value_bits = value_bits;
   options.seed = seed;
   options.host_bytes = uint64_t{36} << 20;  // about 120,000 rows: half of what may be alive
   return options;
@@ -77,8 +78,8 @@ struct Counts {
 
 class Soak {
  public:
-  explicit Soak(uint64_t seed)
-      : options_(MakeOptions(seed)),
+  Soak(uint64_t seed, int32_t value_bits)
+      : options_(MakeOptions(seed, value_bits)),
         noise_(seed),
         runtime_(options_),
         batch_(runtime_, kSlots),
@@ -277,8 +278,8 @@ class Soak {
 };
 
 // With what it did as text.
-std::string RunSoak(int64_t steps, uint64_t seed) {
-  Soak soak(seed);
+std::string RunSoak(int64_t steps, uint64_t seed, int32_t value_bits) {
+  Soak soak(seed, value_bits);
   soak.Run(steps);
   soak.Finish();
   const Counts& c = soak.counts();
@@ -296,16 +297,16 @@ std::string RunSoak(int64_t steps, uint64_t seed) {
   return text;
 }
 
-int Main(int64_t steps, uint64_t seed) {
+int Main(int64_t steps, uint64_t seed, int32_t value_bits) {
   const std::string missing = NoDevice();
   if (!missing.empty()) {
     std::fprintf(stderr, "skipped: no CUDA device: %s\n", missing.c_str());
     return 77;
   }
   const auto start = std::chrono::steady_clock::now();
-  RunSoak(60, seed + 1);  // what CUDA takes once and keeps
+  RunSoak(60, seed + 1, value_bits);  // what CUDA takes once and keeps
   const int64_t before = DeviceBytesUsed();
-  const std::string done = RunSoak(steps, seed);
+  const std::string done = RunSoak(steps, seed, value_bits);
   const int64_t left = DeviceBytesUsed() - before;
   Expect(left <= kMostLeft, "device bytes left behind: " + std::to_string(left));
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -321,22 +322,25 @@ int Main(int64_t steps, uint64_t seed) {
 int main(int argc, char** argv) {
   int64_t steps = 10000;
   uint64_t seed = 1;
+  int32_t value_bits = 0;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--steps") == 0 && i + 1 < argc) {
       steps = std::strtoll(argv[++i], nullptr, 10);
     } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
       seed = std::strtoull(argv[++i], nullptr, 10);
+    } else if (std::strcmp(argv[i], "--value-bits") == 0 && i + 1 < argc) {
+      value_bits = static_cast<int32_t>(std::strtol(argv[++i], nullptr, 10));
     } else {
-      std::fprintf(stderr, "usage: cuda_soak [--steps N] [--seed S]\n");
+      std::fprintf(stderr, "usage: cuda_soak [--steps N] [--seed S] [--value-bits B]\n");
       return 2;
     }
   }
   try {
-    return vattn::test::Main(steps, seed);
+    return vattn::test::Main(steps, seed, value_bits);
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "cuda_soak failed (--steps %lld --seed %llu): %s\n",
+    std::fprintf(stderr, "cuda_soak failed (--steps %lld --seed %llu --value-bits %d): %s\n",
                  static_cast<long long>(steps), static_cast<unsigned long long>(seed),
-                 error.what());
+                 static_cast<int>(value_bits), error.what());
     return 1;
   }
 }
