@@ -7,11 +7,14 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from . import _structs as c
 from ._arrays import Array, View, view
 from ._library import LIBRARY, call, invalid, made, struct, text
+
+if TYPE_CHECKING:
+    from ._batch import Batch
 
 LogFunction = Callable[[c.LogLevel, str], None]
 
@@ -78,7 +81,7 @@ class Handle:
 
 def check_options(**options: Any) -> c.Options:
     """The struct of `options`, with the names and types of vattn_options checked, ranges not yet."""
-    value = struct(c.Options, "vattn_options_init")
+    value: c.Options = struct(c.Options, "vattn_options_init")
     call("vattn_options_from_json", json.dumps(options).encode(), ctypes.byref(value))
     return value
 
@@ -165,7 +168,7 @@ class Runtime(Handle):
 
     def kv_heads(self, layer: int) -> int:
         """KV heads of a layer; 0 if it was left out."""
-        heads = self._options["layer_kv_heads"]
+        heads: list[int] = self._options["layer_kv_heads"]
         if not 0 <= layer < len(heads):
             raise invalid(f"layer is {layer}, must be 0 to {len(heads) - 1}")
         return heads[layer]

@@ -4,7 +4,9 @@ tests/python/header_test.py compares every name, type and value here with the he
 """
 import ctypes
 import enum
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from typing import Any
 
 
 class Status(enum.IntEnum):
@@ -94,7 +96,7 @@ class LogLevel(enum.IntEnum):
 LOG_FUNCTION = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 
 
-def _fields(text):
+def _fields(text: str) -> Sequence[tuple[str, Any]]:
     """[(name, ctypes type)] from `type name name ...` lines; a * before a name makes it a pointer."""
     types = {"int32": c_int32, "int64": c_int64, "uint64": c_uint64, "float": c_float,
              "size": c_size_t, "text": c_char_p, "log": LOG_FUNCTION}
@@ -182,7 +184,7 @@ class StatsStruct(ctypes.Structure):
         uint64 rows_middle rows_selected rows_fetched bytes_fetched looks full_refusals blocks_copied""")
 
 
-def _text_call(*arguments):
+def _text_call(*arguments: Any) -> list[Any]:
     """Arguments of a call that writes text: ..., buffer, size, needed."""
     return [*arguments, c_void_p, c_size_t, POINTER(c_size_t)]
 
@@ -190,7 +192,7 @@ def _text_call(*arguments):
 _OUT = POINTER(c_void_p)
 
 # name -> (result, arguments). A result of Status is a vattn_code.
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "vattn_last_error": (c_char_p, []),
     "vattn_code_name": (c_char_p, [c_int32]),
     "vattn_version": (c_char_p, []),

@@ -65,7 +65,7 @@ class VattnCache(Cache):
         super().__init__(layers=[OffloadedLayer(self.store, i) if offloaded[i] else layer
                                  for i, layer in enumerate(layers)])
 
-    def _kinds(self) -> tuple[list[OffloadedLayer], list[CacheLayerMixin]]:
+    def _kinds(self) -> tuple[list[OffloadedLayer], list[Any]]:
         ours = [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]
         return ours, [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
 
@@ -98,8 +98,8 @@ class VattnCache(Cache):
             self.store.drop(-tokens_to_remove)
         for layer in ours:
             layer.tokens += tokens_to_remove
-        for layer in others:
-            layer.crop(tokens_to_remove)
+        for other in others:
+            other.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forgets every token; the next call is a prompt."""
@@ -107,8 +107,8 @@ class VattnCache(Cache):
         ours, others = self._kinds()
         for layer in ours:
             layer.tokens = 0
-        for layer in others:
-            layer.reset()
+        for other in others:
+            other.reset()
 
     def close(self) -> None:
         """Frees the pool."""

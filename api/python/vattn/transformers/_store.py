@@ -113,7 +113,7 @@ class Store:
     def _pool_bytes(self, key: torch.Tensor, value: torch.Tensor) -> int:
         """Room for the prompts, max_new_tokens more each, and the blocks that beams copy."""
         row = -(-(key.shape[3] + value.shape[3]) * key.element_size() // 128) * 128
-        codes = self._options.get("index_bytes", 32) + (value.shape[3] * self._options.get("value_bits", 0) + 127) // 8
+        codes = int(self._options.get("index_bytes", 32)) + (value.shape[3] * int(self._options.get("value_bits", 0)) + 127) // 8
         assert self._padding is not None
         blocks = sum(-(-(key.shape[2] - padding + self._max_new_tokens) // _BLOCK) + 2
                      for padding in self._padding)
