@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds, and runs every test: a release build with everything, then the
+# Installs what is missing (for Python into build/python), builds, and runs every test: a release build with everything, then the
 # library's tests (not those of the vattn program) under AddressSanitizer + UBSan, and those with threads
 # under ThreadSanitizer. VATTN_QUICK=1 runs the first alone.
 set -euo pipefail
@@ -11,7 +11,9 @@ build() { # build DIR TARGET OPTIONS...
   cmake -S . -B "$dir" -G Ninja "$@" >/dev/null
   cmake --build "$dir" -j "$jobs" --target "$target" -- --quiet
 }
+bash tests/python/install.sh "$PWD/build/python" &  # the network's time beside the compiler's
 build build all -DVATTN_TESTS=ON
+wait
 ctest --test-dir build --output-on-failure -j "$jobs"
 [ "${VATTN_QUICK:-0}" = 1 ] && exit 0
 build build-asan all -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \

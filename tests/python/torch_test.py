@@ -1,0 +1,128 @@
+"""The package over tensors of torch: the same memory, the current stream, the CPU and CUDA."""
+import unittest
+
+import numpy as np
+import torch
+import vattn
+from model import DIM, OPTIONS, Q_HEADS, attend, queries, relative_error, rows
+
+HAS_CUDA = torch.cuda.is_available() and bool(vattn.devices())
+
+
+class Tensors:
+    """The tests; `device` is set below."""
+
+    device = ""
+
+    def setUp(self):
+        self.runtime = vattn.Runtime(**OPTIONS | {"backend": self.device, "policy": "dense"})
+        self.addCleanup(self.runtime.close)
+        self.k, self.v = rows(1500, 1)
+        self.new_k, self.new_v = rows(1, 2)
+        self.q = queries(1, 3)
+        self.want = attend(self.q[0], np.concatenate([self.k, self.new_k]), np.concatenate([self.v, self.new_v]))
+
+    def tensor(self, array):
+        return torch.from_numpy(array).to(self.device)
+
+    def batch(self):
+        sequence = self.runtime.sequence()
+        # By head, as models keep them: [heads, tokens, dim] seen as [tokens, heads, dim].
+        by_head = [self.tensor(x).transpose(0, 1).contiguous().transpose(0, 1) for x in (self.k, self.v)]
+        sequence.append(0, *by_head, q=self.tensor(queries(100, 4)))
+        batch = self.runtime.batch(1)
+        batch.set(0, sequence)
+        return batch
+
+    def test_attend(self):
+        batch = self.batch()
+        q, k, v = map(self.tensor, (self.q, self.new_k, self.new_v))
+        report = batch.report(0, q)
+        batch.begin_step()
+        out = batch.attend(0, q, k, v, report=report)
+        self.assertEqual((out.device.type, out.dtype, out.shape), (self.device, torch.float32, q.shape))
+        self.assertLess(relative_error(out[0].cpu().numpy(), self.want), 1e-5)
+        self.assertEqual(report.verdict.tolist(), [[vattn.Verdict.EXACT] * Q_HEADS])
+        self.assertEqual(report.error.count_nonzero(), 0)
+
+    def test_a_dimension_of_one_and_an_output_of_the_caller(self):
+        batch = self.batch()
+        q, k, v = (self.tensor(x)[:, None] for x in (self.q, self.new_k, self.new_v))
+        out = torch.empty(1, 1, Q_HEADS, DIM, dtype=torch.bfloat16, device=self.device)
+        batch.begin_step()
+        self.assertIs(batch.attend(0, q, k, v, out=out), out)
+        self.assertLess(relative_error(out[0, 0].float().cpu().numpy(), self.want), 1e-2)
+
+    def test_bfloat16(self):
+        runtime = vattn.Runtime(**OPTIONS | {"backend": self.device, "policy": "dense", "dtype": "bf16"})
+        self.addCleanup(runtime.close)
+        sequence = runtime.sequence()
+        sequence.append(0, *(self.tensor(x).bfloat16() for x in (self.k, self.v)))
+        batch = runtime.batch(1)
+        batch.set(0, sequence)
+        batch.begin_step()
+        out = batch.attend(0, *(self.tensor(x).bfloat16() for x in (self.q, self.new_k, self.new_v)))
+        self.assertEqual(out.dtype, torch.bfloat16)
+        self.assertLess(relative_error(out[0].float().cpu().numpy(), self.want), 4e-2)
+
+    def test_other_types_are_refused(self):
+        batch = self.batch()
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "q has elements of torch.float64"):
+            batch.attend(0, self.tensor(self.q).double())
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "q is on device meta"):
+            batch.attend(0, torch.empty(1, Q_HEADS, DIM, device="meta"))
+
+
+class OnCpu(Tensors, unittest.TestCase):
+    device = "cpu"
+
+
+@unittest.skipUnless(HAS_CUDA, "no CUDA device, or a build without CUDA")
+class OnCuda(Tensors, unittest.TestCase):
+    device = "cuda"
+
+    def test_streams(self):
+        batch, stream = self.batch(), torch.cuda.Stream()
+        waiting = torch.cuda.Stream()
+        q, k, v = map(self.tensor, (self.q, self.new_k, self.new_v))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):  # the current stream is taken
+            torch.cuda._sleep(100_000_000)
+            late = q * 1
+            batch.begin_step()
+            out = batch.attend(0, late, k, v)
+        waiting.wait_stream(stream)
+        with torch.cuda.stream(waiting):
+            copied = out.cpu()
+        self.assertLess(relative_error(copied[0].numpy(), self.want), 1e-5)
+
+    def test_host_arrays_on_a_cuda_runtime(self):
+        batch = self.batch()
+        batch.begin_step()
+        out = batch.attend(0, self.q, self.new_k, self.new_v)
+        self.assertIsInstance(out, np.ndarray)
+        self.assertLess(relative_error(out[0], self.want), 1e-5)
+
+    def test_arrays_in_two_places_are_refused(self):
+        batch = self.batch()
+        batch.begin_step()
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "k_new is in host memory, must be where q is"):
+            batch.attend(0, self.tensor(self.q), self.new_k, self.new_v)
+
+    def test_cuda_array_interface(self):
+        class Other:
+            def __init__(self, tensor):
+                self.__cuda_array_interface__ = tensor.__cuda_array_interface__ | {"stream": 1}
+                self.tensor = tensor
+
+        batch = self.batch()
+        q, k, v = map(self.tensor, (self.q, self.new_k, self.new_v))
+        out = torch.empty_like(q)
+        torch.cuda.synchronize()
+        batch.begin_step()
+        batch.attend(0, *map(Other, (q, k, v)), out=Other(out))
+        self.assertLess(relative_error(out[0].cpu().numpy(), self.want), 1e-5)
+
+
+if __name__ == "__main__":
+    unittest.main()
