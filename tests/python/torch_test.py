@@ -1,10 +1,11 @@
 """The package over tensors of torch: the same memory, the current stream, the CPU and CUDA."""
+
 import unittest
 
 import numpy as np
 import torch
 import vattn
-from model import DIM, OPTIONS, Q_HEADS, attend, queries, relative_error, rows
+from fixture import DIM, OPTIONS, Q_HEADS, attend, queries, relative_error, rows
 
 HAS_CUDA = torch.cuda.is_available() and bool(vattn.devices())
 
@@ -20,7 +21,9 @@ class Tensors:
         self.k, self.v = rows(1500, 1)
         self.new_k, self.new_v = rows(1, 2)
         self.q = queries(1, 3)
-        self.want = attend(self.q[0], np.concatenate([self.k, self.new_k]), np.concatenate([self.v, self.new_v]))
+        self.want = attend(
+            self.q[0], np.concatenate([self.k, self.new_k]), np.concatenate([self.v, self.new_v])
+        )
 
     def tensor(self, array):
         return torch.from_numpy(array).to(self.device)
@@ -28,7 +31,9 @@ class Tensors:
     def batch(self):
         sequence = self.runtime.sequence()
         # By head, as models keep them: [heads, tokens, dim] seen as [tokens, heads, dim].
-        by_head = [self.tensor(x).transpose(0, 1).contiguous().transpose(0, 1) for x in (self.k, self.v)]
+        by_head = [
+            self.tensor(x).transpose(0, 1).contiguous().transpose(0, 1) for x in (self.k, self.v)
+        ]
         sequence.append(0, *by_head, q=self.tensor(queries(100, 4)))
         batch = self.runtime.batch(1)
         batch.set(0, sequence)
@@ -40,7 +45,9 @@ class Tensors:
         report = batch.report(0, q)
         batch.begin_step()
         out = batch.attend(0, q, k, v, report=report)
-        self.assertEqual((out.device.type, out.dtype, out.shape), (self.device, torch.float32, q.shape))
+        self.assertEqual(
+            (out.device.type, out.dtype, out.shape), (self.device, torch.float32, q.shape)
+        )
         self.assertLess(relative_error(out[0].cpu().numpy(), self.want), 1e-5)
         self.assertEqual(report.verdict.tolist(), [[vattn.Verdict.EXACT] * Q_HEADS])
         self.assertEqual(report.error.count_nonzero(), 0)
@@ -54,14 +61,18 @@ class Tensors:
         self.assertLess(relative_error(out[0, 0].float().cpu().numpy(), self.want), 1e-2)
 
     def test_bfloat16(self):
-        runtime = vattn.Runtime(**OPTIONS | {"backend": self.device, "policy": "dense", "dtype": "bf16"})
+        runtime = vattn.Runtime(
+            **OPTIONS | {"backend": self.device, "policy": "dense", "dtype": "bf16"}
+        )
         self.addCleanup(runtime.close)
         sequence = runtime.sequence()
         sequence.append(0, *(self.tensor(x).bfloat16() for x in (self.k, self.v)))
         batch = runtime.batch(1)
         batch.set(0, sequence)
         batch.begin_step()
-        out = batch.attend(0, *(self.tensor(x).bfloat16() for x in (self.q, self.new_k, self.new_v)))
+        out = batch.attend(
+            0, *(self.tensor(x).bfloat16() for x in (self.q, self.new_k, self.new_v))
+        )
         self.assertEqual(out.dtype, torch.bfloat16)
         self.assertLess(relative_error(out[0].float().cpu().numpy(), self.want), 4e-2)
 
@@ -106,7 +117,9 @@ class OnCuda(Tensors, unittest.TestCase):
     def test_arrays_in_two_places_are_refused(self):
         batch = self.batch()
         batch.begin_step()
-        with self.assertRaisesRegex(vattn.InvalidArgumentError, "k_new is in host memory, must be where q is"):
+        with self.assertRaisesRegex(
+            vattn.InvalidArgumentError, "k_new is in host memory, must be where q is"
+        ):
             batch.attend(0, self.tensor(self.q), self.new_k, self.new_v)
 
     def test_cuda_array_interface(self):

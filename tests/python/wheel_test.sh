@@ -17,4 +17,4 @@ VATTN_LIBRARY=$library $pip install --no-build-isolation "$source/api/python" -C
 unset VATTN_LIBRARY
 cd "$work"
 "$python" -c 'import pathlib, vattn._library as l; assert pathlib.Path(l._find()).parent == pathlib.Path(l.__file__).parent'
-"$python" "$source/tests/python/api_test.py"
+"$python" -m unittest discover -s "$source/tests/python" -p "api_*_test.py"

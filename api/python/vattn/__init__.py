@@ -1,6 +1,7 @@
 """vattn: decode attention over long contexts with most of the KV cache outside the accelerator.
 
-    runtime = vattn.Runtime(num_q_heads=8, num_kv_heads=2, head_dim_k=64, head_dim_v=64, dtype="f32")
+    runtime = vattn.Runtime(num_q_heads=8, num_kv_heads=2, head_dim_k=64, head_dim_v=64,
+                            dtype="f32")
     sequence = runtime.sequence()
     sequence.append(0, k, v)                  # k, v [tokens, 2, 64]
     batch = runtime.batch(1)
@@ -15,23 +16,60 @@ used where they lie. api/vattn.h is the reference for terms, options and limits.
 
 The library is the file named by VATTN_LIBRARY, else the one in this package, else the system's.
 """
+
 import json
 from typing import Any
 
 from . import _library
 from ._arrays import Array
 from ._batch import TIMELINE_MARKS, Batch, Report, Selection
-from ._library import (Error, FullError, InvalidArgumentError, NotSupportedError,
-                       OutOfMemoryError)
-from ._runtime import Runtime, Sequence, Stats
-from ._structs import (Backend, Bound, DType, Index, LogLevel, Norm, OnUnverified, Policy, Status,
-                       Target, Verdict)
+from ._library import Error, FullError, InvalidArgumentError, NotSupportedError, OutOfMemoryError
+from ._runtime import Runtime, Stats
+from ._sequence import Sequence
+from ._structs import (
+    Backend,
+    Bound,
+    DType,
+    Index,
+    LogLevel,
+    Norm,
+    OnUnverified,
+    Policy,
+    Status,
+    Target,
+    Verdict,
+)
 
 __all__ = [
-    "TIMELINE_MARKS", "Array", "Backend", "Batch", "Bound", "DType", "Error", "FullError", "Index",
-    "InvalidArgumentError", "LogLevel", "Norm", "NotSupportedError", "OnUnverified",
-    "OutOfMemoryError", "Policy", "Report", "Runtime", "Selection", "Sequence", "Stats", "Status",
-    "Target", "Verdict", "build_info", "devices", "doctor", "version"]
+    "TIMELINE_MARKS",
+    "Array",
+    "Backend",
+    "Batch",
+    "Bound",
+    "DType",
+    "Error",
+    "FullError",
+    "Index",
+    "InvalidArgumentError",
+    "LogLevel",
+    "Norm",
+    "NotSupportedError",
+    "OnUnverified",
+    "OutOfMemoryError",
+    "Policy",
+    "Report",
+    "Runtime",
+    "Selection",
+    "Sequence",
+    "Stats",
+    "Status",
+    "Target",
+    "Verdict",
+    "build_info",
+    "devices",
+    "doctor",
+    "version",
+]
 
 
 def version() -> str:

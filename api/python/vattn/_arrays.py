@@ -2,6 +2,7 @@
 
 Nothing is copied: a `View` is the address of the caller's own memory.
 """
+
 import ctypes
 import sys
 from dataclasses import dataclass
@@ -13,27 +14,48 @@ Array = Any  # numpy.ndarray, torch.Tensor, or an object with one of the protoco
 
 LEGACY_STREAM = 1  # cudaStreamLegacy: what a stream handle of 0 means to those who hand it over
 
-_TORCH = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16",
-          "torch.int32": "i32", "torch.int64": "i64", "torch.uint64": "u64"}
+_TORCH = {
+    "torch.float32": "f32",
+    "torch.float16": "f16",
+    "torch.bfloat16": "bf16",
+    "torch.int32": "i32",
+    "torch.int64": "i64",
+    "torch.uint64": "u64",
+}
 # numpy has no bfloat16 of its own: its bits travel as uint16, ml_dtypes shows them as V2.
-_TYPESTR = {"f4": "f32", "f2": "f16", "V2": "bf16", "u2": "bf16", "i4": "i32", "i8": "i64",
-            "u8": "u64"}
-_DLPACK = {(2, 32): "f32", (2, 16): "f16", (4, 16): "bf16", (1, 16): "bf16", (0, 32): "i32",
-           (0, 64): "i64", (1, 64): "u64"}
+_TYPESTR = {
+    "f4": "f32",
+    "f2": "f16",
+    "V2": "bf16",
+    "u2": "bf16",
+    "i4": "i32",
+    "i8": "i64",
+    "u8": "u64",
+}
+_DLPACK = {
+    (2, 32): "f32",
+    (2, 16): "f16",
+    (4, 16): "bf16",
+    (1, 16): "bf16",
+    (0, 32): "i32",
+    (0, 64): "i64",
+    (1, 64): "u64",
+}
 BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8, "u64": 8}
 
 
 @dataclass(slots=True)
 class View:
     """Where an array lies and what it is."""
+
     pointer: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
-    dtype: str                # a key of BYTES
-    device: int               # CUDA ordinal; -1: host memory
-    stream: int | None        # the stream that the array's owner works on
+    dtype: str  # a key of BYTES
+    device: int  # CUDA ordinal; -1: host memory
+    stream: int | None  # the stream that the array's owner works on
     writable: bool
-    owner: Any                # keeps the memory alive
+    owner: Any  # keeps the memory alive
 
     def contiguous(self) -> bool:
         """Elements lie one after the other in C order."""
@@ -55,8 +77,10 @@ def view(array: Array, name: str) -> View:
         return _view_interface(array, array.__array_interface__, name, on_device=False)
     if hasattr(array, "__dlpack__"):
         return _view_dlpack(array, name)
-    raise invalid(f"{name} is a {type(array).__name__}, must be an array of numpy or torch, or offer "
-                  "DLPack or __cuda_array_interface__")
+    raise invalid(
+        f"{name} is a {type(array).__name__}, must be an array of numpy or torch, or offer "
+        "DLPack or __cuda_array_interface__"
+    )
 
 
 def _view_torch(tensor: Any, name: str) -> View:
@@ -69,8 +93,9 @@ def _view_torch(tensor: Any, name: str) -> View:
         stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream
     elif kind != "cpu":
         raise invalid(f"{name} is on device {tensor.device}, must be cpu or cuda")
-    return View(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device, stream, True,
-                tensor)
+    return View(
+        tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device, stream, True, tensor
+    )
 
 
 def _view_interface(array: Any, interface: dict[str, Any], name: str, on_device: bool) -> View:
@@ -78,20 +103,26 @@ def _view_interface(array: Any, interface: dict[str, Any], name: str, on_device:
     typestr = interface["typestr"]
     dtype = _TYPESTR.get(typestr[1:])
     if dtype is None or typestr[0] == ">":
-        raise invalid(f"{name} has elements of type {typestr}, must be float32, float16, bfloat16 (or "
-                      "uint16 that holds it), int32, int64 or uint64 in little-endian order")
+        raise invalid(
+            f"{name} has elements of type {typestr}, must be float32, float16, bfloat16 (or "
+            "uint16 that holds it), int32, int64 or uint64 in little-endian order"
+        )
     shape = tuple(interface["shape"])
     size = BYTES[dtype]
     strides = interface.get("strides")
     if strides is None:
         strides = _dense(shape)
     elif any(stride % size for stride in strides):
-        raise invalid(f"{name} has strides of {strides} bytes, must be multiples of its {size}-byte elements")
+        raise invalid(
+            f"{name} has strides of {strides} bytes, must be multiples of its {size}-byte elements"
+        )
     else:
         strides = tuple(stride // size for stride in strides)
     pointer, readonly = interface["data"]
     device = _device_of(array) if on_device else -1
-    return View(pointer, shape, strides, dtype, device, interface.get("stream"), not readonly, array)
+    return View(
+        pointer, shape, strides, dtype, device, interface.get("stream"), not readonly, array
+    )
 
 
 def _device_of(array: Any) -> int:
@@ -111,22 +142,39 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 class _DLTensor(ctypes.Structure):
     """DLTensor of dlpack.h 1.x, which is that of 0.x."""
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32),
-                ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8),
-                ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-                ("shape", ctypes.POINTER(ctypes.c_int64)),
-                ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64)]
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
 
 
 class _Versioned(ctypes.Structure):
     """DLManagedTensorVersioned."""
-    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32),
-                ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p),
-                ("flags", ctypes.c_uint64), ("tensor", _DLTensor)]
+
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    ]
 
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_capsule_pointer.restype, _capsule_pointer.argtypes = (
+    ctypes.c_void_p,
+    [ctypes.py_object, ctypes.c_char_p],
+)
 _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
 
@@ -142,20 +190,34 @@ def _view_dlpack(array: Any, name: str) -> View:
     if _capsule_is(capsule, b"dltensor_versioned"):
         managed = _Versioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
-            raise invalid(f"{name} speaks DLPack {managed.major}.{managed.minor}, must be version 1")
+            raise invalid(
+                f"{name} speaks DLPack {managed.major}.{managed.minor}, must be version 1"
+            )
         tensor, writable = managed.tensor, not managed.flags & 1
     else:
         tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     dtype = _DLPACK.get((tensor.code, tensor.bits)) if tensor.lanes == 1 else None
     if dtype is None:
-        raise invalid(f"{name} has DLPack elements of code {tensor.code}, {tensor.bits} bits and "
-                      f"{tensor.lanes} lanes, must be float32, float16, bfloat16, int32, int64 or uint64")
+        raise invalid(
+            f"{name} has DLPack elements of code {tensor.code}, {tensor.bits} bits and "
+            f"{tensor.lanes} lanes, must be float32, float16, bfloat16, int32, int64 or uint64"
+        )
     if device_type not in (1, 2, 3):  # CPU, CUDA, pinned host memory
-        raise invalid(f"{name} is on DLPack device type {device_type}, must be 1 (CPU), 2 (CUDA) or 3 (pinned)")
+        raise invalid(
+            f"{name} is on DLPack device type {device_type}, must be 1 (CPU), 2 (CUDA), 3 (pinned)"
+        )
     shape = tuple(tensor.shape[: tensor.ndim])
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _dense(shape)
-    return View((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype,
-                tensor.device_id if device_type == 2 else -1, None, writable, capsule)
+    return View(
+        (tensor.data or 0) + tensor.byte_offset,
+        shape,
+        strides,
+        dtype,
+        tensor.device_id if device_type == 2 else -1,
+        None,
+        writable,
+        capsule,
+    )
 
 
 def empty_like(array: Array, shape: tuple[int, ...], dtype: str) -> Array:
@@ -167,6 +229,7 @@ def empty_like(array: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if hasattr(array, "__cuda_array_interface__") or not hasattr(array, "__array_interface__"):
         raise invalid(f"outputs for a {type(array).__name__} cannot be made here, must be given")
     import numpy
+
     kinds = {"f32": "f4", "f16": "f2", "bf16": "u2", "i32": "i4", "i64": "i8", "u64": "u8"}
     return numpy.empty(shape, kinds[dtype])
 

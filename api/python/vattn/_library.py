@@ -1,4 +1,5 @@
 """Finds and loads libvattn, and turns its codes into exceptions."""
+
 import ctypes
 import ctypes.util
 import os
@@ -35,8 +36,12 @@ class FullError(Error):
     """The library's own pool is full. Need, limit and knob are in the text; nothing is lost."""
 
 
-_ERRORS = {Status.INVALID_ARGUMENT: InvalidArgumentError, Status.OUT_OF_MEMORY: OutOfMemoryError,
-           Status.NOT_SUPPORTED: NotSupportedError, Status.FULL: FullError}
+_ERRORS = {
+    Status.INVALID_ARGUMENT: InvalidArgumentError,
+    Status.OUT_OF_MEMORY: OutOfMemoryError,
+    Status.NOT_SUPPORTED: NotSupportedError,
+    Status.FULL: FullError,
+}
 
 
 def invalid(text: str) -> InvalidArgumentError:
@@ -63,7 +68,8 @@ def _load() -> Any:
         raise ImportError(
             f"libvattn cannot be loaded: {error}. It is looked for in VATTN_LIBRARY (a path), in "
             f"{pathlib.Path(__file__).parent} and where the system keeps libraries; "
-            "pip install ./api/python builds it.") from None
+            "pip install ./api/python builds it."
+        ) from None
     library.vattn_version.restype = ctypes.c_char_p
     version = library.vattn_version().decode()
     if version.rsplit(".", 1)[0] != VERSION:
@@ -83,7 +89,9 @@ def call(name: str, *arguments: Any) -> None:
     code = getattr(LIBRARY, name)(*arguments)
     if code:
         status = Status(code)
-        raise _ERRORS.get(status, Error)(status, LIBRARY.vattn_last_error().decode(errors="replace"))
+        raise _ERRORS.get(status, Error)(
+            status, LIBRARY.vattn_last_error().decode(errors="replace")
+        )
 
 
 def text(name: str, *arguments: Any) -> str:

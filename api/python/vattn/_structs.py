@@ -2,6 +2,7 @@
 
 tests/python/header_test.py compares every name, type and value here with the header.
 """
+
 import ctypes
 import enum
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 class Status(enum.IntEnum):
     """vattn_code: what went wrong, in `Error.status`."""
+
     OK = 0
     INVALID_ARGUMENT = 1
     OUT_OF_MEMORY = 2
@@ -26,6 +28,7 @@ class Status(enum.IntEnum):
 
 class DType(enum.IntEnum):
     """Element type of rows, queries and outputs."""
+
     F32 = 0
     F16 = 1
     BF16 = 2
@@ -33,6 +36,7 @@ class DType(enum.IntEnum):
 
 class Backend(enum.IntEnum):
     """Where a runtime computes."""
+
     AUTO = 0
     CPU = 1
     CUDA = 2
@@ -40,6 +44,7 @@ class Backend(enum.IntEnum):
 
 class Policy(enum.IntEnum):
     """How rows of the middle are chosen."""
+
     VERIFIED = 0
     TOPK = 1
     TOPK_UNIFORM = 2
@@ -48,30 +53,35 @@ class Policy(enum.IntEnum):
 
 class Index(enum.IntEnum):
     """What scores are predicted from."""
+
     BALANCED = 0
     EXACT = 1
 
 
 class Norm(enum.IntEnum):
     """What the relative error is relative to."""
+
     VALUE = 0
     OUTPUT = 1
 
 
 class OnUnverified(enum.IntEnum):
     """What happens to a head that could not be verified."""
+
     DENSE = 0
     BEST_EFFORT = 1
 
 
 class Bound(enum.IntEnum):
     """Which quantile turns a variance into an error bound."""
+
     SHARP = 0
     SAFE = 1
 
 
 class Target(enum.IntEnum):
     """What the sample of policy topk_uniform is sized for."""
+
     SDPA = 0
     NUMERATOR = 1
     DENOMINATOR = 2
@@ -79,6 +89,7 @@ class Target(enum.IntEnum):
 
 class Verdict(enum.IntEnum):
     """What is known about one query head's output."""
+
     EXACT = 0
     VERIFIED = 1
     DENSE = 2
@@ -87,6 +98,7 @@ class Verdict(enum.IntEnum):
 
 class LogLevel(enum.IntEnum):
     """Severity of a log line."""
+
     ERROR = 0
     WARNING = 1
     INFO = 2
@@ -97,19 +109,28 @@ LOG_FUNCTION = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 
 
 def _fields(text: str) -> Sequence[tuple[str, Any]]:
-    """[(name, ctypes type)] from `type name name ...` lines; a * before a name makes it a pointer."""
-    types = {"int32": c_int32, "int64": c_int64, "uint64": c_uint64, "float": c_float,
-             "size": c_size_t, "text": c_char_p, "log": LOG_FUNCTION}
+    """[(name, ctypes type)] from `type name name ...` lines; a * before a name: a pointer."""
+    types = {
+        "int32": c_int32,
+        "int64": c_int64,
+        "uint64": c_uint64,
+        "float": c_float,
+        "size": c_size_t,
+        "text": c_char_p,
+        "log": LOG_FUNCTION,
+    }
     fields = []
     for line in text.strip().splitlines():
         kind, *names = line.split()
-        fields += [(name.lstrip("*"), c_void_p if name.startswith("*") else types[kind])
-                   for name in names]
+        fields += [
+            (name.lstrip("*"), c_void_p if name.startswith("*") else types[kind]) for name in names
+        ]
     return fields
 
 
 class Options(ctypes.Structure):
     """vattn_options."""
+
     _fields_ = _fields("""
         size struct_size
         int32 num_layers num_q_heads num_kv_heads head_dim_k head_dim_v dtype shared_kv
@@ -135,6 +156,7 @@ class Options(ctypes.Structure):
 
 class SequenceOptions(ctypes.Structure):
     """vattn_sequence_options."""
+
     _fields_ = _fields("""
         size struct_size
         uint64 id
@@ -143,16 +165,19 @@ class SequenceOptions(ctypes.Structure):
 
 class AppendParams(ctypes.Structure):
     """vattn_append_params."""
+
     _fields_ = _fields("""
         size struct_size
         int32 layer num_queries
         int64 num_tokens
         void *k *v *q
-        int64 k_token_stride k_head_stride v_token_stride v_head_stride q_token_stride q_head_stride""")
+        int64 k_token_stride k_head_stride v_token_stride v_head_stride
+        int64 q_token_stride q_head_stride""")
 
 
 class AttendParams(ctypes.Structure):
     """vattn_attend_params."""
+
     _fields_ = _fields("""
         size struct_size
         int32 layer num_tokens out_dtype reserved0
@@ -167,6 +192,7 @@ class AttendParams(ctypes.Structure):
 
 class SelectionParams(ctypes.Structure):
     """vattn_selection."""
+
     _fields_ = _fields("""
         size struct_size
         int64 capacity
@@ -177,11 +203,13 @@ class SelectionParams(ctypes.Structure):
 
 class StatsStruct(ctypes.Structure):
     """vattn_stats."""
+
     _fields_ = _fields("""
         size struct_size
         uint64 host_bytes_limit host_bytes_used table_bytes sequences tokens steps
         uint64 heads_exact heads_verified heads_dense heads_best_effort
-        uint64 rows_middle rows_selected rows_fetched bytes_fetched looks full_refusals blocks_copied""")
+        uint64 rows_middle rows_selected rows_fetched bytes_fetched looks
+        uint64 full_refusals blocks_copied""")
 
 
 def _text_call(*arguments: Any) -> list[Any]:
@@ -225,8 +253,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "vattn_attend_params_init": (None, [POINTER(AttendParams), c_size_t]),
     "vattn_attend": (Status, [c_void_p, POINTER(AttendParams), c_void_p]),
     "vattn_selection_init": (None, [POINTER(SelectionParams), c_size_t]),
-    "vattn_attend_selected": (Status, [c_void_p, POINTER(AttendParams), POINTER(SelectionParams),
-                                       c_void_p]),
+    "vattn_attend_selected": (
+        Status,
+        [c_void_p, POINTER(AttendParams), POINTER(SelectionParams), c_void_p],
+    ),
     "vattn_select": (Status, [c_void_p, POINTER(AttendParams), POINTER(SelectionParams), c_void_p]),
     "vattn_runtime_stats": (Status, [c_void_p, POINTER(StatsStruct), c_size_t]),
     "vattn_stats_prometheus": (Status, _text_call(c_void_p)),

@@ -1,17 +1,19 @@
 """Causal language models of the package transformers that decode from offloaded KV.
 
     wrapped = vattn.transformers.offload(model, policy="verified", epsilon=.1, delta=.05)
-    ids = wrapped.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=100)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    ids = wrapped.generate(**inputs, max_new_tokens=100)
     for layer in wrapped.stats():
         print(layer.layer, layer.selected_share, layer.fetched_share, layer.verified_share)
 
 The prompt runs through dense attention, layer by layer, and each layer's keys and values move to
-vattn's host pool as soon as that layer is done. Every further token attends there. Works with models
-whose attention goes through transformers' AttentionInterface (Llama, Qwen2, Qwen3, Mistral, ...), on
-the CPU and on one CUDA device, with batches of prompts of different lengths padded on the left, and
-with beams. Layers with a sliding window, and others that are not plain full attention, stay with
-transformers. Inference only.
+vattn's host pool as soon as that layer is done. Every further token attends there. Works with
+models whose attention goes through transformers' AttentionInterface (Llama, Qwen2, Mistral, ...),
+on the CPU and on one CUDA device, with batches of prompts of different lengths padded on the left,
+and with beams. Layers that are not plain full attention (sliding windows) stay with transformers.
+Inference only.
 """
+
 from ._cache import VattnCache
 from ._model import OffloadedModel, offload
 from ._store import LayerStats

@@ -1,4 +1,5 @@
 """The attention function and the mask function that transformers calls under the name "vattn"."""
+
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """For plain causal attention the padding mask [rows, tokens] as it is, or None; else as sdpa."""
+    """The padding mask [rows, tokens] as it is, or None, if attention is causal; else as sdpa."""
     if kwargs.get("mask_function", causal_mask_function) is causal_mask_function:
         padding: torch.Tensor | None = kwargs.get("attention_mask")
         return padding
@@ -22,9 +23,16 @@ def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return whole
 
 
-def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-              attention_mask: torch.Tensor | None, dropout: float = 0., scaling: float | None = None,
-              **kwargs: Any) -> Result:
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Result:
     """query [rows, q_heads, tokens, d], key and value [rows, kv_heads, tokens, d] ->
     ([rows, tokens, q_heads, d], None). Rows of an offloaded layer's cache come with their layer."""
     layer: OffloadedLayer | None = getattr(key, "vattn_layer", None)
@@ -36,9 +44,13 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
         return sdpa_attention_forward(module, query, key, value, whole, dropout, scaling, **kwargs)
     layer.store.pending = None
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
-        raise NotImplementedError("offloaded layers serve inference: use model.eval() and torch.no_grad()")
+        raise NotImplementedError(
+            "offloaded layers serve inference: use model.eval() and torch.no_grad()"
+        )
     if attention_mask is not None and attention_mask.ndim != 2:
-        raise NotImplementedError("offloaded layers need a 2D attention_mask [rows, tokens] and plain causal attention")
+        raise NotImplementedError(
+            "offloaded layers need a 2D attention_mask [rows, tokens] and plain causal attention"
+        )
     tokens = query.shape[2]
     if layer.tokens == 0:
         padding = layer.store.padding(attention_mask, query.shape[0], tokens)
@@ -47,33 +59,46 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     elif tokens == 1:
         out = layer.store.attend(layer.index, query, key, value)
     else:
-        raise NotImplementedError(f"{tokens} tokens at once after the prompt: vattn decodes one token a call "
-                                  "(the wrapped model's generate feeds them so)")
+        raise NotImplementedError(
+            f"{tokens} tokens at once after the prompt: vattn decodes one token a call "
+            "(the wrapped model's generate feeds them so)"
+        )
     layer.tokens += tokens
     return out, None
 
 
-def _prompt(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-            padding: list[int], scaling: float | None, kwargs: dict[str, Any]) -> torch.Tensor:
+def _prompt(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding: list[int],
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
     """Dense causal attention, row by row where rows are padded: no mask, no work on padding."""
     if not any(padding):
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
     rows, heads, tokens, _ = query.shape
     out = query.new_zeros(rows, tokens, heads, value.shape[3])
     for row, first in enumerate(padding):
-        q, k, v = (x[row:row + 1, :, first:] for x in (query, key, value))
-        out[row, first:] = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)[0][0]
+        q, k, v = (x[row : row + 1, :, first:] for x in (query, key, value))
+        out[row, first:] = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)[
+            0
+        ][0]
     return out
 
 
 def _causal(padding: torch.Tensor | None, tokens: int, key: torch.Tensor) -> torch.Tensor | None:
-    """The mask of a layer or cache that is not ours [rows, 1, tokens, kv tokens], or None if not needed."""
+    """The mask of a layer or cache that is not ours [rows, 1, tokens, kv tokens]; None: no need."""
     total = key.shape[2]
     if padding is not None and padding.ndim == 4:
         return padding
     if padding is None and tokens in (1, total):
         return None
-    whole = torch.ones(tokens, total, dtype=torch.bool, device=key.device).tril(total - tokens)[None, None]
+    whole = torch.ones(tokens, total, dtype=torch.bool, device=key.device).tril(total - tokens)[
+        None, None
+    ]
     return whole if padding is None else whole & padding[:, None, None, :].bool()
 
 

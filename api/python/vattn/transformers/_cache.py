@@ -1,4 +1,5 @@
 """A transformers Cache whose full-attention layers keep their rows in vattn."""
+
 from typing import Any
 
 import torch
@@ -26,12 +27,15 @@ class OffloadedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the store opens itself when it sees a prompt."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
-               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new rows as they are. They know their layer, which the attention function asks for."""
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new rows as they are. They carry their layer, for the attention function."""
         if self.store.pending is not None:
-            raise RuntimeError(f"layer {self.store.pending} has not attended through vattn: this model does "
-                               "not hand the keys of its cache to its attention function")
+            raise RuntimeError(
+                f"layer {self.store.pending} has not attended through vattn: this model does "
+                "not hand the keys of its cache to its attention function"
+            )
         self.store.pending = self.index
         key_states.vattn_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -56,14 +60,22 @@ class VattnCache(Cache):
     then one token a call. `close` frees the pool at once; collection does it too.
     """
 
-    def __init__(self, config: PreTrainedConfig, options: dict[str, Any], max_new_tokens: int) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, options: dict[str, Any], max_new_tokens: int
+    ) -> None:
         layers = DynamicCache(config=config).layers
         offloaded = [type(layer) is DynamicLayer for layer in layers]
         if not any(offloaded):
-            raise ValueError(f"{type(config).__name__} has no layer of plain full attention to offload")
+            raise ValueError(
+                f"{type(config).__name__} has no layer of plain full attention to offload"
+            )
         self.store = Store(offloaded, options, max_new_tokens)
-        super().__init__(layers=[OffloadedLayer(self.store, i) if offloaded[i] else layer
-                                 for i, layer in enumerate(layers)])
+        super().__init__(
+            layers=[
+                OffloadedLayer(self.store, i) if offloaded[i] else layer
+                for i, layer in enumerate(layers)
+            ]
+        )
 
     def _kinds(self) -> tuple[list[OffloadedLayer], list[Any]]:
         ours = [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]

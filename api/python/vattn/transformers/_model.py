@@ -1,4 +1,5 @@
 """`offload`, and what it returns."""
+
 from typing import Any, Self
 
 import torch
@@ -9,8 +10,19 @@ from . import _attention
 from ._cache import VattnCache
 from ._store import LayerStats
 
-_OWN = ("num_layers", "num_q_heads", "num_kv_heads", "layer_kv_heads", "head_dim_k", "head_dim_v", "dtype",
-        "shared_kv", "softmax_scale", "backend", "device")
+_OWN = (
+    "num_layers",
+    "num_q_heads",
+    "num_kv_heads",
+    "layer_kv_heads",
+    "head_dim_k",
+    "head_dim_v",
+    "dtype",
+    "shared_kv",
+    "softmax_scale",
+    "backend",
+    "device",
+)
 
 
 class OffloadedModel:
@@ -20,7 +32,9 @@ class OffloadedModel:
     def __init__(self, model: PreTrainedModel, options: dict[str, Any]) -> None:
         for name in _OWN:
             if name in options:
-                raise ValueError(f"{name} is {options[name]!r}, must be left out: the model's own is taken")
+                raise ValueError(
+                    f"{name} is {options[name]!r}, must be left out: the model's own is taken"
+                )
         check_options(**options)
         self.model = model
         self.options = options
@@ -30,24 +44,31 @@ class OffloadedModel:
         VattnCache(self._config, options, 1)  # refuses models without a layer to offload
         model.set_attn_implementation(_attention.NAME)
         if self._config._attn_implementation != _attention.NAME:
-            raise ValueError(f"{type(model).__name__} does not take its attention from transformers' AttentionInterface")
+            raise ValueError(
+                f"{type(model).__name__} does not attend through transformers' AttentionInterface"
+            )
 
     def cache(self, max_new_tokens: int = 1024) -> VattnCache:
         """An empty cache for a batch of prompts. The pool has room for max_new_tokens more tokens a
-        row, unless the option host_bytes says otherwise; FullError is what comes when it is full."""
+        row, unless the option host_bytes says otherwise; when it is full, FullError is raised."""
         self.last_cache = VattnCache(self._config, self.options, max_new_tokens)
         return self.last_cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward: pass past_key_values=`cache()`, the prompt first, then a token a call."""
+        """The model's forward, with past_key_values=`cache()`: the prompt, then a token a call."""
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                 past_key_values: VattnCache | None = None, **kwargs: Any) -> Any:
-        """As the model's `generate`. input_ids [rows, tokens], attention_mask alike with 0 for padding
-        on the left. With past_key_values, input_ids hold everything from the first prompt on, and what
-        the cache has not seen is read token by token."""
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: VattnCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's `generate`. input_ids [rows, tokens], attention_mask alike with 0 for
+        padding on the left. With past_key_values, input_ids hold everything from the first prompt
+        on, and what the cache has not seen is read token by token."""
         cache = past_key_values
         if cache is None:
             cache = self.cache(self._new_tokens(input_ids.shape[1], kwargs))
@@ -55,16 +76,28 @@ class OffloadedModel:
         seen = cache.get_seq_length(cache.store.order[0])
         if seen:
             self._read(input_ids, attention_mask, cache, seen)
-        return self.model.generate(input_ids, attention_mask=attention_mask, past_key_values=cache, **kwargs)
+        return self.model.generate(
+            input_ids, attention_mask=attention_mask, past_key_values=cache, **kwargs
+        )
 
-    def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VattnCache,
-              seen: int) -> None:
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: VattnCache,
+        seen: int,
+    ) -> None:
         """Feeds all but the last of the tokens from `seen` on."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions = mask.long().cumsum(1) - 1
         for i in range(seen, input_ids.shape[1] - 1):
-            self.model(input_ids[:, i:i + 1], attention_mask=mask[:, :i + 1], position_ids=positions[:, i:i + 1],
-                       past_key_values=cache, logits_to_keep=1)
+            self.model(
+                input_ids[:, i : i + 1],
+                attention_mask=mask[:, : i + 1],
+                position_ids=positions[:, i : i + 1],
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
 
     def _new_tokens(self, prompt: int, kwargs: dict[str, Any]) -> int:
         """Tokens that `generate` may add, as its arguments and the model's defaults say."""
@@ -99,8 +132,8 @@ def offload(model: PreTrainedModel, **options: Any) -> OffloadedModel:
 
     options are those of `vattn.Runtime` that are not the model's own: policy ("verified", "topk",
     "topk_uniform", "dense"), preset, epsilon, delta, norm, on_unverified, index_bytes, value_bits,
-    sinks, window, exact_below, hot_share, host_bytes, num_threads, seed, profile, ... The backend is
-    that of the model's device. Wrong names and types are refused here, values out of range with the
-    first prompt.
+    sinks, window, exact_below, hot_share, host_bytes, num_threads, seed, profile, ... The backend
+    is that of the model's device. Wrong names and types are refused here, values out of range with
+    the first prompt.
     """
     return OffloadedModel(model, options)

@@ -1,29 +1,32 @@
 """The rows of one `generate`: a runtime, a sequence for each row of the batch, and the counters."""
+
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .._batch import Batch, Report
-from .._runtime import Runtime, Sequence, Stats
+from .._runtime import Runtime, Stats
+from .._sequence import Sequence
 from .._structs import Verdict
 
-_BLOCK = 256         # tokens of one KV head and layer that the pool hands out at a time
-_CALIBRATION = 512   # queries of a prompt's last tokens that calibrate the index
+_BLOCK = 256  # tokens of one KV head and layer that the pool hands out at a time
+_CALIBRATION = 512  # queries of a prompt's last tokens that calibrate the index
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What one layer's decode steps read, over the rows of the batch. A row here is a K and V row of
-    one token and KV head; the middle is what is neither among the sinks nor in the window."""
+    """What one layer's decode steps read, over the whole batch. A row here is a K and V row of one
+    token and KV head; the middle is what is neither among the sinks nor in the window."""
+
     layer: int
     steps: int
-    rows_middle: int    # that dense attention would have read
+    rows_middle: int  # that dense attention would have read
     rows_selected: int  # read
-    rows_fetched: int   # of them not in the hot set
-    looks: int          # draws, over KV heads
-    exact: int          # query heads by verdict
+    rows_fetched: int  # of them not in the hot set
+    looks: int  # draws, over KV heads
+    exact: int  # query heads by verdict
     verified: int
     dense: int
     best_effort: int
@@ -41,11 +44,13 @@ class LayerStats:
     @property
     def verified_share(self) -> float:
         """Query heads whose error is bounded with promise or that are exact, as a share of all."""
-        return 1 - self.best_effort / max(1, self.exact + self.verified + self.dense + self.best_effort)
+        return 1 - self.best_effort / max(
+            1, self.exact + self.verified + self.dense + self.best_effort
+        )
 
 
 class Store:
-    """Rows of the offloaded layers. Opened by the first prompt, which tells shapes, type and place."""
+    """Rows of the offloaded layers. The first prompt tells shapes, type and place."""
 
     def __init__(self, layers: list[bool], options: dict[str, Any], max_new_tokens: int) -> None:
         self.layers = layers  # by layer: is it offloaded
@@ -67,21 +72,35 @@ class Store:
             if mask is None:
                 self._padding = [0] * rows
             elif mask.shape != (rows, tokens):
-                raise ValueError(f"attention_mask has shape {list(mask.shape)}, must be [{rows}, {tokens}]")
+                raise ValueError(
+                    f"attention_mask has shape {list(mask.shape)}, must be [{rows}, {tokens}]"
+                )
             else:
                 real = mask.sum(1)
-                if not bool((mask == (torch.arange(tokens, device=mask.device) >= tokens - real[:, None])).all()):
-                    raise ValueError("attention_mask has padding between or after tokens: pad on the left "
-                                     "(tokenizer.padding_side = 'left')")
+                if not bool(
+                    (
+                        mask == (torch.arange(tokens, device=mask.device) >= tokens - real[:, None])
+                    ).all()
+                ):
+                    raise ValueError(
+                        "attention_mask has padding between or after tokens: pad on the left "
+                        "(tokenizer.padding_side = 'left')"
+                    )
                 self._padding = (tokens - real).tolist()
             if max(self._padding) == tokens:
                 raise ValueError(f"row {self._padding.index(tokens)} of the prompt has no token")
         return self._padding
 
-    def append(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               scaling: float | None) -> None:
-        """Moves a layer's prompt into the pool. query [rows, q_heads, tokens, d], key and value alike
-        with kv_heads; padding is left out."""
+    def append(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+    ) -> None:
+        """Moves a layer's prompt into the pool. query [rows, q_heads, tokens, d], key and value
+        alike with kv_heads; padding is left out."""
         if self._runtime is None:
             self._open(query, key, value, scaling)
         assert self._padding is not None
@@ -89,34 +108,50 @@ class Store:
             q, k, v = (x.transpose(0, 1)[padding:] for x in (q, k, v))  # [tokens, heads, d]
             sequence.append(layer, k, v, q[-_CALIBRATION:])
 
-    def _open(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-              scaling: float | None) -> None:
+    def _open(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> None:
         if key.dtype not in _DTYPES or {query.dtype, value.dtype} != {key.dtype}:
-            raise ValueError(f"query, key and value are of {query.dtype}, {key.dtype} and {value.dtype}, must be "
-                             "of one type: float32, float16 or bfloat16")
+            raise ValueError(
+                f"query, key and value are of {query.dtype}, {key.dtype} and {value.dtype}, must "
+                "be of one type: float32, float16 or bfloat16"
+            )
         assert self._padding is not None
         kv_heads, on_cuda = key.shape[1], key.device.type == "cuda"
         options: dict[str, Any] = {
-            "num_layers": len(self.layers), "num_q_heads": query.shape[1], "num_kv_heads": kv_heads,
+            "num_layers": len(self.layers),
+            "num_q_heads": query.shape[1],
+            "num_kv_heads": kv_heads,
             "layer_kv_heads": [kv_heads * offloaded for offloaded in self.layers],
-            "head_dim_k": key.shape[3], "head_dim_v": value.shape[3], "dtype": _DTYPES[key.dtype],
-            "softmax_scale": 0. if scaling is None else scaling,
-            "backend": "cuda" if on_cuda else "cpu", "device": (key.device.index or 0) if on_cuda else 0,
-            "host_bytes": self._pool_bytes(key, value)}
+            "head_dim_k": key.shape[3],
+            "head_dim_v": value.shape[3],
+            "dtype": _DTYPES[key.dtype],
+            "softmax_scale": 0.0 if scaling is None else scaling,
+            "backend": "cuda" if on_cuda else "cpu",
+            "device": (key.device.index or 0) if on_cuda else 0,
+            "host_bytes": self._pool_bytes(key, value),
+        }
         self._runtime = Runtime(**options | self._options)
         self._sequences = [self._runtime.sequence() for _ in self._padding]
         self._device = key.device
         self._counts = torch.zeros(len(self.layers), 4, dtype=torch.int64, device=key.device)
-        self._verdicts = torch.zeros(len(self.layers) * len(Verdict), dtype=torch.int64, device=key.device)
+        self._verdicts = torch.zeros(
+            len(self.layers) * len(Verdict), dtype=torch.int64, device=key.device
+        )
         self._fill_batch()
 
     def _pool_bytes(self, key: torch.Tensor, value: torch.Tensor) -> int:
         """Room for the prompts, max_new_tokens more each, and the blocks that beams copy."""
         row = -(-(key.shape[3] + value.shape[3]) * key.element_size() // 128) * 128
-        codes = int(self._options.get("index_bytes", 32)) + (value.shape[3] * int(self._options.get("value_bits", 0)) + 127) // 8
+        codes = (
+            int(self._options.get("index_bytes", 32))
+            + (value.shape[3] * int(self._options.get("value_bits", 0)) + 127) // 8
+        )
         assert self._padding is not None
-        blocks = sum(-(-(key.shape[2] - padding + self._max_new_tokens) // _BLOCK) + 2
-                     for padding in self._padding)
+        blocks = sum(
+            -(-(key.shape[2] - padding + self._max_new_tokens) // _BLOCK) + 2
+            for padding in self._padding
+        )
         return blocks * len(self.order) * key.shape[1] * _BLOCK * (row + codes) + (1 << 20)
 
     def _fill_batch(self) -> None:
@@ -137,18 +172,27 @@ class Store:
             return torch.zeros(len(self.layers), rows, heads, dtype=dtype, device=self._device)
 
         kv_heads = options["num_kv_heads"]
-        self._step = {"middle": zeros(kv_heads, torch.int64), "selected": zeros(kv_heads, torch.int32),
-                      "fetched": zeros(kv_heads, torch.int32), "looks": zeros(kv_heads, torch.int32),
-                      "verdict": zeros(options["num_q_heads"], torch.int32)}
-        self._reports = [Report(**{name: array[layer] for name, array in self._step.items()})
-                         for layer in range(len(self.layers))]
+        self._step = {
+            "middle": zeros(kv_heads, torch.int64),
+            "selected": zeros(kv_heads, torch.int32),
+            "fetched": zeros(kv_heads, torch.int32),
+            "looks": zeros(kv_heads, torch.int32),
+            "verdict": zeros(options["num_q_heads"], torch.int32),
+        }
+        self._reports = [
+            Report(**{name: array[layer] for name, array in self._step.items()})
+            for layer in range(len(self.layers))
+        ]
         bins = torch.arange(len(self.layers), device=self._device)[:, None, None] * len(Verdict)
         self._bins = bins.expand(-1, rows, options["num_q_heads"])[self.order]
 
     # ------------------------------------------------------------------ decode
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """One new token a row: query [rows, q_heads, 1, d] and its key and value -> [rows, 1, q_heads, d]."""
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """One new token a row: query [rows, q_heads, 1, d], its key and value ->
+        [rows, 1, q_heads, d]."""
         assert self._batch is not None
         if layer == self.order[0]:
             self._batch.begin_step()
@@ -205,7 +249,9 @@ class Store:
         if self._runtime is None:
             return []
         counts, verdicts = self._counts.tolist(), self._verdicts.view(-1, len(Verdict)).tolist()
-        return [LayerStats(layer, self._steps, *counts[layer], *verdicts[layer]) for layer in self.order]
+        return [
+            LayerStats(layer, self._steps, *counts[layer], *verdicts[layer]) for layer in self.order
+        ]
 
     def runtime_stats(self) -> Stats | None:
         """Counters of the runtime; None before the first prompt."""

@@ -1,9 +1,22 @@
-"""Random rows and queries, and attention over them in float64."""
+"""Random rows and queries, attention over them in float64, and runtimes of one layer."""
+
+import unittest
+
 import numpy as np
+import vattn
+
+TOKENS = 3000
 
 Q_HEADS, KV_HEADS, DIM = 6, 2, 32
-OPTIONS = {"num_q_heads": Q_HEADS, "num_kv_heads": KV_HEADS, "head_dim_k": DIM, "head_dim_v": DIM,
-           "dtype": "f32", "backend": "cpu", "host_bytes": 64 << 20}
+OPTIONS = {
+    "num_q_heads": Q_HEADS,
+    "num_kv_heads": KV_HEADS,
+    "head_dim_k": DIM,
+    "head_dim_v": DIM,
+    "dtype": "f32",
+    "backend": "cpu",
+    "host_bytes": 64 << 20,
+}
 
 
 def rows(tokens, seed):
@@ -33,3 +46,23 @@ def attend(q, k, v):
 def relative_error(got, want):
     """The largest relative error of a head; got and want [heads, DIM]."""
     return float((np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)).max())
+
+
+class Fixture(unittest.TestCase):
+    def runtime(self, **options):
+        runtime = vattn.Runtime(**OPTIONS | options)
+        self.addCleanup(runtime.close)
+        return runtime
+
+    def filled(self, runtime, tokens=TOKENS, seed=1):
+        """A sequence with random rows, and these."""
+        k, v = rows(tokens, seed)
+        sequence = runtime.sequence()
+        sequence.append(0, k, v)
+        return sequence, k, v
+
+    def step(self, batch, q, k, v, report=None, **arguments):
+        """One decode step of layer 0 with new rows k, v [KV_HEADS, DIM] in every slot."""
+        batch.begin_step()
+        new = [np.repeat(x[None], batch.slots, 0) for x in (k, v)]
+        return batch.attend(0, q, *new, report=report, **arguments)

@@ -1,0 +1,179 @@
+"""vattn.transformers on small models: what it computes is what the stock model computes."""
+
+import unittest
+
+import torch
+import vattn.transformers
+from small_models import (
+    DEVICES,
+    GREEDY,
+    llama,
+    make,
+    offload,
+    prompts,
+    qwen2,
+    qwen2_with_sliding_layers,
+)
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+
+class SameTokens(unittest.TestCase):
+    def compare(self, model, inputs, arguments, **options):
+        """Generates with the stock model, then on vattn; returns the wrapped model."""
+        want = model.generate(**inputs, **arguments)
+        wrapped = offload(self, model, **options)
+        got = wrapped.generate(**inputs, **arguments)
+        self.assertEqual(got.tolist(), want.tolist())
+        return wrapped
+
+    def test_dense(self):
+        for device in DEVICES:
+            for model in (llama, qwen2, qwen2_with_sliding_layers):
+                for lengths in ((300,), (300, 151, 40, 1)):
+                    with self.subTest(device=device.type, model=model.__name__, lengths=lengths):
+                        self.compare(
+                            make(model, device), prompts(lengths, device), GREEDY, policy="dense"
+                        ).close()
+
+    def test_beams(self):
+        for device in DEVICES:
+            with self.subTest(device=device.type):
+                self.compare(
+                    make(qwen2_with_sliding_layers, device),
+                    prompts((200, 90), device),
+                    GREEDY | {"num_beams": 3},
+                    policy="dense",
+                )
+
+    def test_a_conversation(self):
+        for device in DEVICES:
+            for lengths in ((200,), (200, 120)):
+                with self.subTest(device=device.type, lengths=lengths):
+                    model, inputs = make(llama, device), prompts(lengths, device)
+                    more = prompts((30,) * len(lengths), device, seed=3)["input_ids"]
+                    answers = []
+                    for wrapped in (None, offload(self, model, policy="dense")):
+                        if wrapped is None:  # stock
+                            generate, cache = model.generate, DynamicCache(config=model.config)
+                            model.set_attn_implementation("sdpa")
+                        else:
+                            generate, cache = wrapped.generate, wrapped.cache(200)
+                            model.set_attn_implementation("vattn")
+                        first = generate(**inputs, **GREEDY, past_key_values=cache)
+                        ids = torch.cat([first, more], 1)
+                        mask = pad(
+                            inputs["attention_mask"],
+                            (0, ids.shape[1] - inputs["input_ids"].shape[1]),
+                            value=1,
+                        )
+                        answers.append(
+                            generate(
+                                input_ids=ids, attention_mask=mask, **GREEDY, past_key_values=cache
+                            )
+                        )
+                    self.assertEqual(answers[1].tolist(), answers[0].tolist())
+                    self.assertEqual(cache.get_seq_length(), 200 + 24 + 30 + 23)
+
+
+class Forward(unittest.TestCase):
+    """The model's own calls with a cache of ours."""
+
+    @torch.no_grad()
+    def logits(self, wrapped, inputs, cache, steps, start):
+        """Logits of `steps` fixed tokens, one a call [rows, steps, vocabulary]."""
+        mask, out = inputs["attention_mask"], []
+        for i in range(steps):
+            mask = pad(mask, (0, 1), value=1)
+            ids = torch.full((len(mask), 1), 5 + start + i, device=mask.device)
+            out.append(
+                wrapped(
+                    ids,
+                    attention_mask=mask,
+                    position_ids=mask.cumsum(1)[:, -1:] - 1,
+                    past_key_values=cache,
+                ).logits
+            )
+        return torch.cat(out, 1)
+
+    def test_verified_is_close(self):
+        for device in DEVICES:
+            for model in (llama, qwen2):
+                with self.subTest(device=device.type, model=model.__name__), torch.no_grad():
+                    model, inputs = make(model, device), prompts((400, 250), device)
+                    out = []
+                    for options in (
+                        {"policy": "dense"},
+                        {"policy": "verified", "epsilon": 0.02, "delta": 0.05},
+                    ):
+                        wrapped = offload(self, model, **options)
+                        cache = wrapped.cache()
+                        wrapped(**inputs, past_key_values=cache)
+                        out.append(self.logits(wrapped, inputs, cache, 8, 0))
+                    self.assertTrue(
+                        all(
+                            layer.verified_share == 1 and layer.looks > 0
+                            for layer in wrapped.stats()
+                        )
+                    )
+                    self.assertLess((out[1] - out[0]).norm(), 0.1 * out[0].norm())
+                    self.assertFalse(torch.equal(*out))
+
+    def test_half_types_are_close(self):
+        for device in DEVICES:
+            for dtype in (torch.bfloat16, torch.float16):
+                with self.subTest(device=device.type, dtype=dtype), torch.no_grad():
+                    model, inputs = make(llama, device, dtype), prompts((300,), device)
+                    want = self.logits(model, inputs, model(**inputs).past_key_values, 8, 0)
+                    wrapped = offload(self, model, policy="dense")
+                    cache = wrapped.cache()
+                    wrapped(**inputs, past_key_values=cache)
+                    got = self.logits(wrapped, inputs, cache, 8, 0)
+                    self.assertLess((got - want).abs().max(), 0.03 * want.abs().max())
+                    wrapped.close()
+
+    def test_cropped_and_reordered(self):
+        for device in DEVICES:
+            with self.subTest(device=device.type), torch.no_grad():
+                model, inputs = make(llama, device), prompts((200, 100), device)
+                wrapped = offload(self, model, policy="dense")
+                caches = [wrapped.cache(), DynamicCache(config=model.config)]
+                out = []
+                for (
+                    cache
+                ) in caches:  # the second takes the dense way through the attention function
+                    wrapped(**inputs, past_key_values=cache)
+                    self.logits(wrapped, inputs, cache, 5, 0)
+                    cache.crop(-3)
+                    cache.reorder_cache(torch.tensor([1, 1], device=device))
+                    cache.batch_repeat_interleave(2)
+                    cache.batch_select_indices(torch.tensor([0, 3], device=device))
+                    mask = pad(inputs["attention_mask"][[1, 1]], (0, 2), value=1)
+                    out.append(self.logits(wrapped, {"attention_mask": mask}, cache, 4, 50))
+                    self.assertEqual(cache.get_seq_length(), 206)
+                torch.testing.assert_close(*out, rtol=1e-4, atol=1e-4)
+                wrapped.close()
+
+    def test_reset_starts_anew(self):
+        model, inputs = make(llama, DEVICES[0]), prompts((150,), DEVICES[0])
+        wrapped = offload(self, model)
+        cache, out = wrapped.cache(), []
+        for _ in range(2):
+            with torch.no_grad():
+                wrapped(**inputs, past_key_values=cache)
+            out.append(self.logits(wrapped, inputs, cache, 3, 0))
+            cache.reset()
+        torch.testing.assert_close(*out, rtol=0, atol=0)
+        self.assertEqual(
+            (cache.get_seq_length(), cache.stats(), cache.runtime_stats()), (0, [], None)
+        )
+
+    def test_a_closed_model_is_the_stock_model(self):
+        model, inputs = make(llama, DEVICES[0]), prompts((100,), DEVICES[0])
+        with vattn.transformers.offload(model) as wrapped:
+            wrapped.generate(**inputs, **GREEDY)
+        self.assertEqual(model.config._attn_implementation, "sdpa")
+
+
+if __name__ == "__main__":
+    unittest.main()
