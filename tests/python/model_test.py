@@ -10,8 +10,6 @@ import vattn
 import vattn.transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-torch.set_num_threads(1)  # ctest runs other tests beside this one
-
 TOKENS = (
     40  # generated after each text that must be equal, with policy dense and with verified at .02
 )

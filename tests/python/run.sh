@@ -5,6 +5,7 @@
 set -uo pipefail
 build=$1 pattern=$2
 shift 2
+export OMP_NUM_THREADS=1  # torch's threads spin while other tests need the processor
 find='import importlib.util as u, sys
 assert sys.version_info >= (3, 11), "Python 3.11"
 missing = [name for name in sys.argv[1:] if u.find_spec(name) is None]
