@@ -183,8 +183,10 @@ class Store:
             Report(**{name: array[layer] for name, array in self._step.items()})
             for layer in range(len(self.layers))
         ]
-        bins = torch.arange(len(self.layers), device=self._device)[:, None, None] * len(Verdict)
-        self._bins = bins.expand(-1, rows, options["num_q_heads"])[self.order]
+        # Where each verdict is counted [layers, rows, q_heads], and the ones that are added there.
+        first = torch.arange(len(self.layers), device=self._device)[:, None, None] * len(Verdict)
+        self._bins = first.expand_as(self._step["verdict"])
+        self._ones = torch.ones(self._bins.numel(), dtype=torch.int64, device=self._device)
 
     # ------------------------------------------------------------------ decode
 
@@ -206,8 +208,8 @@ class Store:
         """Adds the step's report to the counters, on the device and without waiting for it."""
         for column, name in enumerate(("middle", "selected", "fetched", "looks")):
             self._counts[:, column] += self._step[name].sum((1, 2))
-        bins = self._bins + self._step["verdict"][self.order]
-        self._verdicts += torch.bincount(bins.flatten(), minlength=self._verdicts.numel())
+        bins = self._bins + self._step["verdict"]
+        self._verdicts.scatter_add_(0, bins.flatten(), self._ones)
         self._steps += 1
 
     # ------------------------------------------------------------------ between steps
@@ -216,11 +218,11 @@ class Store:
         """The batch becomes `rows` of the present one; one that is named again is forked."""
         if self._runtime is None:
             return
-        before, taken = self._sequences, set()
-        self._sequences = []
+        before, taken, after = self._sequences, set(), []
         for row in rows:
-            self._sequences.append(before[row].fork() if row in taken else before[row])
+            after.append(before[row].fork() if row in taken else before[row])
             taken.add(row)
+        self._sequences = after
         self._fill_batch()
         for row, sequence in enumerate(before):
             if row not in taken:
