@@ -88,7 +88,7 @@ absl::Status Disk::TakeOver() {
     const absl::Status entered = absl::StartsWith(name, ours) ? Enter(name, *bytes) : absl::OkStatus();
     const std::lock_guard<std::mutex> lock(mutex_);
     // Those of another layout only take room, and are the first to go.
-    if (!index_.Has(name)) index_.Add(name, {}, *bytes, 0);
+    if (!index_.Has(name)) index_.Add(name, {}, 0, *bytes, 0);
     bytes_ += *bytes;
     if (CodeOf(entered) == Code::kDataLoss) {
       ++counters_.prefix_damaged;
@@ -110,7 +110,7 @@ absl::Status Disk::Enter(const std::string& name, uint64_t bytes) {
     if (status.ok() && NameOf(stored->prefix) != name) status = DataLossError(path, ": holds another prefix");
     if (status.ok()) {
       const std::lock_guard<std::mutex> lock(mutex_);
-      index_.Add(name, ChainOf(stored->prefix), bytes, stored->stored);
+      index_.Add(name, ChainOf(stored->prefix), static_cast<int64_t>(stored->prefix.tokens.size()), bytes, stored->stored);
     }
   }
   if (CodeOf(status) == Code::kIoError) ++counters_.io_errors;
@@ -176,11 +176,15 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
   const absl::StatusOr<uint64_t> bytes = sequence.SaveAs(directory_->PathOf(name), &file);
   const std::lock_guard<std::mutex> lock(mutex_);
   bytes_ -= expected;
+  if (!bytes.ok()) {
+    // In place, but not surely durable: then it does not count as stored.
+    if (!index_.Has(name)) directory_->Remove(name).IgnoreError();
+    return bytes.status();
+  }
   // Another thread may have stored the same meanwhile: this file has taken that one's place.
-  bytes_ -= bytes.ok() ? index_.Remove(name) : 0;
-  VATTN_RETURN_IF_ERROR(bytes.status());
+  bytes_ -= index_.Remove(name);
   bytes_ += *bytes;
-  index_.Add(name, ChainOf(file.prefix), *bytes, index_.next_use());
+  index_.Add(name, ChainOf(file.prefix), static_cast<int64_t>(file.prefix.tokens.size()), *bytes, index_.next_use());
   ++counters_.prefixes_stored;
   return absl::OkStatus();
 }

@@ -6,11 +6,12 @@
 
 namespace vattn {
 
-void PrefixIndex::Add(const std::string& name, const std::vector<Digest>& chain, uint64_t bytes, uint64_t used) {
+void PrefixIndex::Add(const std::string& name, const std::vector<Digest>& chain, int64_t tokens, uint64_t bytes,
+                      uint64_t used) {
   Remove(name);
   while (by_use_.count(used) > 0) ++used;
   next_use_ = std::max(next_use_, used + 1);
-  files_[name] = {chain, bytes, used};
+  files_[name] = {chain, tokens, bytes, used};
   by_use_[used] = name;
   for (const Digest& digest : chain) by_digest_.emplace(digest, name);
   bytes_ += bytes;
@@ -42,9 +43,13 @@ std::vector<std::string> PrefixIndex::Find(const std::vector<Digest>& chain) con
   std::vector<std::string> names;
   for (size_t pieces = chain.size(); pieces > 0; --pieces) {
     const auto [begin, end] = by_digest_.equal_range(chain[pieces - 1]);
+    const size_t first = names.size();
     for (auto entry = begin; entry != end; ++entry) {
       if (std::find(names.begin(), names.end(), entry->second) == names.end()) names.push_back(entry->second);
     }
+    std::stable_sort(names.begin() + static_cast<ptrdiff_t>(first), names.end(), [&](const auto& a, const auto& b) {
+      return files_.at(a).tokens > files_.at(b).tokens;
+    });
   }
   return names;
 }

@@ -15,16 +15,16 @@ namespace vattn {
 // One thread at a time.
 class PrefixIndex {
  public:
-  // chain: digests of the prefix's pieces (ChainOf); empty for a file that only takes room. used: the
-  // greater, the later it goes. A name that is there is replaced.
-  void Add(const std::string& name, const std::vector<Digest>& chain, uint64_t bytes, uint64_t used);
+  // chain: digests of the pieces (ChainOf) of a prefix of `tokens` tokens; empty for a file that only takes
+  // room. used: the greater, the later it goes. A name that is there is replaced.
+  void Add(const std::string& name, const std::vector<Digest>& chain, int64_t tokens, uint64_t bytes, uint64_t used);
   // Bytes of the file; 0 if there is none.
   uint64_t Remove(const std::string& name);
   bool Has(const std::string& name) const { return files_.count(name) > 0; }
   // Marks a file as the last one used.
   void Use(const std::string& name);
 
-  // Files that may begin with pieces of `chain`, those that share most of them first.
+  // Files that may begin with pieces of `chain`: those that share most of them first, of those the longest.
   std::vector<std::string> Find(const std::vector<Digest>& chain) const;
   // The file unused for longest; empty without files.
   std::string Oldest() const;
@@ -40,6 +40,7 @@ class PrefixIndex {
  private:
   struct File {
     std::vector<Digest> chain;
+    int64_t tokens;
     uint64_t bytes, used;
   };
 
