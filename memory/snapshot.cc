@@ -131,7 +131,7 @@ absl::Status SnapshotWriter::WriteBuffer() {
   if (start_ == 0) std::copy_n(queue_->buffer(filling_), first_block_.size(), first_block_.begin());
   queue_->Start(filling_, /*write=*/true, start_, end_ - start_);
   start_ = end_;
-  filling_ = (filling_ + 1) % queue_->depth();
+  filling_ = (filling_ + 1) % queue_->num_buffers();
   const int error = queue_->Finish(filling_);
   return error == 0 ? absl::OkStatus() : SystemError("write", path_, error);
 }
@@ -158,9 +158,9 @@ absl::Status SnapshotWriter::Add(uint32_t type, std::span<const std::span<const 
   return status_;
 }
 
-absl::Status SnapshotWriter::Commit() {
+absl::Status SnapshotWriter::Commit(bool durable) {
   VATTN_RETURN_IF_ERROR(status_);
-  status_ = PutInPlace();
+  status_ = PutInPlace(durable);
   if (!status_.ok()) return status_;
   status_ = InternalError(path_, ": the snapshot writer was used after Commit");
   return absl::OkStatus();
@@ -191,11 +191,11 @@ absl::Status SnapshotWriter::WriteHeaders() {
   return absl::OkStatus();
 }
 
-absl::Status SnapshotWriter::PutInPlace() {
+absl::Status SnapshotWriter::PutInPlace(bool durable) {
   VATTN_RETURN_IF_ERROR(WriteHeaders());
   queue_.reset();
   // A failed sync is final: the kernel may have dropped the pages and call them clean.
-  if (const int error = SyncFileData(ops_, fd_); error != 0) {
+  if (const int error = durable ? SyncFileData(ops_, fd_) : 0; error != 0) {
     return SystemError("fdatasync", path_, error);
   }
   if (const int error = CloseFile(ops_, std::exchange(fd_, -1)); error != 0) {
@@ -210,7 +210,7 @@ absl::Status SnapshotWriter::PutInPlace() {
     return SystemError("rename", path_, error);
   }
   has_temporary_ = false;
-  const int error = SyncFile(ops_, directory);
+  const int error = durable ? SyncFile(ops_, directory) : 0;
   CloseFile(ops_, directory);
   // EINVAL: a file system that has no sync for directories.
   if (error != 0 && error != EINVAL) {
@@ -243,30 +243,31 @@ SnapshotReader::~SnapshotReader() {
 // Messages of the private functions lack the path; Open and Read put it in front.
 
 absl::Status SnapshotReader::Stream(uint64_t offset, uint64_t end, const Take& take) {
-  // Whole blocks from a boundary on, block i in buffer i modulo depth.
+  // Whole blocks from a boundary on, block i in buffer i modulo their number. All but one are ahead.
   const uint64_t begin = offset / kIoAlignment * kIoAlignment, block = queue_->block_bytes();
   const uint64_t blocks = (end - begin + block - 1) / block;
-  const uint64_t depth = static_cast<uint64_t>(queue_->depth());
+  const uint64_t buffers = static_cast<uint64_t>(queue_->num_buffers()), ahead = buffers - 1;
   const auto block_end = [&](uint64_t i) { return std::min(begin + (i + 1) * block, end); };
   const auto start = [&](uint64_t i) {
     const uint64_t at = begin + i * block;
-    queue_->Start(static_cast<int>(i % depth), /*write=*/false, at,
+    queue_->Start(static_cast<int>(i % buffers), /*write=*/false, at,
                   RoundUp(block_end(i) - at, kIoAlignment));
   };
   absl::Status status;
-  for (uint64_t i = 0; i < std::min(depth, blocks); ++i) start(i);
+  for (uint64_t i = 0; i < std::min(ahead, blocks); ++i) start(i);
   for (uint64_t i = 0; i < blocks && status.ok(); ++i) {
-    const int slot = static_cast<int>(i % depth);
+    const int slot = static_cast<int>(i % buffers);
     const uint64_t at = begin + i * block, from = std::max(at, offset);
     size_t moved;
-    if (const int error = queue_->Finish(slot, &moved); error != 0) {
+    const int error = queue_->Finish(slot, &moved);
+    if (error == 0 && i + ahead < blocks) start(i + ahead);
+    if (error != 0) {
       status = IoError("read: ", std::strerror(error));
     } else if (at + moved < block_end(i)) {
       status = DataLossError("the file ends at byte ", at + moved);
     } else {
       status = take({queue_->buffer(slot) + (from - at), static_cast<size_t>(block_end(i) - from)});
     }
-    if (status.ok() && i + depth < blocks) start(i + depth);
   }
   queue_->FinishAll();
   return status;

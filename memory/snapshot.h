@@ -45,11 +45,12 @@ class SnapshotWriter {
   absl::Status Add(uint32_t type, std::span<const std::span<const std::byte>> parts);
   absl::Status Add(uint32_t type, std::span<const std::byte> payload);
 
-  // Makes the file durable under `path`; the writer is then of no further use. On failure the file
+  // Puts the file in place, durable unless nobody needs it after a power cut (durable false: nothing is
+  // synced); the writer is then of no further use. On failure the file
   // that was there is untouched, with one exception: when only the last step fails, syncing the
   // directory, the new file is in place and whole, but a power cut may still bring back the old
   // one. The text says so.
-  absl::Status Commit();
+  absl::Status Commit(bool durable = true);
 
   // Of the file so far; after Commit of the whole file.
   uint64_t bytes_written() const { return end_; }
@@ -64,7 +65,7 @@ class SnapshotWriter {
   // Starts to write the buffer that is being filled.
   absl::Status WriteBuffer();
   absl::Status WriteHeaders();
-  absl::Status PutInPlace();
+  absl::Status PutInPlace(bool durable);
 
   const std::string path_, directory_, temporary_;
   const uint64_t layout_;

@@ -39,12 +39,13 @@ absl::StatusOr<std::unique_ptr<TransferQueue>> TransferQueue::Create(int fd, uin
     block = std::min(block, (total_bytes + kIoAlignment - 1) / kIoAlignment * kIoAlignment);
     depth = std::min(depth, (total_bytes + block - 1) / block);
   }
-  absl::StatusOr<VirtualRange> memory = VirtualRange::Reserve(block * depth, {});
+  const uint64_t buffers = depth + 1;
+  absl::StatusOr<VirtualRange> memory = VirtualRange::Reserve(block * buffers, {});
   if (!memory.ok()) return memory.status();
   // A page shared with a forked child would be copied by the first write, away from the device.
   (void)madvise(memory->data(), memory->size(), MADV_DONTFORK);
   std::unique_ptr<TransferQueue> queue(
-      new TransferQueue(fd, io, *std::move(memory), static_cast<int>(depth), block));
+      new TransferQueue(fd, io, *std::move(memory), static_cast<int>(buffers), block));
   queue->direct_ = io.direct && queue->ops_.set_direct(fd, true) == 0;
   // A file that stays O_NONBLOCK works as well, at times slower.
   if (!queue->direct_) (void)queue->ops_.set_direct(fd, false);
@@ -52,14 +53,14 @@ absl::StatusOr<std::unique_ptr<TransferQueue>> TransferQueue::Create(int fd, uin
   return queue;
 }
 
-TransferQueue::TransferQueue(int fd, const IoOptions& io, VirtualRange memory, int depth,
+TransferQueue::TransferQueue(int fd, const IoOptions& io, VirtualRange memory, int buffers,
                              size_t block_bytes)
     : fd_(fd),
       ops_(*io.ops),
       timeout_ms_(io.timeout_ms),
       block_bytes_(block_bytes),
       memory_(std::move(memory)),
-      slots_(static_cast<size_t>(depth)) {}
+      slots_(static_cast<size_t>(buffers)) {}
 
 TransferQueue::~TransferQueue() {
   FinishAll();
@@ -68,14 +69,14 @@ TransferQueue::~TransferQueue() {
 }
 
 void TransferQueue::OpenRing() {
-  const unsigned depth = static_cast<unsigned>(slots_.size());
-  if (ops_.ring_open(depth, &ring_) != 0) {
+  const unsigned buffers = static_cast<unsigned>(slots_.size());
+  if (ops_.ring_open(buffers, &ring_) != 0) {
     ring_ = nullptr;
     return;
   }
   ring_works_ = true;
   // Both are savings only; pinned memory in particular has a low limit in many places.
-  (void)ops_.ring_register_buffers(ring_, memory_.data(), block_bytes_, depth);
+  (void)ops_.ring_register_buffers(ring_, memory_.data(), block_bytes_, buffers);
   (void)ops_.ring_register_file(ring_, fd_);
 }
 
@@ -179,7 +180,7 @@ int TransferQueue::Finish(int i, size_t* moved) {
 
 int TransferQueue::FinishAll() {
   int error = 0;
-  for (int i = 0; i < depth(); ++i) {
+  for (int i = 0; i < num_buffers(); ++i) {
     const int ended = Finish(i);
     if (ended != 0) error = ended;
   }

@@ -44,7 +44,9 @@ class TransferQueue {
   TransferQueue(const TransferQueue&) = delete;
   TransferQueue& operator=(const TransferQueue&) = delete;
 
-  int depth() const { return static_cast<int>(slots_.size()); }
+  // One more than depth, so that as many transfers are under way while one buffer is worked on; at
+  // least 2.
+  int num_buffers() const { return static_cast<int>(slots_.size()); }
   size_t block_bytes() const { return block_bytes_; }
   std::byte* buffer(int i) const { return memory_.data() + static_cast<size_t>(i) * block_bytes_; }
 
@@ -70,7 +72,7 @@ class TransferQueue {
     bool was_refused = false;  // as direct
   };
 
-  TransferQueue(int fd, const IoOptions& io, VirtualRange memory, int depth, size_t block_bytes);
+  TransferQueue(int fd, const IoOptions& io, VirtualRange memory, int buffers, size_t block_bytes);
 
   void OpenRing();
   // Hands the rest of slot i to the ring, or moves it here.

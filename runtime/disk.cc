@@ -173,7 +173,7 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
     stored = index_.next_use();
   }
   const StoredPrefix file = {.prefix = std::move(prefix), .stored = stored};
-  const absl::StatusOr<uint64_t> bytes = sequence.SaveAs(directory_->PathOf(name), &file);
+  const absl::StatusOr<uint64_t> bytes = sequence.SaveAs(directory_->PathOf(name), &file, /*durable=*/true);
   const std::lock_guard<std::mutex> lock(mutex_);
   bytes_ -= expected;
   if (!bytes.ok()) {
@@ -225,12 +225,14 @@ absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runt
     }
     const Code code = CodeOf(status);
     if (code != Code::kDataLoss && code != Code::kIoError && code != Code::kNotFound) return status;
-    log_(LogLevel::kWarning, absl::StrCat("a stored prefix cannot be used: ", status.message()));
+    if (code != Code::kNotFound) {  // else it went while we looked
+      log_(LogLevel::kWarning, absl::StrCat("a stored prefix cannot be used: ", status.message()));
+    }
     if (code == Code::kIoError) {
       ++counters_.prefix_unread;
       continue;
     }
-    ++counters_.prefix_damaged;
+    if (code == Code::kDataLoss) ++counters_.prefix_damaged;
     const std::lock_guard<std::mutex> lock(mutex_);
     DropLocked(name);
   }

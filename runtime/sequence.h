@@ -86,7 +86,7 @@ class Sequence {
   uint64_t SavedBytes() const;
   // For the disk: the bytes of a file with as many tokens as the prefix has, and a sequence of the first
   // `tokens` of such a file, which is open.
-  absl::StatusOr<uint64_t> SaveAs(const std::string& path, const StoredPrefix* prefix);
+  absl::StatusOr<uint64_t> SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable);
   static absl::StatusOr<std::unique_ptr<Sequence>> FromPrefix(std::shared_ptr<Runtime> runtime, uint64_t id,
                                                               SnapshotReader& reader, const std::string& path,
                                                               int64_t tokens);
@@ -150,7 +150,7 @@ class Sequence {
   // Known to the runtime from then on.
   void Enlist() { runtime_->Enlist(this); }
 
-  absl::StatusOr<uint64_t> WriteFile(const std::string& path, const StoredPrefix* prefix);
+  absl::StatusOr<uint64_t> WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable);
   // The first `most` tokens of a file.
   absl::Status Load(SnapshotReader& reader, const std::string& path, int64_t most);
   absl::Status LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most);

@@ -132,7 +132,7 @@ uint64_t Sequence::SavedBytes() const {
   return bytes;
 }
 
-absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const StoredPrefix* prefix) {
+absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable) {
   // A lost device does not keep the host's copy from being saved, with the state of the last Pull.
   const absl::Status pulled = Pull();
   if (!pulled.ok() && CodeOf(pulled) != Code::kDeviceLost) return pulled;
@@ -178,7 +178,7 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
       }
     }
   }
-  VATTN_RETURN_IF_ERROR((*writer)->Commit());
+  VATTN_RETURN_IF_ERROR((*writer)->Commit(durable));
   return (*writer)->bytes_written();
 }
 

@@ -20,10 +20,10 @@ absl::Status Told(Runtime& runtime, const char* what, absl::Status status) {
 
 }  // namespace
 
-absl::Status Sequence::Save(const std::string& path) { return SaveAs(path, nullptr).status(); }
+absl::Status Sequence::Save(const std::string& path) { return SaveAs(path, nullptr, /*durable=*/true).status(); }
 
-absl::StatusOr<uint64_t> Sequence::SaveAs(const std::string& path, const StoredPrefix* prefix) {
-  absl::StatusOr<uint64_t> bytes = WriteFile(path, prefix);
+absl::StatusOr<uint64_t> Sequence::SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable) {
+  absl::StatusOr<uint64_t> bytes = WriteFile(path, prefix, durable);
   VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", bytes.status()));
   ++runtime_->counters().saves;
   runtime_->counters().bytes_saved += *bytes;
@@ -82,7 +82,7 @@ absl::Status Sequence::Hibernate(const std::string& path) {
 absl::Status Sequence::Spill() {
   absl::StatusOr<SpillFile> file = runtime_->disk()->NewSpill(SavedBytes());
   if (!file.ok()) return file.status();
-  const absl::StatusOr<uint64_t> bytes = SaveAs(file->path(), nullptr);
+  const absl::StatusOr<uint64_t> bytes = SaveAs(file->path(), nullptr, /*durable=*/false);
   if (!bytes.ok()) return bytes.status();
   file->SetBytes(*bytes);
   Sleep(file->path());

@@ -5,9 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <fstream>
-#include <thread>
 
 #include "tests/disk_world.h"
 
@@ -321,52 +319,6 @@ TEST_F(DiskTest, SpillsTheColdest) {
   EXPECT_TRUE(Files("spill-").empty());
   EXPECT_EQ(runtime->disk()->bytes(), 0u);
   EXPECT_EQ(runtime->store().num_free(), 36);
-}
-
-// Threads with three sequences each in a pool for four of twelve: nothing is lost, nobody hangs.
-TEST_F(DiskTest, ThreadsSpillEachOthersSequences) {
-  const std::shared_ptr<Runtime> runtime = Open(48);
-  std::vector<std::thread> threads;
-  std::atomic<int64_t> used{0};
-  for (uint32_t t = 0; t < 4; ++t) {
-    threads.emplace_back([&, t] {
-      std::mt19937 engine(t);
-      std::vector<std::unique_ptr<Sequence>> own;
-      std::vector<std::string> content;
-      for (int i = 0; i < 40; ++i) {
-        if (own.size() < 3) {
-          absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime, 0, 0);
-          const std::lock_guard<std::mutex> lock((*made)->use());
-          if (!AppendRandom(**made, 600, engine()).ok()) continue;  // FULL: all others are in use
-          content.push_back(ContentOf(**made));
-          own.push_back(*std::move(made));
-          continue;
-        }
-        const size_t which = engine() % own.size();
-        {
-          const std::lock_guard<std::mutex> lock(own[which]->use());
-          own[which]->Touch();
-          const absl::Status status = own[which]->Wake();
-          if (status.ok()) {
-            EXPECT_EQ(ContentOf(*own[which]), content[which]);
-            ++used;
-          } else {
-            EXPECT_EQ(CodeOf(status), Code::kFull) << status;
-          }
-        }
-        if (engine() % 4 == 0) {
-          own.erase(own.begin() + static_cast<ptrdiff_t>(which));
-          content.erase(content.begin() + static_cast<ptrdiff_t>(which));
-        }
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  EXPECT_GT(used.load(), 40);
-  EXPECT_GT(runtime->Stats().spills, 0u);
-  EXPECT_TRUE(Files("spill-").empty());
-  EXPECT_EQ(runtime->store().num_free(), 48);
-  EXPECT_TRUE(runtime->store().CheckInvariants().ok());
 }
 
 }  // namespace
