@@ -19,7 +19,8 @@ using Json = nlohmann::json;
   X(softmax_scale) X(backend) X(device) X(num_threads) X(numa_node) X(huge_pages) X(prefault)       \
   X(host_bytes) X(sinks) X(window) X(exact_below) X(index) X(index_bytes) X(value_bits) X(policy)   \
   X(norm) X(on_unverified) X(bound) X(epsilon) X(delta) X(norm_floor) X(max_looks) X(seed)          \
-  X(refresh) X(min_selected) X(max_selected_share) X(topk_share) X(base_share) X(target) X(hot_share)
+  X(refresh) X(min_selected) X(max_selected_share) X(topk_share) X(base_share) X(target) X(hot_share) \
+  X(disk_bytes) X(spill) X(io_engine) X(io_depth) X(io_block_bytes) X(io_buffered) X(io_timeout_ms)
 
 const std::map<std::string, std::vector<std::string>>& EnumNames() {
   static const auto* const names = new std::map<std::string, std::vector<std::string>>{
@@ -30,7 +31,8 @@ const std::map<std::string, std::vector<std::string>>& EnumNames() {
       {"norm", {"value", "output"}},
       {"on_unverified", {"dense", "best_effort"}},
       {"bound", {"sharp", "safe"}},
-      {"target", {"sdpa", "numerator", "denominator"}}};
+      {"target", {"sdpa", "numerator", "denominator"}},
+      {"io_engine", {"auto", "uring", "pread"}}};
   return *names;
 }
 
@@ -126,6 +128,7 @@ Options ToOptions(const vattn_options& from) {
   VATTN_OPTION_FIELDS(VATTN_COPY)
 #undef VATTN_COPY
   if (from.profile != nullptr) to.profile = from.profile;
+  if (from.disk_path != nullptr) to.disk_path = from.disk_path;
   if (from.layer_kv_heads != nullptr && from.num_layers > 0 && from.num_layers <= 1024) {
     to.layer_kv_heads.assign(from.layer_kv_heads, from.layer_kv_heads + from.num_layers);
   }
@@ -141,6 +144,7 @@ vattn_options FromOptions(const Options& from) {
 #undef VATTN_COPY
   to.layer_kv_heads = from.layer_kv_heads.data();
   to.profile = from.profile.empty() ? nullptr : from.profile.c_str();
+  to.disk_path = from.disk_path.empty() ? nullptr : from.disk_path.c_str();
   return to;
 }
 
@@ -148,10 +152,10 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return InvalidArgumentError("json is not valid JSON");
   if (!json.is_object()) return InvalidArgumentError("json is ", json.type_name(), ", must be an object");
-  static thread_local std::string profile;  // outlives the call, as options.profile points to it
+  static thread_local std::string profile, disk_path;  // outlive the call, as options points to them
   vattn_options changed = options;
   std::vector<int32_t> changed_heads;
-  std::string changed_profile;
+  std::string changed_profile, changed_disk_path;
   if (json.contains("preset")) VATTN_RETURN_IF_ERROR(SetPreset(json["preset"], changed));
   std::map<std::string, std::function<absl::Status(const Json&)>> setters;
 #define VATTN_SETTER(name) \
@@ -159,6 +163,7 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   VATTN_OPTION_FIELDS(VATTN_SETTER)
 #undef VATTN_SETTER
   setters["profile"] = [&](const Json& value) { return SetPath("profile", value, changed_profile); };
+  setters["disk_path"] = [&](const Json& value) { return SetPath("disk_path", value, changed_disk_path); };
   for (const auto& [key, value] : json.items()) {
     if (key == "preset" || key == "layer_kv_heads") continue;
     const auto setter = setters.find(key);
@@ -178,6 +183,10 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   if (json.contains("profile")) {
     profile.swap(changed_profile);
     changed.profile = profile.empty() ? nullptr : profile.c_str();
+  }
+  if (json.contains("disk_path")) {
+    disk_path.swap(changed_disk_path);
+    changed.disk_path = disk_path.empty() ? nullptr : disk_path.c_str();
   }
   options = changed;
   return absl::OkStatus();

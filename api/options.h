@@ -13,11 +13,11 @@ namespace vattn::api {
 
 vattn_options DefaultOptions();
 Options ToOptions(const vattn_options& from);
-// layer_kv_heads and profile of the result point into `from`.
+// layer_kv_heads, profile and disk_path of the result point into `from`.
 vattn_options FromOptions(const Options& from);
 
-// Applies a JSON object. `heads` keeps an array that options then points to; the text of profile is
-// kept until the thread's next call.
+// Applies a JSON object. `heads` keeps an array that options then points to; the texts of profile
+// and disk_path are kept until the thread's next call.
 absl::Status ApplyJson(const std::string& json, vattn_options& options, std::vector<int32_t>& heads);
 
 }  // namespace vattn::api

@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 
 #include "api/options.h"
 #include "api/structs.h"
 #include "runtime/batch.h"
+#include "runtime/disk.h"
 #include "runtime/doctor.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
@@ -36,6 +38,7 @@ static_assert(static_cast<int>(vattn::Bound::kSafe) == VATTN_BOUND_SAFE);
 static_assert(static_cast<int>(vattn::Target::kDenominator) == VATTN_TARGET_DENOMINATOR);
 static_assert(static_cast<int>(vattn::Verdict::kBestEffort) == VATTN_VERDICT_BEST_EFFORT);
 static_assert(static_cast<int>(vattn::LogLevel::kDebug) == VATTN_LOG_DEBUG);
+static_assert(static_cast<int>(vattn::IoEngine::kPread) == VATTN_IO_PREAD);
 
 namespace {
 
@@ -72,12 +75,29 @@ absl::Status Usable(const vattn_runtime* runtime) {
   return NotNull("runtime", runtime);
 }
 
-absl::Status Usable(const vattn_sequence* sequence, bool may_hibernate = false) {
-  VATTN_RETURN_IF_ERROR(NotNull("sequence", sequence));
-  if (sequence->impl->runtime().closed()) return InvalidArgumentError("sequence outlived its runtime, may only be destroyed");
-  if (!may_hibernate && sequence->impl->hibernated()) return InvalidArgumentError("sequence hibernates, must be awake");
-  return absl::OkStatus();
-}
+// A sequence for the length of a call, during which it is not spilled.
+class Use {
+ public:
+  explicit Use(const vattn_sequence* sequence) {
+    status_ = NotNull("sequence", sequence);
+    if (!status_.ok()) return;
+    impl_ = sequence->impl.get();
+    if (impl_->runtime().closed()) {
+      status_ = InvalidArgumentError("sequence outlived its runtime, may only be destroyed");
+      return;
+    }
+    lock_ = std::unique_lock<std::mutex>(impl_->use());
+    impl_->Touch();
+  }
+  const absl::Status& status() const { return status_; }
+  // OK if the sequence may be used and is awake now.
+  absl::Status Awake() const { return status_.ok() ? impl_->Wake() : status_; }
+
+ private:
+  absl::Status status_;
+  vattn::Sequence* impl_ = nullptr;
+  std::unique_lock<std::mutex> lock_;
+};
 
 absl::Status Usable(const vattn_batch* batch) {
   VATTN_RETURN_IF_ERROR(NotNull("batch", batch));
@@ -102,6 +122,25 @@ absl::Status GiveText(const std::string& text, char* buffer, size_t size, size_t
     buffer[count] = '\0';
   }
   return absl::OkStatus();
+}
+
+absl::Status ToPrefix(const vattn_prefix* prefix, vattn::Prefix& out) {
+  vattn_prefix p{};
+  VATTN_RETURN_IF_ERROR(vattn::api::Import("prefix", prefix, p));
+  VATTN_RETURN_IF_ERROR(NotNull("salt", p.salt));
+  if (p.salt_bytes < 1 || p.salt_bytes > 4096) return OutOfRangeError("salt_bytes", p.salt_bytes, 1, 4096);
+  VATTN_RETURN_IF_ERROR(NotNull("tokens", p.tokens));
+  if (p.num_tokens < 1 || p.num_tokens > int64_t{1} << 31) {
+    return OutOfRangeError("num_tokens", p.num_tokens, 1, int64_t{1} << 31);
+  }
+  out.salt.assign(static_cast<const char*>(p.salt), p.salt_bytes);
+  out.tokens.assign(p.tokens, p.tokens + p.num_tokens);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<vattn::Disk*> DiskOf(const vattn::Runtime& runtime) {
+  if (runtime.disk() != nullptr) return runtime.disk();
+  return InvalidArgumentError("disk_path is not given, must be for stored prefixes");
 }
 
 absl::Status CheckLayer(const vattn::Runtime& runtime, int32_t layer) {
@@ -308,25 +347,29 @@ vattn_code vattn_sequence_fork(const vattn_sequence* sequence, uint64_t id, vatt
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(NotNull("out", out));
     *out = nullptr;
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.Awake());
     return Give(sequence->impl->Fork(id), out);
   });
 }
 
 vattn_code vattn_sequence_truncate(vattn_sequence* sequence, int64_t tokens) {
   return Guard([&]() -> absl::Status {
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
     if (tokens < 0 || tokens > int64_t{1} << 31) return OutOfRangeError("tokens", tokens, 0, int64_t{1} << 31);
+    VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Truncate(tokens);
   });
 }
 
 vattn_code vattn_sequence_length(const vattn_sequence* sequence, int32_t layer, int64_t* tokens) {
   return Guard([&]() -> absl::Status {
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
     VATTN_RETURN_IF_ERROR(NotNull("tokens", tokens));
     VATTN_RETURN_IF_ERROR(CheckLayer(sequence->impl->runtime(), layer));
-    *tokens = sequence->impl->layer(layer).tokens;
+    *tokens = sequence->impl->length(layer);
     return absl::OkStatus();
   });
 }
@@ -337,28 +380,33 @@ void vattn_append_params_init(vattn_append_params* params, size_t struct_size) {
 
 vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* params) {
   return Guard([&]() -> absl::Status {
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
     vattn_append_params p{};
     VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
     const vattn::Runtime& runtime = sequence->impl->runtime();
     const bool known = p.layer >= 0 && p.layer < runtime.options().num_layers;
     vattn::AppendRequest request;
-    VATTN_RETURN_IF_ERROR(ToAppend(runtime, p, known ? sequence->impl->layer(p.layer).tokens : 0, request));
+    VATTN_RETURN_IF_ERROR(ToAppend(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
+    VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Append(request);
   });
 }
 
 vattn_code vattn_sequence_build_index(vattn_sequence* sequence) {
   return Guard([&]() -> absl::Status {
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->BuildIndex();
   });
 }
 
 vattn_code vattn_sequence_save(const vattn_sequence* sequence, const char* path) {
   return Guard([&]() -> absl::Status {
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
     VATTN_RETURN_IF_ERROR(NotNull("path", path));
+    VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Save(path);
   });
 }
@@ -375,16 +423,70 @@ vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path, vatt
 
 vattn_code vattn_sequence_hibernate(vattn_sequence* sequence, const char* path) {
   return Guard([&]() -> absl::Status {
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
     VATTN_RETURN_IF_ERROR(NotNull("path", path));
+    VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Hibernate(path);
   });
 }
 
 vattn_code vattn_sequence_wake(vattn_sequence* sequence) {
   return Guard([&]() -> absl::Status {
-    VATTN_RETURN_IF_ERROR(Usable(sequence, /*may_hibernate=*/true));
-    return sequence->impl->Wake();
+    return Use(sequence).Awake();
+  });
+}
+
+void vattn_prefix_init(vattn_prefix* prefix, size_t struct_size) {
+  InitStruct(prefix, struct_size, vattn_prefix{});
+}
+
+vattn_code vattn_prefix_save(const vattn_sequence* sequence, const vattn_prefix* prefix) {
+  return Guard([&]() -> absl::Status {
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
+    vattn::Prefix p;
+    VATTN_RETURN_IF_ERROR(ToPrefix(prefix, p));
+    vattn::Runtime& runtime = sequence->impl->runtime();
+    const absl::StatusOr<vattn::Disk*> disk = DiskOf(runtime);
+    if (!disk.ok()) return disk.status();
+    for (int32_t l = 0; l < runtime.options().num_layers; ++l) {
+      const int64_t most = sequence->impl->length(l);
+      if (runtime.kv_heads(l) == 0 || static_cast<int64_t>(p.tokens.size()) <= most) continue;
+      return InvalidArgumentError("num_tokens is ", p.tokens.size(), ", must be at most ", most, ", those of layer ", l);
+    }
+    VATTN_RETURN_IF_ERROR(use.Awake());
+    return (*disk)->Store(*sequence->impl, std::move(p));
+  });
+}
+
+vattn_code vattn_prefix_restore(vattn_runtime* runtime, const vattn_prefix* prefix, uint64_t id, int64_t* tokens,
+                                vattn_sequence** out) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(NotNull("out", out));
+    *out = nullptr;
+    VATTN_RETURN_IF_ERROR(NotNull("tokens", tokens));
+    *tokens = 0;
+    VATTN_RETURN_IF_ERROR(Usable(runtime));
+    vattn::Prefix p;
+    VATTN_RETURN_IF_ERROR(ToPrefix(prefix, p));
+    const absl::StatusOr<vattn::Disk*> disk = DiskOf(*runtime->impl);
+    if (!disk.ok()) return disk.status();
+    return Give((*disk)->Begin(runtime->impl, p, id, tokens), out);
+  });
+}
+
+vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* salt, uint64_t salt_bytes, int64_t* files) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(runtime));
+    VATTN_RETURN_IF_ERROR(NotNull("salt", salt));
+    if (salt_bytes < 1 || salt_bytes > 4096) return OutOfRangeError("salt_bytes", salt_bytes, 1, 4096);
+    const absl::StatusOr<vattn::Disk*> disk = DiskOf(*runtime->impl);
+    if (!disk.ok()) return disk.status();
+    int64_t removed = 0;
+    const absl::Status status = (*disk)->Forget(std::string(static_cast<const char*>(salt), salt_bytes), &removed);
+    if (files != nullptr) *files = removed;
+    return status;
   });
 }
 
@@ -404,7 +506,8 @@ void vattn_batch_destroy(vattn_batch* batch) { delete batch; }
 vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_sequence* sequence) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
-    VATTN_RETURN_IF_ERROR(Usable(sequence));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.Awake());
     return batch->impl->Set(slot, sequence->impl.get());
   });
 }
@@ -495,7 +598,24 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
                              .bytes_fetched = s.bytes_fetched,
                              .looks = s.looks,
                              .full_refusals = s.full_refusals,
-                             .blocks_copied = s.blocks_copied};
+                             .blocks_copied = s.blocks_copied,
+                             .disk_bytes_used = s.disk_bytes_used,
+                             .saves = s.saves,
+                             .bytes_saved = s.bytes_saved,
+                             .restores = s.restores,
+                             .bytes_restored = s.bytes_restored,
+                             .spills = s.spills,
+                             .spill_failures = s.spill_failures,
+                             .files_refused = s.files_refused,
+                             .io_errors = s.io_errors,
+                             .prefixes_stored = s.prefixes_stored,
+                             .prefix_evictions = s.prefix_evictions,
+                             .prefix_hits = s.prefix_hits,
+                             .prefix_tokens = s.prefix_tokens,
+                             .prefix_misses = s.prefix_misses,
+                             .prefix_damaged = s.prefix_damaged,
+                             .prefix_unread = s.prefix_unread,
+                             .prefix_unlike = s.prefix_unlike};
     vattn::api::Export(all, stats, struct_size);
     return absl::OkStatus();
   });

@@ -113,6 +113,12 @@ typedef enum vattn_target { /* what the sample of VATTN_POLICY_TOPK_UNIFORM is s
   VATTN_TARGET_DENOMINATOR = 2
 } vattn_target;
 
+typedef enum vattn_io {
+  VATTN_IO_AUTO = 0,  /* io_uring where it is to be had, else pread and pwrite */
+  VATTN_IO_URING = 1, /* NOT_SUPPORTED where it is not */
+  VATTN_IO_PREAD = 2
+} vattn_io;
+
 typedef enum vattn_verdict {
   VATTN_VERDICT_EXACT = 0,      /* nothing was sampled away */
   VATTN_VERDICT_VERIFIED = 1,   /* P(|o' - o| > epsilon * ref) <= delta */
@@ -203,6 +209,23 @@ typedef struct vattn_options {
    * which then also answers NOT_FOUND, IO_ERROR, DATA_LOSS (cut short, damaged, no safetensors file)
    * and INVALID_ARGUMENT (another format or shape). */
   const char* profile;
+
+  /* NULL or "": none. Else a directory for stored prefixes (vattn_prefix_save) and spilled sequences. The
+   * runtime owns it as long as it lives: another one, in any process, is refused with INVALID_ARGUMENT. It
+   * is made if it alone is missing. Stored prefixes are found again by the next runtime with the same
+   * layout (shape, dtype, sinks, index); files of spilled sequences of a dead process are removed.
+   * vattn_runtime_create then also answers IO_ERROR. */
+  const char* disk_path;
+  uint64_t disk_bytes; /* most bytes of files there; 0: no limit. Prefixes unused for longest go first */
+  /* 1: when the host pool is full, sequences that sit in no batch and that no call works on, unused for
+   * longest first, hibernate in disk_path until there is room, and wake by their next use. What they had
+   * reserved goes with them. Only then FULL. */
+  int32_t spill;
+  int32_t io_engine;      /* vattn_io: how files are read and written */
+  int32_t io_depth;       /* 8: transfers under way at most; 1 to 256 */
+  int32_t io_block_bytes; /* 1 MiB: of a transfer; a multiple of 4096 up to 256 MiB */
+  int32_t io_buffered;    /* 1: through the page cache; 0: past it (O_DIRECT) where the file system allows */
+  int32_t io_timeout_ms;  /* 60000: IO_ERROR if no transfer of io_uring ends for so long */
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
@@ -214,8 +237,8 @@ VATTN_EXPORT void vattn_options_init(vattn_options* options, size_t struct_size)
  *   {"num_layers": 28, "dtype": "bf16", "policy": "verified", "preset": "strict", "epsilon": 0.1}
  * Keys are the field names above; enums by lower-case name ("f16", "value", "best_effort", ...);
  * "preset" is "strict" (.1, norm output), "default" (.1, norm value) or "fast" (.2, norm value) and
- * is applied first. layer_kv_heads is an array; it and the text of profile are kept alive by the
- * library until the thread's next call of this function. Unknown keys and wrong types are refused by
+ * is applied first. layer_kv_heads is an array; it and the texts of profile and disk_path are
+ * kept alive by the library until the thread's next call of this function. Unknown keys and wrong types are refused by
  * name. INVALID_ARGUMENT leaves options unchanged. */
 VATTN_EXPORT vattn_code vattn_options_from_json(const char* json, vattn_options* options);
 
@@ -230,8 +253,8 @@ VATTN_EXPORT vattn_code vattn_runtime_create_json(const char* json, vattn_runtim
 /* Sequences and batches of the runtime must be destroyed first; those that were not are reported to
  * the logger and stay valid for destroy only. */
 VATTN_EXPORT void vattn_runtime_destroy(vattn_runtime* runtime);
-/* The options in force, every default resolved. layer_kv_heads and profile point into the
- * runtime. */
+/* The options in force, every default resolved. layer_kv_heads, profile and disk_path
+ * point into the runtime. */
 VATTN_EXPORT vattn_code vattn_runtime_options(const vattn_runtime* runtime, vattn_options* options);
 
 /* What this machine offers, as JSON (CPU, SIMD target, NUMA, memory, huge pages, memlock, io_uring,
@@ -294,17 +317,50 @@ VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_appen
 VATTN_EXPORT vattn_code vattn_sequence_build_index(vattn_sequence* sequence);
 
 /* Writes rows, codes and tables to a file that appears whole or not at all (temporary name,
- * fdatasync, rename). IO_ERROR leaves the sequence and any older file as they were. */
+ * fdatasync, rename, fsync of the directory), with checksums of all of it. IO_ERROR leaves the sequence and
+ * any older file as they were; if only the last fsync failed, the new file is in place (the text says so). */
 VATTN_EXPORT vattn_code vattn_sequence_save(const vattn_sequence* sequence, const char* path);
 /* Reads a saved sequence back: attention on it is bit-identical. NOT_FOUND: no such file.
  * DATA_LOSS: truncated, changed, or of another layout; nothing is created. FULL as create. */
 VATTN_EXPORT vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path,
                                                vattn_sequence** out);
-/* Saves, then frees the host blocks; the sequence stays known and refuses use until woken. */
+/* Saves, then frees the host blocks; the sequence stays known, and any use of it but
+ * vattn_sequence_length wakes it first. Refused while it sits in a batch. Errors as save. */
 VATTN_EXPORT vattn_code vattn_sequence_hibernate(vattn_sequence* sequence, const char* path);
-/* Brings a hibernated sequence back from its file, which is left in place. Errors as restore, after
- * which it is still hibernated. No-op on a sequence that is awake. */
+/* Brings a hibernated sequence back from its file, which is left in place (that of a spilled one is
+ * removed). Errors as restore, after which it is still hibernated; a call that would have woken it answers
+ * the same. No-op on a sequence that is awake. */
 VATTN_EXPORT vattn_code vattn_sequence_wake(vattn_sequence* sequence);
+
+/* ---- Stored prefixes ------------------------------------------------------------------------ */
+
+/* What a stored prefix is found by. Only calls with the same salt find it: let the salt name the model with
+ * its weights and position encoding, and the tenant. It is kept in the file. */
+typedef struct vattn_prefix {
+  size_t struct_size;
+  const void* salt;
+  uint64_t salt_bytes;   /* 1 to 4096 */
+  const int32_t* tokens; /* [num_tokens] ids, from the first token of the sequence on */
+  int64_t num_tokens;    /* 1 or more */
+} vattn_prefix;
+
+VATTN_EXPORT void vattn_prefix_init(vattn_prefix* prefix, size_t struct_size);
+
+/* Stores the first num_tokens tokens of a sequence, whose ids the caller vouches for, in
+ * vattn_options.disk_path. Nothing is written if that prefix is there already. INVALID_ARGUMENT if a layer
+ * has fewer tokens or there is no disk_path; FULL if disk_bytes has no room; IO_ERROR. */
+VATTN_EXPORT vattn_code vattn_prefix_save(const vattn_sequence* sequence, const vattn_prefix* prefix);
+/* A new sequence (id as in vattn_sequence_options) that begins with as many of the given tokens as one stored
+ * prefix has in common with them, 256 at least: *tokens. Ids are compared, not only their digests. The rows
+ * are those that were saved; index and codes are, too. To keep the last token for a step, pass one less.
+ * NOT_FOUND: no stored prefix serves; one that fails its check or cannot be read is logged, counted and
+ * passed over. FULL as create. *out is NULL and *tokens 0 after a failure. */
+VATTN_EXPORT vattn_code vattn_prefix_restore(vattn_runtime* runtime, const vattn_prefix* prefix, uint64_t id,
+                                             int64_t* tokens, vattn_sequence** out);
+/* Removes all prefixes stored under a salt; *files, unless files is NULL, says how many. IO_ERROR: those
+ * removed so far are gone. */
+VATTN_EXPORT vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* salt, uint64_t salt_bytes,
+                                            int64_t* files);
 
 /* ---- Decode steps --------------------------------------------------------------------------- */
 
@@ -416,6 +472,23 @@ typedef struct vattn_stats {
   uint64_t looks;              /* draws, over KV heads */
   uint64_t full_refusals;      /* calls answered VATTN_FULL */
   uint64_t blocks_copied;      /* shared blocks copied on write */
+  uint64_t disk_bytes_used;    /* files in disk_path, written or promised */
+  uint64_t saves;              /* sequence files written: saved, hibernated, spilled, prefixes */
+  uint64_t bytes_saved;
+  uint64_t restores;           /* sequences read from such files */
+  uint64_t bytes_restored;     /* in their blocks */
+  uint64_t spills;
+  uint64_t spill_failures;
+  uint64_t files_refused;      /* files to restore that failed their check */
+  uint64_t io_errors;          /* file operations that the system refused */
+  uint64_t prefixes_stored;
+  uint64_t prefix_evictions;   /* removed for room */
+  uint64_t prefix_hits;        /* calls of vattn_prefix_restore that found one */
+  uint64_t prefix_tokens;      /* tokens that those began with */
+  uint64_t prefix_misses;      /* calls answered NOT_FOUND */
+  uint64_t prefix_damaged;     /* stored prefixes that failed their check and were removed */
+  uint64_t prefix_unread;      /* stored prefixes that the system could not read when wanted */
+  uint64_t prefix_unlike;      /* digests that led to other tokens */
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,

@@ -35,6 +35,7 @@ inline void InitStruct(vattn_sequence_options* s) { vattn_sequence_options_init(
 inline void InitStruct(vattn_append_params* s) { vattn_append_params_init(s, sizeof(*s)); }
 inline void InitStruct(vattn_attend_params* s) { vattn_attend_params_init(s, sizeof(*s)); }
 inline void InitStruct(vattn_selection* s) { vattn_selection_init(s, sizeof(*s)); }
+inline void InitStruct(vattn_prefix* s) { vattn_prefix_init(s, sizeof(*s)); }
 template <class Struct>
 Struct Init() {
   Struct s;
@@ -70,6 +71,12 @@ class Runtime {
     Check(vattn_runtime_stats(get(), &stats, sizeof(stats)));
     return stats;
   }
+  // How many files went.
+  int64_t ForgetPrefixes(const std::string& salt) {
+    int64_t files = 0;
+    Check(vattn_prefix_forget(get(), salt.data(), salt.size(), &files));
+    return files;
+  }
   vattn_runtime* get() const noexcept { return handle_.get(); }
 
  private:
@@ -91,6 +98,13 @@ class Sequence {
     Check(vattn_sequence_restore(runtime.get(), path.c_str(), &made));
     return Sequence(made);
   }
+  // Begins with *tokens tokens of a stored prefix; NOT_FOUND is thrown, too.
+  static Sequence Begin(const Runtime& runtime, const vattn_prefix& prefix, int64_t* tokens,
+                        uint64_t id = 0) {
+    vattn_sequence* made = nullptr;
+    Check(vattn_prefix_restore(runtime.get(), &prefix, id, tokens, &made));
+    return Sequence(made);
+  }
   Sequence Fork(uint64_t id = 0) const {
     vattn_sequence* made = nullptr;
     Check(vattn_sequence_fork(get(), id, &made));
@@ -108,6 +122,7 @@ class Sequence {
   void Save(const std::string& path) const { Check(vattn_sequence_save(get(), path.c_str())); }
   void Hibernate(const std::string& path) { Check(vattn_sequence_hibernate(get(), path.c_str())); }
   void Wake() { Check(vattn_sequence_wake(get())); }
+  void SavePrefix(const vattn_prefix& prefix) const { Check(vattn_prefix_save(get(), &prefix)); }
   vattn_sequence* get() const noexcept { return handle_.get(); }
 
  private:

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "bench/dtype.h"
 
@@ -23,12 +24,10 @@ void Gather(const Tensor& tensor, std::span<const int32_t> layers, int64_t token
 
 }  // namespace
 
-Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
-                 bool prompt_queries)
+Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options)
     : trace_(trace),
       layers_(layers),
       runtime_(CreateRuntime(options)),
-      sequence_(CreateSequence(runtime_.get(), /*id=*/1)),
       batch_(CreateBatch(runtime_.get(), /*slots=*/1)) {
   const size_t num_layers = layers.size();
   result_.out.resize(num_layers * trace.q_heads * trace.head_dim_v);
@@ -38,8 +37,30 @@ Session::Session(const Trace& trace, std::span<const int32_t> layers, const vatt
     list->resize(num_layers * trace.kv_heads);
   }
   result_.middle.resize(num_layers * trace.kv_heads);
+}
+
+Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
+                 bool prompt_queries)
+    : Session(trace, layers, options) {
+  Take(CreateSequence(runtime_.get(), /*id=*/1));
   AppendPrompt(prompt_queries);
+}
+
+Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
+                 const std::string& path)
+    : Session(trace, layers, options) {
+  vattn_sequence* restored = nullptr;
+  Check(vattn_sequence_restore(runtime_.get(), path.c_str(), &restored), "vattn_sequence_restore");
+  Take(Sequence(restored));
+}
+
+void Session::Take(Sequence sequence) {
+  sequence_ = std::move(sequence);
   Check(vattn_batch_set(batch_.get(), 0, sequence_.get()), "vattn_batch_set");
+}
+
+void Session::Save(const std::string& path) const {
+  Check(vattn_sequence_save(sequence_.get(), path.c_str()), "vattn_sequence_save");
 }
 
 void Session::AppendPrompt(bool prompt_queries) {

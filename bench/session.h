@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "api/vattn.h"
@@ -28,7 +29,11 @@ class Session {
   // references to trace and layers.
   Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
           bool prompt_queries);
+  // Goes on from a saved sequence: the next step is the one after it was saved.
+  Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
+          const std::string& path);
 
+  void Save(const std::string& path) const;
   // Steps are taken in order from 0. Returns the microseconds spent in the library.
   double Step(int64_t step);
 
@@ -36,7 +41,10 @@ class Session {
   uint64_t bytes_fetched() const;
 
  private:
+  // With a sequence to come.
+  Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options);
   void AppendPrompt(bool prompt_queries);
+  void Take(Sequence sequence);
 
   const Trace& trace_;
   std::span<const int32_t> layers_;

@@ -6,6 +6,7 @@
 
 #include "api/vattn.h"
 #include "bench/calibrate_command.h"
+#include "bench/disk_command.h"
 #include "bench/doctor.h"
 #include "bench/environment.h"
 #include "bench/failure.h"
@@ -22,6 +23,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   try {
     vattn::bench::AddDoctorCommand(&app, command);
+    vattn::bench::AddDiskCommand(&app, command);
     vattn::bench::AddGatherCommand(&app, command);
     vattn::bench::AddReplayCommand(&app, command);
     vattn::bench::AddStepCommand(&app, command);

@@ -9,6 +9,15 @@ uint64_t ChecksumOf(std::span<const std::byte> bytes) {
   return XXH3_64bits(bytes.data(), bytes.size());
 }
 
+Digest DigestOf(std::span<const std::byte> bytes, const Digest& before) {
+  XXH3_state_t state;
+  XXH3_128bits_reset(&state);
+  XXH3_128bits_update(&state, &before, sizeof(before));
+  XXH3_128bits_update(&state, bytes.data(), bytes.size());
+  const XXH128_hash_t hash = XXH3_128bits_digest(&state);
+  return {.low = hash.low64, .high = hash.high64};
+}
+
 struct Checksum::State {
   XXH3_state_t xxh3;
 };

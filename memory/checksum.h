@@ -1,7 +1,8 @@
-// XXH3, 64 bits: finds accidents (torn writes, bit rot, a wrong file), not forgers.
+// XXH3: finds accidents (torn writes, bit rot, a wrong file), not forgers.
 #ifndef VATTN_MEMORY_CHECKSUM_H_
 #define VATTN_MEMORY_CHECKSUM_H_
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -9,9 +10,19 @@
 
 namespace vattn {
 
+// 64 bits.
 uint64_t ChecksumOf(std::span<const std::byte> bytes);
 
-// The same number over bytes that come in pieces.
+// 128 bits, for finding equal bytes; what they find is to be compared.
+struct Digest {
+  uint64_t low = 0, high = 0;
+  auto operator<=>(const Digest&) const = default;
+};
+
+// Digest of `bytes` that follow whatever `before` is the digest of.
+Digest DigestOf(std::span<const std::byte> bytes, const Digest& before = {});
+
+// ChecksumOf bytes that come in pieces.
 class Checksum {
  public:
   Checksum();

@@ -1,9 +1,10 @@
 #include "memory/file_ops.h"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <cstdio>
 
 namespace vattn {
@@ -11,11 +12,21 @@ namespace {
 
 static_assert(sizeof(off_t) == 8, "files over 2 GiB need 64-bit offsets");
 
-template <class Call>
-auto UntilNotInterrupted(Call&& call) {
-  auto result = call();
-  while (result < 0 && errno == EINTR) result = call();
-  return result;
+int SetDirect(int fd, bool on) {
+  const int flags = fcntl(fd, F_GETFL);
+  if (flags < 0) return -1;
+  return fcntl(fd, F_SETFL, (flags & ~(O_DIRECT | O_NONBLOCK)) | (on ? O_DIRECT : 0));
+}
+
+int ListDirectory(const char* path, std::vector<std::string>* names) {
+  DIR* directory = opendir(path);
+  if (directory == nullptr) return -1;
+  errno = 0;
+  while (const dirent* entry = readdir(directory)) names->emplace_back(entry->d_name);
+  const int error = errno;
+  closedir(directory);
+  errno = error;
+  return error == 0 ? 0 : -1;
 }
 
 }  // namespace
@@ -30,36 +41,22 @@ constinit const FileOps kSystemFileOps = {
     .unlink = ::unlink,
     .fstat = [](int fd, struct stat* stat) { return ::fstat(fd, stat); },
     .close = ::close,
+    .set_direct = SetDirect,
+    .fallocate = [](int fd, off_t bytes) { return ::fallocate(fd, 0, 0, bytes); },
+    .ftruncate = ::ftruncate,
+    .flock = [](int fd) { return ::flock(fd, LOCK_EX | LOCK_NB); },
+    .mkdir = ::mkdir,
+    .list = ListDirectory,
+    .ring_open = OpenRing,
+    .ring_register_buffers = RegisterBuffers,
+    .ring_register_file = RegisterFile,
+    .ring_submit = SubmitTransfer,
+    .ring_wait = WaitTransfer,
+    .ring_close = CloseRing,
 };
 
 int OpenFile(const FileOps& ops, const char* path, int flags, mode_t mode) {
   return UntilNotInterrupted([&] { return ops.open(path, flags, mode); });
-}
-
-int WriteFully(const FileOps& ops, int fd, uint64_t offset, std::span<const std::byte> data) {
-  while (!data.empty()) {
-    const ssize_t wrote = UntilNotInterrupted(
-        [&] { return ops.pwrite(fd, data.data(), data.size(), static_cast<off_t>(offset)); });
-    if (wrote < 0) return errno;
-    if (wrote == 0) return EIO;  // a regular file never does this; do not spin on one that does
-    data = data.subspan(static_cast<size_t>(wrote));
-    offset += static_cast<uint64_t>(wrote);
-  }
-  return 0;
-}
-
-int ReadFully(const FileOps& ops, int fd, uint64_t offset, std::span<std::byte> data, size_t* got) {
-  *got = 0;
-  while (*got < data.size()) {
-    const ssize_t read = UntilNotInterrupted([&] {
-      return ops.pread(fd, data.data() + *got, data.size() - *got,
-                       static_cast<off_t>(offset + *got));
-    });
-    if (read < 0) return errno;
-    if (read == 0) return 0;
-    *got += static_cast<size_t>(read);
-  }
-  return 0;
 }
 
 int SyncFileData(const FileOps& ops, int fd) {

@@ -5,9 +5,13 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <span>
+#include <string>
+#include <vector>
+
+#include "memory/ring.h"
 
 namespace vattn {
 
@@ -22,22 +26,39 @@ struct FileOps {
   int (*unlink)(const char* path);
   int (*fstat)(int fd, struct stat* stat);
   int (*close)(int fd);
+  int (*set_direct)(int fd, bool on);  // fcntl: O_DIRECT on or off, O_NONBLOCK off
+  int (*fallocate)(int fd, off_t bytes);  // from 0, as the file's size
+  int (*ftruncate)(int fd, off_t bytes);
+  int (*flock)(int fd);  // LOCK_EX | LOCK_NB
+  int (*mkdir)(const char* path, mode_t mode);
+  int (*list)(const char* path, std::vector<std::string>* names);  // opendir, readdir, closedir
+  // Asynchronous transfers (ring.h).
+  int (*ring_open)(unsigned entries, Ring** out);
+  int (*ring_register_buffers)(Ring* ring, std::byte* memory, size_t bytes_each, unsigned count);
+  int (*ring_register_file)(Ring* ring, int fd);
+  int (*ring_submit)(Ring* ring, const RingTransfer& transfer);
+  int (*ring_wait)(Ring* ring, int timeout_ms, RingDone* done);
+  void (*ring_close)(Ring* ring);
 };
 
 extern const FileOps kSystemFileOps;
 
-// Calls over a table that go on after EINTR. 0 or errno, but for OpenFile and ReadFully.
+// Calls over a table that go on after EINTR, a thousand times at most. 0 or errno, but for OpenFile.
 
 // The descriptor, or -1 and errno.
 int OpenFile(const FileOps& ops, const char* path, int flags, mode_t mode);
-// Goes on after short writes.
-int WriteFully(const FileOps& ops, int fd, uint64_t offset, std::span<const std::byte> data);
-// Goes on after short reads. *got < data.size() with result 0: the file ended.
-int ReadFully(const FileOps& ops, int fd, uint64_t offset, std::span<std::byte> data, size_t* got);
 int SyncFileData(const FileOps& ops, int fd);
 int SyncFile(const FileOps& ops, int fd);
 // EINTR counts as done: Linux has let go of the descriptor by then.
 int CloseFile(const FileOps& ops, int fd);
+
+// Calls `call` until it is not interrupted: its result, -1 and errno on failure.
+template <class Call>
+auto UntilNotInterrupted(Call&& call) {
+  auto result = call();
+  for (int again = 0; result < 0 && errno == EINTR && again < 1000; ++again) result = call();
+  return result;
+}
 
 }  // namespace vattn
 

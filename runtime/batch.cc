@@ -34,8 +34,9 @@ Batch::~Batch() {
 
 void Batch::Forget(Sequence* sequence) {
   slots_[sequence->slot] = nullptr;
-  sequence->batch = nullptr;
   sequence->slot = -1;
+  sequence->Touch();
+  sequence->batch = nullptr;  // last: from here on it may be spilled
 }
 
 absl::Status Batch::Set(int slot, Sequence* sequence) {
@@ -85,7 +86,6 @@ absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   const int layers = runtime_->options().num_layers;
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
-    if (sequence->hibernated()) return InvalidArgumentError("sequence in slot ", sequence->slot, " hibernates, must be awake");
     int64_t tokens = -1;
     for (int l = 0; l < layers; ++l) {
       if (runtime_->kv_heads(l) == 0) continue;

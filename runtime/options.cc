@@ -92,6 +92,22 @@ absl::Status CheckPromise(const Options& o) {
   return absl::OkStatus();
 }
 
+absl::Status CheckDisk(Options& o) {
+  VATTN_RETURN_IF_ERROR(InRange("spill", o.spill, 0, 1));
+  if (o.spill == 1 && o.disk_path.empty()) {
+    return InvalidArgumentError("disk_path is not given, must be with spill = 1");
+  }
+  VATTN_RETURN_IF_ERROR(InRange("io_engine", o.io_engine, 0, 2));
+  if (o.io_depth == 0) o.io_depth = 8;
+  VATTN_RETURN_IF_ERROR(InRange("io_depth", o.io_depth, 1, 256));
+  if (o.io_block_bytes == 0) o.io_block_bytes = 1 << 20;
+  VATTN_RETURN_IF_ERROR(InRange("io_block_bytes", o.io_block_bytes, 4096, 1 << 28));
+  VATTN_RETURN_IF_ERROR(MultipleOf("io_block_bytes", o.io_block_bytes, 4096));
+  VATTN_RETURN_IF_ERROR(InRange("io_buffered", o.io_buffered, 0, 1));
+  if (o.io_timeout_ms == 0) o.io_timeout_ms = 60000;
+  return InRange("io_timeout_ms", o.io_timeout_ms, 1, 1 << 30);
+}
+
 absl::Status CheckSets(const Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("sinks", o.sinks, 0, 256));
   VATTN_RETURN_IF_ERROR(MultipleOf("sinks", o.sinks, 16));
@@ -113,6 +129,7 @@ absl::Status ResolveOptions(Options& o) {
   VATTN_RETURN_IF_ERROR(CheckShape(o));
   VATTN_RETURN_IF_ERROR(CheckSets(o));
   VATTN_RETURN_IF_ERROR(CheckMachine(o));
+  VATTN_RETURN_IF_ERROR(CheckDisk(o));
   return CheckPromise(o);
 }
 

@@ -35,7 +35,12 @@ struct Options {
   int32_t target = 0;
   float hot_share = .05f;
   std::string profile;  // empty: none
+  std::string disk_path;  // empty: none
+  uint64_t disk_bytes = 0;
+  int32_t spill = 0, io_engine = 0, io_depth = 8, io_block_bytes = 1 << 20, io_buffered = 0, io_timeout_ms = 60000;
 };
+
+enum class IoEngine : int32_t { kAuto = 0, kUring = 1, kPread = 2 };
 
 // Checks every field and resolves those that mean "default" (softmax_scale, layer_kv_heads).
 // INVALID_ARGUMENT with name, value and limit.

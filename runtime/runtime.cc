@@ -1,10 +1,14 @@
 #include "runtime/runtime.h"
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 
 #include "memory/status.h"
 #include "runtime/quantiles.h"
+#include "runtime/disk.h"
 #include "runtime/sequence.h"
+#include "runtime/sequence_file.h"
 
 namespace vattn {
 namespace {
@@ -21,10 +25,20 @@ int32_t ChooseBackend(const Options& options) {
   return can ? kCuda : kCpu;
 }
 
+absl::Status CheckRing(const FileOps& ops) {
+  Ring* ring = nullptr;
+  if (ops.ring_open(1, &ring) != 0) {
+    return NotSupportedError("io_engine is uring, which is not to be had here: ", std::strerror(errno));
+  }
+  ops.ring_close(ring);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger) {
+absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger, const FileOps& ops) {
   VATTN_RETURN_IF_ERROR(ResolveOptions(options));
+  if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring) VATTN_RETURN_IF_ERROR(CheckRing(ops));
   options.backend = ChooseBackend(options);
   std::optional<Profile> profile;
   if (!options.profile.empty()) {
@@ -43,7 +57,15 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
   if (!store.ok()) return store.status();
   std::shared_ptr<Runtime> runtime(
-      new Runtime(std::move(options), std::move(logger), std::move(profile), *std::move(store)));
+      new Runtime(std::move(options), std::move(logger), std::move(profile), *std::move(store), ops));
+  if (!runtime->options_.disk_path.empty()) {
+    const Options& o = runtime->options_;
+    absl::StatusOr<std::unique_ptr<Disk>> disk =
+        Disk::Open(o.disk_path, o.disk_bytes, LayoutOf(o, runtime->storage_), runtime->io_, runtime->counters_,
+                   [r = runtime.get()](LogLevel level, const std::string& text) { r->Log(level, text); });
+    if (!disk.ok()) return disk.status();
+    runtime->disk_ = *std::move(disk);
+  }
   if (runtime->options_.backend != kCuda) return runtime;
   absl::StatusOr<std::unique_ptr<CudaBackend>> cuda =
       CudaBackend::Create(runtime->options_, runtime->storage_, runtime->promise_, *runtime->store_);
@@ -52,13 +74,20 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   return runtime;
 }
 
-Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store)
+Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store,
+                 const FileOps& ops)
     : options_(std::move(options)),
       logger_(std::move(logger)),
       profile_(std::move(profile)),
       storage_(MakeStorage(options_)),
       promise_(MakePromise(options_)),
       store_(std::move(store)),
+      io_{.ops = &ops,
+          .uring = static_cast<IoEngine>(options_.io_engine) != IoEngine::kPread,
+          .direct = options_.io_buffered == 0,
+          .depth = static_cast<uint32_t>(options_.io_depth),
+          .block_bytes = static_cast<uint32_t>(options_.io_block_bytes),
+          .timeout_ms = options_.io_timeout_ms},
       workers_(options_.num_threads) {
   FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, quantile_);
   promise_.quantile = quantile_;
@@ -66,6 +95,8 @@ Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile,
   storage_.base = store_->base();
   storage_.block.bytes = static_cast<int64_t>(store_->block_bytes());
 }
+
+Runtime::~Runtime() = default;
 
 QueryMoment Runtime::ProfileMoment(int layer, int kv_head) const {
   return profile_ ? profile_->Moment(layer, kv_head) : QueryMoment(options_.head_dim_k);
@@ -85,6 +116,7 @@ StatsSnapshot Runtime::Stats() const {
   }
   s.host_bytes_limit = static_cast<uint64_t>(store_->num_blocks()) * store_->block_bytes();
   s.host_bytes_used = store_->bytes_used();
+  s.disk_bytes_used = disk_ ? disk_->bytes() : 0;
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const Sequence* sequence : sequences_) s.table_bytes += static_cast<uint64_t>(sequence->table_bytes());
   return s;
@@ -94,21 +126,65 @@ void Runtime::Log(LogLevel level, const std::string& message) const {
   if (logger_) logger_(level, message);
 }
 
-void Runtime::Enlist(const Sequence* sequence) {
+void Runtime::Enlist(Sequence* sequence) {
+  sequence->Touch();
   const std::lock_guard<std::mutex> lock(mutex_);
   sequences_.insert(sequence);
   counters_.sequences = sequences_.size();
 }
 
-void Runtime::Delist(const Sequence* sequence) {
+void Runtime::Delist(Sequence* sequence) {
   const std::lock_guard<std::mutex> lock(mutex_);
   sequences_.erase(sequence);
   counters_.sequences = sequences_.size();
 }
 
-absl::Status Runtime::Refused(absl::Status status) {
-  if (CodeOf(status) == Code::kFull) ++counters_.full_refusals;
-  return status;
+template <class Take>
+absl::Status Runtime::TakeOrSpill(const Sequence* user, int64_t count, const Take& take) {
+  absl::Status status = take();
+  absl::Status spilled;
+  while (CodeOf(status) == Code::kFull && options_.spill == 1 && count <= store_->num_blocks()) {
+    const absl::StatusOr<bool> more = SpillColdest(user);
+    spilled = more.status();
+    if (!more.ok() || !*more) break;
+    status = take();
+  }
+  if (CodeOf(status) != Code::kFull) return status;
+  ++counters_.full_refusals;
+  if (spilled.ok()) return status;
+  return FullError(status.message(), "; nothing could be spilled: ", spilled.message());
+}
+
+absl::Status Runtime::Allocate(const Sequence* user, int64_t count, BlockId* out) {
+  return TakeOrSpill(user, count, [&] { return store_->Allocate(count, out); });
+}
+
+absl::Status Runtime::Reserve(int64_t count) {
+  return TakeOrSpill(nullptr, count, [&] { return store_->Reserve(count); });
+}
+
+absl::StatusOr<bool> Runtime::SpillColdest(const Sequence* user) {
+  Sequence* coldest = nullptr;
+  std::unique_lock<std::mutex> use;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (Sequence* sequence : sequences_) {
+      if (sequence == user || (coldest != nullptr && sequence->last_use() > coldest->last_use())) continue;
+      std::unique_lock<std::mutex> its_use(sequence->use(), std::try_to_lock);
+      if (!its_use || sequence->batch.load() != nullptr || !sequence->HoldsBlocks()) continue;
+      coldest = sequence;
+      use = std::move(its_use);
+    }
+  }
+  if (coldest == nullptr) return false;
+  const absl::Status status = coldest->Spill();
+  if (!status.ok()) {
+    ++counters_.spill_failures;
+    Log(LogLevel::kWarning, absl::StrCat("sequence ", coldest->id(), " could not be spilled: ", status.message()));
+    return status;
+  }
+  Log(LogLevel::kInfo, absl::StrCat("sequence ", coldest->id(), " was spilled"));
+  return true;
 }
 
 void Runtime::Close() {

@@ -13,6 +13,7 @@
 #include "kernels/cpu/workers.h"
 #include "kernels/ops.h"
 #include "memory/host_store.h"
+#include "memory/transfer_queue.h"
 #include "runtime/cuda_backend.h"
 #include "runtime/options.h"
 #include "runtime/profile.h"
@@ -20,13 +21,17 @@
 
 namespace vattn {
 
+class Disk;
 class Sequence;
 
 // Thread-safe. Sequences and batches keep it alive.
 class Runtime {
  public:
-  // options need not be resolved.
-  static absl::StatusOr<std::shared_ptr<Runtime>> Create(Options options, Logger logger);
+  // options need not be resolved. ops: the system calls behind files.
+  static absl::StatusOr<std::shared_ptr<Runtime>> Create(Options options, Logger logger,
+                                                         const FileOps& ops = kSystemFileOps);
+
+  ~Runtime();
 
   const Options& options() const { return options_; }
   const Storage& storage() const { return storage_; }
@@ -35,6 +40,10 @@ class Runtime {
   // One thread is the calling one: there are no workers that calls of several threads would wait for.
   Stream stream() { return options_.num_threads == 1 ? Stream{} : workers_.stream(); }
   HostStore& store() { return *store_; }
+  // How files are read and written.
+  const IoOptions& io() const { return io_; }
+  // Null without disk_path.
+  Disk* disk() const { return disk_.get(); }
   // Null on the CPU backend.
   CudaBackend* cuda() const { return cuda_.get(); }
   Counters& counters() { return counters_; }
@@ -49,20 +58,29 @@ class Runtime {
 
   // A number for a sequence that came without one.
   uint64_t NextId() { return next_id_.fetch_add(1); }
-  // Sequences alive, for table_bytes.
-  void Enlist(const Sequence* sequence);
-  void Delist(const Sequence* sequence);
+  // Sequences alive, for table_bytes and to be spilled. Delist also takes one that is not enlisted.
+  void Enlist(Sequence* sequence);
+  void Delist(Sequence* sequence);
+  uint64_t NextUse() { return next_use_.fetch_add(1); }
   void CountBatches(int change) { batches_ += change; }
 
-  // Counts and returns a refusal of the pool.
-  absl::Status Refused(absl::Status status);
+  // Blocks of the pool, all or none. With option spill, sequences that nobody uses, unused for longest
+  // first, go to the disk until there are enough. `user` wants them and stays. FULL, counted.
+  absl::Status Allocate(const Sequence* user, int64_t count, BlockId* out);
+  absl::Status Reserve(int64_t count);
 
   // After Close only destruction is left to the handles.
   void Close();
   bool closed() const { return closed_.load(); }
 
  private:
-  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store);
+  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store,
+          const FileOps& ops);
+
+  template <class Take>
+  absl::Status TakeOrSpill(const Sequence* user, int64_t count, const Take& take);
+  // True if it gave blocks back to the pool, or may have.
+  absl::StatusOr<bool> SpillColdest(const Sequence* user);
 
   const Options options_;
   const Logger logger_;
@@ -73,13 +91,16 @@ class Runtime {
   const Ops* ops_ = &kCpuOps;
   std::unique_ptr<HostStore> store_;
   std::unique_ptr<CudaBackend> cuda_;  // maps the pool: goes before it
+  const IoOptions io_;
+  std::unique_ptr<Disk> disk_;
   cpu::Workers workers_;
   Counters counters_;
   std::atomic<uint64_t> next_id_{1};
+  std::atomic<uint64_t> next_use_{1};
   std::atomic<int> batches_{0};
   std::atomic<bool> closed_{false};
   mutable std::mutex mutex_;  // guards sequences_
-  std::set<const Sequence*> sequences_;
+  std::set<Sequence*> sequences_;
 };
 
 }  // namespace vattn

@@ -41,15 +41,18 @@ Sequence::Sequence(std::shared_ptr<Runtime> runtime, uint64_t id) : runtime_(std
     layers_[l].groups.resize(runtime_->kv_heads(l));
     for (HeadGroup& group : layers_[l].groups) group.states.resize(runtime_->group(l));
   }
-  runtime_->Enlist(this);
   CountTables();
 }
 
 Sequence::~Sequence() {
-  if (batch != nullptr) batch->Forget(this);
+  if (Batch* const sits_in = batch.load()) sits_in->Forget(this);
+  {
+    // Whoever spills it now ends first, and nobody finds it afterwards.
+    const std::lock_guard<std::mutex> lock(use_);
+    runtime_->Delist(this);
+  }
   Pull().IgnoreError();  // blocks are free only when no step reads them
   ReleaseBlocks();
-  runtime_->Delist(this);
 }
 
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runtime> runtime, uint64_t id,
@@ -57,9 +60,10 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runti
   Runtime& r = *runtime;
   int64_t blocks = 0;
   for (int l = 0; l < r.options().num_layers; ++l) blocks += BlocksFor(reserve_tokens) * r.kv_heads(l);
-  if (blocks > 0) VATTN_RETURN_IF_ERROR(r.Refused(r.store().Reserve(blocks)));
+  if (blocks > 0) VATTN_RETURN_IF_ERROR(r.Reserve(blocks));
   std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), id == 0 ? r.NextId() : id));
   sequence->reserved_ = blocks;
+  sequence->Enlist();
   return sequence;
 }
 
@@ -99,6 +103,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
   }
   copy->step_ = step_;
   copy->CountTables();
+  copy->Enlist();
   return copy;
 }
 
@@ -124,7 +129,7 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
   HostStore& store = runtime_->store();
   const int64_t count = static_cast<int64_t>(needs.size()), own = std::min(reserved_, count);
   std::vector<BlockId> taken(needs.size());
-  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Refused(store.Allocate(count - own, taken.data() + own)));
+  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, count - own, taken.data() + own));
   if (own > 0) {
     VATTN_RETURN_IF_ERROR(store.AllocateReserved(own, taken.data()));
     reserved_ -= own;
@@ -151,7 +156,7 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
 }
 
 absl::Status Sequence::Append(const AppendRequest& r) {
-  if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
+  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(Pull());
   if (cuda_) cuda_->ForgetFixed();
   Layer& layer = layers_[r.layer];
@@ -210,7 +215,7 @@ absl::Status Sequence::Append(const AppendRequest& r) {
 }
 
 absl::Status Sequence::Truncate(int64_t tokens) {
-  if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
+  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(Pull());
   if (cuda_) cuda_->ForgetFixed();
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
@@ -250,7 +255,7 @@ int64_t Sequence::MiddleEnd(int64_t tokens) const {
 }
 
 absl::Status Sequence::BuildIndex() {
-  if (batch != nullptr) VATTN_RETURN_IF_ERROR(batch->EndStep());
+  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0));
   if (runtime_->cuda() == nullptr) return absl::OkStatus();
   absl::StatusOr<CudaSequence*> cuda = Cuda();

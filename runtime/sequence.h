@@ -5,11 +5,13 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "runtime/cuda_sequence.h"
+#include "runtime/disk.h"
 #include "runtime/hot_set.h"
 #include "runtime/index.h"
 #include "runtime/runtime.h"
@@ -19,6 +21,7 @@ namespace vattn {
 class Batch;
 class CudaBatch;
 class SnapshotReader;
+struct StoredPrefix;
 
 // Prompt tokens for one layer, as vattn_append_params.
 struct AppendRequest {
@@ -54,7 +57,8 @@ struct Layer {
   std::vector<HeadGroup> groups;  // [kv_heads]
 };
 
-// Used by one thread at a time (but table_bytes).
+// Used by one thread at a time, which holds use() unless the sequence sits in a batch: other threads take
+// what nobody uses to spill it.
 class Sequence {
  public:
   // id 0: the runtime chooses. FULL if reserve_tokens cannot be set aside.
@@ -68,11 +72,30 @@ class Sequence {
   absl::Status Append(const AppendRequest& request);
   absl::Status Truncate(int64_t tokens);
   absl::Status BuildIndex();
-  // Files: sequence_file.cc.
+
+  // Files: sequence_sleep.cc and sequence_file.cc.
   absl::Status Save(const std::string& path);
   static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime, const std::string& path);
   absl::Status Hibernate(const std::string& path);
+  // Hibernates into a file of the runtime's disk, which goes with the sequence or its wakening.
+  absl::Status Spill();
   absl::Status Wake();
+  bool hibernated() const { return !hibernate_path_.empty(); }
+  bool HoldsBlocks() const;
+  // About the bytes that Save writes, and at least nearly so many.
+  uint64_t SavedBytes() const;
+  // For the disk: the bytes of a file with as many tokens as the prefix has, and a sequence of the first
+  // `tokens` of such a file, which is open.
+  absl::StatusOr<uint64_t> SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable);
+  static absl::StatusOr<std::unique_ptr<Sequence>> FromPrefix(std::shared_ptr<Runtime> runtime, uint64_t id,
+                                                              SnapshotReader& reader, const std::string& path,
+                                                              int64_t tokens);
+
+  // Held over every use outside of a batch.
+  std::mutex& use() { return use_; }
+  // Now is the last time that it was used, for the choice of what to spill.
+  void Touch() { last_use_ = runtime_->NextUse(); }
+  uint64_t last_use() const { return last_use_; }
 
   // One decode step, by the batch. Makes room for `new_tokens` more in every layer and codes what the
   // window then no longer holds; FULL changes nothing.
@@ -99,9 +122,10 @@ class Sequence {
   // reads or changes the sequence.
   absl::Status Pull();
   int64_t table_bytes() const { return table_bytes_.load(std::memory_order_relaxed); }
-  bool hibernated() const { return !hibernate_path_.empty(); }
+  // Tokens of a layer, also while it hibernates.
+  int64_t length(int l) const { return hibernated() ? asleep_tokens_[l] : layers_[l].tokens; }
 
-  Batch* batch = nullptr;  // the batch it sits in, or null
+  std::atomic<Batch*> batch{nullptr};  // the batch it sits in, or null
   const CudaBatch* cuda_batch = nullptr;  // whose hot set knows its blocks
   int slot = -1;
 
@@ -123,17 +147,30 @@ class Sequence {
   void FreezeIndex(int l, int64_t end);
   void ReleaseBlocks();
 
-  absl::Status Load(const SnapshotReader& reader, const std::string& path);
+  // Known to the runtime from then on.
+  void Enlist() { runtime_->Enlist(this); }
+
+  absl::StatusOr<uint64_t> WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable);
+  // The first `most` tokens of a file.
+  absl::Status Load(SnapshotReader& reader, const std::string& path, int64_t most);
+  absl::Status LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most);
+  // Lets go of everything that the file at `path` has.
+  void Sleep(const std::string& path);
+  void ForgetLoaded();
 
   const std::shared_ptr<Runtime> runtime_;
   const uint64_t id_;
   std::vector<Layer> layers_;
   uint64_t step_ = 0;
   int64_t reserved_ = 0;  // blocks promised by the pool
-  std::string hibernate_path_;
+  std::string hibernate_path_;  // empty: awake
+  std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
+  SpillFile spill_;
   std::unique_ptr<CudaSequence> cuda_;
   std::vector<int32_t> codes_to_load_;  // blocks whose codes were written by the host
   std::atomic<int64_t> table_bytes_{0};
+  std::mutex use_;
+  std::atomic<uint64_t> last_use_{0};
 };
 
 }  // namespace vattn

@@ -1,31 +1,13 @@
-// Saved sequences. Records of the snapshot, in this order:
-//   kHead    SavedHead
-//   and for each layer, for each of its KV heads:
-//   kGroup   SavedGroup, HeadState [G], then index floats or query moment doubles as flagged
-//   kBlocks  the blocks in order; bytes that belong to no token are zero
+#include "runtime/sequence_file.h"
+
 #include <cstring>
 #include <span>
 
-#include "memory/checksum.h"
-#include "memory/snapshot.h"
 #include "memory/status.h"
-#include "runtime/batch.h"
 #include "runtime/sequence.h"
 
 namespace vattn {
 namespace {
-
-enum RecordType : uint32_t { kHead = 1, kGroup = 2, kBlocks = 3 };
-
-struct SavedHead {
-  uint64_t id, step;
-};
-
-struct SavedGroup {
-  int64_t tokens, coded;
-  int64_t index_floats;    // 0: no index yet
-  int64_t moment_doubles;  // 0: no queries seen, or the index is frozen
-};
 
 template <class T>
 std::span<const std::byte> BytesOf(const T& value) {
@@ -37,18 +19,7 @@ std::span<const std::byte> BytesOf(const std::vector<T>& values) {
   return std::as_bytes(std::span<const T>(values));
 }
 
-// Everything that rows, codes and tables depend on.
-uint64_t LayoutOf(const Runtime& runtime) {
-  const Options& o = runtime.options();
-  const Storage& s = runtime.storage();
-  std::string text = absl::StrCat("vattn-sequence-1 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
-                                  o.head_dim_k, " v ", o.head_dim_v, " dtype ", o.dtype, " shared ", o.shared_kv,
-                                  " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
-  absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ", s.value_bits, " block ",
-                  s.block.bytes, " kv_heads");
-  for (const int32_t heads : o.layer_kv_heads) absl::StrAppend(&text, " ", heads);
-  return ChecksumOf(std::as_bytes(std::span<const char>(text.data(), text.size())));
-}
+size_t BlocksFor(int64_t tokens) { return static_cast<size_t>((tokens + kBlockTokens - 1) / kBlockTokens); }
 
 // The parts of one block that hold tokens, with zeros from `zeros` (a block of them) in between.
 void AddBlockParts(const Storage& s, const std::byte* block, const std::byte* zeros, int64_t first_token,
@@ -68,169 +39,245 @@ void AddBlockParts(const Storage& s, const std::byte* block, const std::byte* ze
   parts.push_back({zeros, static_cast<size_t>(s.block.bytes - used)});
 }
 
-absl::StatusOr<std::unique_ptr<SnapshotReader>> OpenSaved(const Runtime& runtime, const std::string& path,
-                                                          SavedHead& head) {
-  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = SnapshotReader::Open(path, LayoutOf(runtime));
+// A kGroup record taken apart.
+struct LoadedGroup {
+  SavedGroup saved;
+  std::vector<HeadState> states;
+  std::vector<float> floats;
+  std::vector<double> doubles;
+};
+
+// False if the record contradicts itself or the layout.
+bool Parse(const std::vector<std::byte>& bytes, const Storage& s, LoadedGroup& group) {
+  SavedGroup& saved = group.saved;
+  const size_t states = group.states.size() * sizeof(HeadState);
+  if (bytes.size() < sizeof(saved) + states) return false;
+  std::memcpy(&saved, bytes.data(), sizeof(saved));
+  const bool fits = (saved.index_floats == 0 || saved.index_floats == Index::NumFloats(s)) &&
+                    (saved.moment_doubles == 0 || saved.moment_doubles == int64_t{s.row.dim_k} * s.row.dim_k + 1);
+  if (!fits || saved.tokens < 0 || saved.tokens > int64_t{1} << 31 || saved.coded < 0 || saved.coded > saved.tokens ||
+      (saved.coded > 0 && saved.index_floats == 0 && Index::NumFloats(s) > 0)) {
+    return false;
+  }
+  group.floats.resize(static_cast<size_t>(saved.index_floats));
+  group.doubles.resize(static_cast<size_t>(saved.moment_doubles));
+  const std::byte* at = bytes.data() + sizeof(saved);
+  const auto take = [&](auto& values) {
+    if (!values.empty()) std::memcpy(values.data(), at, values.size() * sizeof(values[0]));
+    at += values.size() * sizeof(values[0]);
+  };
+  if (bytes.size() != sizeof(saved) + states + group.floats.size() * 4 + group.doubles.size() * 8) return false;
+  take(group.states);
+  take(group.floats);
+  take(group.doubles);
+  return true;
+}
+
+}  // namespace
+
+uint64_t LayoutOf(const Options& o, const Storage& s) {
+  std::string text = absl::StrCat("vattn-sequence-2 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
+                                  o.head_dim_k, " v ", o.head_dim_v, " dtype ", o.dtype, " shared ", o.shared_kv,
+                                  " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
+  absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ", s.value_bits, " block ",
+                  s.block.bytes, " kv_heads");
+  for (const int32_t heads : o.layer_kv_heads) absl::StrAppend(&text, " ", heads);
+  return ChecksumOf(std::as_bytes(std::span<const char>(text.data(), text.size())));
+}
+
+absl::StatusOr<std::unique_ptr<SnapshotReader>> OpenSaved(const std::string& path, uint64_t layout,
+                                                          const IoOptions& io, SavedHead& head) {
+  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = SnapshotReader::Open(path, layout, io);
   if (!reader.ok()) return reader.status();
-  if ((*reader)->records().empty() || (*reader)->records()[0].bytes != sizeof(head)) {
+  const std::vector<SnapshotRecord>& records = (*reader)->records();
+  if (records.empty() || records[0].type != kHead || records[0].bytes != sizeof(head)) {
     return DataLossError(path, ": has no sequence head");
   }
   VATTN_RETURN_IF_ERROR((*reader)->Read(0, std::as_writable_bytes(std::span<SavedHead, 1>(&head, 1))));
   return reader;
 }
 
-}  // namespace
+absl::StatusOr<StoredPrefix> ReadPrefix(SnapshotReader& reader, const std::string& path) {
+  const std::vector<SnapshotRecord>& records = reader.records();
+  if (records.size() < 2 || records[1].type != kPrefix) return DataLossError(path, ": has no prefix");
+  std::vector<std::byte> bytes(records[1].bytes);
+  VATTN_RETURN_IF_ERROR(reader.Read(1, bytes));
+  SavedPrefix saved;
+  if (bytes.size() < sizeof(saved)) return DataLossError(path, ": record 1 is too short");
+  std::memcpy(&saved, bytes.data(), sizeof(saved));
+  const size_t rest = bytes.size() - sizeof(saved);
+  if (saved.salt_bytes > rest || (rest - saved.salt_bytes) % sizeof(int32_t) != 0) {
+    return DataLossError(path, ": record 1 contradicts itself");
+  }
+  StoredPrefix stored;
+  stored.stored = saved.stored;
+  stored.prefix.salt.assign(reinterpret_cast<const char*>(bytes.data()) + sizeof(saved), saved.salt_bytes);
+  stored.prefix.tokens.resize((rest - saved.salt_bytes) / sizeof(int32_t));
+  if (!stored.prefix.tokens.empty()) {
+    std::memcpy(stored.prefix.tokens.data(), bytes.data() + sizeof(saved) + saved.salt_bytes, rest - saved.salt_bytes);
+  }
+  return stored;
+}
 
-absl::Status Sequence::Save(const std::string& path) {
+uint64_t Sequence::SavedBytes() const {
+  uint64_t bytes = kSnapshotFileAlignment + 2 * kSnapshotHeaderBytes;
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      bytes += sizeof(SavedGroup) + 3 * kSnapshotHeaderBytes + group.states.size() * sizeof(HeadState);
+      if (group.index) bytes += group.index->floats().size() * sizeof(float);
+      if (group.moment) bytes += (static_cast<uint64_t>(group.moment->dim()) * group.moment->dim() + 1) * sizeof(double);
+      bytes += BlocksFor(layer.tokens) * (static_cast<uint64_t>(runtime_->storage().block.bytes) + kSnapshotHeaderBytes);
+    }
+  }
+  return bytes;
+}
+
+absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable) {
   // A lost device does not keep the host's copy from being saved, with the state of the last Pull.
   const absl::Status pulled = Pull();
   if (!pulled.ok() && CodeOf(pulled) != Code::kDeviceLost) return pulled;
   const Storage& s = runtime_->storage();
-  absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer = SnapshotWriter::Create(path, LayoutOf(*runtime_));
+  absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
+      SnapshotWriter::Create(path, LayoutOf(runtime_->options(), s), SavedBytes(), runtime_->io());
   if (!writer.ok()) return writer.status();
   const SavedHead head{id_, step_};
   VATTN_RETURN_IF_ERROR((*writer)->Add(kHead, BytesOf(head)));
-  const std::vector<std::byte> zeros(static_cast<size_t>(s.block.bytes), std::byte{0});
+  int64_t most = int64_t{1} << 31;
+  if (prefix != nullptr) {
+    const SavedPrefix saved{prefix->stored, prefix->prefix.salt.size()};
+    const std::span<const std::byte> parts[] = {BytesOf(saved), std::as_bytes(std::span(prefix->prefix.salt)),
+                                                BytesOf(prefix->prefix.tokens)};
+    VATTN_RETURN_IF_ERROR((*writer)->Add(kPrefix, parts));
+    most = static_cast<int64_t>(prefix->prefix.tokens.size());
+  }
+  const auto tokens = [&](const Layer& layer) { return std::min(layer.tokens, most); };
+  const auto coded = [&](const Layer& layer) {
+    return layer.tokens <= most ? layer.coded : std::min(layer.coded, most / kCodeTokens * kCodeTokens);
+  };
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
       const std::vector<double> moment = group.moment ? group.moment->Save() : std::vector<double>();
       const std::vector<float> index = group.index ? group.index->floats() : std::vector<float>();
-      const SavedGroup saved{layer.tokens, layer.coded, static_cast<int64_t>(index.size()),
+      const SavedGroup saved{tokens(layer), coded(layer), static_cast<int64_t>(index.size()),
                              static_cast<int64_t>(moment.size())};
       const std::span<const std::byte> tables[] = {BytesOf(saved), BytesOf(group.states), BytesOf(index),
                                                    BytesOf(moment)};
       VATTN_RETURN_IF_ERROR((*writer)->Add(kGroup, tables));
-      std::vector<std::span<const std::byte>> parts;
-      for (size_t b = 0; b < group.blocks.size(); ++b) {
-        AddBlockParts(s, runtime_->store().data(BlockId{group.blocks[b]}), zeros.data(),
-                      static_cast<int64_t>(b) * kBlockTokens, layer.tokens, runtime_->options().sinks, layer.coded,
-                      parts);
-      }
-      VATTN_RETURN_IF_ERROR((*writer)->Add(kBlocks, parts));
     }
   }
-  return (*writer)->Commit();
+  const std::vector<std::byte> zeros(static_cast<size_t>(s.block.bytes), std::byte{0});
+  std::vector<std::span<const std::byte>> parts;
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      for (size_t b = 0; b < BlocksFor(tokens(layer)); ++b) {
+        parts.clear();
+        AddBlockParts(s, runtime_->store().data(BlockId{group.blocks[b]}), zeros.data(),
+                      static_cast<int64_t>(b) * kBlockTokens, tokens(layer), runtime_->options().sinks, coded(layer),
+                      parts);
+        VATTN_RETURN_IF_ERROR((*writer)->Add(kBlock, parts));
+      }
+    }
+  }
+  VATTN_RETURN_IF_ERROR((*writer)->Commit(durable));
+  return (*writer)->bytes_written();
 }
 
-absl::Status Sequence::Load(const SnapshotReader& reader, const std::string& path) {
+absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int64_t most) {
   const Storage& s = runtime_->storage();
+  const std::vector<SnapshotRecord>& records = reader.records();
   const auto lost = [&](size_t record, const char* what) {
     return DataLossError(path, ": record ", record, " ", what);
   };
-  size_t record = 1;
+  // Tables: all groups at once.
+  const size_t first_group = records.size() > 1 && records[1].type == kPrefix ? 2 : 1;
+  size_t groups = 0;
+  for (const Layer& layer : layers_) groups += layer.groups.size();
+  if (groups > records.size() - first_group) return lost(records.size(), "is missing");
+  std::vector<std::vector<std::byte>> tables;
+  std::vector<std::span<std::byte>> payloads;
+  for (size_t g = first_group; g < first_group + groups; ++g) tables.emplace_back(records[g].bytes);
+  for (std::vector<std::byte>& table : tables) payloads.push_back(table);
+  VATTN_RETURN_IF_ERROR(reader.Read(first_group, payloads));
+  std::vector<LoadedGroup> loaded(groups);
+  size_t at = 0, in_file = 0, needed = 0;
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      loaded[at].states.resize(group.states.size());
+      if (records[first_group + at].type != kGroup || !Parse(tables[at], s, loaded[at])) {
+        return lost(first_group + at, "contradicts itself");
+      }
+      const SavedGroup& saved = loaded[at].saved;
+      const SavedGroup& before = loaded[at - static_cast<size_t>(&group - layer.groups.data())].saved;
+      if (saved.tokens != before.tokens || saved.coded != before.coded) {
+        return lost(first_group + at, "disagrees with its layer");
+      }
+      in_file += BlocksFor(saved.tokens);
+      needed += BlocksFor(std::min(saved.tokens, most));
+      ++at;
+    }
+  }
+  const size_t first_block = first_group + groups;
+  if (in_file != records.size() - first_block) {
+    return lost(records.size(), in_file > records.size() - first_block ? "is missing" : "is one too many");
+  }
+  for (size_t record = first_block; record < records.size(); ++record) {
+    const bool whole = records[record].type == kBlock && records[record].bytes == static_cast<uint64_t>(s.block.bytes);
+    if (!whole) return lost(record, "is no block");
+  }
+
+  // Blocks: all or none from the pool, then as few long reads as their order allows.
+  std::vector<BlockId> ids(needed);
+  VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, static_cast<int64_t>(needed), ids.data()));
+  size_t id = 0, record = first_block, run = first_block;
+  payloads.clear();
+  at = 0;
+  absl::Status status;
+  const auto read_run = [&] {
+    if (status.ok()) status = reader.Read(run, payloads);
+    payloads.clear();
+  };
+  for (Layer& layer : layers_) {
+    for (HeadGroup& group : layer.groups) {
+      const SavedGroup& saved = loaded[at++].saved;
+      const size_t keep = BlocksFor(std::min(saved.tokens, most));
+      if (run + payloads.size() != record) {
+        read_run();
+        run = record;
+      }
+      for (size_t b = 0; b < keep; ++b, ++id) {
+        group.blocks.push_back(static_cast<int32_t>(ids[id]));
+        if (runtime_->cuda() != nullptr) {
+          runtime_->cuda()->Renew(static_cast<int32_t>(ids[id]));
+          codes_to_load_.push_back(static_cast<int32_t>(ids[id]));
+        }
+        payloads.push_back({runtime_->store().data(ids[id]), static_cast<size_t>(s.block.bytes)});
+      }
+      record += BlocksFor(saved.tokens);
+    }
+  }
+  read_run();
+  VATTN_RETURN_IF_ERROR(status);
+
+  at = 0;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     Layer& layer = layers_[l];
     for (HeadGroup& group : layer.groups) {
-      if (record + 1 >= reader.records().size()) return lost(record, "is missing");
-      std::vector<std::byte> bytes(reader.records()[record].bytes);
-      VATTN_RETURN_IF_ERROR(reader.Read(record, bytes));
-      SavedGroup saved;
-      const size_t states = group.states.size() * sizeof(HeadState);
-      if (bytes.size() < sizeof(saved) + states) return lost(record, "is too short");
-      std::memcpy(&saved, bytes.data(), sizeof(saved));
-      const bool fits = saved.index_floats >= 0 && saved.moment_doubles >= 0 &&
-                        (saved.index_floats == 0 || saved.index_floats == Index::NumFloats(s)) &&
-                        (saved.moment_doubles == 0 || saved.moment_doubles == int64_t{s.row.dim_k} * s.row.dim_k + 1) &&
-                        bytes.size() == sizeof(saved) + states + static_cast<size_t>(saved.index_floats) * 4 +
-                                            static_cast<size_t>(saved.moment_doubles) * 8;
-      const uint64_t blocks = reader.records()[record + 1].bytes / static_cast<uint64_t>(s.block.bytes);
-      if (!fits || saved.tokens < 0 || saved.coded < 0 || saved.coded > saved.tokens ||
-          saved.tokens > static_cast<int64_t>(blocks) * kBlockTokens ||
-          blocks * static_cast<uint64_t>(s.block.bytes) != reader.records()[record + 1].bytes ||
-          (saved.coded > 0 && saved.index_floats == 0 && Index::NumFloats(s) > 0)) {
-        return lost(record, "contradicts itself");
-      }
-      const std::byte* at = bytes.data() + sizeof(saved);
-      std::memcpy(group.states.data(), at, states);
-      at += states;
-      if (saved.index_floats > 0) {
-        std::vector<float> floats(static_cast<size_t>(saved.index_floats));
-        std::memcpy(floats.data(), at, floats.size() * 4);
-        at += floats.size() * 4;
-        group.index = Index::FromFloats(s, std::move(floats));
-      }
-      if (saved.moment_doubles > 0) {
-        std::vector<double> doubles(static_cast<size_t>(saved.moment_doubles));
-        std::memcpy(doubles.data(), at, doubles.size() * 8);
-        group.moment = std::make_unique<QueryMoment>(QueryMoment::Load(s.row.dim_k, doubles));
-      }
-      std::vector<BlockId> ids(blocks);
-      VATTN_RETURN_IF_ERROR(runtime_->Refused(runtime_->store().Allocate(static_cast<int64_t>(blocks), ids.data())));
-      std::vector<std::span<std::byte>> parts;
-      for (const BlockId id : ids) {
-        group.blocks.push_back(static_cast<int32_t>(id));
-        if (runtime_->cuda() != nullptr) {
-          runtime_->cuda()->Renew(static_cast<int32_t>(id));
-          codes_to_load_.push_back(static_cast<int32_t>(id));
-        }
-        parts.push_back({runtime_->store().data(id), static_cast<size_t>(s.block.bytes)});
-      }
-      VATTN_RETURN_IF_ERROR(reader.Read(record + 1, parts));
+      LoadedGroup& from = loaded[at++];
       if (&group == &layer.groups[0]) {
-        AddTokens(l, saved.tokens);
-        layer.coded = layer.coded_on_device = saved.coded;
-      } else if (layer.tokens != saved.tokens || layer.coded != saved.coded) {
-        return lost(record, "disagrees with its layer");
+        const int64_t tokens = std::min(from.saved.tokens, most);
+        AddTokens(l, tokens);
+        layer.coded = tokens == from.saved.tokens ? from.saved.coded
+                                                  : std::min(from.saved.coded, tokens / kCodeTokens * kCodeTokens);
+        layer.coded_on_device = layer.coded;
       }
-      record += 2;
+      group.states = std::move(from.states);
+      if (!from.floats.empty()) group.index = Index::FromFloats(s, std::move(from.floats));
+      if (!from.doubles.empty()) {
+        group.moment = std::make_unique<QueryMoment>(QueryMoment::Load(s.row.dim_k, from.doubles));
+      }
     }
   }
-  if (record != reader.records().size()) return lost(record, "is one too many");
   CountTables();
-  return absl::OkStatus();
-}
-
-absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runtime> runtime,
-                                                            const std::string& path) {
-  SavedHead head;
-  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = OpenSaved(*runtime, path, head);
-  if (!reader.ok()) return reader.status();
-  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), head.id));
-  sequence->step_ = head.step;
-  VATTN_RETURN_IF_ERROR(sequence->Load(**reader, path));
-  return sequence;
-}
-
-absl::Status Sequence::Hibernate(const std::string& path) {
-  if (hibernated()) return InvalidArgumentError("sequence hibernates already, must be awake");
-  if (batch != nullptr) return InvalidArgumentError("sequence sits in slot ", slot, " of a batch, must be taken out first");
-  VATTN_RETURN_IF_ERROR(Save(path));
-  ReleaseBlocks();
-  cuda_.reset();
-  codes_to_load_.clear();
-  for (Layer& layer : layers_) {
-    layer.coded = layer.coded_on_device = 0;
-    for (HeadGroup& group : layer.groups) {
-      group.index.reset();
-      group.device_index.reset();
-      group.moment.reset();
-      group.hot = HotSet();
-    }
-  }
-  hibernate_path_ = path;
-  CountTables();
-  return absl::OkStatus();
-}
-
-absl::Status Sequence::Wake() {
-  if (!hibernated()) return absl::OkStatus();
-  SavedHead head;
-  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = OpenSaved(*runtime_, hibernate_path_, head);
-  if (!reader.ok()) return reader.status();
-  if (head.id != id_ || head.step != step_) {
-    return DataLossError(hibernate_path_, ": holds sequence ", head.id, " at step ", head.step,
-                         ", must hold sequence ", id_, " at step ", step_);
-  }
-  const absl::Status status = Load(**reader, hibernate_path_);
-  if (!status.ok()) {
-    ReleaseBlocks();
-    for (Layer& layer : layers_) {
-      layer.coded = 0;
-      for (HeadGroup& group : layer.groups) group.index.reset(), group.moment.reset();
-    }
-    return status;
-  }
-  hibernate_path_.clear();
   return absl::OkStatus();
 }
 

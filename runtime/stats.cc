@@ -25,6 +25,8 @@ std::string PrometheusText(const StatsSnapshot& s) {
   Append(out, "host_bytes_limit", "gauge", "Bytes of the host pool", s.host_bytes_limit);
   Append(out, "host_bytes_used", "gauge", "Bytes in blocks in use or reserved", s.host_bytes_used);
   Append(out, "table_bytes", "gauge", "Bytes of block tables, index tables and state", s.table_bytes);
+  Append(out, "disk_bytes_used", "gauge", "Bytes of files in the disk directory, written or promised",
+         s.disk_bytes_used);
 #define VATTN_APPEND(name, type, help) Append(out, #name, type, help, s.name);
   VATTN_COUNTERS(VATTN_APPEND)
 #undef VATTN_APPEND

@@ -23,7 +23,23 @@ namespace vattn {
   X(bytes_fetched, "counter", "Bytes of those rows")                                         \
   X(looks, "counter", "Draws made, over KV heads")                                           \
   X(full_refusals, "counter", "Calls refused because the host pool was full")                \
-  X(blocks_copied, "counter", "Shared blocks copied before a write")
+  X(blocks_copied, "counter", "Shared blocks copied before a write")                         \
+  X(saves, "counter", "Sequence files written, of any kind")                                 \
+  X(bytes_saved, "counter", "Bytes of those files")                                          \
+  X(restores, "counter", "Sequences read from files, of any kind")                           \
+  X(bytes_restored, "counter", "Bytes of their blocks")                                      \
+  X(spills, "counter", "Sequences moved to the disk because the host pool was full")         \
+  X(spill_failures, "counter", "Sequences that could not be moved to the disk")              \
+  X(files_refused, "counter", "Sequence files that failed their check")                      \
+  X(io_errors, "counter", "File operations that the system refused")                         \
+  X(prefixes_stored, "counter", "Prefixes written to the disk")                              \
+  X(prefix_evictions, "counter", "Prefixes removed to make room on the disk")                \
+  X(prefix_hits, "counter", "Sequences begun from a stored prefix")                          \
+  X(prefix_tokens, "counter", "Tokens that they began with")                                 \
+  X(prefix_misses, "counter", "Sequences that no stored prefix could begin")                 \
+  X(prefix_damaged, "counter", "Stored prefixes removed because they failed their check")    \
+  X(prefix_unread, "counter", "Stored prefixes that the system could not read when wanted")  \
+  X(prefix_unlike, "counter", "Stored prefixes found by a digest that held other tokens")
 
 struct Counters {
 #define VATTN_DECLARE(name, type, help) std::atomic<uint64_t> name{0};
@@ -33,7 +49,7 @@ struct Counters {
 
 // Plain copies of the counters plus what is computed on demand.
 struct StatsSnapshot {
-  uint64_t host_bytes_limit = 0, host_bytes_used = 0, table_bytes = 0;
+  uint64_t host_bytes_limit = 0, host_bytes_used = 0, table_bytes = 0, disk_bytes_used = 0;
 #define VATTN_DECLARE(name, type, help) uint64_t name = 0;
   VATTN_COUNTERS(VATTN_DECLARE)
 #undef VATTN_DECLARE

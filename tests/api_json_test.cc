@@ -51,8 +51,14 @@ const Key<int32_t> kWhole[] = {{"num_layers", &vattn_options::num_layers},
                                {"value_bits", &vattn_options::value_bits},
                                {"max_looks", &vattn_options::max_looks},
                                {"refresh", &vattn_options::refresh},
-                               {"min_selected", &vattn_options::min_selected}};
+                               {"min_selected", &vattn_options::min_selected},
+                               {"spill", &vattn_options::spill},
+                               {"io_depth", &vattn_options::io_depth},
+                               {"io_block_bytes", &vattn_options::io_block_bytes},
+                               {"io_buffered", &vattn_options::io_buffered},
+                               {"io_timeout_ms", &vattn_options::io_timeout_ms}};
 const Key<uint64_t> kLong[] = {{"host_bytes", &vattn_options::host_bytes},
+                               {"disk_bytes", &vattn_options::disk_bytes},
                                {"seed", &vattn_options::seed}};
 const Key<float> kReal[] = {{"softmax_scale", &vattn_options::softmax_scale},
                             {"epsilon", &vattn_options::epsilon},
@@ -74,7 +80,8 @@ const Names kEnums[] = {
     {{"norm", &vattn_options::norm}, {"value", "output"}},
     {{"on_unverified", &vattn_options::on_unverified}, {"dense", "best_effort"}},
     {{"bound", &vattn_options::bound}, {"sharp", "safe"}},
-    {{"target", &vattn_options::target}, {"sdpa", "numerator", "denominator"}}};
+    {{"target", &vattn_options::target}, {"sdpa", "numerator", "denominator"}},
+    {{"io_engine", &vattn_options::io_engine}, {"auto", "uring", "pread"}}};
 
 std::string Pair(const std::string& key, const std::string& value) {
   return "{\"" + key + "\": " + value + "}";
@@ -103,11 +110,12 @@ TEST(ApiJsonTest, EveryKeySetsItsField) {
   ExpectSets(Key<int32_t>{"huge_pages", &vattn_options::huge_pages}, "false", 0);
 }
 
-// struct_size, layer_kv_heads, reserved0, log, log_user and profile are the fields without a key above.
+// struct_size, layer_kv_heads, reserved0, log, log_user, profile and disk_path are the fields without a
+// key above.
 TEST(ApiJsonTest, NoFieldIsForgotten) {
   size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(int32_t) + sizeof(vattn_log_function) +
                  sizeof(void*);
-  bytes += sizeof(const char*);
+  bytes += 2 * sizeof(const char*);
   bytes +=
       std::size(kWhole) * 4 + std::size(kLong) * 8 + std::size(kReal) * 4 + std::size(kEnums) * 4;
   EXPECT_EQ(bytes, sizeof(vattn_options));
@@ -199,24 +207,30 @@ TEST(ApiJsonTest, LayerHeadsLiveUntilTheNextCall) {
   EXPECT_EQ(options.layer_kv_heads[1], 2);
 }
 
-TEST(ApiJsonTest, ProfileLivesUntilTheNextCall) {
-  vattn_options options = Apply("{\"profile\": \"/no/such/\\u00e9.safetensors\", \"window\": 64}");
-  EXPECT_STREQ(options.profile, "/no/such/\u00e9.safetensors");
+void ExpectPathLivesUntilTheNextCall(const std::string& key, const char* vattn_options::*path) {
+  const auto pair = [&](const std::string& value) { return "\"" + key + "\": \"" + value + "\""; };
+  vattn_options options = Apply("{" + pair("/no/such/\\u00e9") + ", \"window\": 64}");
+  EXPECT_STREQ(options.*path, "/no/such/\u00e9");
   EXPECT_EQ(options.window, 64);
   // One given before goes on to hold; "" takes it back.
   EXPECT_EQ(vattn_options_from_json("{\"window\": 32}", &options), VATTN_OK);
-  EXPECT_STREQ(options.profile, "/no/such/\u00e9.safetensors");
-  EXPECT_EQ(vattn_options_from_json("{\"profile\": \"\"}", &options), VATTN_OK);
-  EXPECT_EQ(options.profile, nullptr);
+  EXPECT_STREQ(options.*path, "/no/such/\u00e9");
+  EXPECT_EQ(vattn_options_from_json(("{" + pair("") + "}").c_str(), &options), VATTN_OK);
+  EXPECT_EQ(options.*path, nullptr);
   for (const char* value : {"1", "null", "[\"a\"]", "true", "\"a\\u0000b\""}) {
-    ExpectRefused(Pair("profile", value),
-                  "profile is " + std::string(value) + ", must be a string without zero bytes");
+    ExpectRefused(Pair(key.c_str(), value),
+                  key + " is " + value + ", must be a string without zero bytes");
   }
   // A refused call takes nothing away.
-  options = Apply("{\"profile\": \"first\"}");
-  EXPECT_EQ(vattn_options_from_json("{\"profile\": \"second\", \"window\": \"x\"}", &options),
+  options = Apply("{" + pair("first") + "}");
+  EXPECT_EQ(vattn_options_from_json(("{" + pair("second") + ", \"window\": \"x\"}").c_str(), &options),
             VATTN_INVALID_ARGUMENT);
-  EXPECT_STREQ(options.profile, "first");
+  EXPECT_STREQ(options.*path, "first");
+}
+
+TEST(ApiJsonTest, PathsLiveUntilTheNextCall) {
+  ExpectPathLivesUntilTheNextCall("profile", &vattn_options::profile);
+  ExpectPathLivesUntilTheNextCall("disk_path", &vattn_options::disk_path);
 }
 
 TEST(ApiJsonTest, RuntimeTakesTheTextToo) {

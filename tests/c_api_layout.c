@@ -20,13 +20,17 @@
                 offsetof(type, field) + sizeof(((type*)0)->field) == sizeof(type))
 
 STATIC_ASSERT_PLACE(vattn_options, log_user, 184);
-STATIC_ASSERT_LAST(vattn_options, profile, 192);
+STATIC_ASSERT_PLACE(vattn_options, profile, 192);
+STATIC_ASSERT_LAST(vattn_options, io_timeout_ms, 236);
+STATIC_ASSERT_LAST(vattn_prefix, num_tokens, 32);
 STATIC_ASSERT_LAST(vattn_sequence_options, reserve_tokens, 16);
 STATIC_ASSERT_LAST(vattn_append_params, q_head_stride, 88);
 STATIC_ASSERT_LAST(vattn_attend_params, timeline, 112);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
-STATIC_ASSERT_LAST(vattn_stats, blocks_copied, 136);
+STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 136);
+STATIC_ASSERT_LAST(vattn_stats, prefix_unlike, 272);
 
+STATIC_ASSERT(prefix_start, offsetof(vattn_prefix, struct_size) == 0);
 STATIC_ASSERT(options_start, offsetof(vattn_options, struct_size) == 0);
 STATIC_ASSERT(sequence_options_start, offsetof(vattn_sequence_options, struct_size) == 0);
 STATIC_ASSERT(append_params_start, offsetof(vattn_append_params, struct_size) == 0);
@@ -43,6 +47,7 @@ STATIC_ASSERT(last_index, VATTN_INDEX_EXACT == 1);
 STATIC_ASSERT(last_norm, VATTN_NORM_OUTPUT == 1);
 STATIC_ASSERT(last_on_unverified, VATTN_ON_UNVERIFIED_BEST_EFFORT == 1);
 STATIC_ASSERT(last_bound, VATTN_BOUND_SAFE == 1);
+STATIC_ASSERT(last_io, VATTN_IO_PREAD == 2);
 STATIC_ASSERT(last_target, VATTN_TARGET_DENOMINATOR == 2);
 STATIC_ASSERT(last_verdict, VATTN_VERDICT_BEST_EFFORT == 3);
 STATIC_ASSERT(last_log_level, VATTN_LOG_DEBUG == 3);
@@ -71,4 +76,5 @@ void TestLayout(void) {
   CHECK_INIT(vattn_append_params, vattn_append_params_init);
   CHECK_INIT(vattn_attend_params, vattn_attend_params_init);
   CHECK_INIT(vattn_selection, vattn_selection_init);
+  CHECK_INIT(vattn_prefix, vattn_prefix_init);
 }

@@ -81,6 +81,15 @@ static void TestRanges(void) {
   CHECK_OPTION(hot_share, 2, "hot_share is 2, must be 0 to 1");
   CHECK_OPTION(hot_share, (float)NAN, "hot_share is nan, must be 0 to 1");
   CHECK_OPTION(reserved0, 7, "reserved0 is 7, must be 0 to 0");
+  CHECK_OPTION(spill, 2, "spill is 2, must be 0 to 1");
+  CHECK_OPTION(spill, 1, "disk_path is not given, must be with spill = 1");
+  CHECK_OPTION(io_engine, 3, "io_engine is 3, must be 0 to 2");
+  CHECK_OPTION(io_depth, 257, "io_depth is 257, must be 1 to 256");
+  CHECK_OPTION(io_depth, -1, "io_depth is -1, must be 1 to 256");
+  CHECK_OPTION(io_block_bytes, 4095, "io_block_bytes is 4095, must be 4096 to 268435456");
+  CHECK_OPTION(io_block_bytes, 5000, "io_block_bytes is 5000, must be a multiple of 4096");
+  CHECK_OPTION(io_buffered, 2, "io_buffered is 2, must be 0 to 1");
+  CHECK_OPTION(io_timeout_ms, -1, "io_timeout_ms is -1, must be 1 to 1073741824");
 }
 
 static void TestStructSizes(void) {
@@ -98,7 +107,7 @@ static void TestStructSizes(void) {
   vattn_runtime_destroy(runtime);
   longer.newer[9] = 1;
   CHECK_INVALID(vattn_runtime_create(&longer.options, &runtime),
-                "options.struct_size is 216 with byte 209 set");
+                "options.struct_size is 256 with byte 249 set");
   CHECK(runtime == NULL);
   /* An older caller: what it does not know keeps its default. */
   vattn_options older = MakeOptions();

@@ -126,6 +126,7 @@ void TestSequence(void) {
 static void TestHibernated(vattn_runtime* runtime, vattn_sequence* sequence, const char* path) {
   vattn_sequence* fork = sequence;
   vattn_batch* batch = NULL;
+  vattn_stats stats;
   int64_t tokens = 0;
   vattn_append_params params = MakeAppend(0, 1);
   CHECK_OK(vattn_batch_create(runtime, 1, &batch));
@@ -134,25 +135,82 @@ static void TestHibernated(vattn_runtime* runtime, vattn_sequence* sequence, con
                 "sequence sits in slot 0 of a batch, must be taken out");
   CHECK_OK(vattn_batch_clear(batch, 0));
   CHECK_OK(vattn_sequence_hibernate(sequence, path));
-  CHECK_INVALID(vattn_append(sequence, &params), "sequence hibernates, must be awake");
-  CHECK_INVALID(vattn_sequence_fork(sequence, 0, &fork), "sequence hibernates, must be awake");
-  CHECK(fork == NULL);
-  CHECK_INVALID(vattn_sequence_truncate(sequence, 1), "sequence hibernates, must be awake");
-  CHECK_INVALID(vattn_sequence_length(sequence, 0, &tokens), "sequence hibernates, must be awake");
-  CHECK_INVALID(vattn_sequence_build_index(sequence), "sequence hibernates, must be awake");
-  CHECK_INVALID(vattn_sequence_save(sequence, path), "sequence hibernates, must be awake");
-  CHECK_INVALID(vattn_sequence_hibernate(sequence, path), "sequence hibernates, must be awake");
-  CHECK_INVALID(vattn_batch_set(batch, 0, sequence), "sequence hibernates, must be awake");
+  CHECK_OK(vattn_runtime_stats(runtime, &stats, sizeof(stats)));
+  CHECK(stats.host_bytes_used == 0);
+  CHECK_OK(vattn_sequence_length(sequence, 0, &tokens));
+  CHECK(tokens == kPrompt);
+  CHECK_OK(vattn_runtime_stats(runtime, &stats, sizeof(stats)));
+  CHECK(stats.host_bytes_used == 0); /* asking for its length does not wake it */
+  /* Any other use does. */
+  CHECK_OK(vattn_append(sequence, &params));
+  CHECK_OK(vattn_sequence_length(sequence, 0, &tokens));
+  CHECK(tokens == kPrompt + 1);
+  CHECK_OK(vattn_sequence_hibernate(sequence, path));
+  CHECK_OK(vattn_sequence_fork(sequence, 0, &fork));
+  vattn_sequence_destroy(fork);
+  CHECK_OK(vattn_sequence_hibernate(sequence, path));
+  CHECK_OK(vattn_sequence_hibernate(sequence, path)); /* wakes and saves again */
+  CHECK_OK(vattn_sequence_truncate(sequence, kPrompt));
+  CHECK_OK(vattn_sequence_hibernate(sequence, path));
+  CHECK_OK(vattn_sequence_build_index(sequence));
+  CHECK_OK(vattn_sequence_hibernate(sequence, path));
+  CHECK_OK(vattn_sequence_save(sequence, path));
+  CHECK_OK(vattn_sequence_hibernate(sequence, path));
+  CHECK_OK(vattn_batch_set(batch, 0, sequence));
+  CHECK_OK(vattn_batch_clear(batch, 0));
+  CHECK_OK(vattn_sequence_hibernate(sequence, path));
   /* Another sequence's file in its place is refused, and so is none. */
   vattn_sequence* other = MakeSequence(runtime);
   CHECK_OK(vattn_sequence_save(other, path));
   CHECK_ERROR(vattn_sequence_wake(sequence), VATTN_DATA_LOSS, "must hold sequence 1 at step 0");
   CHECK(remove(path) == 0);
   CHECK_ERROR(vattn_sequence_wake(sequence), VATTN_NOT_FOUND, path);
-  CHECK_INVALID(vattn_sequence_length(sequence, 0, &tokens), "sequence hibernates, must be awake");
+  CHECK_ERROR(vattn_append(sequence, &params), VATTN_NOT_FOUND, path);
+  fork = sequence;
+  CHECK_ERROR(vattn_sequence_fork(sequence, 0, &fork), VATTN_NOT_FOUND, path);
+  CHECK(fork == NULL);
+  CHECK_ERROR(vattn_batch_set(batch, 0, sequence), VATTN_NOT_FOUND, path);
+  CHECK_OK(vattn_sequence_length(sequence, 0, &tokens));
   vattn_sequence_destroy(other);
   vattn_sequence_destroy(sequence);
   vattn_batch_destroy(batch);
+}
+
+#define CHECK_PREFIX(field, value_, text)                                             \
+  do {                                                                                \
+    vattn_prefix wrong = prefix;                                                      \
+    wrong.field = (value_);                                                           \
+    CHECK_INVALID(vattn_prefix_save(sequence, &wrong), text);                         \
+    began = sequence, tokens = 7;                                                     \
+    CHECK_INVALID(vattn_prefix_restore(runtime, &wrong, 0, &tokens, &began), text);   \
+    CHECK(began == NULL && tokens == 0);                                              \
+  } while (0)
+
+static void TestPrefixes(vattn_runtime* runtime, vattn_sequence* sequence) {
+  static const int32_t ids[kPrompt + 1] = {5};
+  int64_t tokens = 0, files = 0;
+  vattn_sequence* began = NULL;
+  vattn_prefix prefix;
+  vattn_prefix_init(&prefix, sizeof(prefix));
+  prefix.salt = "model", prefix.salt_bytes = 5;
+  prefix.tokens = ids, prefix.num_tokens = kPrompt;
+  CHECK_PREFIX(salt, NULL, "salt is NULL, must be given");
+  CHECK_PREFIX(salt_bytes, 0, "salt_bytes is 0, must be 1 to 4096");
+  CHECK_PREFIX(salt_bytes, 4097, "salt_bytes is 4097, must be 1 to 4096");
+  CHECK_PREFIX(tokens, NULL, "tokens is NULL, must be given");
+  CHECK_PREFIX(num_tokens, 0, "num_tokens is 0, must be 1 to");
+  CHECK_PREFIX(num_tokens, -1, "num_tokens is -1, must be 1 to");
+  CHECK_PREFIX(struct_size, 0, "prefix.struct_size is 0, must be 8 to 4096");
+  CHECK_PREFIX(num_tokens, kPrompt, "disk_path is not given, must be for stored prefixes");
+  CHECK_INVALID(vattn_prefix_save(NULL, &prefix), "sequence is NULL, must be given");
+  CHECK_INVALID(vattn_prefix_save(sequence, NULL), "prefix is NULL, must be given");
+  CHECK_INVALID(vattn_prefix_restore(NULL, &prefix, 0, &tokens, &began), "runtime is NULL");
+  CHECK_INVALID(vattn_prefix_restore(runtime, &prefix, 0, NULL, &began), "tokens is NULL");
+  CHECK_INVALID(vattn_prefix_restore(runtime, &prefix, 0, &tokens, NULL), "out is NULL");
+  CHECK_INVALID(vattn_prefix_forget(NULL, "model", 5, &files), "runtime is NULL");
+  CHECK_INVALID(vattn_prefix_forget(runtime, NULL, 5, &files), "salt is NULL");
+  CHECK_INVALID(vattn_prefix_forget(runtime, "model", 0, &files), "salt_bytes is 0, must be 1 to");
+  CHECK_INVALID(vattn_prefix_forget(runtime, "model", 5, &files), "disk_path is not given");
 }
 
 void TestFiles(void) {
@@ -188,6 +246,7 @@ void TestFiles(void) {
   CHECK_ERROR(vattn_sequence_restore(other, path, &restored), VATTN_DATA_LOSS, path);
   CHECK(restored == NULL);
   vattn_runtime_destroy(other);
+  TestPrefixes(runtime, sequence);
   TestHibernated(runtime, sequence, path);
   vattn_runtime_destroy(runtime);
 }

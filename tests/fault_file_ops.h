@@ -19,7 +19,7 @@ struct FileFaults {
   int64_t fail_at = 0;     // the call to fail, from 1; 0: none
   bool for_ever = false;   // and every call after it
   int error = 0;           // its errno
-  size_t max_io = 0;       // most bytes that one pread or pwrite moves; 0: any
+  size_t max_io = 0;       // most bytes that one transfer moves; 0: any
   bool interrupt = false;  // every other call that may is interrupted first; close always is
 
   std::vector<std::string> calls = {};   // names of all calls so far
@@ -28,6 +28,10 @@ struct FileFaults {
 
   bool Failed(const std::string& name) const {
     return std::find(failed.begin(), failed.end(), name) != failed.end();
+  }
+
+  bool Called(const std::string& name) const {
+    return std::find(calls.begin(), calls.end(), name) != calls.end();
   }
 
   // Counts a call; true if it is to fail, with errno set.
@@ -51,6 +55,13 @@ struct FileFaults {
 
 inline FileFaults faults;
 
+// A sync takes as long as the disk likes and changes nothing that these tests can see: they end
+// processes, not machines.
+inline int SyncNothing(int fd) {
+  struct stat stat;
+  return kSystemFileOps.fstat(fd, &stat);
+}
+
 inline constexpr FileOps kFaultFileOps = {
     .open =
         [](const char* path, int flags, mode_t mode) {
@@ -67,13 +78,11 @@ inline constexpr FileOps kFaultFileOps = {
     },
     .fdatasync =
         [](int fd) {
-          if (faults.Fails("fdatasync") || faults.Interrupts()) return -1;
-          return kSystemFileOps.fdatasync(fd);
+          return faults.Fails("fdatasync") || faults.Interrupts() ? -1 : SyncNothing(fd);
         },
     .fsync =
         [](int fd) {
-          if (faults.Fails("fsync") || faults.Interrupts()) return -1;
-          return kSystemFileOps.fsync(fd);
+          return faults.Fails("fsync") || faults.Interrupts() ? -1 : SyncNothing(fd);
         },
     .rename =
         [](const char* from, const char* to) {
@@ -94,6 +103,59 @@ inline constexpr FileOps kFaultFileOps = {
           errno = EINTR;
           return -1;
         },
+    .set_direct =
+        [](int fd, bool on) {
+          return faults.Fails("set_direct") ? -1 : kSystemFileOps.set_direct(fd, on);
+        },
+    .fallocate =
+        [](int fd, off_t bytes) {
+          if (faults.Fails("fallocate") || faults.Interrupts()) return -1;
+          return kSystemFileOps.fallocate(fd, bytes);
+        },
+    .ftruncate =
+        [](int fd, off_t bytes) {
+          if (faults.Fails("ftruncate") || faults.Interrupts()) return -1;
+          return kSystemFileOps.ftruncate(fd, bytes);
+        },
+    .flock = [](int fd) { return faults.Fails("flock") ? -1 : kSystemFileOps.flock(fd); },
+    .mkdir =
+        [](const char* path, mode_t mode) {
+          return faults.Fails("mkdir") ? -1 : kSystemFileOps.mkdir(path, mode);
+        },
+    .list =
+        [](const char* path, std::vector<std::string>* names) {
+          return faults.Fails("list") ? -1 : kSystemFileOps.list(path, names);
+        },
+    .ring_open =
+        [](unsigned entries, Ring** out) {
+          return faults.Fails("ring_open") ? -1 : kSystemFileOps.ring_open(entries, out);
+        },
+    .ring_register_buffers =
+        [](Ring* ring, std::byte* memory, size_t bytes_each, unsigned count) {
+          if (faults.Fails("ring_register_buffers")) return -1;
+          return kSystemFileOps.ring_register_buffers(ring, memory, bytes_each, count);
+        },
+    .ring_register_file =
+        [](Ring* ring, int fd) {
+          if (faults.Fails("ring_register_file")) return -1;
+          return kSystemFileOps.ring_register_file(ring, fd);
+        },
+    .ring_submit =
+        [](Ring* ring, const RingTransfer& transfer) {
+          if (faults.Fails("ring_submit") || faults.Interrupts()) return -1;
+          RingTransfer shorter = transfer;
+          shorter.bytes = faults.Limit(transfer.bytes);
+          return kSystemFileOps.ring_submit(ring, shorter);
+        },
+    // The wait itself, and what the transfer came to.
+    .ring_wait =
+        [](Ring* ring, int timeout_ms, RingDone* done) {
+          if (faults.Fails("ring_wait") || faults.Interrupts()) return -1;
+          if (kSystemFileOps.ring_wait(ring, timeout_ms, done) != 0) return -1;
+          if (faults.Fails("ring_result")) done->result = -errno;
+          return 0;
+        },
+    .ring_close = [](Ring* ring) { kSystemFileOps.ring_close(ring); },
 };
 
 }  // namespace vattn

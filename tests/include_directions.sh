@@ -12,6 +12,7 @@ deny 'absl/|memory/|runtime/|kernels/' api/vattn.h api/vattn.hpp
 deny '(oneapi/)?tbb' runtime api
 deny 'hwloc|liburing' runtime kernels api
 deny 'hwloc' $(ls memory/*.cc memory/*.h | grep -v 'memory/host_store.cc')
+deny 'liburing' $(ls memory/*.cc memory/*.h | grep -v 'memory/ring_uring.cc')
 deny '(oneapi/)?tbb' kernels/cuda
 deny 'cuda' runtime api $(ls memory/*.cc memory/*.h | grep -v 'memory/device_cuda.cc') kernels/cpu
 deny '(oneapi/)?tbb' $(ls kernels/cpu/* | grep -v 'kernels/cpu/workers.cc')

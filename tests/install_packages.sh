@@ -2,7 +2,7 @@
 # Installs the Debian packages that building and testing need, if any is missing.
 set -euo pipefail
 packages=(g++ cmake ninja-build pkg-config git ca-certificates libtbb-dev libhwloc-dev libabsl-dev
-  libhwy-dev libeigen3-dev libboost-dev nlohmann-json3-dev libcli11-dev libxxhash-dev libgtest-dev
+  libhwy-dev libeigen3-dev libboost-dev nlohmann-json3-dev libcli11-dev libxxhash-dev liburing-dev libgtest-dev
   libbenchmark-dev python3 python3-venv)
 missing=()
 for package in "${packages[@]}"; do

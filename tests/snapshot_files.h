@@ -57,9 +57,9 @@ inline Bytes Pattern(size_t size, uint32_t seed) {
 }
 
 inline absl::Status WriteRecords(const std::string& path, const Records& records,
-                                 const FileOps& ops = kSystemFileOps) {
+                                 const IoOptions& io = {}) {
   absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
-      SnapshotWriter::Create(path, kLayout, ops);
+      SnapshotWriter::Create(path, kLayout, 0, io);
   VATTN_RETURN_IF_ERROR(writer.status());
   for (const auto& [type, payload] : records) {
     VATTN_RETURN_IF_ERROR((*writer)->Add(type, payload));
@@ -68,8 +68,8 @@ inline absl::Status WriteRecords(const std::string& path, const Records& records
 }
 
 inline absl::StatusOr<Records> ReadRecords(const std::string& path,
-                                           const FileOps& ops = kSystemFileOps) {
-  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = SnapshotReader::Open(path, kLayout, ops);
+                                           const IoOptions& io = {}) {
+  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = SnapshotReader::Open(path, kLayout, io);
   VATTN_RETURN_IF_ERROR(reader.status());
   Records records;
   for (const SnapshotRecord& record : (*reader)->records()) {

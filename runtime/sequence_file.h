@@ -1,0 +1,55 @@
+// Saved sequences: what their files hold, and what can be asked of one without a sequence.
+#ifndef VATTN_RUNTIME_SEQUENCE_FILE_H_
+#define VATTN_RUNTIME_SEQUENCE_FILE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "memory/snapshot.h"
+#include "runtime/prefix.h"
+#include "runtime/runtime.h"
+
+namespace vattn {
+
+// Records of a snapshot, in this order:
+//   kHead    SavedHead
+//   kPrefix  SavedPrefix, salt, token ids; in the files of stored prefixes only
+//   kGroup   for each layer, for each of its KV heads: SavedGroup, HeadState [G], then index floats or
+//            query moment doubles as flagged
+//   kBlock   in the order of the groups, for each of its blocks: the block; bytes that belong to no
+//            token are zero
+enum SavedRecord : uint32_t { kHead = 1, kPrefix = 2, kGroup = 3, kBlock = 4 };
+
+struct SavedHead {
+  uint64_t id, step;
+};
+
+struct SavedPrefix {
+  uint64_t stored;  // a number that grows from one stored prefix to the next
+  uint64_t salt_bytes;
+};
+
+struct SavedGroup {
+  int64_t tokens, coded;
+  int64_t index_floats;    // 0: no index yet
+  int64_t moment_doubles;  // 0: no queries seen, or the index is frozen
+};
+
+// Everything that rows, codes and tables depend on.
+uint64_t LayoutOf(const Options& options, const Storage& storage);
+
+absl::StatusOr<std::unique_ptr<SnapshotReader>> OpenSaved(const std::string& path, uint64_t layout,
+                                                          const IoOptions& io, SavedHead& head);
+
+struct StoredPrefix {
+  Prefix prefix;
+  uint64_t stored = 0;
+};
+// DATA_LOSS if the file has none.
+absl::StatusOr<StoredPrefix> ReadPrefix(SnapshotReader& reader, const std::string& path);
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_SEQUENCE_FILE_H_

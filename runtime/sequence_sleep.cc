@@ -1,0 +1,148 @@
+// Sequences into files and back: save, restore, hibernate, spill, wake, and stored prefixes.
+#include "memory/status.h"
+#include "runtime/disk.h"
+#include "runtime/sequence.h"
+#include "runtime/sequence_file.h"
+
+namespace vattn {
+namespace {
+
+// Counts and reports what became of a file operation.
+absl::Status Told(Runtime& runtime, const char* what, absl::Status status) {
+  const Code code = CodeOf(status);
+  if (code == Code::kIoError) ++runtime.counters().io_errors;
+  if (code == Code::kDataLoss) ++runtime.counters().files_refused;
+  if (code == Code::kIoError || code == Code::kDataLoss) {
+    runtime.Log(LogLevel::kWarning, absl::StrCat(what, " failed: ", status.message()));
+  }
+  return status;
+}
+
+}  // namespace
+
+absl::Status Sequence::Save(const std::string& path) { return SaveAs(path, nullptr, /*durable=*/true).status(); }
+
+absl::StatusOr<uint64_t> Sequence::SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable) {
+  absl::StatusOr<uint64_t> bytes = WriteFile(path, prefix, durable);
+  VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", bytes.status()));
+  ++runtime_->counters().saves;
+  runtime_->counters().bytes_saved += *bytes;
+  return bytes;
+}
+
+absl::Status Sequence::LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most) {
+  VATTN_RETURN_IF_ERROR(Told(*runtime_, "restore", Load(reader, path, most)));
+  ++runtime_->counters().restores;
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      runtime_->counters().bytes_restored += group.blocks.size() * runtime_->store().block_bytes();
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runtime> runtime,
+                                                            const std::string& path) {
+  Runtime& r = *runtime;
+  SavedHead head;
+  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader =
+      OpenSaved(path, LayoutOf(r.options(), r.storage()), r.io(), head);
+  VATTN_RETURN_IF_ERROR(Told(r, "restore", reader.status()));
+  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), head.id));
+  sequence->step_ = head.step;
+  VATTN_RETURN_IF_ERROR(sequence->LoadCounted(**reader, path, int64_t{1} << 31));
+  sequence->Enlist();
+  return sequence;
+}
+
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromPrefix(std::shared_ptr<Runtime> runtime, uint64_t id,
+                                                               SnapshotReader& reader, const std::string& path,
+                                                               int64_t tokens) {
+  Runtime& r = *runtime;
+  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), id == 0 ? r.NextId() : id));
+  VATTN_RETURN_IF_ERROR(sequence->LoadCounted(reader, path, tokens));
+  // The controller starts as that of any new sequence.
+  for (Layer& layer : sequence->layers_) {
+    for (HeadGroup& group : layer.groups) group.states.assign(group.states.size(), HeadState());
+  }
+  sequence->Enlist();
+  return sequence;
+}
+
+absl::Status Sequence::Hibernate(const std::string& path) {
+  if (hibernated()) return InvalidArgumentError("sequence hibernates already, must be awake");
+  if (batch.load() != nullptr) {
+    return InvalidArgumentError("sequence sits in slot ", slot, " of a batch, must be taken out first");
+  }
+  VATTN_RETURN_IF_ERROR(Save(path));
+  Sleep(path);
+  return absl::OkStatus();
+}
+
+absl::Status Sequence::Spill() {
+  absl::StatusOr<SpillFile> file = runtime_->disk()->NewSpill(SavedBytes());
+  if (!file.ok()) return file.status();
+  const absl::StatusOr<uint64_t> bytes = SaveAs(file->path(), nullptr, /*durable=*/false);
+  if (!bytes.ok()) return bytes.status();
+  file->SetBytes(*bytes);
+  Sleep(file->path());
+  spill_ = *std::move(file);
+  ++runtime_->counters().spills;
+  return absl::OkStatus();
+}
+
+bool Sequence::HoldsBlocks() const {
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      if (!group.blocks.empty()) return true;
+    }
+  }
+  return reserved_ > 0;
+}
+
+void Sequence::Sleep(const std::string& path) {
+  asleep_tokens_.clear();
+  for (const Layer& layer : layers_) asleep_tokens_.push_back(layer.tokens);
+  ReleaseBlocks();
+  cuda_.reset();
+  ForgetLoaded();
+  hibernate_path_ = path;
+  CountTables();
+}
+
+void Sequence::ForgetLoaded() {
+  codes_to_load_.clear();
+  for (Layer& layer : layers_) {
+    layer.coded = layer.coded_on_device = 0;
+    for (HeadGroup& group : layer.groups) {
+      group.index.reset();
+      group.device_index.reset();
+      group.moment.reset();
+      group.hot = HotSet();
+    }
+  }
+}
+
+absl::Status Sequence::Wake() {
+  if (!hibernated()) return absl::OkStatus();
+  SavedHead head;
+  absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = OpenSaved(
+      hibernate_path_, LayoutOf(runtime_->options(), runtime_->storage()), runtime_->io(), head);
+  VATTN_RETURN_IF_ERROR(Told(*runtime_, "restore", reader.status()));
+  if (head.id != id_ || head.step != step_) {
+    return Told(*runtime_, "restore",
+                DataLossError(hibernate_path_, ": holds sequence ", head.id, " at step ", head.step,
+                              ", must hold sequence ", id_, " at step ", step_));
+  }
+  const absl::Status status = LoadCounted(**reader, hibernate_path_, int64_t{1} << 31);
+  if (!status.ok()) {
+    ReleaseBlocks();
+    ForgetLoaded();
+    return status;
+  }
+  hibernate_path_.clear();
+  spill_ = SpillFile();
+  return absl::OkStatus();
+}
+
+}  // namespace vattn
