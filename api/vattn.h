@@ -89,7 +89,9 @@ typedef enum vattn_policy {
 
 typedef enum vattn_index {
   VATTN_INDEX_BALANCED = 0, /* balanced-truncation codes, index_bytes a token */
-  VATTN_INDEX_EXACT = 1     /* true scores: reads every key; a yardstick, not a way to save bytes */
+  /* True scores: reads every key, on CUDA those of the middle over PCIe in every call (they are in no
+   * count of fetched rows). A yardstick, not a way to save bytes. */
+  VATTN_INDEX_EXACT = 1
 } vattn_index;
 
 typedef enum vattn_norm {
@@ -402,8 +404,8 @@ typedef struct vattn_attend_params {
   int32_t* looks;     /* [slots, num_tokens, kv_heads] draws made */
   int64_t* middle;    /* [slots, num_tokens, kv_heads] tokens in the middle */
   /* [VATTN_TIMELINE_MARKS] nanoseconds of the device's clock when stages ended for the first filled
-   * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA with policy verified only, on
-   * the CPU nothing is written. */
+   * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
+   * written; stages that a policy does not have are not written either. */
   uint64_t* timeline;
 } vattn_attend_params;
 
@@ -411,11 +413,11 @@ typedef enum vattn_timeline {
   VATTN_TIMELINE_START = 0,
   VATTN_TIMELINE_PREPARED = 1, /* new row written, queries packed */
   VATTN_TIMELINE_SCANNED = 2,  /* every code of the call */
-  VATTN_TIMELINE_PLANNED = 3,  /* multipliers found */
-  VATTN_TIMELINE_DRAWN = 4,    /* the first look's rows chosen */
+  VATTN_TIMELINE_PLANNED = 3,  /* multipliers found; top-k policies: the last score that counts */
+  VATTN_TIMELINE_DRAWN = 4,    /* the first look's, or the best, rows chosen */
   VATTN_TIMELINE_ATTENDED = 5, /* ... fetched and attended */
-  VATTN_TIMELINE_JUDGED = 6,   /* ... and certified */
-  VATTN_TIMELINE_DONE = 7,     /* further looks, output */
+  VATTN_TIMELINE_JUDGED = 6,   /* ... and certified; topk-uniform: base sample read, budgets known */
+  VATTN_TIMELINE_DONE = 7,     /* further looks or the sample, output */
   VATTN_TIMELINE_MARKS = 8
 } vattn_timeline;
 

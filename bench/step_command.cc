@@ -37,7 +37,8 @@ constexpr char kNotes[] =
     "the\n"
     "same streamed from the host, and a HiSparse-style hot set. Where host memory would not hold "
     "a\n"
-    "batch apart its sequences are forks of one.";
+    "batch apart its sequences are forks of one. --policy is for a CUDA device; the CPU measures\n"
+    "verified.";
 
 constexpr size_t kBandwidthBytes = size_t{1} << 30;
 constexpr int kBandwidthRepeats = 5;
@@ -151,6 +152,9 @@ void RunStep(const Arguments& arguments, const CommandLine& command) {
   }
   if (arguments.batches.size() != 1) throw UsageError("--batch: one number on the CPU backend");
   if (arguments.resident) throw UsageError("--resident: on a CUDA device only");
+  if (options.policy != VATTN_POLICY_VERIFIED) {
+    throw UsageError("--policy: verified on the CPU backend, which is measured beside dense");
+  }
   shape.batch = arguments.batches[0];
   const int64_t steps = arguments.steps.value_or(kCpuSteps);
   for (const int64_t tokens : arguments.tokens) {  // what does not fit shows before the long part
@@ -240,6 +244,7 @@ void AddStepCommand(CLI::App* app, const CommandLine& command) {
   sub->add_option("--host-gib", arguments->host_gib,
                   "CUDA: host memory that may be taken (what is available)")
       ->check(CLI::Range(1., 1e6).description(""));
+  arguments->options.AddPolicies(sub);
   arguments->options.Add(sub);
   sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
   sub->callback([arguments, &command] { RunStep(*arguments, command); });

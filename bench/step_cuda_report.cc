@@ -33,7 +33,9 @@ constexpr char kWorkNotes[] =
 
 constexpr char kStageNotes[] =
     "Time line of the first KV head, us: new row and sinks and window, codes, multipliers, first "
-    "draw, its\nrows fetched and attended, its certificate, further looks and output.\n";
+    "draw, its\nrows fetched and attended, its certificate, further looks and output. With top-k "
+    "policies: plan and\ndraw rank and list the best rows, judge reads the base sample, rest the "
+    "sample.\n";
 
 constexpr char kSharedNote[] =
     "shared: host memory would not hold the batch apart; its sequences are forks of one, with "

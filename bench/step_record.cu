@@ -98,9 +98,16 @@ void StepRecord::Summarize(const vattn_options& options, DeviceStepFigures* figu
   figures->middle = Mean(middle_);
   figures->verdicts = verdicts_;
   const double heads = static_cast<double>(shape_.batch) * shape_.kv_heads;
-  const double estimate_bytes = 2. * shape_.q_heads / shape_.kv_heads;  // fp16, a query head each
-  figures->pcie_bytes = heads * figures->fetched * static_cast<double>(RowBytes(options));
-  const double code_bytes = options.index_bytes + options.value_bits * options.head_dim_v / 8.;
+  const bool exact = options.index == VATTN_INDEX_EXACT;
+  // fp16 estimates, for rankings fp32 scores, a query head each.
+  const double estimate = options.policy == VATTN_POLICY_VERIFIED ? 2 : 4;
+  const double estimate_bytes = estimate * shape_.q_heads / shape_.kv_heads;
+  const double key_bytes =
+      exact ? static_cast<double>(shape_.head_dim * ElementBytes(shape_.dtype)) : 0;
+  figures->pcie_bytes = heads * (figures->fetched * static_cast<double>(RowBytes(options)) +
+                                 figures->middle * key_bytes);
+  const double code_bytes =
+      (exact ? 0 : options.index_bytes) + options.value_bits * options.head_dim_v / 8.;
   figures->scan_bytes = heads * figures->middle * (code_bytes + 2 * estimate_bytes);
   for (size_t i = 0; i < stage_us_.size(); ++i) figures->stage_us[i] = Mean(stage_us_[i]);
 }

@@ -99,6 +99,47 @@ VATTN_HD inline float MoveMultiplier(float tiny, const HeadWork& work, HeadState
   return ratio;
 }
 
+// A share of n tokens as a number of them, rounded up.
+VATTN_HD inline int64_t ShareOf(float share, int64_t n) {
+  return Min(static_cast<int64_t>(std::ceil(share * static_cast<float>(n))), n);
+}
+
+// Rows of the base sample of Policy::kTopKUniform, of a middle of n tokens less the best k.
+VATTN_HD inline int64_t BaseSample(const Promise& promise, int64_t n, int64_t k) {
+  return Min(n - k, Max(int64_t{2}, ShareOf(promise.base_share, n)));
+}
+
+// Sums over a uniform sample of the residual (the middle without the head's top-k).
+struct SampleMoments {
+  double e = 0;         // mean of e
+  double e2 = 0;        // mean of e^2
+  double ev_norm2 = 0;  // |mean of e v|^2
+  double ev2 = 0;       // mean of |e v|^2
+};
+
+// Rows to sample so that the target is met with probability 1 - delta (two-sided normal quantile z),
+// from the moments of a base sample (ALGORITHM 7): residual tokens n, exact part plus n * mean as
+// denominator and numerator norm. Finite population correction, at least `base`, at most n (then it is
+// exact).
+VATTN_HD inline int64_t SampleBudget(Target target, float epsilon, float z, int64_t n, int64_t base,
+                                     const SampleMoments& m, double denominator, double numerator_norm) {
+  const double scale = z * static_cast<double>(n);
+  const double root_d = scale * std::sqrt(Max(0.0, m.e2 - m.e * m.e)) / denominator;
+  const double root_n = scale * std::sqrt(Max(0.0, m.ev2 - m.ev_norm2)) / Max(numerator_norm, 1e-300);
+  double root = 0;  // sqrt(b)
+  if (target == Target::kDenominator) {
+    root = root_d / epsilon;
+  } else if (target == Target::kNumerator) {
+    root = root_n / epsilon;
+  } else {
+    // eps1 + eps2 (1 + eps) = eps, and max(root_n / eps1, root_d / eps2) is least where both are equal.
+    root = (root_n + root_d * (1.0 + epsilon)) / epsilon;
+  }
+  const double b = root * root, rows = std::ceil(b / (1.0 + b / static_cast<double>(n)));
+  if (!(rows < static_cast<double>(n))) return n;  // also where b is not finite
+  return Max(base, static_cast<int64_t>(rows));
+}
+
 // One token of the tail for one head.
 struct TailToken {
   float e = 0;          // exp(s - shift)

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "tests/attention_model.h"
-#include "tests/backend.h"
 
 namespace vattn::test {
 namespace {
@@ -55,7 +54,6 @@ class ApiDiskTest : public testing::Test {
 };
 
 TEST_F(ApiDiskTest, SequencesBeginFromStoredPrefixes) {
-  if (!NotServed(options_).empty()) GTEST_SKIP() << NotServed(options_);
   std::vector<int32_t> tokens(1500);
   std::iota(tokens.begin(), tokens.end(), 0);
   const std::string salt = "model and tenant";
@@ -91,7 +89,6 @@ TEST_F(ApiDiskTest, SequencesBeginFromStoredPrefixes) {
 
 // Eight sequences in a pool for three.
 TEST_F(ApiDiskTest, SpilledSequencesAnswerExactly) {
-  if (!NotServed(options_).empty()) GTEST_SKIP() << NotServed(options_);
   {
     const Runtime probe(options_);
     Sequence sequence(probe);

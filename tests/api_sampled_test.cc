@@ -7,7 +7,6 @@
 #include <string>
 
 #include "tests/attention_model.h"
-#include "tests/backend.h"
 
 namespace vattn::test {
 namespace {
@@ -64,7 +63,6 @@ TEST_P(VerifiedTest, KeepsItsPromise) {
   options.index = p.index;
   options.refresh = 1;
   options.epsilon = .2f;
-  if (const std::string why = NotServed(options); !why.empty()) GTEST_SKIP() << why;
   Decoder decoder(p.shape, options);
   int trials = 0, verified = 0, failures = 0;
   double lse_error = 0;
@@ -148,7 +146,6 @@ TEST_P(RankedTest, IsSensible) {
   options.index = GetParam().index;
   options.value_bits = GetParam().value_bits;
   options.topk_share = .2f;
-  if (const std::string why = NotServed(options); !why.empty()) GTEST_SKIP() << why;
   Decoder decoder(shape, options);
   double sum = 0;
   for (int step = 0; step < 4; ++step) {
@@ -192,7 +189,6 @@ TEST(SelectionTest, SelectThenAttendIsTheEstimate) {
   for (const int32_t index : {VATTN_INDEX_BALANCED, VATTN_INDEX_EXACT}) {
     vattn_options options = OptionsFor(shape);
     options.index = index;
-    if (!NotServed(options).empty()) continue;
     Decoder decoder(shape, options);
     decoder.Step();
     const Sequence fork = decoder.sequence.Fork();
@@ -238,7 +234,6 @@ TEST(SelectionTest, AllTokensAreDense) {
     const Shape shape = {6, 2, 64, 64, false, VATTN_F16};
     vattn_options options = OptionsFor(shape);
     options.policy = policy;
-    if (!NotServed(options).empty()) continue;
     Decoder decoder(shape, options);
     const int64_t count = decoder.rows.tokens + 1;
     std::vector<int32_t> tokens(2 * count), counts(2, static_cast<int32_t>(count));

@@ -1,7 +1,5 @@
 #include "tests/backend.h"
 
-#include <gtest/gtest.h>
-
 #include <cstdlib>
 
 namespace vattn::test {
@@ -28,15 +26,6 @@ std::string NoCuda() {
   options.backend = VATTN_BACKEND_CUDA;
   options.host_bytes = 1 << 20;
   return TryOptions(options) == VATTN_OK ? "" : vattn_last_error();
-}
-
-std::string NotServed(const vattn_options& options) {
-  const bool lacks = options.policy == VATTN_POLICY_TOPK ||
-                     options.policy == VATTN_POLICY_TOPK_UNIFORM ||
-                     options.index != VATTN_INDEX_BALANCED;
-  if (!OnCuda() || !lacks) return "";
-  EXPECT_EQ(TryOptions(options), VATTN_NOT_SUPPORTED);
-  return vattn_last_error();
 }
 
 }  // namespace vattn::test

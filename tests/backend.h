@@ -12,9 +12,6 @@ namespace vattn::test {
 bool OnCuda();
 // Why this machine or build has no CUDA device to run on, or "".
 std::string NoCuda();
-// What the backend under test is known to lack of these options, in the library's words, or "".
-// Expects that the library refuses them.
-std::string NotServed(const vattn_options& options);
 
 }  // namespace vattn::test
 

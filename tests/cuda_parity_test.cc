@@ -208,6 +208,18 @@ TEST(CudaLayersTest, LayersMayDifferAndBeLeftOut) {
   ExpectAlike(tally);
 }
 
+TEST(CudaLayersTest, TheExactIndexDrawsTheSame) {
+  SKIP_WITHOUT_DEVICE();
+  const Shape shape = {8, 2, 64, 64, false, VATTN_BF16};
+  vattn_options options = OptionsFor(shape);
+  options.index = VATTN_INDEX_EXACT;
+  options.epsilon = kEpsilon;
+  Twins twins(options, {shape}, kLengths);
+  Lists lists(shape, twins.slots(), 20000 + 64);
+  CompareSelect(twins, 2, lists);
+  CompareSteps(twins, 2, 10);
+}
+
 // The policy that reads everything, and out_dtypes, agree to rounding.
 TEST(CudaLayersTest, DenseAgreesToRounding) {
   SKIP_WITHOUT_DEVICE();

@@ -75,7 +75,14 @@ void CompareList(const Twins& twins, int slot, int head, const Lists& a, const L
 
 }  // namespace
 
-Twins::Twins(const vattn_options& options, std::vector<Shape> layers, std::vector<int64_t> lengths)
+Rows Twins::GaussianRows(const Shape& shape, std::mt19937_64& engine, int64_t count) {
+  Rows rows;
+  rows.AddGaussian(shape, engine, count);
+  return rows;
+}
+
+Twins::Twins(const vattn_options& options, std::vector<Shape> layers, std::vector<int64_t> lengths,
+             MakeRows make_rows)
     : options_(options),
       layers_(std::move(layers)),
       lengths_(std::move(lengths)),
@@ -86,8 +93,7 @@ Twins::Twins(const vattn_options& options, std::vector<Shape> layers, std::vecto
     if (!Filled(s)) continue;
     for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
       if (layers_[l].kv_heads == 0 || lengths_[s] == 0) continue;
-      Rows rows;
-      rows.AddGaussian(layers_[l], engine, lengths_[s]);
+      const Rows rows = make_rows(layers_[l], engine, lengths_[s]);
       AppendRows(cpu.sequences[s], layers_[l], l, rows);
       AppendRows(cuda.sequences[s], layers_[l], l, rows);
     }

@@ -48,8 +48,13 @@ struct Lists {
 
 class Twins {
  public:
+  // Rows of a prompt.
+  using MakeRows = Rows (*)(const Shape& shape, std::mt19937_64& engine, int64_t count);
+  static Rows GaussianRows(const Shape& shape, std::mt19937_64& engine, int64_t count);
+
   // Shapes of layers differ in KV heads alone, 0: left out. Lengths by slot, -1: an empty slot.
-  Twins(const vattn_options& options, std::vector<Shape> layers, std::vector<int64_t> lengths);
+  Twins(const vattn_options& options, std::vector<Shape> layers, std::vector<int64_t> lengths,
+        MakeRows make_rows = GaussianRows);
 
   int slots() const { return static_cast<int>(lengths_.size()); }
   bool Filled(int slot) const { return lengths_[slot] >= 0; }

@@ -11,7 +11,6 @@
 #include "bench/report.h"
 #include "bench/statistics.h"
 #include "bench/trace.h"
-#include "tests/backend.h"
 
 namespace vattn::bench {
 namespace {
@@ -91,7 +90,6 @@ TEST_F(PromiseTraceTest, StrictPreset) {
 
 TEST_F(PromiseTraceTest, ValueCodes) {
   options_.value_bits = 2;
-  if (const std::string why = test::NotServed(options_); !why.empty()) GTEST_SKIP() << why;
   plan_.seeds = 4;
   const Observations seen = RunAll();
   ExpectCoverage(seen);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu/decode.h"
+#include "kernels/sampling.h"
 #include "tests/group_fixture.h"
 
 namespace vattn::cpu {

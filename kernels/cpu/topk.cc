@@ -9,6 +9,7 @@
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/softmax.h"
+#include "kernels/sampling.h"
 
 namespace vattn::cpu {
 namespace {
@@ -99,7 +100,7 @@ bool AddUniform(const Storage& s, const Promise& promise, const Group& group, co
                 int64_t k, int head, uint32_t* list, float* state_floats) {
   const SoftmaxState state(state_floats, s.row.dim_v);
   const int64_t residual = n - k;
-  const int64_t base = std::min(residual, std::max<int64_t>(2, std::llround(std::ceil(promise.base_share * n))));
+  const int64_t base = BaseSample(promise, n, k);
   TakeResidual(group, order, n, base, list);
   double mean_ev[kMaxDim];
   const SampleMoments m = Moments(s, group, list, base, head, state.max(), mean_ev);
@@ -122,29 +123,10 @@ bool AddUniform(const Storage& s, const Promise& promise, const Group& group, co
 
 }  // namespace
 
-int64_t SampleBudget(Target target, float epsilon, float z, int64_t n, int64_t base, const SampleMoments& m,
-                     double denominator, double numerator_norm) {
-  const double scale = z * static_cast<double>(n);
-  const double root_d = scale * std::sqrt(std::max(0.0, m.e2 - m.e * m.e)) / denominator;
-  const double root_n = scale * std::sqrt(std::max(0.0, m.ev2 - m.ev_norm2)) / std::max(numerator_norm, 1e-300);
-  double root = 0;  // sqrt(b)
-  if (target == Target::kDenominator) {
-    root = root_d / epsilon;
-  } else if (target == Target::kNumerator) {
-    root = root_n / epsilon;
-  } else {
-    // eps1 + eps2 (1 + eps) = eps, and max(root_n / eps1, root_d / eps2) is least where both are equal.
-    root = (root_n + root_d * (1.0 + epsilon)) / epsilon;
-  }
-  const double b = root * root;
-  const double corrected = b / (1.0 + b / static_cast<double>(n));
-  return std::clamp(static_cast<int64_t>(std::ceil(corrected)), base, n);
-}
-
 void DecodeTopK(const Storage& s, const Promise& promise, Group& group, Stream stream) {
   const Scratch& w = group.scratch;
   const int64_t n = group.middle_end - group.middle_begin, floats = StateFloats(s.row.dim_v);
-  const int64_t k = std::clamp<int64_t>(std::llround(std::ceil(promise.topk_share * static_cast<float>(n))), 0, n);
+  const int64_t k = ShareOf(promise.topk_share, n);
   const bool uniform = promise.policy == Policy::kTopKUniform;
   AttendFixed(s, group, w.work, stream);
   if (promise.index == IndexKind::kBalanced) PackQueries(s, group);

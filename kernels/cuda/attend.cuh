@@ -23,12 +23,27 @@ __device__ float* LoadQueries(Team<kHeads>& team, int first) {
   return queries;
 }
 
+// Copies the first `count` rows of a tile to their hot slots in shared.slot. Holds a barrier.
+template <int kHeads>
+__device__ void KeepRows(Team<kHeads>& team, const TileShape& shape, const std::byte* tile, int count) {
+  const HotSetRef& hot = team.p.hot;
+  if (hot.slots == 0) return;
+  __syncthreads();  // shared.slot is there
+  const int per_row = shape.row_bytes / 16;
+  for (int c = threadIdx.x; c < count * per_row; c += kThreads) {
+    const int r = c / per_row, part = c - r * per_row;
+    const int32_t slot = team.shared.slot[r];
+    if (slot < 0) continue;
+    *reinterpret_cast<uint4*>(hot.rows + static_cast<int64_t>(slot) * shape.row_bytes + part * 16) =
+        *reinterpret_cast<const uint4*>(tile + r * shape.pitch + part * 16);
+  }
+}
+
 // States of all heads over this block's tiles of the list. log_weights: added to the logits, in place of
 // the inclusion probabilities at `scale`; null: those.
 template <DType kType, int kHeads>
 __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float scale, const float* log_weights) {
   const GroupScratch& w = team.group.scratch;
-  const HotSetRef& hot = team.p.hot;
   const RowLayout& row = team.p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
   const int heads = team.heads(), tid = threadIdx.x;
@@ -60,17 +75,7 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
           if (first + h == 0) w.norm2[i] = team.shared.rows.norm2[r];
         },
         [&](int k, const std::byte* tile) {
-          if (first > 0 || hot.slots == 0) return;
-          __syncthreads();  // shared.slot is there
-          const int per_row = row.row_bytes / 16;
-          const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
-          for (int c = tid; c < n * per_row; c += kThreads) {
-            const int r = c / per_row, part = c - r * per_row;
-            const int32_t slot = team.shared.slot[r];
-            if (slot < 0) continue;
-            *reinterpret_cast<uint4*>(hot.rows + static_cast<int64_t>(slot) * row.row_bytes + part * 16) =
-                *reinterpret_cast<const uint4*>(tile + r * shape.pitch + part * 16);
-          }
+          if (first == 0) KeepRows(team, shape, tile, static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})));
         });
   }
 }
@@ -117,22 +122,22 @@ __device__ void Publish(Team<kHeads>& team, int64_t count) {
   }
 }
 
-// Merges the team's states of this block's heads, and if `fixed` those of sinks and window and of value
-// codes: output, shift, denominator and ref to scratch; publishes the first `count` rows of the list.
-// Barriers before and after.
+// Merges the team's states of this block's heads from `walks` walks over lists, and if `fixed` those of
+// sinks and window and of value codes: output, shift, denominator and ref to scratch; publishes the first
+// `count` rows of the list. Barriers before and after.
 template <int kHeads>
-__device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count) {
+__device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count, int walks = 1) {
   const GroupScratch& w = team.group.scratch;
   const Promise& promise = team.p.promise;
   const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
-  const bool coded = fixed && team.p.storage.host.value_bits > 0;
-  const int rows = team.size + (fixed ? kFixedParts : 0), parts = rows + (coded ? 1 : 0);
+  const bool coded = fixed && team.p.storage.host.value_bits > 0 && promise.policy == Policy::kVerified;
+  const int walked = walks * team.size, rows = walked + (fixed ? kFixedParts : 0), parts = rows + (coded ? 1 : 0);
   __shared__ float norms[kWarps];
   float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
   const auto state = [&](int r, int h) {
-    const float* from = r < team.size ? w.state + static_cast<int64_t>(r) * heads * (dim + 3)
-                        : r < rows    ? w.fixed + static_cast<int64_t>(r - team.size) * heads * (dim + 3)
-                                      : w.coded;
+    const float* from = r < walked ? w.state + static_cast<int64_t>(r) * heads * (dim + 3)
+                        : r < rows ? w.fixed + static_cast<int64_t>(r - walked) * heads * (dim + 3)
+                                   : w.coded;
     return from + static_cast<int64_t>(h) * (dim + 3);
   };
   team.Sync();

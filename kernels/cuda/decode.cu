@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/rank.cuh"
 #include "kernels/cuda/stages.h"
 #include "kernels/cuda/team.cuh"
 #include "kernels/cuda/values.h"
@@ -21,8 +22,13 @@ struct Carver {
   }
 };
 
-// Rows that a draw may hold: the promise's share of the tokens, and what chance may add.
+bool Ranked(const Promise& promise) {
+  return promise.policy == Policy::kTopK || promise.policy == Policy::kTopKUniform;
+}
+
+// Rows that a draw may hold: the promise's share of the tokens, and what chance may add. All with top-k.
 int64_t ListCapacity(const Promise& promise, int64_t tokens) {
+  if (Ranked(promise)) return tokens;
   const auto share = static_cast<int64_t>(1.1 * promise.max_selected_share * static_cast<double>(tokens)) + 4096;
   return share < tokens ? share : tokens;
 }
@@ -35,12 +41,15 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   const int64_t heads = q_heads, blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t floats = s.row.dim_v + 3;
   w.capacity = (ListCapacity(promise, tokens) + 63) / 64 * 64;
-  c.Take(blocks * heads * kBlockTokens, w.estimate);
-  c.Take(blocks * heads, w.shift);
-  c.Take(blocks * heads, w.mass);
-  c.Take(blocks * kBlockTokens, w.candidate);
-  c.Take(kMostSegments, w.candidates);
-  c.Take(kMostSegments * (heads + 1), w.predicted);
+  const bool ranks = Ranked(promise), uniform = promise.policy == Policy::kTopKUniform;
+  const int64_t sampled = promise.policy == Policy::kVerified ? 1 : 0;
+  c.Take(sampled * blocks * heads * kBlockTokens, w.estimate);
+  c.Take(sampled * blocks * heads, w.shift);
+  c.Take(sampled * blocks * heads, w.mass);
+  c.Take(ranks || (sampled && promise.index == IndexKind::kExact) ? blocks * heads * kBlockTokens : 0, w.score);
+  c.Take(sampled * blocks * kBlockTokens, w.candidate);
+  c.Take(sampled * kMostSegments, w.candidates);
+  c.Take(sampled * kMostSegments * (heads + 1), w.predicted);
   c.Take(heads, w.log_gain);
   c.Take(heads, w.floor);
   c.Take(w.capacity, w.token);
@@ -49,23 +58,29 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(w.capacity, w.slot);
   c.Take(w.capacity, w.norm2);
   c.Take(heads * w.capacity, w.logit);
-  c.Take(heads * w.capacity, w.residual);
-  c.Take(heads * w.capacity, w.term);
+  c.Take(sampled * heads * w.capacity, w.residual);
+  c.Take(sampled * heads * w.capacity, w.term);
   c.Take(heads * s.row.dim_k, w.query);
   c.Take((heads + 7) / 8, w.packed);
   c.Take(kFixedParts * heads * floats, w.fixed);
-  c.Take(team * heads * floats, w.state);
+  c.Take((uniform ? kMostWalks : 1) * team * heads * floats, w.state);
   c.Take(int64_t{2} * team * kPartials(q_heads), w.partial);
   c.Take(heads * s.row.dim_v, w.output);
   c.Take(heads, w.head);
   c.Take(heads, w.growth);
   const bool coded = s.value_bits > 0;
   const int64_t items = coded ? ValueItems(s, q_heads) : 0;
-  c.Take(coded ? heads * w.capacity : 0, w.guess);
-  c.Take(coded ? heads * floats : 0, w.coded);
-  c.Take(coded ? team * heads : 0, w.coded_mass);
-  c.Take(items * kMostParts, w.value_part);
+  c.Take(coded ? sampled * heads * w.capacity : 0, w.guess);
+  c.Take(coded ? sampled * heads * floats : 0, w.coded);
+  c.Take(coded ? sampled * team * heads : 0, w.coded_mass);
+  c.Take(sampled * items * kMostParts, w.value_part);
   c.Take(items, w.value_parts_done);
+  const int64_t masks = ranks ? blocks * kMaskWords : 0;
+  c.Take(heads * masks, w.top);
+  c.Take(uniform ? heads * masks : 0, w.drawn);
+  c.Take(masks, w.seen);
+  c.Take(ranks ? kDigits * heads * kDigitBins : 0, w.histogram);
+  c.Take(ranks ? team * kWarps * heads : 0, w.ties);
   c.Take(1, w.barrier);
   return c.used;
 }
@@ -101,8 +116,10 @@ int Answer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
 
 int Decode(const DecodeParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
   int error = Prepare(p, stream);
-  const bool sampled = p.promise.policy == Policy::kVerified && p.task != Task::kAttendSelected;
-  if (error == cudaSuccess && sampled) error = Scan(p, multiprocessors, stream);
+  const bool chosen = p.promise.policy != Policy::kDense && p.task != Task::kAttendSelected;
+  const bool sampled = chosen && p.promise.policy == Policy::kVerified, exact = p.promise.index == IndexKind::kExact;
+  if (error == cudaSuccess && chosen && exact) error = ScoreRows(p, multiprocessors, stream);
+  if (error == cudaSuccess && chosen && (sampled || !exact)) error = Scan(p, multiprocessors, stream);
   const bool coded = sampled && p.storage.host.value_bits > 0 && p.task == Task::kDecode;
   if (error == cudaSuccess && coded) error = SumValues(p, stream);
   if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);

@@ -14,6 +14,7 @@ namespace vattn::cuda {
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
 VATTN_HD constexpr int kPartials(int heads) { return 6 * heads + 4; }
 constexpr int kFixedParts = 4;        // thread blocks that share the sinks and window of a group
+constexpr int kMostWalks = 3;         // over lists of rows, with Policy::kTopKUniform
 
 // Where the bytes of a token are. Host blocks are as in kernels/geometry.h; codes have a copy on the
 // device, block by block.
@@ -45,6 +46,7 @@ struct GroupScratch {
   uint16_t* estimate = nullptr;      // [blocks][G][256] e^ over its block's largest, fp16
   float* shift = nullptr;            // [blocks][G] ln of that largest
   float* mass = nullptr;             // [blocks][G] sum of estimate
+  float* score = nullptr;            // [blocks][G][256] s^; top-k policies and IndexKind::kExact only
   uint64_t* candidate = nullptr;     // [blocks][256] token, then weight in the high word
   uint32_t* candidates = nullptr;    // [kMostSegments] of them in use, from the start of each segment
   float* predicted = nullptr;        // [kMostSegments][G + 1] variances and draws
@@ -61,7 +63,7 @@ struct GroupScratch {
   float* query = nullptr;            // [G][dim_k] scaled
   PackedQueries* packed = nullptr;   // [G / 8 rounded up]
   float* fixed = nullptr;            // [kFixedParts][G][dim_v + 3] softmax states of sinks and window
-  float* state = nullptr;            // [team][G][dim_v + 3] softmax states of the draw
+  float* state = nullptr;            // [walks][team][G][dim_v + 3] softmax states of the draw
   double* partial = nullptr;         // [2][team][kPartials(G)] sums of a team's parts
   float* output = nullptr;           // [G][dim_v]
   HeadWork* head = nullptr;          // [G]
@@ -72,6 +74,12 @@ struct GroupScratch {
   float* coded_mass = nullptr;       // [team][G] mass taken back, in the unit of the state
   ValuePart* value_part = nullptr;   // [items][kMostParts] see kernels/cuda/values.h
   uint32_t* value_parts_done = nullptr;  // [items] in this call
+  // Top-k policies only; kernels/cuda/rank.cuh. A mask has a bit for each token of a block.
+  uint32_t* top = nullptr;           // [blocks][G][8] masks of each head's best
+  uint32_t* drawn = nullptr;         // [blocks][G][8] masks of each head's sample
+  uint32_t* seen = nullptr;          // [blocks][8] masks of the tokens listed so far
+  uint32_t* histogram = nullptr;     // [kDigits][G][kDigitBins]
+  uint32_t* ties = nullptr;          // [warps of the team][G] tokens that are tied for the last place
   uint32_t* barrier = nullptr;       // [1] arrivals in this call
   int64_t capacity = 0;              // of the list of selected tokens
 };

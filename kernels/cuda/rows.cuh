@@ -202,7 +202,8 @@ struct ValueSum {
 // relative to at first (-inf: the rows' own largest), queries [kHeads][dim_k] lie in shared memory.
 //   address(k, r) as WalkTiles; count(k) rows of tile k;
 //   weigh(k, r): {added to the logit, factor of the weight};
-//   note(k, r, h, logit) for what the caller keeps; keep(k, tile) sees each tile once.
+//   note(k, r, h, logit) for what the caller keeps; it may set the logit to -inf, which leaves the row
+//   out for this head, if shared.most is finite; keep(k, tile) sees each tile once.
 // States [heads][dim_v + 3] go to `state`. With norms, |v|^2 of each row is in shared.norm2 at note.
 template <DType kType, int kHeads, class Address, class Count, class Weigh, class Note, class Keep>
 __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int depth, int tiles, int heads,
@@ -226,7 +227,7 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int de
       const int h = warp;
       float most = shared.most[h];
       for (int r = lane; r < n; r += kWarp) {
-        const float s = shared.p[r * kHeads + h];
+        float& s = shared.p[r * kHeads + h];
         if (h < heads) note(k, r, h, s);
         most = fmaxf(most, s + shared.log_weight[r]);
       }

@@ -1,6 +1,7 @@
 // Scan of the index: predicted scores of every middle token for every head of its group, as fp16
 // estimates relative to the largest of their block (kernels/cpu/scan.h has the definition). A warp takes
-// a block of 256 tokens, 32 at a time: tensor cores multiply their codes with up to 8 heads' queries.
+// a block of 256 tokens, 32 at a time: tensor cores multiply their codes with up to 8 heads' queries. For
+// policies with a ranking the scores are left as they are; with IndexKind::kExact they are there (exact.cu).
 #include <cmath>
 
 #include "kernels/cuda/stages.h"
@@ -97,6 +98,7 @@ template <int kHeads>
 struct Spread {
   static constexpr int kOwn = kHeads == 1 ? 1 : 2;
   static constexpr int kTokens = kHeads * kPartTokens / kWarp / kOwn > 0 ? kHeads * kPartTokens / kWarp / kOwn : 1;
+  using Scores = float[kParts][kTokens][kOwn];  // of a block
   static constexpr int kSharing = kQuad * kOwn / (kHeads > 2 ? kHeads : kOwn);  // lanes of a quad with a head
 
   static __device__ int Row() { return threadIdx.x % kWarp / kQuad; }
@@ -171,17 +173,17 @@ struct WordQueue {
   }
 };
 
-// One block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it inside the middle.
-// kFours: fours of words known at compile time and planned in `plans`, the first parts in the queue, where
-// those of the block `following` (or null) come next; 0: any number.
+// Scores of one block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it inside the
+// middle. kFours: fours of words known at compile time and planned in `plans`, the first parts in the
+// queue, where those of the block `following` (or null) come next; 0: any number.
 template <int kHeads, int kFours>
-__device__ void ScanBlock(const std::byte* codes, const std::byte* following, WordQueue<kHeads, kFours>& queue,
-                          const Words& words, const WordPlan* plans, const PackedQueries& q, int heads, int begin,
-                          int end, uint16_t* estimate, float* shift, float* mass) {
+__device__ void ScoreBlock(const std::byte* codes, const std::byte* following, WordQueue<kHeads, kFours>& queue,
+                           const Words& words, const WordPlan* plans, const PackedQueries& q, int begin, int end,
+                           typename Spread<kHeads>::Scores& score) {
   using Lanes = Spread<kHeads>;
   constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
   const int place = Lanes::Place(), all = words.all();
-  float scale[kOwn], offset[kOwn], score[kParts][kTokens][kOwn];
+  float scale[kOwn], offset[kOwn];
 #pragma unroll
   for (int h = 0; h < kOwn; ++h) {
     scale[h] = q.scale[Lanes::FirstHead() + h];
@@ -214,6 +216,32 @@ __device__ void ScanBlock(const std::byte* codes, const std::byte* following, Wo
       }
     }
   }
+}
+
+// Calls f(score, place in [heads][256]) for the scores of a lane.
+template <int kHeads, class F>
+__device__ void ForEachScore(typename Spread<kHeads>::Scores& score, int heads, F&& f) {
+  using Lanes = Spread<kHeads>;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int t = 0; t < Lanes::kTokens; ++t) {
+#pragma unroll
+      for (int h = 0; h < Lanes::kOwn; ++h) {
+        const int head = Lanes::FirstHead() + h;
+        if (head < heads) f(score[part][t][h], head * kBlockTokens + part * kPartTokens + Lanes::FirstToken() + t);
+      }
+    }
+  }
+}
+
+// Estimates of a block from its scores, by the same warp.
+template <int kHeads>
+__device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int heads, uint16_t* estimate, float* shift,
+                              float* mass) {
+  using Lanes = Spread<kHeads>;
+  constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
+  const int place = Lanes::Place();
 #pragma unroll
   for (int h = 0; h < kOwn; ++h) {
     const int head = Lanes::FirstHead() + h;
@@ -255,8 +283,8 @@ __device__ void ScanBlock(const std::byte* codes, const std::byte* following, Wo
   }
 }
 
-// k8, k4, k2 >= 0: words of each precision known at compile time.
-template <int kHeads, int k8, int k4, int k2>
+// k8, k4, k2 >= 0: words of each precision known at compile time. kRanked: scores go to scratch.score.
+template <int kHeads, int k8, int k4, int k2, bool kRanked>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
 ScanKernel(const __grid_constant__ DecodeParams p) {
   constexpr int kFours = k8 < 0 ? 0 : (k8 + k4 + k2 + kQuad - 1) / kQuad;
@@ -269,10 +297,7 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
   const int64_t from = all * warp / warps, to = all * (warp + 1) / warps;
   if (from >= to) return;
-  int g = 0;
-  for (int step = 1 << 20; step > 0; step /= 2) {
-    if (g + step < p.header->num_groups && p.groups[g + step].first_block <= from) g += step;
-  }
+  int g = GroupOf(p, from);
   for (int64_t at = from; at < to; ++g) {
     const DeviceGroup& group = p.groups[g];
     const int64_t end = min(to, group.first_block + NumBlocks(group));
@@ -291,26 +316,62 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
       for (int64_t item = at; item < end; ++item) {
         const int64_t b = item - group.first_block, token = (FirstBlock(group) + b) * kBlockTokens;
         const int64_t out = b * p.q_heads + first;
-        ScanBlock<kHeads, kFours>(codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans,
-                                  packed, min(kHeads, p.q_heads - first),
-                                  static_cast<int>(max(group.middle_begin - token, int64_t{0})),
-                                  static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})),
-                                  group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out,
-                                  group.scratch.mass + out);
+        const int heads = min(kHeads, p.q_heads - first);
+        typename Spread<kHeads>::Scores score;
+        ScoreBlock<kHeads, kFours>(codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans, packed,
+                                   static_cast<int>(max(group.middle_begin - token, int64_t{0})),
+                                   static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})), score);
+        if constexpr (kRanked) {
+          float* to_score = group.scratch.score + out * kBlockTokens;
+          ForEachScore<kHeads>(score, heads, [&](float s, int i) { to_score[i] = s; });
+        } else {
+          EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out,
+                                group.scratch.mass + out);
+        }
       }
     }
     at = end;
   }
 }
 
+// Estimates from the scores in scratch.score, a warp a block.
+template <int kHeads>
+__global__ void __launch_bounds__(kScanThreads, kScanBlocks) EstimateKernel(const __grid_constant__ DecodeParams p) {
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
+       item < p.header->scan_blocks; item += warps) {
+    const DeviceGroup& group = p.groups[GroupOf(p, item)];
+    for (int first = 0; first < p.q_heads; first += kHeads) {
+      const int64_t out = (item - group.first_block) * p.q_heads + first;
+      const int heads = min(kHeads, p.q_heads - first);
+      const float* from = group.scratch.score + out * kBlockTokens;
+      typename Spread<kHeads>::Scores score = {};
+      ForEachScore<kHeads>(score, heads, [&](float& s, int i) { s = from[i]; });
+      EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out,
+                            group.scratch.mass + out);
+    }
+  }
+}
+
+template <int kHeads, bool kRanked>
+void LaunchScan(const DecodeParams& p, int blocks, cudaStream_t stream) {
+  const CodeLayout& c = p.storage.host.code;
+  if (c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48) {
+    ScanKernel<kHeads, 0, 5, 3, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+  } else {
+    ScanKernel<kHeads, -1, -1, -1, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+  }
+}
+
 template <int kHeads>
 int Launch(const DecodeParams& p, int multiprocessors, cudaStream_t stream) {
   const int blocks = multiprocessors * kScanBlocks;
-  const CodeLayout& c = p.storage.host.code;
-  if (c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48) {
-    ScanKernel<kHeads, 0, 5, 3><<<blocks, kScanThreads, 0, stream>>>(p);
+  if (p.promise.index == IndexKind::kExact) {
+    EstimateKernel<kHeads><<<blocks, kScanThreads, 0, stream>>>(p);
+  } else if (p.promise.policy != Policy::kVerified) {
+    LaunchScan<kHeads, true>(p, blocks, stream);
   } else {
-    ScanKernel<kHeads, -1, -1, -1><<<blocks, kScanThreads, 0, stream>>>(p);
+    LaunchScan<kHeads, false>(p, blocks, stream);
   }
   return cudaGetLastError();
 }

@@ -39,6 +39,8 @@ template <>
 AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage&, int, int);
 
 int Prepare(const DecodeParams& params, Stream stream);
+// True scores of the middle from its keys, for IndexKind::kExact.
+int ScoreRows(const DecodeParams& params, int multiprocessors, Stream stream);
 int Scan(const DecodeParams& params, int multiprocessors, Stream stream);
 // Multipliers of every head, one thread block a group.
 int PlanDraw(const DecodeParams& params, Stream stream);

@@ -114,6 +114,15 @@ inline __device__ int64_t NumBlocks(const DeviceGroup& g) {
                                         : (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
 }
 
+// The group that a block of the scan belongs to, of those counted in StepHeader::scan_blocks.
+inline __device__ int GroupOf(const DecodeParams& p, int64_t block) {
+  int g = 0;  // the last one that starts there or before
+  for (int step = 1 << 20; step > 0; step /= 2) {
+    if (g + step < p.header->num_groups && p.groups[g + step].first_block <= block) g += step;
+  }
+  return g;
+}
+
 }  // namespace vattn::cuda
 
 #endif  // VATTN_KERNELS_CUDA_VOCABULARY_CUH_
