@@ -4,20 +4,15 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/match.h"
-#include "memory/status.h"
+#include "memory/file_errors.h"
 
 namespace vattn {
 namespace {
 
 constexpr char kLockName[] = ".vattn-lock";
-
-absl::Status SystemError(const char* call, const std::string& path, int error) {
-  return IoError(path, ": ", call, ": ", std::strerror(error));
-}
 
 }  // namespace
 

@@ -54,6 +54,8 @@ struct SnapshotRecordHeader {
 SnapshotHeaderBytes Encode(const SnapshotFileHeader& header);
 SnapshotHeaderBytes Encode(const SnapshotRecordHeader& header);
 
+inline uint64_t RoundUp(uint64_t bytes, uint64_t unit) { return (bytes + unit - 1) / unit * unit; }
+
 // Where the record headers of a file start.
 inline uint64_t SnapshotHeadersStart(const SnapshotFileHeader& file) {
   return file.file_bytes - file.num_records * kSnapshotHeaderBytes;
@@ -61,7 +63,7 @@ inline uint64_t SnapshotHeadersStart(const SnapshotFileHeader& file) {
 
 // Zeros after a payload.
 inline uint64_t SnapshotPadding(uint64_t payload_bytes) {
-  return (kSnapshotAlignment - payload_bytes % kSnapshotAlignment) % kSnapshotAlignment;
+  return RoundUp(payload_bytes, kSnapshotAlignment) - payload_bytes;
 }
 
 // DATA_LOSS unless every field is as it must be in a file of `file_bytes` bytes and `layout`.

@@ -55,7 +55,9 @@ void SpillFile::SetBytes(uint64_t bytes) {
 absl::StatusOr<std::unique_ptr<Disk>> Disk::Open(const std::string& path, uint64_t limit_bytes, uint64_t layout,
                                                  const IoOptions& io, Counters& counters, Log log) {
   absl::StatusOr<std::unique_ptr<OwnedDirectory>> directory = OwnedDirectory::Open(path, *io.ops);
-  if (!directory.ok()) return MakeError(CodeOf(directory.status()), absl::StrCat("disk_path: ", directory.status().message()));
+  if (!directory.ok()) {
+    return MakeError(CodeOf(directory.status()), absl::StrCat("disk_path: ", directory.status().message()));
+  }
   std::unique_ptr<Disk> disk(new Disk(*std::move(directory), limit_bytes, layout, io, counters, std::move(log)));
   VATTN_RETURN_IF_ERROR(disk->TakeOver());
   return disk;
@@ -110,7 +112,8 @@ absl::Status Disk::Enter(const std::string& name, uint64_t bytes) {
     if (status.ok() && NameOf(stored->prefix) != name) status = DataLossError(path, ": holds another prefix");
     if (status.ok()) {
       const std::lock_guard<std::mutex> lock(mutex_);
-      index_.Add(name, ChainOf(stored->prefix), static_cast<int64_t>(stored->prefix.tokens.size()), bytes, stored->stored);
+      const int64_t tokens = static_cast<int64_t>(stored->prefix.tokens.size());
+      index_.Add(name, ChainOf(stored->prefix), tokens, bytes, stored->stored);
     }
   }
   if (CodeOf(status) == Code::kIoError) ++counters_.io_errors;

@@ -125,8 +125,9 @@ uint64_t Sequence::SavedBytes() const {
     for (const HeadGroup& group : layer.groups) {
       bytes += sizeof(SavedGroup) + 3 * kSnapshotHeaderBytes + group.states.size() * sizeof(HeadState);
       if (group.index) bytes += group.index->floats().size() * sizeof(float);
-      if (group.moment) bytes += (static_cast<uint64_t>(group.moment->dim()) * group.moment->dim() + 1) * sizeof(double);
-      bytes += BlocksFor(layer.tokens) * (static_cast<uint64_t>(runtime_->storage().block.bytes) + kSnapshotHeaderBytes);
+      const uint64_t dim = group.moment ? static_cast<uint64_t>(group.moment->dim()) : 0;
+      if (group.moment) bytes += (dim * dim + 1) * sizeof(double);
+      bytes += BlocksFor(layer.tokens) * (runtime_->store().block_bytes() + kSnapshotHeaderBytes);
     }
   }
   return bytes;

@@ -8,10 +8,18 @@
 namespace vattn {
 namespace {
 
+// liburing maps and unmaps its rings by system calls that ThreadSanitizer does not see: when one
+// thread's ring lies where another's lay, it takes that for a race.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kUring = false;
+#else
+constexpr bool kUring = true;
+#endif
+
 // Threads with three sequences each in a pool for four of twelve: nothing is lost, nobody hangs.
 TEST(DiskThreadsTest, ThreadsSpillEachOthersSequences) {
   const ScratchDirectory scratch;
-  Options options = DiskOptions(/*uring=*/true, scratch / "disk", 48);
+  Options options = DiskOptions(kUring, scratch / "disk", 48);
   options.spill = 1;
   const std::shared_ptr<Runtime> runtime = OpenRuntime(options, kSystemFileOps);
   std::vector<std::thread> threads;
@@ -60,7 +68,7 @@ TEST(DiskThreadsTest, ThreadsSpillEachOthersSequences) {
 // Threads that store, find and forget the same prefixes.
 TEST(DiskThreadsTest, ThreadsShareStoredPrefixes) {
   const ScratchDirectory scratch;
-  Options options = DiskOptions(/*uring=*/true, scratch / "disk", 200);
+  Options options = DiskOptions(kUring, scratch / "disk", 200);
   options.disk_bytes = 3 << 20;  // about seven of ten
   const std::shared_ptr<Runtime> runtime = OpenRuntime(options, kSystemFileOps);
   std::vector<std::unique_ptr<Sequence>> sequences;
