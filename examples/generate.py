@@ -24,7 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 try:
     import torch
     import vattn.transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 except ImportError as missing:
     raise SystemExit(
         f"generate: {missing}: pip install ./api/python torch transformers accelerate gguf"
@@ -223,6 +223,7 @@ def main():
         AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16 if args.device == "cuda" else torch.float32,
         )
         .to(args.device)

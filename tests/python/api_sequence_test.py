@@ -47,10 +47,9 @@ class Sequences(Fixture):
             used = runtime.stats().host_bytes_used
             sequence.hibernate(os.fspath(path))
             self.assertLess(runtime.stats().host_bytes_used, used)
-            with self.assertRaisesRegex(vattn.InvalidArgumentError, "hibernates"):
-                sequence.truncate(1)
-            sequence.wake()
             self.assertEqual(sequence.length(), TOKENS + 1)
+            sequence.wake()
+            self.assertEqual(runtime.stats().host_bytes_used, used)
             path.write_bytes(path.read_bytes()[:-100])
             with self.assertRaises(vattn.Error) as damaged:
                 runtime.restore(path)
@@ -58,6 +57,31 @@ class Sequences(Fixture):
         with self.assertRaises(vattn.Error) as missing:
             runtime.restore("/nowhere/at/all")
         self.assertEqual(missing.exception.status, vattn.Status.NOT_FOUND)
+
+    def test_prefixes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            runtime = self.runtime(disk_path=f"{folder}/kv", policy="dense")
+            sequence, k, v = self.filled(runtime, 600)
+            tokens = np.arange(600, dtype=np.int32)
+            sequence.save_prefix(b"model", tokens)
+            asked = np.concatenate([tokens[:512], tokens[:80]])
+            with self.assertRaises(vattn.Error) as other:
+                runtime.restore_prefix(b"another", asked)
+            self.assertEqual(other.exception.status, vattn.Status.NOT_FOUND)
+            restored, begins = runtime.restore_prefix(b"model", asked)
+            self.assertEqual((begins, restored.length()), (512, 512))
+            batch = runtime.batch(1)
+            batch.set(0, restored)
+            q = queries(1, 5)
+            out = self.step(batch, q, k[0], v[0])
+            rows_seen = [np.concatenate([x[:512], x[:1]]) for x in (k, v)]
+            self.assertLess(relative_error(out[0], attend(q[0], *rows_seen)), 1e-5)
+            stats = runtime.stats()
+            self.assertEqual((stats.prefix_hits, stats.prefix_tokens), (1, 512))
+            with self.assertRaisesRegex(vattn.InvalidArgumentError, "tokens are .* must be"):
+                sequence.save_prefix(b"model", tokens.astype(np.int64))
+            self.assertEqual(runtime.forget_prefixes(b"model"), 1)
+            runtime.close()
 
     def test_a_full_pool_loses_nothing(self):
         runtime = self.runtime(host_bytes=1 << 20)

@@ -14,6 +14,7 @@ STRUCTS = {
     "vattn_options": _structs.Options,
     "vattn_sequence_options": _structs.SequenceOptions,
     "vattn_append_params": _structs.AppendParams,
+    "vattn_prefix": _structs.Prefix,
     "vattn_attend_params": _structs.AttendParams,
     "vattn_selection": _structs.SelectionParams,
     "vattn_stats": _structs.StatsStruct,
@@ -28,6 +29,7 @@ ENUMS = {
     "vattn_on_unverified": _structs.OnUnverified,
     "vattn_bound": _structs.Bound,
     "vattn_target": _structs.Target,
+    "vattn_io": _structs.Io,
     "vattn_verdict": _structs.Verdict,
     "vattn_log_level": _structs.LogLevel,
 }

