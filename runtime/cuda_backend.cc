@@ -10,8 +10,9 @@ absl::Status CudaBackend::CheckOptions(const Options& o) {
   if (o.policy != static_cast<int32_t>(Policy::kVerified) && o.policy != static_cast<int32_t>(Policy::kDense)) {
     return NotSupportedError("policy is ", o.policy, ", the CUDA backend has verified (0) and dense (3)");
   }
-  if (o.index != static_cast<int32_t>(IndexKind::kBalanced)) {
-    return NotSupportedError("index is ", o.index, ", the CUDA backend has balanced (0)");
+  const IndexKind index = static_cast<IndexKind>(o.index);
+  if (index != IndexKind::kBalanced && index != IndexKind::kHadamard2) {
+    return NotSupportedError("index is ", o.index, ", the CUDA backend has balanced (0) and hadamard2 (3)");
   }
   for (const int32_t heads : o.layer_kv_heads) {
     if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {

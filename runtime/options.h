@@ -34,7 +34,8 @@ struct Options {
   float max_selected_share = .5f, topk_share = .05f, base_share = .05f;
   int32_t target = 0;
   float hot_share = .05f;
-  std::string profile;  // empty: none
+  std::string profile;    // empty: none
+  std::string sign_maps;  // empty: random hyperplanes
 };
 
 // Checks every field and resolves those that mean "default" (softmax_scale, layer_kv_heads).

@@ -16,6 +16,7 @@
 #include "runtime/cuda_backend.h"
 #include "runtime/options.h"
 #include "runtime/profile.h"
+#include "runtime/sign_maps.h"
 #include "runtime/stats.h"
 
 namespace vattn {
@@ -46,6 +47,8 @@ class Runtime {
 
   // What the index of a sequence without queries is calibrated on: the profile, or nothing (empty).
   QueryMoment ProfileMoment(int layer, int kv_head) const;
+  // Learned maps of the index, or none.
+  SignMap LearnedMap(int layer, int kv_head) const;
 
   // A number for a sequence that came without one.
   uint64_t NextId() { return next_id_.fetch_add(1); }
@@ -62,11 +65,13 @@ class Runtime {
   bool closed() const { return closed_.load(); }
 
  private:
-  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store);
+  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
+          std::unique_ptr<HostStore> store);
 
   const Options options_;
   const Logger logger_;
   const std::optional<Profile> profile_;
+  const std::optional<SignMaps> sign_maps_;
   Storage storage_;
   Promise promise_;
   float quantile_[kMaxLooks][kQuantileBins + 1];
