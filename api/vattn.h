@@ -90,7 +90,8 @@ typedef enum vattn_policy {
 typedef enum vattn_index {
   VATTN_INDEX_BALANCED = 0, /* balanced-truncation codes, index_bytes a token */
   VATTN_INDEX_EXACT = 1,    /* true scores: reads every key; a yardstick, not a way to save bytes */
-  /* What others predict scores with, to compare and to build on (bench/ZOO.md); CPU but for hadamard2. */
+  /* What others predict scores with, to compare and to build on (bench/ZOO.md). CUDA has sign and
+   * hadamard2 of these. */
   VATTN_INDEX_SIGN = 2,      /* 8 * index_bytes signs of a linear map (sign_maps), by Hamming distance */
   VATTN_INDEX_HADAMARD2 = 3, /* 2-bit levels after a Hadamard rotation (Adamas); head_dim_k up to 256 */
   VATTN_INDEX_PAGE = 4,      /* bounds of 16 tokens by dimension (Quest); head_dim_k / 4 bytes a token */

@@ -20,6 +20,7 @@ namespace vattn::bench {
 namespace {
 
 constexpr char kNotes[] =
+    "tables: of a KV head, beside the codes. exact has no codes and reads the keys.\n"
     "recall: of the 1 % of the middle with the largest scores, how many are among the 1 % with the largest\n"
     "predictions; mass: attention of the latter over that of the former; noise: standard deviation of\n"
     "prediction - score over the middle; ns/token: a scan on one thread, for all query heads of a KV head,\n"
@@ -96,7 +97,7 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
   progress.Begin("exact attention in float64");
   const Reference reference =
       ComputeReference(trace, plan.layers, plan.steps, ResolveThreads(asked.num_threads));
-  std::vector<std::vector<std::string>> table = {{"index", "bytes/token", "recall", "mass", "noise", "ns/token",
+  std::vector<std::vector<std::string>> table = {{"index", "bytes/token", "tables", "recall", "mass", "noise", "ns/token",
                                                   "selected", "fetched", "fetched/step", "dense",
                                                   "over epsilon (95 % upper)"}};
   Json json = ResultHeader(command);
@@ -110,7 +111,7 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
     const Run run = MakeRun(entry.name, trace, plan, options, Replay(trace, plan, options, reference, &progress));
     const Figures& all = run.all;
     spread = scan.spread;
-    table.push_back({entry.name, Number(scan.bytes, 3), Fixed(scan.recall, 3), Fixed(scan.mass, 3),
+    table.push_back({entry.name, Number(scan.bytes, 3), Bytes(scan.table_bytes), Fixed(scan.recall, 3), Fixed(scan.mass, 3),
                      Fixed(scan.noise, 3), Fixed(scan.ns, 2), Percent(all.selected_mean), Percent(all.fetched_mean),
                      Bytes(run.bytes_per_step),
                      Percent(static_cast<double>(all.dense) / static_cast<double>(std::max<int64_t>(1, all.heads))),

@@ -11,8 +11,8 @@ absl::Status CudaBackend::CheckOptions(const Options& o) {
     return NotSupportedError("policy is ", o.policy, ", the CUDA backend has verified (0) and dense (3)");
   }
   const IndexKind index = static_cast<IndexKind>(o.index);
-  if (index != IndexKind::kBalanced && index != IndexKind::kHadamard2) {
-    return NotSupportedError("index is ", o.index, ", the CUDA backend has balanced (0) and hadamard2 (3)");
+  if (index != IndexKind::kBalanced && index != IndexKind::kSign && index != IndexKind::kHadamard2) {
+    return NotSupportedError("index is ", o.index, ", the CUDA backend has balanced (0), sign (2) and hadamard2 (3)");
   }
   for (const int32_t heads : o.layer_kv_heads) {
     if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {

@@ -33,7 +33,8 @@ std::string NoCuda() {
 std::string NotServed(const vattn_options& options) {
   const bool lacks = options.policy == VATTN_POLICY_TOPK ||
                      options.policy == VATTN_POLICY_TOPK_UNIFORM ||
-                     options.index != VATTN_INDEX_BALANCED;
+                     (options.index != VATTN_INDEX_BALANCED && options.index != VATTN_INDEX_SIGN &&
+                      options.index != VATTN_INDEX_HADAMARD2);
   if (!OnCuda() || !lacks) return "";
   EXPECT_EQ(TryOptions(options), VATTN_NOT_SUPPORTED);
   return vattn_last_error();
