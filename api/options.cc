@@ -27,7 +27,7 @@ const std::map<std::string, std::vector<std::string>>& EnumNames() {
       {"dtype", {"f32", "f16", "bf16"}},
       {"backend", {"auto", "cpu", "cuda"}},
       {"policy", {"verified", "topk", "topk_uniform", "dense"}},
-      {"index", {"balanced", "exact"}},
+      {"index", {"balanced", "exact", "sign", "hadamard2", "page", "pooled", "clusters", "external"}},
       {"norm", {"value", "output"}},
       {"on_unverified", {"dense", "best_effort"}},
       {"bound", {"sharp", "safe"}},
@@ -129,6 +129,7 @@ Options ToOptions(const vattn_options& from) {
 #undef VATTN_COPY
   if (from.profile != nullptr) to.profile = from.profile;
   if (from.disk_path != nullptr) to.disk_path = from.disk_path;
+  if (from.sign_maps != nullptr) to.sign_maps = from.sign_maps;
   if (from.layer_kv_heads != nullptr && from.num_layers > 0 && from.num_layers <= 1024) {
     to.layer_kv_heads.assign(from.layer_kv_heads, from.layer_kv_heads + from.num_layers);
   }
@@ -145,6 +146,7 @@ vattn_options FromOptions(const Options& from) {
   to.layer_kv_heads = from.layer_kv_heads.data();
   to.profile = from.profile.empty() ? nullptr : from.profile.c_str();
   to.disk_path = from.disk_path.empty() ? nullptr : from.disk_path.c_str();
+  to.sign_maps = from.sign_maps.empty() ? nullptr : from.sign_maps.c_str();
   return to;
 }
 
@@ -152,10 +154,10 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return InvalidArgumentError("json is not valid JSON");
   if (!json.is_object()) return InvalidArgumentError("json is ", json.type_name(), ", must be an object");
-  static thread_local std::string profile, disk_path;  // outlive the call, as options points to them
+  static thread_local std::string profile, disk_path, sign_maps;  // outlive the call, as options points to them
   vattn_options changed = options;
   std::vector<int32_t> changed_heads;
-  std::string changed_profile, changed_disk_path;
+  std::string changed_profile, changed_disk_path, changed_maps;
   if (json.contains("preset")) VATTN_RETURN_IF_ERROR(SetPreset(json["preset"], changed));
   std::map<std::string, std::function<absl::Status(const Json&)>> setters;
 #define VATTN_SETTER(name) \
@@ -164,6 +166,7 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
 #undef VATTN_SETTER
   setters["profile"] = [&](const Json& value) { return SetPath("profile", value, changed_profile); };
   setters["disk_path"] = [&](const Json& value) { return SetPath("disk_path", value, changed_disk_path); };
+  setters["sign_maps"] = [&](const Json& value) { return SetPath("sign_maps", value, changed_maps); };
   for (const auto& [key, value] : json.items()) {
     if (key == "preset" || key == "layer_kv_heads") continue;
     const auto setter = setters.find(key);
@@ -187,6 +190,10 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   if (json.contains("disk_path")) {
     disk_path.swap(changed_disk_path);
     changed.disk_path = disk_path.empty() ? nullptr : disk_path.c_str();
+  }
+  if (json.contains("sign_maps")) {
+    sign_maps.swap(changed_maps);
+    changed.sign_maps = sign_maps.empty() ? nullptr : sign_maps.c_str();
   }
   options = changed;
   return absl::OkStatus();

@@ -31,7 +31,7 @@ struct vattn_batch {
 static_assert(static_cast<int>(vattn::Code::kNotFound) == VATTN_NOT_FOUND);
 static_assert(static_cast<int>(vattn::DType::kBF16) == VATTN_BF16);
 static_assert(static_cast<int>(vattn::Policy::kDense) == VATTN_POLICY_DENSE);
-static_assert(static_cast<int>(vattn::IndexKind::kExact) == VATTN_INDEX_EXACT);
+static_assert(static_cast<int>(vattn::IndexKind::kExternal) == VATTN_INDEX_EXTERNAL);
 static_assert(static_cast<int>(vattn::Norm::kOutput) == VATTN_NORM_OUTPUT);
 static_assert(static_cast<int>(vattn::OnUnverified::kBestEffort) == VATTN_ON_UNVERIFIED_BEST_EFFORT);
 static_assert(static_cast<int>(vattn::Bound::kSafe) == VATTN_BOUND_SAFE);
@@ -205,6 +205,7 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, vattn::
   vattn_attend_params_init(&p, sizeof(p));
   VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
   if (p.reserved0 != 0) return OutOfRangeError("reserved0", p.reserved0, 0, 0);
+  if (p.reserved1 != 0) return OutOfRangeError("reserved1", p.reserved1, 0, 0);
   if (p.num_tokens != 1) return OutOfRangeError("num_tokens", p.num_tokens, 1, 1);
   if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
   if (needs_out) VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
@@ -221,7 +222,10 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, vattn::
          .fetched = p.fetched,
          .looks = p.looks,
          .middle = p.middle,
-         .timeline = p.timeline};
+         .timeline = p.timeline,
+         .scores = p.scores,
+         .score_heads = p.score_heads,
+         .scores_stride = p.scores_stride};
   return absl::OkStatus();
 }
 

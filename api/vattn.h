@@ -91,7 +91,16 @@ typedef enum vattn_index {
   VATTN_INDEX_BALANCED = 0, /* balanced-truncation codes, index_bytes a token */
   /* True scores: reads every key, on CUDA those of the middle over PCIe in every call (they are in no
    * count of fetched rows). A yardstick, not a way to save bytes. */
-  VATTN_INDEX_EXACT = 1
+  VATTN_INDEX_EXACT = 1,
+  /* What others predict scores with, to compare and to build on (bench/ZOO.md). CUDA has sign and
+   * hadamard2 of these. */
+  VATTN_INDEX_SIGN = 2,      /* 8 * index_bytes signs of a linear map (sign_maps), by Hamming distance */
+  VATTN_INDEX_HADAMARD2 = 3, /* 2-bit levels after a Hadamard rotation (Adamas); head_dim_k up to 256 */
+  VATTN_INDEX_PAGE = 4,      /* bounds of 16 tokens by dimension (Quest); head_dim_k / 4 bytes a token */
+  VATTN_INDEX_POOLED = 5,    /* mean key of 16 tokens (NSA, InfLLM-v2); head_dim_k / 8 bytes a token */
+  VATTN_INDEX_CLUSTERS = 6,  /* k-means of the prompt's keys, 2 bytes a token and 16,384 * index_bytes
+                              * bytes of centroids per KV head (RetroInfer) */
+  VATTN_INDEX_EXTERNAL = 7   /* the caller's: vattn_attend_params.scores; no codes */
 } vattn_index;
 
 typedef enum vattn_norm {
@@ -171,8 +180,10 @@ typedef struct vattn_options {
   int32_t exact_below; /* 1024: a middle with fewer tokens is attended whole; >= 64 */
 
   /* Index and value codes. */
-  int32_t index;       /* vattn_index */
-  int32_t index_bytes; /* bytes of code per token and KV head: 16, 32, 48 or 64 */
+  int32_t index; /* vattn_index */
+  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. Indices whose size
+   * follows from head_dim_k ignore it. */
+  int32_t index_bytes;
   /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device too. */
   int32_t value_bits;
 
@@ -228,6 +239,13 @@ typedef struct vattn_options {
   int32_t io_block_bytes; /* 1 MiB: of a transfer; a multiple of 4096 up to 256 MiB */
   int32_t io_buffered;    /* 1: through the page cache; 0: past it (O_DIRECT) where the file system allows */
   int32_t io_timeout_ms;  /* 60000: IO_ERROR if no transfer of io_uring ends for so long */
+
+  /* NULL or "": random hyperplanes. Else the path of learned maps for VATTN_INDEX_SIGN, as
+   * examples/train_sign_index.py writes them: a safetensors file with the F32 tensors key and query
+   * [num_layers, most KV heads of a layer, 8 * index_bytes, head_dim_k] and metadata format =
+   * "vattn-sign-1". Bit j of a key k is [key_j . (k - mean key) >= 0], of a query q [query_j . q >= 0].
+   * Read by vattn_runtime_create, which then answers as with profile. */
+  const char* sign_maps;
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
@@ -239,7 +257,7 @@ VATTN_EXPORT void vattn_options_init(vattn_options* options, size_t struct_size)
  *   {"num_layers": 28, "dtype": "bf16", "policy": "verified", "preset": "strict", "epsilon": 0.1}
  * Keys are the field names above; enums by lower-case name ("f16", "value", "best_effort", ...);
  * "preset" is "strict" (.1, norm output), "default" (.1, norm value) or "fast" (.2, norm value) and
- * is applied first. layer_kv_heads is an array; it and the texts of profile and disk_path are
+ * is applied first. layer_kv_heads is an array; it and the texts of profile, disk_path and sign_maps are
  * kept alive by the library until the thread's next call of this function. Unknown keys and wrong types are refused by
  * name. INVALID_ARGUMENT leaves options unchanged. */
 VATTN_EXPORT vattn_code vattn_options_from_json(const char* json, vattn_options* options);
@@ -255,7 +273,7 @@ VATTN_EXPORT vattn_code vattn_runtime_create_json(const char* json, vattn_runtim
 /* Sequences and batches of the runtime must be destroyed first; those that were not are reported to
  * the logger and stay valid for destroy only. */
 VATTN_EXPORT void vattn_runtime_destroy(vattn_runtime* runtime);
-/* The options in force, every default resolved. layer_kv_heads, profile and disk_path
+/* The options in force, every default resolved. layer_kv_heads, profile, disk_path and sign_maps
  * point into the runtime. */
 VATTN_EXPORT vattn_code vattn_runtime_options(const vattn_runtime* runtime, vattn_options* options);
 
@@ -407,6 +425,14 @@ typedef struct vattn_attend_params {
    * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
    * written; stages that a policy does not have are not written either. */
   uint64_t* timeline;
+  /* With VATTN_INDEX_EXTERNAL, which needs it; else NULL. Predicted scores of the tokens, in units of
+   * softmax_scale * q.k (their natural logarithm weights a token), [slots, num_tokens, score_heads,
+   * scores_stride]: an engine's own indexer, or a former step's scores. Better ones save rows; any are
+   * valid, but NaN and +infinity leave a head unverified. Read for tokens of the middle only. */
+  const float* scores;
+  int64_t scores_stride; /* floats from one head's scores to the next one's: at least the end of the middle */
+  int32_t score_heads;   /* num_q_heads, or the layer's KV heads: their groups share them; 0: KV heads */
+  int32_t reserved1;     /* 0 */
 } vattn_attend_params;
 
 typedef enum vattn_timeline {

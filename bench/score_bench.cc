@@ -8,7 +8,7 @@ namespace {
 void BM_PackQueries(benchmark::State& state) {
   Workload work(ShapeOf(state));
   for (auto _ : state) {
-    cpu::PackQueries(work.storage(), work.group());
+    cpu::PrepareQueries(work.storage(), IndexKind::kBalanced, work.group());
     benchmark::ClobberMemory();
   }
 }
@@ -16,7 +16,7 @@ BENCHMARK(BM_PackQueries)->Apply(Axes);
 
 void BM_ScanEstimates(benchmark::State& state) {
   Workload work(ShapeOf(state));
-  cpu::PackQueries(work.storage(), work.group());
+  cpu::PrepareQueries(work.storage(), IndexKind::kBalanced, work.group());
   for (auto _ : state) {
     work.Next();
     cpu::ScanEstimates(work.storage(), IndexKind::kBalanced, work.group(), {});

@@ -10,7 +10,7 @@ namespace {
 // A workload that has been scanned and planned once, so that the controller has settled.
 cpu::Plan Prepare(Workload& work) {
   float* states = work.group().scratch.work;
-  cpu::PackQueries(work.storage(), work.group());
+  cpu::PrepareQueries(work.storage(), IndexKind::kBalanced, work.group());
   cpu::ScanEstimates(work.storage(), IndexKind::kBalanced, work.group(), {});
   cpu::AttendFixed(work.storage(), work.group(), states, {});
   cpu::SumEstimates(work.storage(), work.group(), states);

@@ -37,6 +37,7 @@ Session::Session(const Trace& trace, std::span<const int32_t> layers, const vatt
     list->resize(num_layers * trace.kv_heads);
   }
   result_.middle.resize(num_layers * trace.kv_heads);
+  if (options.index == VATTN_INDEX_EXTERNAL && options.policy != VATTN_POLICY_DENSE) scores_.emplace(trace, layers);
 }
 
 Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
@@ -91,6 +92,7 @@ double Session::Step(int64_t step) {
   Gather(trace_.k, layers_, trace_.prompt_tokens + step, &k_);
   Gather(trace_.v, layers_, trace_.prompt_tokens + step, &v_);
   const size_t count = layers_.size();
+  const float* scores = scores_ ? scores_->At(step) : nullptr;
   const auto start = std::chrono::steady_clock::now();
   Check(vattn_batch_begin_step(batch_.get(), /*new_tokens=*/1, nullptr), "vattn_batch_begin_step");
   for (size_t layer = 0; layer < count; ++layer) {
@@ -110,6 +112,11 @@ double Session::Step(int64_t step) {
     params.fetched = &result_.fetched[kv_head];
     params.looks = &result_.looks[kv_head];
     params.middle = &result_.middle[kv_head];
+    if (scores_) {
+      params.scores = scores + static_cast<int64_t>(q_head) * scores_->stride();
+      params.scores_stride = scores_->stride();
+      params.score_heads = static_cast<int32_t>(trace_.q_heads);
+    }
     Check(vattn_attend(batch_.get(), &params, /*stream=*/nullptr), "vattn_attend");
   }
   const auto stop = std::chrono::steady_clock::now();

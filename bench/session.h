@@ -4,12 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "api/vattn.h"
 #include "bench/handles.h"
+#include "bench/reused_scores.h"
 #include "bench/trace.h"
 
 namespace vattn::bench {
@@ -25,8 +27,8 @@ struct StepResult {
 
 class Session {
  public:
-  // Appends the prompt, with its recorded queries if prompt_queries, and builds the index. Keeps
-  // references to trace and layers.
+  // Appends the prompt, with its recorded queries if prompt_queries, and builds the index; an external
+  // one gets ReusedScores. Keeps references to trace and layers.
   Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
           bool prompt_queries);
   // Goes on from a saved sequence: the next step is the one after it was saved.
@@ -52,6 +54,7 @@ class Session {
   Sequence sequence_;
   Batch batch_;
   std::vector<std::byte> q_, k_, v_;  // [layers, heads, head_dim] of the step
+  std::optional<ReusedScores> scores_;
   StepResult result_;
 };
 

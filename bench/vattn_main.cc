@@ -13,6 +13,7 @@
 #include "bench/gather_command.h"
 #include "bench/replay_command.h"
 #include "bench/step_command.h"
+#include "bench/zoo_command.h"
 
 int main(int argc, char** argv) {
   using vattn::bench::CommandLine;
@@ -28,6 +29,7 @@ int main(int argc, char** argv) {
     vattn::bench::AddReplayCommand(&app, command);
     vattn::bench::AddStepCommand(&app, command);
     vattn::bench::AddCalibrateCommand(&app, command);
+    vattn::bench::AddZooCommand(&app, command);
     app.parse(argc, argv);
     return 0;
   } catch (const CLI::ParseError& error) {

@@ -1,6 +1,7 @@
 #include "kernels/geometry.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -24,6 +25,36 @@ CodeLayout MakeCodeLayout(int bytes, int dim) {
     }
   }
   return best;
+}
+
+CodeLayout MakeIndexLayout(IndexKind kind, int bytes, int dim) {
+  constexpr int kShareTokens = 16384;
+  CodeLayout code;
+  switch (kind) {
+    case IndexKind::kBalanced:
+      return MakeCodeLayout(bytes, dim);
+    case IndexKind::kSign:
+      code.dims1 = 8 * bytes;
+      break;
+    case IndexKind::kHadamard2:
+      code.dims2 = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(dim)));
+      break;
+    case IndexKind::kPage:
+      code.other_bytes = 2 * 2 * dim / kTileTokens;
+      break;
+    case IndexKind::kPooled:
+      code.other_bytes = 2 * dim / kTileTokens;
+      break;
+    case IndexKind::kClusters:
+      code.other_bytes = 2;
+      code.centroids = std::min(65536, bytes * kShareTokens / (4 * dim));
+      break;
+    case IndexKind::kExact:
+    case IndexKind::kExternal:
+      break;
+  }
+  code.kind = kind;
+  return code;
 }
 
 }  // namespace vattn

@@ -5,7 +5,9 @@
 //   row    = | K [dim_k] | V [dim_v] | padding to 128 bytes |; with shared_kv V is the head of K.
 //   codes  = tiles of 16 tokens, so that a 64-byte load holds one code word of each token. A word
 //            holds dimensions in runs of 4, one a byte: 8-bit words 1 run (7 bits used), 4-bit words
-//            2 runs (low nibbles first), 2-bit words 4 runs (lowest bits first).
+//            2 runs (low nibbles first), 2-bit words 4 runs and 1-bit words 8 (lowest bits first).
+//            Kinds without levels: kPage, tiles of | largest [dim_k] | least [dim_k] | in bf16;
+//            kPooled, | mean [dim_k] | in bf16; kClusters, the 16-bit centroid of each token.
 //   value codes = per token, 16 bytes for each chunk of 64 (2 bits) or 32 (4 bits) elements; byte l
 //            of a chunk holds elements l, 16 + l, 32 + l, ... from its lowest bits up.
 #ifndef VATTN_KERNELS_GEOMETRY_H_
@@ -21,6 +23,18 @@ constexpr int kBlockTokens = 256;
 constexpr int kTileTokens = 16;
 constexpr int kCodeTokens = 64;  // tokens leave the window for the index in runs of so many
 constexpr int kMaxCodeDims = 256;
+
+// Where predicted scores come from (ALGORITHM 3).
+enum class IndexKind : int32_t {
+  kBalanced = 0,
+  kExact = 1,      // keys; no codes
+  kSign = 2,       // signs of a linear map, by Hamming distance
+  kHadamard2 = 3,  // 2-bit levels after a Hadamard rotation
+  kPage = 4,       // least and largest of each dimension over a tile
+  kPooled = 5,     // mean key of a tile
+  kClusters = 6,   // nearest of the index's centroids
+  kExternal = 7    // the caller; no codes
+};
 
 constexpr int ElementBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -43,15 +57,20 @@ inline RowLayout MakeRowLayout(DType dtype, int dim_k, int dim_v, bool shared_kv
           .shared_kv = shared_kv};
 }
 
-// Dimensions kept at each precision, in the order of falling score variance.
+// Dimensions kept at each precision, in the order of falling score variance, or what a kind without
+// levels keeps.
 struct CodeLayout {
   int32_t dims8 = 0;  // multiple of 4; 7 bits used, so that pair sums stay within int16
   int32_t dims4 = 0;  // multiple of 8
   int32_t dims2 = 0;  // multiple of 16
+  int32_t dims1 = 0;  // multiple of 32
+  IndexKind kind = IndexKind::kBalanced;
+  int32_t other_bytes = 0;  // per token, of kinds without levels
+  int32_t centroids = 0;    // of kClusters
 
-  int dims() const { return dims8 + dims4 + dims2; }
-  int words() const { return dims8 / 4 + dims4 / 8 + dims2 / 16; }
-  int bytes() const { return 4 * words(); }
+  int dims() const { return dims8 + dims4 + dims2 + dims1; }
+  int words() const { return dims8 / 4 + dims4 / 8 + dims2 / 16 + dims1 / 32; }
+  int bytes() const { return 4 * words() + other_bytes; }
   int runs() const { return dims() / 4; }                      // runs of 4 dimensions
   int padded_dims() const { return (dims() + 15) / 16 * 16; }  // row length of IndexTables::encode
 };
@@ -60,6 +79,10 @@ struct CodeLayout {
 // least expected score noise, for score variance falling over the dimensions as exp(-j / (.18 dim))
 // (recorded attention lies near it) and Gaussian quantisation noise of each precision.
 CodeLayout MakeCodeLayout(int bytes, int dim);
+
+// The layout of any kind. bytes: per token of kBalanced and kSign; of kClusters a token's share in the
+// centroids (fp32) when a sequence has 16,384 tokens; the others' sizes follow from dim.
+CodeLayout MakeIndexLayout(IndexKind kind, int bytes, int dim);
 
 // Bytes of value code per token: dim elements of 2 or 4 bits in whole chunks; 0 bits: none.
 constexpr int ValueCodeBytes(int bits, int dim) {

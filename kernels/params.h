@@ -17,7 +17,6 @@ struct Stream {
 };
 
 enum class Policy : int32_t { kVerified = 0, kTopK = 1, kTopKUniform = 2, kDense = 3 };
-enum class IndexKind : int32_t { kBalanced = 0, kExact = 1 };
 enum class Norm : int32_t { kValue = 0, kOutput = 1 };
 enum class OnUnverified : int32_t { kDense = 0, kBestEffort = 1 };
 enum class Bound : int32_t { kSharp = 0, kSafe = 1 };
@@ -67,11 +66,16 @@ struct IndexTables {
   const float* center = nullptr;      // [dim_k] mean key
   const float* encode = nullptr;      // [dim_k][padded_dims]
   const float* project = nullptr;     // [dims][dim_k]
+  const float* centroids = nullptr;   // [centroids][dim_k] less the center
   const float* value_mean = nullptr;  // [dim_v], with value codes
   const float* value_step = nullptr;  // [dim_v] distance of two levels
   float value_residual = 0;           // mean |v - v^|^2
   float value_spread = 0;             // mean |v - mean v|^2 when the index was made
   float value_norm2 = 0;              // mean |v|^2
+  // kSign and kPage: s^ = q . center + slope * raw + intercept * |q|, fitted when the index was made.
+  // raw is |q| (matches - mismatches) / 2, or the page's bound.
+  float slope = 1;
+  float intercept = 0;
 };
 
 // Controller state of one query head, carried from step to step (ALGORITHM 4).
@@ -133,6 +137,7 @@ struct Scratch {
   uint32_t* tail = nullptr;      // [n] places in the list of those with pi < 1
   float* query = nullptr;        // [G][dim_k] scaled
   PackedQueries* packed = nullptr;  // [G / 8 rounded up]
+  float* prepared = nullptr;     // [G][PreparedFloats()], kinds without levels
   HeadWork* head = nullptr;      // [G]
   float* log_gain = nullptr;     // [G] of Inclusion
   float* floor = nullptr;        // [G]
@@ -159,6 +164,8 @@ struct Group {
   float* lse = nullptr;        // [G] or null
   Verdict* verdict = nullptr;  // [G]
   float* error = nullptr;      // [G] bound on the relative error
+  const float* external = nullptr;  // kExternal: [G] times [tokens] predicted scores,
+  int64_t external_stride = 0;      // so far apart; 0: one row for all heads
   // Filled by decode.
   int64_t selected = 0;    // middle rows read: scratch.token[0..selected), unless all_read
   bool all_read = false;   // the whole middle was read
@@ -213,6 +220,17 @@ struct SelectParams {
   Group* groups = nullptr;
   int32_t num_groups = 0;
 };
+
+// Floats of a query head in Scratch::prepared. kPage: its positive elements, its negative ones; kPooled:
+// itself, with their offset in Scratch::packed; kClusters: the score of each centroid.
+inline int PreparedFloats(const Storage& s) {
+  switch (s.code.kind) {
+    case IndexKind::kPage: return 2 * s.row.dim_k;
+    case IndexKind::kPooled: return s.row.dim_k;
+    case IndexKind::kClusters: return s.code.centroids;
+    default: return 0;
+  }
+}
 
 // Bytes of working memory of a group with so many tokens.
 size_t ScratchBytes(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads);

@@ -22,6 +22,9 @@ struct AttendRequest {
   int32_t* looks = nullptr;
   int64_t* middle = nullptr;
   uint64_t* timeline = nullptr;
+  const float* scores = nullptr;
+  int32_t score_heads = 0;
+  int64_t scores_stride = 0;
 };
 
 // As vattn_selection.

@@ -160,6 +160,28 @@ absl::Status Batch::GrowScratch() {
   return absl::OkStatus();
 }
 
+absl::Status Batch::CheckScores(const AttendRequest& r) const {
+  const bool external = runtime_->promise().index == IndexKind::kExternal;
+  if ((r.scores != nullptr) != external) {
+    return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
+                                external ? "given" : "NULL", " with index = ", runtime_->options().index);
+  }
+  if (!external) return absl::OkStatus();
+  const int32_t q_heads = runtime_->options().num_q_heads, kv_heads = runtime_->kv_heads(r.layer);
+  if (r.score_heads != 0 && r.score_heads != kv_heads && r.score_heads != q_heads) {
+    return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,
+                                " KV heads of the layer or the ", q_heads, " query heads");
+  }
+  for (const Sequence* sequence : slots_) {
+    const int64_t end = sequence == nullptr ? 0 : sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);
+    if (r.scores_stride < end) {
+      return InvalidArgumentError("scores_stride is ", r.scores_stride, ", must be at least ", end,
+                                  ", where the middle of the sequence in slot ", sequence->slot, " ends");
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Batch::CheckRequest(const AttendRequest& r) const {
   const Options& o = runtime_->options();
   if (!open_) return InvalidArgumentError("no step is open, vattn_batch_begin_step must come first");
@@ -239,6 +261,12 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group.lse = r.lse == nullptr ? nullptr : r.lse + head;
       group.verdict = verdicts_.data() + head;
       group.error = errors_.data() + head;
+      if (r.scores != nullptr) {
+        const bool apart = r.score_heads == o.num_q_heads;
+        const int64_t row = apart ? head : int64_t{slot} * kv_heads + h;
+        group.external = r.scores + row * r.scores_stride;
+        group.external_stride = apart ? r.scores_stride : 0;
+      }
       group.scratch = CarveScratch(s, runtime_->promise(), tokens, group_size, memory);
       memory += ScratchBytes(s, runtime_->promise(), tokens, group_size);
       groups_.push_back(group);
@@ -296,6 +324,7 @@ void Batch::FinishLayer(int layer) {
 
 absl::Status Batch::Attend(const AttendRequest& r, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
+  VATTN_RETURN_IF_ERROR(CheckScores(r));
   if (cuda_) return cuda_->Call(cuda::Task::kDecode, r, {}, stream);
   PrepareGroups(r);
   runtime_->ops().decode({.storage = runtime_->storage(),
@@ -369,6 +398,7 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
 
 absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
+  VATTN_RETURN_IF_ERROR(CheckScores(r));
   if (runtime_->promise().policy != Policy::kVerified) {
     return NotSupportedError("vattn_select needs policy verified, policy is ", runtime_->options().policy);
   }

@@ -42,6 +42,8 @@ class Batch {
   absl::Status Select(const AttendRequest& request, const Selection& selection, DeviceStream stream = nullptr);
 
  private:
+  // Of calls that predict scores.
+  absl::Status CheckScores(const AttendRequest& request) const;
   absl::Status CheckRequest(const AttendRequest& request) const;
   absl::Status CheckStepDone() const;
   absl::Status CheckSelection(const AttendRequest& request, const Selection& selection) const;

@@ -7,6 +7,12 @@
 namespace vattn {
 
 absl::Status CudaBackend::CheckOptions(const Options& o) {
+  const IndexKind index = static_cast<IndexKind>(o.index);
+  if (index != IndexKind::kBalanced && index != IndexKind::kExact && index != IndexKind::kSign &&
+      index != IndexKind::kHadamard2) {
+    return NotSupportedError("index is ", o.index,
+                             ", the CUDA backend has balanced (0), exact (1), sign (2) and hadamard2 (3)");
+  }
   for (const int32_t heads : o.layer_kv_heads) {
     if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {
       return NotSupportedError("num_q_heads is ", o.num_q_heads, " over ", heads, " KV heads, the CUDA backend has ",

@@ -1,5 +1,7 @@
 #include "runtime/index.h"
 
+#include "runtime/index_kinds.h"
+
 #include <Eigen/Cholesky>
 #include <Eigen/Dense>
 #include <Eigen/Eigenvalues>
@@ -87,6 +89,39 @@ double FillValues(const RowMajor& values, int bits, const Eigen::VectorXd& mean,
   return residual;
 }
 
+bool IsFitted(IndexKind kind) { return kind == IndexKind::kSign || kind == IndexKind::kPage; }
+
+// What scores are predicted with, of centred keys [count][dim_k] and second moments.
+void FillScores(const Storage& s, const RowMajor& centred, Matrix keys, Matrix queries, SignMap map, float* encode,
+                float* project, float* centroids, float* fit) {
+  const int dim = s.row.dim_k;
+  const KeySample sample{centred.data(), centred.rows(), dim};
+  switch (s.code.kind) {
+    case IndexKind::kBalanced:
+      AddRidge(keys, kKeyRidge);
+      AddRidge(queries, kQueryRidge);
+      FillBasis(s.code, centred, keys, queries, encode, project);
+      break;
+    case IndexKind::kSign:
+      FillSigns(s.code, dim, map, encode, project);
+      FitSigns(s.code, sample, DrawQueries(queries), encode, project, fit);
+      break;
+    case IndexKind::kHadamard2:
+      FillHadamard(s.code, sample, kStep2, encode, project);
+      break;
+    case IndexKind::kPage:
+      FitBounds(sample, DrawQueries(queries), fit);
+      break;
+    case IndexKind::kClusters:
+      FillCentroids(s, sample, centroids);
+      break;
+    case IndexKind::kPooled:
+    case IndexKind::kExact:
+    case IndexKind::kExternal:
+      break;
+  }
+}
+
 }  // namespace
 
 void QueryMoment::Add(const float* queries, int64_t count, int group) {
@@ -126,20 +161,21 @@ QueryMoment QueryMoment::Load(int dim, const std::vector<double>& saved) {
 }
 
 std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, const float* values, int64_t count,
-                                         const QueryMoment& moment) {
+                                         const QueryMoment& moment, SignMap map) {
   const int dim_k = s.row.dim_k, dim_v = s.row.dim_v;
   std::vector<float> floats(NumFloats(s));
   float* center = floats.data();
   float* encode = center + dim_k;
   float* project = encode + dim_k * s.code.padded_dims();
-  float* value_mean = project + s.code.dims() * dim_k;
+  float* centroids = project + s.code.dims() * dim_k;
+  float* value_mean = centroids + s.code.centroids * dim_k;
   float* value_step = value_mean + dim_v;
   float* rest = value_step + dim_v;
 
   RowMajor k = Eigen::Map<const RowMajor>(keys, count, dim_k);
   const Eigen::VectorXd mean = k.cast<double>().colwise().mean();
   for (int c = 0; c < dim_k; ++c) center[c] = static_cast<float>(mean(c));
-  if (s.code.dims() > 0) {
+  if (s.code.bytes() > 0) {
     k.rowwise() -= mean.cast<float>().transpose();
     Matrix key_moment = Moment(k);
     Matrix query_moment = Matrix::Identity(dim_k, dim_k);
@@ -147,9 +183,7 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
     // Keys or queries with Inf or NaN cannot be calibrated on; any basis is valid.
     if (!key_moment.allFinite()) key_moment = Matrix::Identity(dim_k, dim_k);
     if (!query_moment.allFinite()) query_moment = Matrix::Identity(dim_k, dim_k);
-    AddRidge(key_moment, kKeyRidge);
-    AddRidge(query_moment, kQueryRidge);
-    FillBasis(s.code, k, key_moment, query_moment, encode, project);
+    FillScores(s, k, key_moment, query_moment, map, encode, project, centroids, rest + 3);
   }
   const RowMajor v = Eigen::Map<const RowMajor>(values, count, dim_v);
   const Eigen::VectorXd v_mean = v.cast<double>().colwise().mean();
@@ -165,27 +199,32 @@ std::shared_ptr<const Index> Index::FromFloats(const Storage& s, std::vector<flo
 }
 
 int64_t Index::NumFloats(const Storage& s) {
-  return s.row.dim_k + int64_t{s.row.dim_k} * (s.code.padded_dims() + s.code.dims()) + 2 * s.row.dim_v + 3;
+  return s.row.dim_k + int64_t{s.row.dim_k} * (s.code.padded_dims() + s.code.dims() + s.code.centroids) +
+         2 * s.row.dim_v + 3 + (IsFitted(s.code.kind) ? 2 : 0);
 }
 
 Index::Index(const Storage& s, std::vector<float> floats)
     : dim_k_(s.row.dim_k),
       dim_v_(s.row.dim_v),
-      dims_(s.code.dims()),
-      padded_(s.code.padded_dims()),
+      code_(s.code),
       floats_(std::move(floats)) {}
 
 IndexTables Index::TablesAt(const float* base) const {
   IndexTables t;
   t.center = base;
   t.encode = t.center + dim_k_;
-  t.project = t.encode + dim_k_ * padded_;
-  t.value_mean = t.project + dims_ * dim_k_;
+  t.project = t.encode + dim_k_ * code_.padded_dims();
+  t.centroids = t.project + code_.dims() * dim_k_;
+  t.value_mean = t.centroids + int64_t{code_.centroids} * dim_k_;
   t.value_step = t.value_mean + dim_v_;
   const float* rest = floats_.data() + (t.value_step + dim_v_ - base);
   t.value_residual = rest[0];
   t.value_spread = rest[1];
   t.value_norm2 = rest[2];
+  if (IsFitted(code_.kind)) {
+    t.slope = rest[3];
+    t.intercept = rest[4];
+  }
   return t;
 }
 

@@ -1,4 +1,4 @@
-// The balanced index of one (sequence, layer, KV head): calibration and frozen tables (ALGORITHM 3).
+// The index of one (sequence, layer, KV head): calibration and frozen tables (ALGORITHM 3).
 #ifndef VATTN_RUNTIME_INDEX_H_
 #define VATTN_RUNTIME_INDEX_H_
 
@@ -34,13 +34,20 @@ class QueryMoment {
   std::vector<double> sum_;  // [dim][dim], empty until the first Add
 };
 
+// Linear maps of keys and queries of one KV head whose signs kSign compares, each [dims][dim_k]. Null: random
+// hyperplanes for both.
+struct SignMap {
+  const float* key = nullptr;
+  const float* query = nullptr;
+};
+
 // Frozen tables; shared by the forks of a sequence, never changed.
 class Index {
  public:
   // From sampled rows keys [count][dim_k] and values [count][dim_v], count >= 1. moment may be empty:
-  // then C_q is the identity.
+  // then C_q is the identity. For kPage every 16 rows, from the first on, are a tile.
   static std::shared_ptr<const Index> Make(const Storage& storage, const float* keys, const float* values,
-                                           int64_t count, const QueryMoment& moment);
+                                           int64_t count, const QueryMoment& moment, SignMap map = {});
   // The same tables again, from `floats()` of an index of the same shape.
   static std::shared_ptr<const Index> FromFloats(const Storage& storage, std::vector<float> floats);
   static int64_t NumFloats(const Storage& storage);
@@ -54,8 +61,10 @@ class Index {
  private:
   Index(const Storage& storage, std::vector<float> floats);
 
-  int dim_k_, dim_v_, dims_, padded_;
-  // center, encode, project, value mean, value step, then residual, spread, norm2 of values.
+  int dim_k_, dim_v_;
+  CodeLayout code_;
+  // center, encode, project, centroids, value mean, value step, then residual, spread, norm2 of values and,
+  // of kinds that are fitted, slope and intercept.
   std::vector<float> floats_;
 };
 

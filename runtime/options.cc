@@ -108,15 +108,33 @@ absl::Status CheckDisk(Options& o) {
   return InRange("io_timeout_ms", o.io_timeout_ms, 1, 1 << 30);
 }
 
-absl::Status CheckSets(const Options& o) {
+absl::Status CheckIndex(Options& o) {
+  VATTN_RETURN_IF_ERROR(InRange("index", o.index, 0, 7));
+  const IndexKind kind = static_cast<IndexKind>(o.index);
+  if (kind == IndexKind::kSign) {
+    if (o.index_bytes != 4 && o.index_bytes != 8 && o.index_bytes != 16 && o.index_bytes != 32) {
+      return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 4, 8, 16 or 32 with index sign");
+    }
+  } else if (kind == IndexKind::kHadamard2 && o.head_dim_k > kMaxCodeDims) {
+    return InvalidArgumentError("head_dim_k is ", o.head_dim_k, ", must be at most ", kMaxCodeDims,
+                                " with index hadamard2");
+  } else if (kind == IndexKind::kHadamard2 || kind == IndexKind::kPage || kind == IndexKind::kPooled) {
+    o.index_bytes = MakeIndexLayout(kind, 0, o.head_dim_k).bytes();
+  } else if (o.index_bytes != 16 && o.index_bytes != 32 && o.index_bytes != 48 && o.index_bytes != 64) {
+    return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 16, 32, 48 or 64");
+  }
+  if (!o.sign_maps.empty() && kind != IndexKind::kSign) {
+    return InvalidArgumentError("sign_maps is given, must be NULL with index ", o.index, ", which has no learned maps");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckSets(Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("sinks", o.sinks, 0, 256));
   VATTN_RETURN_IF_ERROR(MultipleOf("sinks", o.sinks, 16));
   VATTN_RETURN_IF_ERROR(InRange("window", o.window, 1, 65536));
   VATTN_RETURN_IF_ERROR(InRange("exact_below", o.exact_below, 64, 1 << 30));
-  VATTN_RETURN_IF_ERROR(InRange("index", o.index, 0, 1));
-  if (o.index_bytes != 16 && o.index_bytes != 32 && o.index_bytes != 48 && o.index_bytes != 64) {
-    return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 16, 32, 48 or 64");
-  }
+  VATTN_RETURN_IF_ERROR(CheckIndex(o));
   if (o.value_bits != 0 && o.value_bits != 2 && o.value_bits != 4) {
     return InvalidArgumentError("value_bits is ", o.value_bits, ", must be 0, 2 or 4");
   }
@@ -136,7 +154,7 @@ absl::Status ResolveOptions(Options& o) {
 Storage MakeStorage(const Options& o) {
   Storage s;
   s.row = MakeRowLayout(static_cast<DType>(o.dtype), o.head_dim_k, o.head_dim_v, o.shared_kv == 1);
-  if (static_cast<IndexKind>(o.index) == IndexKind::kBalanced) s.code = MakeCodeLayout(o.index_bytes, o.head_dim_k);
+  s.code = MakeIndexLayout(static_cast<IndexKind>(o.index), o.index_bytes, o.head_dim_k);
   s.value_bits = o.value_bits;
   s.value_code_bytes = ValueCodeBytes(o.value_bits, o.head_dim_v);
   s.block = MakeBlockLayout(s.row, s.code.bytes(), s.value_code_bytes);

@@ -46,6 +46,12 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
     if (!read.ok()) return read.status();
     profile = *std::move(read);
   }
+  std::optional<SignMaps> sign_maps;
+  if (!options.sign_maps.empty()) {
+    absl::StatusOr<SignMaps> read = SignMaps::Read(options.sign_maps, options);
+    if (!read.ok()) return read.status();
+    sign_maps = *std::move(read);
+  }
   const Storage storage = MakeStorage(options);
   HostStoreOptions pool;
   pool.limit_bytes = options.host_bytes;
@@ -57,7 +63,8 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
   if (!store.ok()) return store.status();
   std::shared_ptr<Runtime> runtime(
-      new Runtime(std::move(options), std::move(logger), std::move(profile), *std::move(store), ops));
+      new Runtime(std::move(options), std::move(logger), std::move(profile), std::move(sign_maps),
+                  *std::move(store), ops));
   if (!runtime->options_.disk_path.empty()) {
     const Options& o = runtime->options_;
     absl::StatusOr<std::unique_ptr<Disk>> disk =
@@ -74,11 +81,12 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   return runtime;
 }
 
-Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store,
-                 const FileOps& ops)
+Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
+                 std::unique_ptr<HostStore> store, const FileOps& ops)
     : options_(std::move(options)),
       logger_(std::move(logger)),
       profile_(std::move(profile)),
+      sign_maps_(std::move(sign_maps)),
       storage_(MakeStorage(options_)),
       promise_(MakePromise(options_)),
       store_(std::move(store)),
@@ -100,6 +108,10 @@ Runtime::~Runtime() = default;
 
 QueryMoment Runtime::ProfileMoment(int layer, int kv_head) const {
   return profile_ ? profile_->Moment(layer, kv_head) : QueryMoment(options_.head_dim_k);
+}
+
+SignMap Runtime::LearnedMap(int layer, int kv_head) const {
+  return sign_maps_ ? sign_maps_->Map(layer, kv_head) : SignMap{};
 }
 
 StatsSnapshot Runtime::Stats() const {

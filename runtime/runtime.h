@@ -17,6 +17,7 @@
 #include "runtime/cuda_backend.h"
 #include "runtime/options.h"
 #include "runtime/profile.h"
+#include "runtime/sign_maps.h"
 #include "runtime/stats.h"
 
 namespace vattn {
@@ -55,6 +56,8 @@ class Runtime {
 
   // What the index of a sequence without queries is calibrated on: the profile, or nothing (empty).
   QueryMoment ProfileMoment(int layer, int kv_head) const;
+  // Learned maps of the index, or none.
+  SignMap LearnedMap(int layer, int kv_head) const;
 
   // A number for a sequence that came without one.
   uint64_t NextId() { return next_id_.fetch_add(1); }
@@ -74,8 +77,8 @@ class Runtime {
   bool closed() const { return closed_.load(); }
 
  private:
-  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::unique_ptr<HostStore> store,
-          const FileOps& ops);
+  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
+          std::unique_ptr<HostStore> store, const FileOps& ops);
 
   template <class Take>
   absl::Status TakeOrSpill(const Sequence* user, int64_t count, const Take& take);
@@ -85,6 +88,7 @@ class Runtime {
   const Options options_;
   const Logger logger_;
   const std::optional<Profile> profile_;
+  const std::optional<SignMaps> sign_maps_;
   Storage storage_;
   Promise promise_;
   float quantile_[kMaxLooks][kQuantileBins + 1];

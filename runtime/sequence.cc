@@ -14,13 +14,13 @@ constexpr int64_t kCalibrationTokens = 8192;  // keys that an index is made from
 
 int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
-// Rows of `count` tokens, stride apart from `first`, as fp32.
-void SampleRows(const Storage& s, const std::vector<int32_t>& blocks, int64_t first, int64_t stride, int64_t count,
-                bool values, std::vector<float>& out) {
+// Rows of `count` tokens as fp32: runs of `run` tokens, the first ones of every `run` * `stride` from `first` on.
+void SampleRows(const Storage& s, const std::vector<int32_t>& blocks, int64_t first, int64_t run, int64_t stride,
+                int64_t count, bool values, std::vector<float>& out) {
   const int dim = values ? s.row.dim_v : s.row.dim_k;
   out.resize(static_cast<size_t>(count) * dim);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t token = first + i * stride;
+    const int64_t token = first + i / run * run * stride + i % run;
     const uint8_t* row = reinterpret_cast<const uint8_t*>(s.base + blocks[token / kBlockTokens] * s.block.bytes +
                                                           token % kBlockTokens * s.row.row_bytes);
     cpu::LoadRows({.rows = &row,
@@ -314,14 +314,17 @@ void Sequence::FreezeIndex(int l, int64_t end) {
   Layer& layer = layers_[l];
   const Storage& s = runtime_->storage();
   const int64_t sinks = runtime_->options().sinks, n = end - sinks;
-  const int64_t stride = (n + kCalibrationTokens - 1) / kCalibrationTokens, count = n / stride;
+  // Indices that speak for tiles are fitted on whole ones; n is a multiple of 16.
+  const int64_t run = s.code.kind == IndexKind::kPage ? kTileTokens : 1;
+  const int64_t stride = (n + kCalibrationTokens - 1) / kCalibrationTokens, count = n / run / stride * run;
   cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
     HeadGroup& group = layer.groups[g];
     std::vector<float> keys, values;
-    SampleRows(s, group.blocks, sinks, stride, count, false, keys);
-    SampleRows(s, group.blocks, sinks, stride, count, true, values);
+    SampleRows(s, group.blocks, sinks, run, stride, count, false, keys);
+    SampleRows(s, group.blocks, sinks, run, stride, count, true, values);
     const QueryMoment moment = group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
-    group.index = Index::Make(s, keys.data(), values.data(), count, moment);
+    group.index =
+        Index::Make(s, keys.data(), values.data(), count, moment, runtime_->LearnedMap(l, static_cast<int>(g)));
     group.moment.reset();
   });
 }

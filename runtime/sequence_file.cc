@@ -81,6 +81,7 @@ uint64_t LayoutOf(const Options& o, const Storage& s) {
                                   " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
   absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ", s.value_bits, " block ",
                   s.block.bytes, " kv_heads");
+  if (s.code.dims1 + s.code.centroids > 0) absl::StrAppend(&text, " signs ", s.code.dims1, " centroids ", s.code.centroids);
   for (const int32_t heads : o.layer_kv_heads) absl::StrAppend(&text, " ", heads);
   return ChecksumOf(std::as_bytes(std::span<const char>(text.data(), text.size())));
 }

@@ -76,7 +76,7 @@ const Names kEnums[] = {
     {{"dtype", &vattn_options::dtype}, {"f32", "f16", "bf16"}},
     {{"backend", &vattn_options::backend}, {"auto", "cpu", "cuda"}},
     {{"policy", &vattn_options::policy}, {"verified", "topk", "topk_uniform", "dense"}},
-    {{"index", &vattn_options::index}, {"balanced", "exact"}},
+    {{"index", &vattn_options::index}, {"balanced", "exact", "sign", "hadamard2", "page", "pooled", "clusters", "external"}},
     {{"norm", &vattn_options::norm}, {"value", "output"}},
     {{"on_unverified", &vattn_options::on_unverified}, {"dense", "best_effort"}},
     {{"bound", &vattn_options::bound}, {"sharp", "safe"}},
@@ -110,12 +110,12 @@ TEST(ApiJsonTest, EveryKeySetsItsField) {
   ExpectSets(Key<int32_t>{"huge_pages", &vattn_options::huge_pages}, "false", 0);
 }
 
-// struct_size, layer_kv_heads, reserved0, log, log_user, profile and disk_path are the fields without a
-// key above.
+// struct_size, layer_kv_heads, reserved0, log, log_user, profile, disk_path and sign_maps are the fields
+// without a key above.
 TEST(ApiJsonTest, NoFieldIsForgotten) {
   size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(int32_t) + sizeof(vattn_log_function) +
                  sizeof(void*);
-  bytes += 2 * sizeof(const char*);
+  bytes += 3 * sizeof(const char*);
   bytes +=
       std::size(kWhole) * 4 + std::size(kLong) * 8 + std::size(kReal) * 4 + std::size(kEnums) * 4;
   EXPECT_EQ(bytes, sizeof(vattn_options));

@@ -28,4 +28,12 @@ std::string NoCuda() {
   return TryOptions(options) == VATTN_OK ? "" : vattn_last_error();
 }
 
+std::string NotServed(const vattn_options& options) {
+  const bool lacks = options.index != VATTN_INDEX_BALANCED && options.index != VATTN_INDEX_EXACT &&
+                     options.index != VATTN_INDEX_SIGN && options.index != VATTN_INDEX_HADAMARD2;
+  if (!OnCuda() || !lacks) return "";
+  EXPECT_EQ(TryOptions(options), VATTN_NOT_SUPPORTED);
+  return vattn_last_error();
+}
+
 }  // namespace vattn::test

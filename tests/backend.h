@@ -12,6 +12,8 @@ namespace vattn::test {
 bool OnCuda();
 // Why this machine or build has no CUDA device to run on, or "".
 std::string NoCuda();
+// Why the backend in use lacks these options, or "".
+std::string NotServed(const vattn_options& options);
 
 }  // namespace vattn::test
 

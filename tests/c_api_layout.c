@@ -21,11 +21,14 @@
 
 STATIC_ASSERT_PLACE(vattn_options, log_user, 184);
 STATIC_ASSERT_PLACE(vattn_options, profile, 192);
-STATIC_ASSERT_LAST(vattn_options, io_timeout_ms, 236);
+STATIC_ASSERT_PLACE(vattn_options, io_timeout_ms, 236);
+STATIC_ASSERT_LAST(vattn_options, sign_maps, 240);
 STATIC_ASSERT_LAST(vattn_prefix, num_tokens, 32);
 STATIC_ASSERT_LAST(vattn_sequence_options, reserve_tokens, 16);
 STATIC_ASSERT_LAST(vattn_append_params, q_head_stride, 88);
-STATIC_ASSERT_LAST(vattn_attend_params, timeline, 112);
+STATIC_ASSERT_PLACE(vattn_attend_params, timeline, 112);
+STATIC_ASSERT_PLACE(vattn_attend_params, scores, 120);
+STATIC_ASSERT_LAST(vattn_attend_params, reserved1, 140);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 136);
 STATIC_ASSERT_LAST(vattn_stats, prefix_unlike, 272);
@@ -43,7 +46,7 @@ STATIC_ASSERT(last_code, VATTN_NOT_FOUND == 10);
 STATIC_ASSERT(last_dtype, VATTN_BF16 == 2);
 STATIC_ASSERT(last_backend, VATTN_BACKEND_CUDA == 2);
 STATIC_ASSERT(last_policy, VATTN_POLICY_DENSE == 3);
-STATIC_ASSERT(last_index, VATTN_INDEX_EXACT == 1);
+STATIC_ASSERT(last_index, VATTN_INDEX_EXTERNAL == 7);
 STATIC_ASSERT(last_norm, VATTN_NORM_OUTPUT == 1);
 STATIC_ASSERT(last_on_unverified, VATTN_ON_UNVERIFIED_BEST_EFFORT == 1);
 STATIC_ASSERT(last_bound, VATTN_BOUND_SAFE == 1);

@@ -56,7 +56,8 @@ static void TestRanges(void) {
   CHECK_OPTION(window, 0, "window is 0, must be 1 to 65536");
   CHECK_OPTION(window, 65537, "window is 65537, must be 1 to 65536");
   CHECK_OPTION(exact_below, 63, "exact_below is 63, must be 64 to");
-  CHECK_OPTION(index, 2, "index is 2, must be 0 to 1");
+  CHECK_OPTION(index, 8, "index is 8, must be 0 to 7");
+  CHECK_OPTION(sign_maps, "maps", "sign_maps is given, must be NULL with index 0");
   CHECK_OPTION(index_bytes, 24, "index_bytes is 24, must be 16, 32, 48 or 64");
   CHECK_OPTION(value_bits, 3, "value_bits is 3, must be 0, 2 or 4");
   CHECK_OPTION(policy, 4, "policy is 4, must be 0 to 3");
@@ -107,7 +108,7 @@ static void TestStructSizes(void) {
   vattn_runtime_destroy(runtime);
   longer.newer[9] = 1;
   CHECK_INVALID(vattn_runtime_create(&longer.options, &runtime),
-                "options.struct_size is 256 with byte 249 set");
+                "options.struct_size is 264 with byte 257 set");
   CHECK(runtime == NULL);
   /* An older caller: what it does not know keeps its default. */
   vattn_options older = MakeOptions();

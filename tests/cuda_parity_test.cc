@@ -28,6 +28,7 @@ struct Case {
   float query_sigma = 2;
   int steps = 20;
   int32_t value_bits = 0;
+  int32_t index = VATTN_INDEX_BALANCED, index_bytes = 32;
 };
 
 void CompareSteps(Twins& twins, float query_sigma, int steps) {
@@ -137,6 +138,8 @@ TEST_P(CudaParityTest, AnswersAsTheCpu) {
   options.epsilon = kEpsilon;
   options.seed = 7;
   options.value_bits = c.value_bits;
+  options.index = c.index;
+  options.index_bytes = c.index_bytes;
   options.host_bytes = uint64_t{512} << 20;
   Twins twins(options, {c.shape}, kLengths);
   Lists lists(c.shape, twins.slots(), 20000 + 64);
@@ -181,7 +184,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"values4_d192_128_g9_bf16", {9, 1, 192, 128, false, VATTN_BF16}, 2, 20, 4},
                     Case{"values2_d256_g12_f32", {12, 1, 256, 256, false, VATTN_F32}, 2, 20, 2},
                     Case{"values2_mla_g16_bf16", {16, 1, 576, 512, true, VATTN_BF16}, 1, 8, 2},
-                    Case{"values4_mla_g128_f16", {128, 1, 576, 512, true, VATTN_F16}, 1, 4, 4}),
+                    Case{"values4_mla_g128_f16", {128, 1, 576, 512, true, VATTN_F16}, 1, 4, 4},
+                    Case{"sign32_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 1, 8, 0, VATTN_INDEX_SIGN, 32},
+                    Case{"sign16_d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}, 1, 8, 0, VATTN_INDEX_SIGN, 16},
+                    Case{"sign4_d96_g9_f16", {9, 1, 96, 96, false, VATTN_F16}, 1, 4, 0, VATTN_INDEX_SIGN, 4},
+                    Case{"hadamard2_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 2, 20, 0, VATTN_INDEX_HADAMARD2},
+                    Case{"hadamard2_d80_g2_f16", {4, 2, 80, 80, false, VATTN_F16}, 2, 20, 0, VATTN_INDEX_HADAMARD2}),
     [](const auto& info) { return std::string(info.param.name); });
 
 TEST(CudaLayersTest, LayersMayDifferAndBeLeftOut) {

@@ -101,7 +101,7 @@ GroupFixture::GroupFixture(const GroupShape& s, uint64_t seed, Promise p)
       random_(seed),
       states_(s.q_heads) {
   storage.row = MakeRowLayout(s.dtype, s.dim_k, s.dim_v, s.shared_kv);
-  storage.code = MakeCodeLayout(s.index_bytes, s.dim_k);
+  storage.code = MakeIndexLayout(s.index, s.index_bytes, s.dim_k);
   storage.value_bits = s.value_bits;
   storage.value_code_bytes = ValueCodeBytes(s.value_bits, s.dim_v);
   storage.block = MakeBlockLayout(storage.row, storage.code.bytes(), storage.value_code_bytes);
@@ -262,7 +262,7 @@ void GroupFixture::BuildIndex() {
 
 void GroupFixture::Scan(IndexKind kind) {
   cpu::ScaleQueries(storage, group);
-  if (kind == IndexKind::kBalanced) cpu::PackQueries(storage, group);
+  cpu::PrepareQueries(storage, kind, group);
   cpu::ScanEstimates(storage, kind, group, {});
 }
 
@@ -276,9 +276,12 @@ int CodeLevel(const GroupFixture& f, int64_t token, int dim) {
   } else if (dim < code.dims8 + code.dims4) {
     const int d = dim - code.dims8;
     word = code.dims8 / 4 + d / 8, bits = 4, in_word = d % 8;
-  } else {
+  } else if (dim < code.dims8 + code.dims4 + code.dims2) {
     const int d = dim - code.dims8 - code.dims4;
     word = code.dims8 / 4 + code.dims4 / 8 + d / 16, bits = 2, in_word = d % 16;
+  } else {
+    const int d = dim - code.dims8 - code.dims4 - code.dims2;
+    word = code.words() - code.dims1 / 32 + d / 32, bits = 1, in_word = d % 32;
   }
   const int64_t in = token % kBlockTokens, tile = in / kTileTokens, lane = in % kTileTokens;
   const std::byte* codes = f.Block(token) + f.storage.block.codes;
@@ -288,7 +291,10 @@ int CodeLevel(const GroupFixture& f, int64_t token, int dim) {
 }
 
 double CodePoint(const CodeLayout& code, int dim, int level) {
-  const int half = dim < code.dims8 ? 64 : dim < code.dims8 + code.dims4 ? 8 : 2;
+  const int half = dim < code.dims8                              ? 64
+                   : dim < code.dims8 + code.dims4               ? 8
+                   : dim < code.dims8 + code.dims4 + code.dims2 ? 2
+                                                                 : 1;
   return level + .5 - half;
 }
 

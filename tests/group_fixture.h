@@ -44,6 +44,7 @@ struct GroupShape {
   int index_bytes = 32;
   int value_bits = 0;
   double logit_spread = 2;  // standard deviation of the logits
+  IndexKind index = IndexKind::kBalanced;
 };
 
 // Dimensions of keys and values that models use, the last one an MLA row.
@@ -86,7 +87,7 @@ struct GroupFixture {
 
   // Calibrates on the middle and writes its codes. Keys and values must not change after it.
   void BuildIndex();
-  // Scaled queries, packed queries and estimates: what a draw starts from.
+  // Scaled and prepared queries and estimates: what a draw starts from.
   void Scan(IndexKind kind = IndexKind::kBalanced);
   // Controller states as before the first step.
   void ResetStates();

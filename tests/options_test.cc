@@ -54,7 +54,7 @@ constexpr IntRange kInts[] = {
     {"sinks", &Options::sinks, 0, 256},
     {"window", &Options::window, 1, 65536},
     {"exact_below", &Options::exact_below, 64, 1 << 30},
-    {"index", &Options::index, 0, 1},
+    {"index", &Options::index, 0, 7},
     {"policy", &Options::policy, 0, 3},
     {"norm", &Options::norm, 0, 1},
     {"on_unverified", &Options::on_unverified, 0, 1},
@@ -190,8 +190,38 @@ TEST(OptionsTest, StorageFollowsTheOptions) {
   EXPECT_LE(storage.code.bytes(), 48);
   EXPECT_EQ(storage.value_code_bytes, 32);
   EXPECT_EQ(storage.block.bytes, 256 * (512 + storage.code.bytes() + 32));
-  options.index = 1;
-  EXPECT_EQ(MakeStorage(options).code.bytes(), 0);
+  for (const int32_t none : {1, 7}) {
+    options.index = none;
+    EXPECT_EQ(MakeStorage(options).code.bytes(), 0);
+  }
+}
+
+// head_dim_k is 128.
+TEST(OptionsTest, IndicesSayHowManyBytesTheyTake) {
+  for (const auto& [index, bytes] : {std::pair{3, 32}, {4, 32}, {5, 16}}) {
+    Options options;
+    options.index = index;
+    options.index_bytes = 7;  // not theirs to choose
+    ASSERT_TRUE(ResolveOptions(options).ok());
+    EXPECT_EQ(options.index_bytes, bytes);
+    EXPECT_EQ(MakeStorage(options).code.bytes(), bytes);
+  }
+  for (const int32_t bytes : {4, 8, 16, 32}) {
+    Options options;
+    options.index = 2;
+    options.index_bytes = bytes;
+    ASSERT_TRUE(ResolveOptions(options).ok());
+    EXPECT_EQ(MakeStorage(options).code.bytes(), bytes);
+  }
+  Options clusters;
+  clusters.index = 6;
+  ASSERT_TRUE(ResolveOptions(clusters).ok());
+  EXPECT_EQ(MakeStorage(clusters).code.bytes(), 2);
+  EXPECT_EQ(MakeStorage(clusters).code.centroids, 1024);
+  ExpectRefused([](Options& o) { o.index = 2, o.index_bytes = 64; }, {"index_bytes", "64", "4, 8, 16 or 32"});
+  ExpectRefused([](Options& o) { o.index = 6, o.index_bytes = 8; }, {"index_bytes", "8", "16, 32, 48 or 64"});
+  ExpectRefused([](Options& o) { o.index = 3, o.head_dim_k = 272; }, {"head_dim_k", "272", "256"});
+  ExpectRefused([](Options& o) { o.index = 3, o.sign_maps = "maps"; }, {"sign_maps", "index 3"});
 }
 
 }  // namespace

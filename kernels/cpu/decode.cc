@@ -24,7 +24,7 @@ constexpr int kMaxDim = 1024;
 
 // Scan, units and plan of the first look.
 Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states, Stream stream) {
-  if (promise.index == IndexKind::kBalanced) PackQueries(s, group);
+  PrepareQueries(s, promise.index, group);
   ScanEstimates(s, promise.index, group, stream);
   SumEstimates(s, group, states);
   return MakePlan(s, promise, group, stream);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/cpu/index.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/workers.h"
 
@@ -165,6 +166,7 @@ void PackTile(const CodeLayout& code, const float* x, int padded, uint8_t* out) 
   pack(8, code.dims8 / 4);
   pack(4, code.dims4 / 8);
   pack(2, code.dims2 / 16);
+  pack(1, code.dims1 / 32);
 }
 
 void PackValue(const Storage& s, const IndexTables& index, const float* v, uint8_t* out) {
@@ -186,16 +188,13 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
     rows[t] = reinterpret_cast<const uint8_t*>(block) + int64_t{in + t} * s.row.row_bytes;
   }
   alignas(64) float keys[kTileTokens * kMaxDim];
-  alignas(64) float x[kTileTokens * kMaxCodeDims];
-  const int padded = s.code.padded_dims();
   LoadRows({.rows = rows, .count = kTileTokens, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype}, keys);
   if (s.code.bytes() > 0) {
     for (int t = 0; t < kTileTokens; ++t) {
       for (int c = 0; c < s.row.dim_k; ++c) keys[t * s.row.dim_k + c] -= p.index.center[c];
     }
-    HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, p.index.encode, padded, x);
-    PackTile(s.code, x, padded,
-             reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes());
+    FunctionsOf(s.code.kind)
+        .encode(s, p.index, keys, reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes());
   }
   if (s.value_bits == 0) return;
   LoadRows({.rows = rows, .count = kTileTokens, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
@@ -207,6 +206,13 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
 }
 
 }  // namespace
+
+void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
+  alignas(64) float x[kTileTokens * kMaxCodeDims];
+  const int padded = s.code.padded_dims();
+  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, padded, x);
+  PackTile(s.code, x, padded, tile);
+}
 
 void Encode(const EncodeParams& p, Stream stream) {
   ParallelFor(stream, (p.end - p.begin) / kTileTokens,

@@ -10,6 +10,9 @@ namespace vattn::cpu {
 // elements in order, so that every backend gets the same bits.
 void Encode(const EncodeParams& params, Stream stream);
 
+// Codes of one tile of centred keys [16][dim_k], of a layout with levels (kernels/geometry.h).
+void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
+
 // The value code of a token.
 inline const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t token) {
   return reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/cpu/index.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"
@@ -106,6 +107,15 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
     add(level, run[2]);
     for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<6>(hn::LoadU(di, at[v] + word)), pair);
     add(level, run[3]);
+  }
+  const VI bit = hn::Set(di, 0x01010101);
+  for (const int32_t(*const end)[8] = run + layout.dims1 / 4; run < end; word += kTileTokens) {
+    for (int shift = 0; shift < 8; ++shift, ++run) {
+      for (int v = 0; v < kVectors; ++v) {
+        level[v] = hn::And(hn::ShiftRightSame(hn::LoadU(di, at[v] + word), shift), bit);
+      }
+      add(level, run[0]);
+    }
   }
   for (int v = 0; v < kVectors; ++v) {
     for (int g = 0; g < kHeads; ++g) {
@@ -249,8 +259,36 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
   out.offset[lane] = offset;
 }
 
+// One head's query for codes that are signs: of its projection only signs are left too, and the sum over
+// dimensions is half of matches less mismatches.
+void PackSigns(const CodeLayout& code, const float* y, float scale, float offset, PackedQueries& out, int lane) {
+  for (int r = 0; r < code.runs(); ++r) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) {
+      const bool positive = y[4 * r + i] >= 0;
+      word |= (positive ? 0x01u : 0xffu) << (8 * i);
+      offset -= .5f * (positive ? scale : -scale);
+    }
+    out.run[r][lane] = static_cast<int32_t>(word);
+  }
+  out.scale[lane] = scale;
+  out.offset[lane] = offset;
+}
+
 const uint8_t* CodesOf(const Storage& s, const Group& group, int64_t block) {
   return reinterpret_cast<const uint8_t*>(s.base + group.blocks[block] * s.block.bytes + s.block.codes);
+}
+
+// The group with `heads` of its query heads, from `first`, a multiple of 8, on: what a scan works with at a
+// time.
+Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
+  Group part = group;
+  part.q_heads = heads;
+  part.scratch.query += int64_t{first} * s.row.dim_k;
+  part.scratch.packed += first / 8;
+  part.scratch.prepared += int64_t{first} * PreparedFloats(s);
+  part.external += first * group.external_stride;
+  return part;
 }
 
 }  // namespace
@@ -269,36 +307,37 @@ void PackQueries(const Storage& s, Group& group) {
     DotRows(list, group.scratch.query + int64_t{g} * dim_k, heads, y, kMaxCodeDims + 1);
     for (int h = 0; h < heads; ++h) {
       const float* at = y + h * (kMaxCodeDims + 1);
-      PackHead(s.code, at, at[dims], group.scratch.packed[g / 8], h);
+      if (s.code.dims1 > 0) {
+        const float norm = QueryNorm(s, group, g + h);
+        PackSigns(s.code, at, group.index.slope * norm, at[dims] + group.index.intercept * norm,
+                  group.scratch.packed[g / 8], h);
+      } else {
+        PackHead(s.code, at, at[dims], group.scratch.packed[g / 8], h);
+      }
     }
+  }
+}
+
+void ScoreLevels(const Storage& s, const Group& group, const BlockPart& part, float* scores) {
+  const uint8_t* codes = CodesOf(s, group, part.block);
+  for (int g = 0; g < group.q_heads; g += 8) {
+    const bool fetch = g == 0 && part.soon >= 0;
+    HWY_DYNAMIC_DISPATCH(ScoreCodes)
+    (codes, s.code, group.scratch.packed[g / 8], std::min(8, group.q_heads - g), part.begin / kTileTokens,
+     part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon) : nullptr, scores + int64_t{g} * kBlockTokens);
   }
 }
 
 void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t token, float* scores,
                 int64_t soon) {
-  const std::byte* block = s.base + group.blocks[token / kBlockTokens] * s.block.bytes;
   const int begin = static_cast<int>(std::max(group.middle_begin - token, int64_t{0}));
   const int end = static_cast<int>(std::min(group.middle_end - token, int64_t{kBlockTokens}));
   const int heads = group.q_heads;
   if (begin > 0 || end < kBlockTokens) {
     std::fill(scores, scores + int64_t{heads} * kBlockTokens, -std::numeric_limits<float>::infinity());
   }
-  if (kind == IndexKind::kExact) {
-    const uint8_t* rows[kBlockTokens];
-    for (int t = begin; t < end; ++t) {
-      rows[t] = reinterpret_cast<const uint8_t*>(block) + int64_t{t} * s.row.row_bytes;
-    }
-    DotRows({.rows = rows + begin, .count = end - begin, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
-            group.scratch.query, heads, scores + begin, kBlockTokens);
-    return;
-  }
-  const uint8_t* codes = CodesOf(s, group, token / kBlockTokens);
-  for (int g = 0; g < heads; g += 8) {
-    const bool fetch = g == 0 && soon >= 0;
-    HWY_DYNAMIC_DISPATCH(ScoreCodes)
-    (codes, s.code, group.scratch.packed[g / 8], std::min(8, heads - g), begin / kTileTokens,
-     end / kTileTokens, fetch ? CodesOf(s, group, soon) : nullptr, scores + int64_t{g} * kBlockTokens);
-  }
+  FunctionsOf(kind).score(s, group, {.block = token / kBlockTokens, .begin = begin, .end = end, .soon = soon},
+                          scores);
 }
 
 void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream stream) {
@@ -312,10 +351,7 @@ void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream 
       const int64_t token = (first + b) * kBlockTokens;
       const bool whole = token >= group.middle_begin && token + kBlockTokens <= group.middle_end;
       for (int h = 0; h < heads; h += kHeadsAtOnce) {
-        Group part = group;
-        part.q_heads = std::min(kHeadsAtOnce, heads - h);
-        part.scratch.query += int64_t{h} * s.row.dim_k;
-        part.scratch.packed += h / 8;
+        const Group part = HeadsOf(s, group, h, std::min(kHeadsAtOnce, heads - h));
         ScoreBlock(s, kind, part, token, scores, h == 0 ? soon : -1);
         for (int g = 0; g < part.q_heads; ++g) {
           const int64_t at = b * heads + h + g;
@@ -340,10 +376,7 @@ void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream str
     const int64_t begin = std::max(group.middle_begin, token);
     const int64_t end = std::min(group.middle_end, token + kBlockTokens);
     for (int h = 0; h < heads; h += kHeadsAtOnce) {
-      Group part = group;
-      part.q_heads = std::min(kHeadsAtOnce, heads - h);
-      part.scratch.query += int64_t{h} * s.row.dim_k;
-      part.scratch.packed += h / 8;
+      const Group part = HeadsOf(s, group, h, std::min(kHeadsAtOnce, heads - h));
       ScoreBlock(s, kind, part, token, scores);
       for (int g = 0; g < part.q_heads; ++g) {
         std::copy(scores + g * kBlockTokens + (begin - token), scores + g * kBlockTokens + (end - token),

@@ -6,8 +6,8 @@
 
 namespace vattn::cpu {
 
-// Projects and packs the group's scaled queries (scratch.query -> scratch.packed).
-void PackQueries(const Storage& storage, Group& group);
+// Makes of the group's scaled queries (scratch.query) what the scan of an index of this kind works with.
+void PrepareQueries(const Storage& storage, IndexKind kind, Group& group);
 
 // Predicted scores of the block that holds `token` (a multiple of 256) for all heads into
 // scores [G][256], natural logarithm units; -inf outside the middle. The codes of block number `soon`

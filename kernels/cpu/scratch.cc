@@ -52,6 +52,7 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_he
   w.tail = c.Take<uint32_t>(n);
   w.query = c.Take<float>(heads * s.row.dim_k);
   w.packed = c.Take<PackedQueries>((heads + 7) / 8);
+  w.prepared = c.Take<float>(heads * PreparedFloats(s));
   w.head = c.Take<HeadWork>(heads);
   w.log_gain = c.Take<float>(heads);
   w.floor = c.Take<float>(heads);

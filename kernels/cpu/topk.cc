@@ -129,7 +129,7 @@ void DecodeTopK(const Storage& s, const Promise& promise, Group& group, Stream s
   const int64_t k = ShareOf(promise.topk_share, n);
   const bool uniform = promise.policy == Policy::kTopKUniform;
   AttendFixed(s, group, w.work, stream);
-  if (promise.index == IndexKind::kBalanced) PackQueries(s, group);
+  PrepareQueries(s, promise.index, group);
   ScanScores(s, promise.index, group, stream);
   std::fill(w.tail, w.tail + n, 0u);
   uint32_t* order = w.sparse_token;

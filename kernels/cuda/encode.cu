@@ -23,8 +23,9 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
   extern __shared__ __align__(16) float memory[];
   const Storage& s = storage.host;
   const EncodeItem& item = items[blockIdx.y];
-  const int dim = s.row.dim_k, dims = s.code.dims8 + s.code.dims4 + s.code.dims2;
-  const int padded = (dims + 15) / 16 * 16, words = s.code.dims8 / 4 + s.code.dims4 / 8 + s.code.dims2 / 16;
+  const int dim = s.row.dim_k, many = s.code.dims8 + s.code.dims4 + s.code.dims2;
+  const int dims = many + s.code.dims1, padded = (dims + 15) / 16 * 16;
+  const int words = s.code.dims8 / 4 + s.code.dims4 / 8 + s.code.dims2 / 16 + s.code.dims1 / 32;
   float* keys = memory;                                                     // [dim][16]
   uint8_t* levels = reinterpret_cast<uint8_t*>(memory + dim * kTileTokens);  // [dims][16]
   for (int64_t token = item.begin + int64_t{blockIdx.x} * kTileTokens; token < item.end;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
           x[4 * t + 3] = fmaf(v.w, e, x[4 * t + 3]);
         }
       }
-      const int bits = j < s.code.dims8 ? 7 : j < s.code.dims8 + s.code.dims4 ? 4 : 2;
+      const int bits = j < s.code.dims8 ? 7 : j < s.code.dims8 + s.code.dims4 ? 4 : j < many ? 2 : 1;
 #pragma unroll
       for (int t = 0; t < kTileTokens; ++t) levels[j * kTileTokens + t] = static_cast<uint8_t>(Level(x[t], bits));
     }
@@ -63,8 +64,10 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
         bits = 8, first = 4 * w;
       } else if ((w -= s.code.dims8 / 4) < s.code.dims4 / 8) {
         bits = 4, first = s.code.dims8 + 8 * w;
+      } else if ((w -= s.code.dims4 / 8) < s.code.dims2 / 16) {
+        bits = 2, first = s.code.dims8 + s.code.dims4 + 16 * w;
       } else {
-        bits = 2, first = s.code.dims8 + s.code.dims4 + 16 * (w - s.code.dims4 / 8);
+        bits = 1, first = many + 32 * (w - s.code.dims2 / 16);
       }
       uint32_t word = 0;
       for (int k = 0; k < 32 / bits; ++k) {

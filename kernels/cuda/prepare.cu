@@ -50,11 +50,32 @@ __device__ void PackHead(const CodeLayout& code, const float* y, float offset, P
   out.offset[head] = offset + sum;
 }
 
+// The same for codes that are signs, as PackSigns there.
+__device__ void PackSigns(const CodeLayout& code, const float* y, float scale, float offset, PackedQueries& out,
+                          int head) {
+  const int lane = threadIdx.x % kWarp;
+  float sum = 0;
+  for (int r = lane; r < code.dims1 / 4; r += kWarp) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool positive = y[4 * r + i] >= 0;
+      word |= (positive ? 0x01u : 0xffu) << (8 * i);
+      sum -= positive ? .5f : -.5f;
+    }
+    out.run[r][head] = static_cast<int32_t>(word);
+  }
+  sum = WarpSum(sum);
+  if (lane > 0) return;
+  out.scale[head] = scale;
+  out.offset[head] = offset + sum * scale;
+}
+
 template <class E>
 __device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, float* memory) {
   constexpr int kHeads = 8;
   const CodeLayout& code = p.storage.host.code;
-  const int dim = p.storage.host.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2;
+  const int dim = p.storage.host.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2 + code.dims1;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float* q = memory;                // [kHeads][dim]
   float* y = memory + kHeads * dim;  // [kHeads][dims + 1]
@@ -83,7 +104,15 @@ __device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, flo
     // Heads that are not there are packed as zeros.
     if (warp < kHeads) {
       const float* at = y + warp * (dims + 1);
-      PackHead(code, at, at[dims], group.scratch.packed[first / kHeads], warp);
+      PackedQueries& out = group.scratch.packed[first / kHeads];
+      if (code.dims1 == 0) {
+        PackHead(code, at, at[dims], out, warp);
+      } else {
+        float norm2 = 0;
+        for (int c = lane; c < dim; c += kWarp) norm2 = fmaf(q[warp * dim + c], q[warp * dim + c], norm2);
+        const float norm = sqrtf(WarpSum(norm2));
+        PackSigns(code, at, group.index.slope * norm, at[dims] + group.index.intercept * norm, out, warp);
+      }
     }
   }
 }

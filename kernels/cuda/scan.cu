@@ -18,15 +18,19 @@ constexpr int kPartTokens = 32;  // of a warp at a time: two tiles
 constexpr int kParts = kBlockTokens / kPartTokens;
 constexpr int kQuad = 4;         // lanes that share rows of a matrix product: lane = 4 * row + place
 
-// Code words of a token by precision (kernels/geometry.h). A word holds 1, 2 or 4 runs of 4 dimensions.
+// Code words of a token by precision (kernels/geometry.h). A word holds 1, 2, 4 or 8 runs of 4 dimensions.
 struct Words {
-  int words8, words4, words2;
+  int words8, words4, words2, words1;
 
-  __device__ int all() const { return words8 + words4 + words2; }
-  __device__ int Runs(int word) const { return word < words8 ? 1 : word < words8 + words4 ? 2 : 4; }
+  __device__ int all() const { return words8 + words4 + words2 + words1; }
+  __device__ int Runs(int word) const {
+    return word < words8 ? 1 : word < words8 + words4 ? 2 : word < words8 + words4 + words2 ? 4 : 8;
+  }
   __device__ int FirstRun(int word) const {
-    const int over8 = word - words8, over4 = over8 - words4;
-    return over8 < 0 ? word : over4 < 0 ? words8 + 2 * over8 : words8 + 2 * words4 + 4 * over4;
+    const int over8 = word - words8, over4 = over8 - words4, over2 = over4 - words2;
+    if (over8 < 0) return word;
+    if (over4 < 0) return words8 + 2 * over8;
+    return words8 + 2 * words4 + (over2 < 0 ? 4 * over4 : 4 * words2 + 8 * over2);
   }
   // Place q of a quad takes words q, 4 + q, 8 + q, ...: of the i-th four, the most runs in one.
   __device__ int MostRuns(int i) const { return Runs(min(all(), kQuad * (i + 1)) - 1); }
@@ -59,27 +63,30 @@ __device__ void Multiply(int (&acc)[4], uint32_t low0, uint32_t high0, uint32_t 
 }
 
 // What a lane does with word 4 i + place of its tokens, and its part of head `row`'s query.
+template <int kRuns>
 struct WordPlan {
   int bits;
   uint32_t mask;
-  int32_t query[4];  // runs of the word, 0 where there is none
+  int32_t query[kRuns];  // runs of the word, 0 where there is none
 };
-__device__ WordPlan PlanWord(const Words& words, const PackedQueries& q, int i) {
+template <int kRuns>
+__device__ WordPlan<kRuns> PlanWord(const Words& words, const PackedQueries& q, int i) {
   const int lane = threadIdx.x % kWarp, word = kQuad * i + lane % kQuad;
   const int runs = word < words.all() ? words.Runs(word) : 0;
-  WordPlan plan;
-  plan.bits = runs <= 1 ? 8 : runs == 2 ? 4 : 2;
-  plan.mask = runs <= 1 ? 0xffffffffu : runs == 2 ? 0x0f0f0f0fu : 0x03030303u;
+  WordPlan<kRuns> plan;
+  plan.bits = runs <= 1 ? 8 : runs == 2 ? 4 : runs == 4 ? 2 : 1;
+  plan.mask = runs <= 1 ? 0xffffffffu : runs == 2 ? 0x0f0f0f0fu : runs == 4 ? 0x03030303u : 0x01010101u;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) plan.query[r] = r < runs ? q.run[words.FirstRun(word) + r][lane / kQuad] : 0;
+  for (int r = 0; r < kRuns; ++r) plan.query[r] = r < runs ? q.run[words.FirstRun(word) + r][lane / kQuad] : 0;
   return plan;
 }
 
 // acc[0]: tokens 4 g, 4 g + 1 of the 32, acc[1]: 4 g + 2, 4 g + 3. `most` runs are looked at.
-__device__ void AddWord(const uint4& word, const WordPlan& plan, int most, int (&acc)[2][4]) {
+template <int kRuns>
+__device__ void AddWord(const uint4& word, const WordPlan<kRuns>& plan, int most, int (&acc)[2][4]) {
   const uint32_t w[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
-  for (int run = 0; run < 4; run += 2) {
+  for (int run = 0; run < kRuns; run += 2) {
     if (run >= most) break;
     uint32_t low[4], high[4];
 #pragma unroll
@@ -175,11 +182,11 @@ struct WordQueue {
 
 // Scores of one block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it inside the
 // middle. kFours: fours of words known at compile time and planned in `plans`, the first parts in the
-// queue, where those of the block `following` (or null) come next; 0: any number.
-template <int kHeads, int kFours>
+// queue, where those of the block `following` (or null) come next; 0: any number. kRuns: most of a word.
+template <int kHeads, int kFours, int kRuns>
 __device__ void ScoreBlock(const std::byte* codes, const std::byte* following, WordQueue<kHeads, kFours>& queue,
-                           const Words& words, const WordPlan* plans, const PackedQueries& q, int begin, int end,
-                           typename Spread<kHeads>::Scores& score) {
+                           const Words& words, const WordPlan<kRuns>* plans, const PackedQueries& q, int begin,
+                           int end, typename Spread<kHeads>::Scores& score) {
   using Lanes = Spread<kHeads>;
   constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
   const int place = Lanes::Place(), all = words.all();
@@ -201,7 +208,7 @@ __device__ void ScoreBlock(const std::byte* codes, const std::byte* following, W
       for (int i = 0; i * kQuad < all; ++i) {
         const uint4 none = make_uint4(0, 0, 0, 0);
         const uint4 word = kQuad * i + place < all ? __ldcs(WordsAt(codes, all, part, i)) : none;
-        AddWord(word, PlanWord(words, q, i), words.MostRuns(i), acc);
+        AddWord(word, PlanWord<kRuns>(words, q, i), words.MostRuns(i), acc);
       }
     }
     int sum[kTokens][kOwn];
@@ -283,14 +290,17 @@ __device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int 
   }
 }
 
-// k8, k4, k2 >= 0: words of each precision known at compile time. kRanked: scores go to scratch.score.
-template <int kHeads, int k8, int k4, int k2, bool kRanked>
+// k8, k4, k2, k1 >= 0: words of each precision known at compile time. k8 < 0: none is, but for k1 = 0.
+// kRanked: scores go to scratch.score.
+template <int kHeads, int k8, int k4, int k2, int k1, bool kRanked>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
 ScanKernel(const __grid_constant__ DecodeParams p) {
-  constexpr int kFours = k8 < 0 ? 0 : (k8 + k4 + k2 + kQuad - 1) / kQuad;
+  constexpr int kFours = k8 < 0 ? 0 : (k8 + k4 + k2 + k1 + kQuad - 1) / kQuad;
+  constexpr int kRuns = k1 == 0 ? 4 : 8;
   const CodeLayout& code = p.storage.host.code;
   WordQueue<kHeads, kFours> queue = {};
-  const Words words = k8 < 0 ? Words{code.dims8 / 4, code.dims4 / 8, code.dims2 / 16} : Words{k8, k4, k2};
+  const Words words = k8 < 0 ? Words{code.dims8 / 4, code.dims4 / 8, code.dims2 / 16, code.dims1 / 32}
+                             : Words{k8, k4, k2, k1};
   if (blockIdx.x == 0 && threadIdx.x == 0) Note(p, Mark::kPrepared);
   // Warps take contiguous runs of the blocks of all groups.
   const int64_t all = p.header->scan_blocks, warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
@@ -304,9 +314,9 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
     if (end <= at) continue;
     for (int first = 0; first < p.q_heads; first += kHeads) {
       const PackedQueries& packed = group.scratch.packed[first / 8];
-      WordPlan plans[kFours > 0 ? kFours : 1];
+      WordPlan<kRuns> plans[kFours > 0 ? kFours : 1];
 #pragma unroll
-      for (int i = 0; i < kFours; ++i) plans[i] = PlanWord(words, packed, i);
+      for (int i = 0; i < kFours; ++i) plans[i] = PlanWord<kRuns>(words, packed, i);
       const auto codes = [&](int64_t item) {
         const int64_t block = FirstBlock(group) + item - group.first_block;
         return p.storage.codes + group.blocks[block] * p.storage.code_block_bytes;
@@ -318,7 +328,8 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
         const int64_t out = b * p.q_heads + first;
         const int heads = min(kHeads, p.q_heads - first);
         typename Spread<kHeads>::Scores score;
-        ScoreBlock<kHeads, kFours>(codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans, packed,
+        ScoreBlock<kHeads, kFours, kRuns>(codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans,
+                                   packed,
                                    static_cast<int>(max(group.middle_begin - token, int64_t{0})),
                                    static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})), score);
         if constexpr (kRanked) {
@@ -357,9 +368,13 @@ template <int kHeads, bool kRanked>
 void LaunchScan(const DecodeParams& p, int blocks, cudaStream_t stream) {
   const CodeLayout& c = p.storage.host.code;
   if (c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48) {
-    ScanKernel<kHeads, 0, 5, 3, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+    ScanKernel<kHeads, 0, 5, 3, 0, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+  } else if (c.dims1 == 256) {
+    ScanKernel<kHeads, 0, 0, 0, 8, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+  } else if (c.dims1 > 0) {
+    ScanKernel<kHeads, -1, -1, -1, -1, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
   } else {
-    ScanKernel<kHeads, -1, -1, -1, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+    ScanKernel<kHeads, -1, -1, -1, 0, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
   }
 }
 
