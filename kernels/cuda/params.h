@@ -12,7 +12,7 @@
 namespace vattn::cuda {
 
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
-VATTN_HD constexpr int kPartials(int heads) { return 4 * heads + 4; }
+VATTN_HD constexpr int kPartials(int heads) { return 5 * heads + 4; }
 constexpr int kFixedParts = 4;        // thread blocks that share the sinks and window of a group
 
 // Where the bytes of a token are. Host blocks are as in kernels/geometry.h; codes have a copy on the

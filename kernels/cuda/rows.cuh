@@ -11,6 +11,7 @@ namespace vattn::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kMostTileRows = 64;
+constexpr int kTailSums = 6;  // doubles that a thread adds up for the certificate
 constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 
 constexpr int kLeastTiles = 2, kMostTiles = 4;  // in flight
@@ -261,10 +262,10 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int de
   __syncthreads();
 }
 
-// Bytes of dynamic shared memory of AttendTiles: tiles (or the value sums) and the queries.
+// Bytes of dynamic shared memory of AttendTiles: tiles (or sums, of values or of a certificate) and the queries.
 template <int kHeads>
 VATTN_HD inline int RowsBytes(const RowLayout& row, int depth) {
-  const int sums = kThreads * 2 * kHeads * 4;
+  const int sums = kThreads * (kHeads > kTailSums ? kHeads : kTailSums) * 8;
   const int tiles = depth * TileBytes(MakeTileShape(row.row_bytes));
   return (tiles > sums ? tiles : sums) + kHeads * (row.dim_k > row.dim_v ? row.dim_k : row.dim_v) * 4;
 }

@@ -35,7 +35,7 @@ inline __device__ double BlockScan(double x, double* scratch) {
 }
 
 // Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head in
-// shared.total [4 h + {variance, squares, mass, spread}] and the size of the tail in [4 G].
+// shared.total [5 h + {variance, squares, own, mass, spread}] and the size of the tail in [5 G].
 template <DType kType, int kHeads>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
@@ -59,7 +59,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     if (h < now) {
       for (int j = 0; j < row.dim_v; ++j) norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
     }
-    double variance = 0, squares = 0, mass = 0, spread = 0, tail = 0;
+    double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0;
     const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
     const auto place = [&](int k, int row_of_tile) { return team.RowPlace(shape.rows, k, row_of_tile); };
     WalkTiles(
@@ -85,7 +85,9 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
             token.error2 = token.e * token.e * token.distance2;
             term = MakeTailTerm(token, work.denominator);
             variance += term.variance;
-            squares += static_cast<double>(term.variance) * term.variance;
+            const double square = static_cast<double>(term.variance) * term.variance;
+            squares += square;
+            own += square * token.pi;
             mass += token.e / token.pi;
             spread += token.e / token.pi * token.distance2;
             tail += first + h == 0;
@@ -95,23 +97,25 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
         });
     // The rows' parts of each head, one warp a head.
     __syncthreads();
-    double* own = sums + static_cast<int64_t>(tid) * 5;
-    own[0] = variance, own[1] = squares, own[2] = mass, own[3] = spread, own[4] = tail;
+    double* mine = sums + static_cast<int64_t>(tid) * kTailSums;
+    mine[0] = variance, mine[1] = squares, mine[2] = own, mine[3] = mass, mine[4] = spread, mine[5] = tail;
     __syncthreads();
     const int warp = tid / kWarp, lane = tid % kWarp;
     if (warp < now) {
-      double part[5] = {};
+      double part[kTailSums] = {};
       for (int i = lane; i < shape.rows; i += kWarp) {
-        for (int c = 0; c < 5; ++c) part[c] += sums[static_cast<int64_t>(warp * shape.rows + i) * 5 + c];
+        for (int c = 0; c < kTailSums; ++c) {
+          part[c] += sums[static_cast<int64_t>(warp * shape.rows + i) * kTailSums + c];
+        }
       }
-      for (int c = 0; c < 5; ++c) part[c] = WarpSum(part[c]);
+      for (int c = 0; c < kTailSums; ++c) part[c] = WarpSum(part[c]);
       if (lane == 0) {
-        for (int c = 0; c < 4; ++c) team.shared.total[4 * (first + warp) + c] = part[c];
-        if (first + warp == 0) team.shared.total[4 * heads] = part[4];
+        for (int c = 0; c < 5; ++c) team.shared.total[5 * (first + warp) + c] = part[c];
+        if (first + warp == 0) team.shared.total[5 * heads] = part[5];
       }
     }
   }
-  team.Add(4 * heads + 1);
+  team.Add(5 * heads + 1);
 }
 
 // Mean squared cosine between v - o of the kRankDraws listed places; negative if no two differ.
@@ -162,12 +166,13 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   __shared__ int64_t places[kRankDraws];
   float* output = reinterpret_cast<float*>(team.memory);   // [dim]
   float* residuals = output + dim;                         // [kRankDraws][dim]
-  const int64_t tail = static_cast<int64_t>(team.shared.total[4 * heads]);
+  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
   for (int h = team.rank; h < heads; h += team.size) {
-    const TailSums sums{.variance = team.shared.total[4 * h],
-                        .squares = team.shared.total[4 * h + 1],
-                        .mass = team.shared.total[4 * h + 2],
-                        .spread = team.shared.total[4 * h + 3]};
+    const TailSums sums{.variance = team.shared.total[5 * h],
+                        .squares = team.shared.total[5 * h + 1],
+                        .own = team.shared.total[5 * h + 2],
+                        .mass = team.shared.total[5 * h + 3],
+                        .spread = team.shared.total[5 * h + 4]};
     __syncthreads();
     float norm2 = 0;
     for (int j = tid; j < dim; j += kThreads) {
@@ -218,7 +223,7 @@ template <int kHeads>
 __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float scale, int look) {
   const GroupScratch& w = team.group.scratch;
   __shared__ float scratch[kWarps];
-  const int64_t tail = static_cast<int64_t>(team.shared.total[4 * team.heads()]);
+  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * team.heads()]);
   for (int h = team.rank; h < team.heads(); h += team.size) {
     const float root = GrowthRoot(team.p.promise, look, team.shared.head[h]);
     const float* residual = w.residual + h * w.capacity;
