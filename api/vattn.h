@@ -200,7 +200,7 @@ typedef struct vattn_options {
   /* Sampling. */
   uint64_t seed;              /* all random numbers derive from it */
   int32_t refresh;            /* 64: 1 / refresh of the random numbers are renewed a step; 1 to 4096 */
-  int32_t min_selected;       /* 64: expected rows drawn per KV head at least; 0 to 65536 */
+  int32_t min_selected;       /* 16: expected rows drawn per KV head at least; 0 to 65536 */
   float max_selected_share;   /* .5: of the middle; above it a head counts as unverified; (0, 1] */
   float topk_share;           /* .05: top-k of the middle per query head; [0, 1] */
   float base_share;           /* .05: base sample of the middle, VATTN_POLICY_TOPK_UNIFORM; [0, 1] */

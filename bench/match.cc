@@ -69,6 +69,15 @@ double LargestEpsilon(Search* search, double best, vattn_options* options) {
 
 }  // namespace
 
+vattn_options MatchVerified(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
+                            const Reference& reference, double target_p95, Progress* progress) {
+  Search search(trace, plan, reference, target_p95, progress);
+  vattn_options matched = options;
+  matched.policy = VATTN_POLICY_VERIFIED;
+  LargestEpsilon(&search, std::numeric_limits<double>::infinity(), &matched);
+  return matched;
+}
+
 vattn_options MatchTopK(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
                         const Reference& reference, double target_p95, Progress* progress) {
   Search search(trace, plan, reference, target_p95, progress);

@@ -36,6 +36,8 @@ class OptionArguments {
 
   // After parsing: the preset, then what was given by itself. Ranges are the library's to check.
   vattn_options Resolve() const;
+  bool epsilon_given() const { return epsilon_.has_value(); }
+  bool delta_given() const { return delta_.has_value(); }
 
  private:
   vattn_options options_;

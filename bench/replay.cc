@@ -9,6 +9,7 @@
 namespace vattn::bench {
 namespace {
 
+constexpr uint64_t kFirstFork = 1000;
 constexpr int64_t kStretch = 8;  // steps that one policy takes before the other has its turn
 
 void Record(const StepResult& result, const Reference& reference, const vattn_options& options,
@@ -62,11 +63,32 @@ void SetShape(const Trace& trace, const ReplayPlan& plan, vattn_options* options
   options->head_dim_k = static_cast<int32_t>(trace.head_dim_k);
   options->head_dim_v = static_cast<int32_t>(trace.head_dim_v);
   options->dtype = trace.dtype;
-  options->host_bytes = HostBytes(*options, trace.tokens, /*sequences=*/1);
+  options->host_bytes = HostBytes(*options, trace.tokens, plan.forks ? 3 : 1);
 }
+
+namespace {
+
+Observations ReplayForks(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
+                         const Reference& reference, Progress* progress) {
+  Observations seen = Allocate(trace, plan);
+  Session session(trace, plan.layers, options, plan.prompt_queries);
+  for (int64_t run = 0; run < plan.seeds; ++run) {
+    session.Restart(kFirstFork + static_cast<uint64_t>(run));
+    for (int64_t step = 0; step < plan.steps; ++step) {
+      session.Step(step);
+      Record(session.result(), reference, options, run, step, &seen);
+    }
+    progress->Count(run + 1, plan.seeds);
+  }
+  seen.bytes_fetched = session.bytes_fetched();
+  return seen;
+}
+
+}  // namespace
 
 Observations Replay(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
                     const Reference& reference, Progress* progress) {
+  if (plan.forks) return ReplayForks(trace, plan, options, reference, progress);
   Observations seen = Allocate(trace, plan);
   for (int64_t seed = 0; seed < plan.seeds; ++seed) {
     vattn_options seeded = options;

@@ -16,6 +16,7 @@ struct ReplayPlan {
   std::vector<int32_t> layers;  // places in the trace
   int64_t steps = 0;
   int32_t seeds = 1;           // runs with options.seed, options.seed + 1, ...
+  bool forks = false;          // runs are forks of one prompt instead, which saves the index
   bool prompt_queries = true;  // recorded ones calibrate the index
   bool timed = false;          // in the first run, policy dense goes over the same steps in turns
 };

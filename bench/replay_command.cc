@@ -8,8 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "bench/certify_command.h"
 #include "bench/failure.h"
 #include "bench/handles.h"
+#include "bench/hostile_trace.h"
 #include "bench/match.h"
 #include "bench/option_arguments.h"
 #include "bench/plot.h"
@@ -26,7 +28,11 @@ constexpr char kNotes[] =
     "topk or topk-uniform the table also has verified at the same settings and what the policy "
     "needs\n"
     "for the same 95th percentile of the error; that takes a search, which --layers and --steps\n"
-    "make shorter.";
+    "make shorter.\n"
+    "--certify measures coverage by layer and query head for epsilon .05 .1 .2 and delta .05 .1 (or\n"
+    "those given), over --seeds forks of the prompt with random numbers of their own. Trials: fresh =\n"
+    "all numbers new in every step, an exact test; kept = as in production, runs are clusters (bound\n"
+    "of Bentkus); request = delta for a whole run, each of its answers gets an equal part.";
 
 enum Calibration : int32_t { kPrompt = 0, kProfile = 1, kIdentity = 2 };
 Choices CalibrationChoices() {
@@ -40,7 +46,7 @@ struct Arguments {
   std::vector<int32_t> layers;
   int64_t steps = 0;
   int32_t seeds = 4;
-  bool compare = false;
+  bool compare = false, certify = false, hostile = false;
 };
 
 ReplayPlan MakePlan(const Trace& trace, const Arguments& arguments) {
@@ -171,8 +177,51 @@ Json TraceJson(const Trace& trace, const ReplayPlan& plan) {
           {"seeds", plan.seeds}};
 }
 
+constexpr int64_t kHostileSteps = 16;
+
+void RunCertifyOf(const Arguments& arguments, const CommandLine& command) {
+  CertifyJob job;
+  job.options = arguments.options.Resolve();
+  job.plan.steps = kHostileSteps;
+  if (arguments.hostile) {
+    job.options.index_bytes = 16;  // rows have a quarter of a model's bytes
+    job.options.hot_share = 0;
+    job.options.on_unverified = VATTN_ON_UNVERIFIED_BEST_EFFORT;
+    if (arguments.steps > test::kCalibration) {
+      throw UsageError("--steps: " + std::to_string(arguments.steps) + ", hostile inputs have " +
+                       std::to_string(test::kCalibration));
+    }
+    if (arguments.steps > 0) job.plan.steps = arguments.steps;
+    for (const bool blind : {false, true}) {
+      for (Trace& trace : HostileTraces(job.plan.steps, blind)) {
+        job.names.push_back(trace.path);
+        job.traces.push_back(std::move(trace));
+      }
+    }
+  } else {
+    job.traces.push_back(ReadTrace(arguments.trace));
+    job.plan = MakePlan(job.traces[0], arguments);
+    job.names.push_back(std::filesystem::path(arguments.trace).stem().string());
+  }
+  job.plan.seeds = arguments.seeds;
+  job.plan.timed = false;
+  for (const Cell& cell : CoverageGrid()) {
+    const auto other = [](bool given, float asked, float here) { return given && asked != here; };
+    if (other(arguments.options.epsilon_given(), job.options.epsilon, cell.epsilon)) continue;
+    if (other(arguments.options.delta_given(), job.options.delta, cell.delta)) continue;
+    job.cells.push_back(cell);
+  }
+  if (job.cells.empty()) throw UsageError("--certify: epsilon is .05, .1 or .2, delta .05 or .1");
+  RunCertify(job, arguments.json, command);
+}
+
 void RunReplay(const Arguments& arguments, const CommandLine& command) {
   CheckCalibration(arguments);
+  if (arguments.hostile && !arguments.certify) throw UsageError("--hostile: needs --certify");
+  if (arguments.trace.empty() == !arguments.hostile) {
+    throw UsageError(arguments.hostile ? "--trace: not with --hostile" : "--trace is required");
+  }
+  if (arguments.certify) return RunCertifyOf(arguments, command);
   const Trace trace = ReadTrace(arguments.trace);
   const ReplayPlan plan = MakePlan(trace, arguments);
   vattn_options options = arguments.options.Resolve();
@@ -219,7 +268,7 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
       "Replay recorded attention (vattn-trace-1) and say how exact it was and what it cost");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  sub->add_option("--trace", arguments->trace, "The recording")->required()->type_name("FILE");
+  sub->add_option("--trace", arguments->trace, "The recording")->type_name("FILE");
   arguments->options.AddPolicies(sub);
   arguments->options.Add(sub);
   sub->add_option("--seeds", arguments->seeds, "Runs, with consecutive seeds")
@@ -236,6 +285,9 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
       ->type_name("FILE");
   sub->add_flag("--compare", arguments->compare,
                 "Verified beside topk-uniform and topk with the same p95 error");
+  sub->add_flag("--certify", arguments->certify, "Coverage of the promise, with upper bounds");
+  sub->add_flag("--hostile", arguments->hostile,
+                "With --certify, instead of a recording: inputs made to break the promise");
   sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
   sub->add_option(
          "--plot", arguments->plot,

@@ -87,6 +87,14 @@ void Session::AppendPrompt(bool prompt_queries) {
   Check(vattn_sequence_build_index(sequence_.get()), "vattn_sequence_build_index");
 }
 
+void Session::Restart(uint64_t id) {
+  vattn_sequence* fork = nullptr;
+  Check(vattn_sequence_fork(sequence_.get(), id, &fork), "vattn_sequence_fork");
+  Sequence next(fork);
+  Check(vattn_batch_set(batch_.get(), 0, fork), "vattn_batch_set");
+  fork_ = std::move(next);
+}
+
 double Session::Step(int64_t step) {
   Gather(trace_.q, layers_, step, &q_);
   Gather(trace_.k, layers_, trace_.prompt_tokens + step, &k_);

@@ -39,6 +39,10 @@ class Session {
   // Steps are taken in order from 0. Returns the microseconds spent in the library.
   double Step(int64_t step);
 
+  // Starts over after the prompt, as another request: a fork with random numbers of its own, which `id`
+  // keys. The runtime must have room for a fork.
+  void Restart(uint64_t id);
+
   const StepResult& result() const { return result_; }
   uint64_t bytes_fetched() const;
 
@@ -51,7 +55,8 @@ class Session {
   const Trace& trace_;
   std::span<const int32_t> layers_;
   Runtime runtime_;
-  Sequence sequence_;
+  Sequence sequence_;  // of the prompt, and of the steps until a restart
+  Sequence fork_;
   Batch batch_;
   std::vector<std::byte> q_, k_, v_;  // [layers, heads, head_dim] of the step
   std::optional<ReusedScores> scores_;

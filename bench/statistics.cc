@@ -4,6 +4,7 @@
 #include <boost/math/special_functions/beta.hpp>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <numeric>
 
 namespace vattn::bench {
@@ -30,6 +31,11 @@ double ClopperPearsonUpper(int64_t failures, int64_t trials, double confidence) 
   if (failures >= trials) return 1;
   return boost::math::ibeta_inv(static_cast<double>(failures) + 1,
                                 static_cast<double>(trials - failures), confidence);
+}
+
+double ClusterUpper(double failed, int64_t clusters, double confidence) {
+  return ClopperPearsonUpper(static_cast<int64_t>(std::ceil(failed - 1e-9)), clusters,
+                             1 - (1 - confidence) / std::numbers::e);
 }
 
 double Sharpness(const std::vector<double>& errors, double epsilon, double delta) {

@@ -6,11 +6,13 @@
 
 #include "api/vattn.h"
 #include "bench/calibrate_command.h"
+#include "bench/compare_command.h"
 #include "bench/disk_command.h"
 #include "bench/doctor.h"
 #include "bench/environment.h"
 #include "bench/failure.h"
 #include "bench/gather_command.h"
+#include "bench/growth_command.h"
 #include "bench/replay_command.h"
 #include "bench/step_command.h"
 #include "bench/zoo_command.h"
@@ -30,6 +32,8 @@ int main(int argc, char** argv) {
     vattn::bench::AddStepCommand(&app, command);
     vattn::bench::AddCalibrateCommand(&app, command);
     vattn::bench::AddZooCommand(&app, command);
+    vattn::bench::AddCompareCommand(&app, command);
+    vattn::bench::AddGrowthCommand(&app, command);
     app.parse(argc, argv);
     return 0;
   } catch (const CLI::ParseError& error) {

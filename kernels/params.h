@@ -39,7 +39,7 @@ struct Promise {
   float delta = .1f;
   float norm_floor = .5f;
   int32_t max_looks = 6;
-  int32_t min_selected = 64;
+  int32_t min_selected = 16;
   float max_selected_share = .5f;
   float topk_share = .05f;
   float base_share = .05f;
@@ -101,7 +101,8 @@ struct HeadWork {
   float variance = 0;   // variance estimated from the draw: V of ALGORITHM 6
   float denominator = 0;
   float ref = 0;
-  float cos2 = 0;   // 1 / effective rank
+  float cos2 = 0;      // 1 / effective rank
+  float few = 1;       // sum t^2 / (sum t)^2 over the terms t of the variance
   float z = 0;
   float bound = 0;  // z sqrt(V) / ref
 };

@@ -11,7 +11,10 @@
 namespace vattn {
 
 constexpr float kDefensive = .1f;  // floor of a token's contribution, of the mean
-constexpr float kMargin = .9f;     // the plan aims below epsilon by this factor
+// The plan aims below epsilon by this factor. Above 1 the first draw is a pilot for the second: with 1.25
+// and .05 and .85 of delta for the first two looks, sharpness falls from 1.28 to 1.17 and rows by an
+// eighth, but every step takes two looks, which cost more than those rows do.
+constexpr float kMargin = .9f;
 constexpr int kPlanRounds = 12;    // of the fixed point on a part of the tiles, at most
 constexpr float kClose = .3f;      // |ln| of the worst head's variance over its target that ends them
 constexpr float kTiny = 1e-20f;    // of a variance, in the unit of the values
@@ -23,11 +26,12 @@ constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
 
 constexpr int kRankDraws = 16;         // residuals whose angles are measured, drawn by their share of V
 constexpr float kRankMemory = .75f;    // of cos2 from step to step
-constexpr float kTargetMargin = .95f;  // growth aims below epsilon by this factor
+constexpr float kTargetMargin = .98f;  // growth aims below epsilon by this factor
 constexpr int64_t kLeastTail = 8;      // sampled tokens that a variance is judged by
 constexpr float kTailGrowth = 4;       // of inclusion probabilities when there are fewer
 constexpr float kLeastGrowth = 1.05f, kLargestGrowth = 64;
 constexpr int kGrowthHalvings = 14;
+constexpr float kLeastRho = .3f, kMostRho = 5;  // of one step
 constexpr float kLeastOthers = 1e-3f;  // of the denominator
 constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
 
@@ -167,11 +171,21 @@ VATTN_HD inline TailTerm MakeTailTerm(const TailToken& t, float denominator) {
 struct TailSums {
   double variance = 0;  // V of ALGORITHM 6
   double squares = 0;   // of its terms
+  double own = 0;       // of its terms, times pi: what the middle has for sum of s_i^2, s_i = term_i pi_i
   double mass = 0;      // e / pi
   double spread = 0;    // e / pi |v - o|^2
   double relative = 0;  // (e - e^)^2 / pi, with value codes
   double estimate = 0;  // e^^2 / pi, with value codes
 };
+
+// By how much the quantile of a look widens because V was estimated from few terms: few = sum t^2 /
+// (sum t)^2 is about the relative variance of V, so V has 2 / few degrees of freedom. Student's t over
+// the normal quantile z, to second order (Abramowitz and Stegun 26.7.5).
+VATTN_HD inline float Widening(const Promise& promise, int look, float few) {
+  const float z = QuantileAt(promise, look, 1), z2 = z * z, inverse = .5f * few;
+  const float t = 1 + inverse * ((z2 + 1) / 4 + inverse * (5 * z2 * z2 + 16 * z2 + 3) / 96);
+  return IsFinite(t) ? t : 1;
+}
 
 // Certificate of one head at a look: variance, rank, z and bound; renews what the state learns from it.
 //   cos2: mean squared cosine of drawn residuals, negative if there were no two
@@ -185,12 +199,14 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
     state.eta2 += .2f * (eta2 - state.eta2);
   }
   if (cos2 >= 0) state.cos2 = state.cos2 < 0 ? cos2 : kRankMemory * state.cos2 + (1 - kRankMemory) * cos2;
-  // Effective rank Tr(S)^2 / Tr(S^2), S = sum of c r r^T: terms of one token with itself are known,
-  // those of two tokens come from the mean squared cosine of draws, smoothed over steps.
-  const float same =
-      sums.variance > 0 ? static_cast<float>(sums.squares / (sums.variance * sums.variance)) : 1;
+  // Effective rank Tr(S)^2 / Tr(S^2), S = sum over the middle of (1 - pi) / pi r r^T: terms of one token
+  // with itself are estimated from the draw, those of two tokens come from the mean squared cosine of
+  // draws, smoothed over steps.
+  const double square = sums.variance * sums.variance;
+  const float same = square > 0 ? static_cast<float>(sums.own / square) : 1;
   work.cos2 = same + (1 - same) * (state.cos2 < 0 ? 1 : state.cos2);
-  work.z = QuantileAt(promise, look, work.cos2);
+  work.few = square > 0 ? static_cast<float>(sums.squares / square) : 1;
+  work.z = Widening(promise, look, work.few) * QuantileAt(promise, look, work.cos2);
   // Either nothing was left to chance, or enough was drawn by chance to judge the rest by. What is not
   // finite never passes.
   const bool judged = exact || (tail >= kLeastTail && work.ref >= kLeastRef);
@@ -202,13 +218,19 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
 VATTN_HD inline void LearnHead(const Promise& promise, const IndexTables& index, const HeadWork& work,
                                HeadState& state) {
   const float ratio = work.variance / (work.predicted + kTiny * ValueUnit(index));
-  state.rho += .1f * (Max(Min(ratio, 5.f), .7f) - state.rho);
-  state.z += .3f * (QuantileAt(promise, 1, work.cos2) - state.z);
+  state.rho += .1f * (Max(Min(ratio, kMostRho), kLeastRho) - state.rho);
+  state.z += .3f * (Widening(promise, 1, work.few) * QuantileAt(promise, 1, work.cos2) - state.z);
 }
 
 // Root of the variance that growth aims at for one head at look `look`.
 VATTN_HD inline float GrowthRoot(const Promise& promise, int look, const HeadWork& work) {
-  return kTargetMargin * promise.epsilon * work.ref / QuantileAt(promise, look, work.cos2);
+  const float z = Widening(promise, look, work.few) * QuantileAt(promise, look, work.cos2);
+  return kTargetMargin * promise.epsilon * work.ref / z;
+}
+
+// Tokens drawn, at most, once probabilities grow: of `count`, `tail` have one below 1.
+VATTN_HD inline float GrownCount(int64_t count, int64_t tail, float growth) {
+  return static_cast<float>(count - tail) + static_cast<float>(tail) * Min(growth, kMostGrowth);
 }
 
 // After a step: what NaN taught is forgotten.

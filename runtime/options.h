@@ -30,7 +30,7 @@ struct Options {
   float epsilon = .1f, delta = .1f, norm_floor = .5f;
   int32_t max_looks = 6;
   uint64_t seed = 0;
-  int32_t refresh = 64, min_selected = 64;
+  int32_t refresh = 64, min_selected = 16;
   float max_selected_share = .5f, topk_share = .05f, base_share = .05f;
   int32_t target = 0;
   float hot_share = .05f;

@@ -8,7 +8,7 @@
 namespace vattn {
 namespace {
 
-constexpr double kFirstShare = .4;
+constexpr double kFirstShare = .4, kSecondShare = .4;
 constexpr double kMaxRank = 1024;  // 1 / rank of bin 0
 
 }  // namespace
@@ -16,7 +16,9 @@ constexpr double kMaxRank = 1024;  // 1 / rank of bin 0
 double LookDelta(double delta, int look, int max_looks) {
   if (max_looks == 1) return delta;
   if (look == 1) return kFirstShare * delta;
-  return (1 - kFirstShare) * delta / (look * (look - 1)) / (1 - 1.0 / max_looks);
+  if (max_looks == 2) return (1 - kFirstShare) * delta;
+  if (look == 2) return kSecondShare * delta;
+  return (1 - kFirstShare - kSecondShare) * delta / ((look - 1) * (look - 2)) / (1 - 1.0 / (max_looks - 1));
 }
 
 double SharpQuantile(double delta, double rank) {

@@ -7,7 +7,7 @@
 namespace vattn {
 
 // The share of delta that look `look` (from 1) of `max_looks` may spend; they sum to delta. The first
-// look gets a fixed part, look k of the others one in proportion to 1 / (k (k - 1)).
+// two get fixed parts, look k of the others one in proportion to 1 / ((k - 1) (k - 2)).
 double LookDelta(double delta, int look, int max_looks);
 
 // Sharp: sqrt(chi2_r(1 - delta) / r), r the effective rank of the error. Safe: max(1, Phi^-1(1 -

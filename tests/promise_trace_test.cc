@@ -17,8 +17,8 @@ namespace {
 
 constexpr double kAlarm = 1e-6;
 constexpr double kMostUnverified = .01;  // of heads; .001 when written
-constexpr double kMostSelected = .07;    // of the middle, mean; .053
-constexpr double kMostSharpness = 1.6;   // 1.35
+constexpr double kMostSelected = .065;   // of the middle, mean; .052
+constexpr double kMostSharpness = 1.4;   // 1.23
 
 class PromiseTraceTest : public testing::Test {
  protected:

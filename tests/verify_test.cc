@@ -124,6 +124,22 @@ class VerifyTest : public testing::TestWithParam<std::tuple<DType, Dims, int>> {
   }
 };
 
+// Sum of the squared terms of the variance over its square, each term times pi^power.
+double ShareOfSquares(const DrawFixture& f, const std::vector<double>& norms, int power) {
+  double squares = 0;
+  for (int i = 0; i < f.draw.count; ++i) {
+    const double pi = f.Pi(i);
+    if (pi < 1) squares += std::pow(norms[i] * (1 - pi) / pi / pi, 2) * std::pow(pi, power);
+  }
+  return squares / std::pow(f.Variance(norms), 2);
+}
+double SquaresShare(const DrawFixture& f, const std::vector<double>& norms) {
+  return ShareOfSquares(f, norms, 0);
+}
+double OwnShare(const DrawFixture& f, const std::vector<double>& norms) {
+  return ShareOfSquares(f, norms, 1);
+}
+
 TEST_P(VerifyTest, VarianceRankAndBound) {
   DrawFixture f(Shape(3));
   ASSERT_EQ(f.tail, 160);
@@ -136,7 +152,8 @@ TEST_P(VerifyTest, VarianceRankAndBound) {
     EXPECT_NEAR(head.variance, variance, 1e-3 * variance);
     EXPECT_GE(head.cos2, 0);
     EXPECT_LE(head.cos2, 1);
-    EXPECT_EQ(head.z, QuantileAt(f.promise, g + 1, head.cos2));
+    EXPECT_NEAR(head.few, SquaresShare(f, f.Norms(g, o)), 1e-3);
+    EXPECT_EQ(head.z, Widening(f.promise, g + 1, head.few) * QuantileAt(f.promise, g + 1, head.cos2));
     EXPECT_NEAR(head.bound, head.z * std::sqrt(variance) / head.ref, 2e-3 * head.bound);
     // What the next plan learns: the weighted distance of values and the index error.
     double mass = 0, spread = 0, relative = 0, estimate = 0;
@@ -176,7 +193,8 @@ TEST_P(VerifyTest, GrowthMeetsTheTargetWithTheLeastFactor) {
     bool slack = true;
     for (int g = 0; g < 2; ++g) {
       const HeadWork& head = f.group.scratch.head[g];
-      const double z = QuantileAt(f.promise, 2, head.cos2), limit = .95 * epsilon * head.ref;
+      const double z = Widening(f.promise, 2, head.few) * QuantileAt(f.promise, 2, head.cos2);
+      const double limit = .98 * epsilon * head.ref;
       EXPECT_LE(z * std::sqrt(f.Variance(norms[g], factor)), limit * 1.002);
       slack = slack && z * std::sqrt(f.Variance(norms[g], factor * .99)) <= limit * .998;
     }
@@ -195,15 +213,6 @@ INSTANTIATE_TEST_SUITE_P(Mla, VerifyTest,
                                           testing::Values(0, 2)));
 
 GroupShape PlainShape() { return {.q_heads = 1, .tokens = 900, .middle_end = 720}; }
-
-double SquaresShare(const DrawFixture& f, const std::vector<float>& o) {
-  const std::vector<double> norms = f.Norms(0, o);
-  double squares = 0;
-  for (int i = 0; i < f.draw.count; ++i) {
-    if (f.Pi(i) < 1) squares += std::pow(norms[i] / f.Pi(i) * (1 - f.Pi(i)) / f.Pi(i), 2);
-  }
-  return squares / std::pow(f.Variance(norms), 2);
-}
 
 TEST(EffectiveRankTest, CollinearResidualsHaveRankOne) {
   DrawFixture f(PlainShape());
@@ -227,14 +236,14 @@ TEST(EffectiveRankTest, OrthogonalResidualsCountOnlyThemselves) {
   }
   ReadDraw(f.storage, f.group, f.draw, 0, {});
   const std::vector<float> o = f.Verify(0, 1);
-  EXPECT_NEAR(f.group.scratch.head[0].cos2, SquaresShare(f, o), 1e-3);
+  EXPECT_NEAR(f.group.scratch.head[0].cos2, OwnShare(f, f.Norms(0, o)), 1e-3);
 }
 
 // Residuals of independent directions: mean squared cosine 1 / 64; smoothed, it settles near it.
 TEST(EffectiveRankTest, IsotropicResidualsHaveTheRankOfTheSpace) {
   DrawFixture f(PlainShape());
   const std::vector<float> o = f.Verify(0, 1, .22f);
-  const double same = SquaresShare(f, o);
+  const double same = OwnShare(f, f.Norms(0, o));
   EXPECT_NEAR(f.group.scratch.head[0].cos2, same + (1 - same) / 64, .03);
 }
 
@@ -269,6 +278,19 @@ TEST(CertificateTest, NanIsNotVerified) {
   ReadDraw(f.storage, f.group, f.draw, 0, {});
   f.Verify(0, 1);
   EXPECT_FALSE(f.group.scratch.head[0].bound <= 10);
+}
+
+// Student's t over the normal quantile, from tables: .05 two-sided is 1.95996, with 20, 10 and 5 degrees
+// of freedom 2.08596, 2.22814 and 2.57058.
+TEST(CertificateTest, FewTermsWidenTheQuantileAsStudentsT) {
+  float table[kMaxLooks][kQuantileBins + 1];
+  std::fill(&table[0][0], &table[0][0] + sizeof(table) / sizeof(float), 1.95996f);
+  const Promise promise = {.quantile = table};
+  EXPECT_EQ(Widening(promise, 1, 0), 1);
+  for (const auto& [freedom, t, tolerance] :
+       {std::tuple{20.f, 2.08596f, 1e-3f}, {10.f, 2.22814f, 4e-3f}, {5.f, 2.57058f, 3e-2f}}) {
+    EXPECT_NEAR(1.95996f * Widening(promise, 1, 2 / freedom), t, tolerance * t);
+  }
 }
 
 TEST(CertificateTest, QuantilesAreInterpolated) {

@@ -94,10 +94,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     if (look == 1) Learn(promise, group);
     if (passed || look == promise.max_looks || !plan.feasible) break;
     const float growth = Growth(promise, group, draw, tail, look + 1);
-    if (static_cast<float>(draw.count) * std::min(growth, kMostGrowth) >
-        promise.max_selected_share * static_cast<float>(n)) {
-      break;
-    }
+    if (GrownCount(draw.count, tail, growth) > promise.max_selected_share * static_cast<float>(n)) break;
     if (growth <= kMostGrowth) {
       previous = inclusion.scale;
       inclusion.scale *= growth;

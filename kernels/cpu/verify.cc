@@ -116,7 +116,9 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
     residual[t] = made.residual;
     term[t] = made.variance;
     sums.variance += made.variance;
-    sums.squares += static_cast<double>(made.variance) * made.variance;
+    const double square = static_cast<double>(made.variance) * made.variance;
+    sums.squares += square;
+    sums.own += square * token.pi;
     sums.mass += token.e / token.pi;
     sums.spread += token.e / token.pi * token.distance2;
   }

@@ -218,10 +218,8 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     team.Sync();
     float growth = 1;
     for (int h = 0; h < heads; ++h) growth = Max(growth, LoadShared(team.group.scratch.growth + h));
-    if (static_cast<float>(count) * Min(growth, kMostGrowth) >
-        promise.max_selected_share * static_cast<float>(team.middle())) {
-      break;
-    }
+    const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
+    if (GrownCount(count, tail, growth) > promise.max_selected_share * static_cast<float>(team.middle())) break;
     if (growth <= kMostGrowth) {
       previous = plan.scale;
       plan.scale *= growth;

@@ -12,7 +12,7 @@
 namespace vattn::cuda {
 
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
-VATTN_HD constexpr int kPartials(int heads) { return 6 * heads + 4; }
+VATTN_HD constexpr int kPartials(int heads) { return 7 * heads + 4; }
 constexpr int kFixedParts = 4;        // thread blocks that share the sinks and window of a group
 constexpr int kMostWalks = 3;         // over lists of rows, with Policy::kTopKUniform
 

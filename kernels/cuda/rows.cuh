@@ -14,7 +14,7 @@ constexpr int kMostTileRows = 64;
 constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 
 constexpr int kLeastTiles = 2, kMostTiles = 4;  // in flight
-constexpr int kTailSums = 7;     // doubles a thread, of the certificate
+constexpr int kTailSums = 8;     // doubles a thread, of the certificate
 
 // Tile size of a row layout. Rows of a tile lie `pitch` bytes apart.
 struct TileShape {

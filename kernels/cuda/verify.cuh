@@ -36,8 +36,8 @@ inline __device__ double BlockScan(double x, double* scratch) {
 }
 
 // Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head in
-// shared.total [4 h + {variance, squares, mass, spread}], the size of the tail in [4 G], and with value
-// codes [4 G + 1 + 2 h + {relative, estimate}].
+// shared.total [5 h + {variance, squares, own, mass, spread}], the size of the tail in [5 G], and with value
+// codes [5 G + 1 + 2 h + {relative, estimate}].
 template <DType kType, int kHeads>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
@@ -62,7 +62,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     if (h < now) {
       for (int j = 0; j < row.dim_v; ++j) norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
     }
-    double variance = 0, squares = 0, mass = 0, spread = 0, tail = 0, relative = 0, estimate = 0;
+    double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0, relative = 0, estimate = 0;
     const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
     const auto place = [&](int k, int row_of_tile) { return team.RowPlace(shape.rows, k, row_of_tile); };
     WalkTiles(
@@ -103,7 +103,9 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
             }
             term = MakeTailTerm(token, work.denominator);
             variance += term.variance;
-            squares += static_cast<double>(term.variance) * term.variance;
+            const double square = static_cast<double>(term.variance) * term.variance;
+            squares += square;
+            own += square * token.pi;
             mass += token.e / token.pi;
             spread += token.e / token.pi * token.distance2;
             tail += first + h == 0;
@@ -113,31 +115,31 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
         });
     // The rows' parts of each head, one warp a head.
     __syncthreads();
-    double* own = sums + static_cast<int64_t>(tid) * kTailSums;
-    own[0] = variance, own[1] = squares, own[2] = mass, own[3] = spread, own[4] = tail;
-    own[5] = relative, own[6] = estimate;
+    double* mine = sums + static_cast<int64_t>(tid) * kTailSums;
+    mine[0] = variance, mine[1] = squares, mine[2] = own, mine[3] = mass, mine[4] = spread, mine[5] = tail;
+    mine[6] = relative, mine[7] = estimate;
     __syncthreads();
     const int warp = tid / kWarp, lane = tid % kWarp;
     if (warp < now) {
       double part[kTailSums] = {};
       for (int i = lane; i < shape.rows; i += kWarp) {
         const double* row_sums = sums + static_cast<int64_t>(warp * shape.rows + i) * kTailSums;
-        for (int c = 0; c < 5; ++c) part[c] += row_sums[c];
-        if (coded) part[5] += row_sums[5], part[6] += row_sums[6];
+        for (int c = 0; c < 6; ++c) part[c] += row_sums[c];
+        if (coded) part[6] += row_sums[6], part[7] += row_sums[7];
       }
-      for (int c = 0; c < 5; ++c) part[c] = WarpSum(part[c]);
-      if (coded) part[5] = WarpSum(part[5]), part[6] = WarpSum(part[6]);
+      for (int c = 0; c < 6; ++c) part[c] = WarpSum(part[c]);
+      if (coded) part[6] = WarpSum(part[6]), part[7] = WarpSum(part[7]);
       if (lane == 0) {
-        for (int c = 0; c < 4; ++c) team.shared.total[4 * (first + warp) + c] = part[c];
-        if (first + warp == 0) team.shared.total[4 * heads] = part[4];
+        for (int c = 0; c < 5; ++c) team.shared.total[5 * (first + warp) + c] = part[c];
+        if (first + warp == 0) team.shared.total[5 * heads] = part[5];
         if (coded) {
-          double* rest = team.shared.total + 4 * heads + 1 + 2 * (first + warp);
-          rest[0] = part[5], rest[1] = part[6];
+          double* rest = team.shared.total + 5 * heads + 1 + 2 * (first + warp);
+          rest[0] = part[6], rest[1] = part[7];
         }
       }
     }
   }
-  team.Add((coded ? 6 : 4) * heads + 1);
+  team.Add((coded ? 7 : 5) * heads + 1);
 }
 
 // Mean squared cosine between the residuals v - o, or e (v - o) - e^ (v^ - o) with value codes, of the
@@ -217,14 +219,15 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   __shared__ int64_t places[kRankDraws];
   float* output = reinterpret_cast<float*>(team.memory);   // [dim]
   float* residuals = output + dim;                         // [kRankDraws][dim + 4]
-  const int64_t tail = static_cast<int64_t>(team.shared.total[4 * heads]);
+  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
   const bool coded = team.p.storage.host.value_bits > 0;
   for (int h = team.rank; h < heads; h += team.size) {
-    const double* rest = team.shared.total + 4 * heads + 1 + 2 * h;
-    const TailSums sums{.variance = team.shared.total[4 * h],
-                        .squares = team.shared.total[4 * h + 1],
-                        .mass = team.shared.total[4 * h + 2],
-                        .spread = team.shared.total[4 * h + 3],
+    const double* rest = team.shared.total + 5 * heads + 1 + 2 * h;
+    const TailSums sums{.variance = team.shared.total[5 * h],
+                        .squares = team.shared.total[5 * h + 1],
+                        .own = team.shared.total[5 * h + 2],
+                        .mass = team.shared.total[5 * h + 3],
+                        .spread = team.shared.total[5 * h + 4],
                         .relative = coded ? rest[0] : 0,
                         .estimate = coded ? rest[1] : 0};
     __syncthreads();
@@ -278,7 +281,7 @@ template <int kHeads>
 __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float scale, int look) {
   const GroupScratch& w = team.group.scratch;
   __shared__ float scratch[kWarps];
-  const int64_t tail = static_cast<int64_t>(team.shared.total[4 * team.heads()]);
+  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * team.heads()]);
   for (int h = team.rank; h < team.heads(); h += team.size) {
     const float root = GrowthRoot(team.p.promise, look, team.shared.head[h]);
     const float* residual = w.residual + h * w.capacity;

@@ -1,0 +1,163 @@
+#include "bench/certify.h"
+
+#include <algorithm>
+
+#include "bench/report.h"
+#include "bench/statistics.h"
+#include "bench/text.h"
+
+namespace vattn::bench {
+namespace {
+
+constexpr double kConfidence = .95, kAlarm = 1e-6;
+
+const char* Name(Trials trials) {
+  switch (trials) {
+    case Trials::kFresh:
+      return "fresh";
+    case Trials::kKept:
+      return "kept";
+    default:
+      return "request";
+  }
+}
+
+struct Bounds {
+  double rate = 0, upper = 1, lower = 0;
+};
+
+// Of one head, or of all of `part`, with every run a cluster.
+Bounds ByRun(const Observations& seen, const Part& part, double epsilon, bool any) {
+  double failed = 0;
+  for (int64_t run = 0; run < seen.seeds; ++run) {
+    int64_t failures = 0, verified = 0;
+    for (int64_t layer = part.layer_begin; layer < part.layer_end; ++layer) {
+      for (int64_t head = part.q_head_begin; head < part.q_head_end; ++head) {
+        for (int64_t step = 0; step < seen.steps; ++step) {
+          const int64_t index = seen.QHeadIndex(run, layer, head, step);
+          if (seen.verdict[index] != VATTN_VERDICT_VERIFIED) continue;
+          ++verified;
+          failures += !(seen.error[index] <= epsilon);
+        }
+      }
+    }
+    if (any) failed += failures > 0;
+    if (!any && verified > 0) failed += static_cast<double>(failures) / static_cast<double>(verified);
+  }
+  Bounds bounds;
+  const auto runs = static_cast<double>(seen.seeds);
+  bounds.rate = failed / runs;
+  // Whether a run fails is one trial; a share of failures takes the bound for clusters.
+  bounds.upper = any ? ClopperPearsonUpper(static_cast<int64_t>(failed), seen.seeds, kConfidence)
+                     : ClusterUpper(failed, seen.seeds, kConfidence);
+  bounds.lower = 1 - (any ? ClopperPearsonUpper(static_cast<int64_t>(runs - failed), seen.seeds, 1 - kAlarm)
+                          : ClusterUpper(runs - failed, seen.seeds, 1 - kAlarm));
+  return bounds;
+}
+
+Bounds ByAnswer(const Figures& f) {
+  Bounds bounds;
+  if (f.verified == 0) return {.upper = 0};  // nothing was promised
+  bounds.rate = static_cast<double>(f.failures) / static_cast<double>(f.verified);
+  bounds.upper = ClopperPearsonUpper(f.failures, f.verified, kConfidence);
+  bounds.lower = 1 - ClopperPearsonUpper(f.verified - f.failures, f.verified, 1 - kAlarm);
+  return bounds;
+}
+
+}  // namespace
+
+std::vector<Cell> CoverageGrid() {
+  std::vector<Cell> cells;
+  for (const Trials trials : {Trials::kFresh, Trials::kKept, Trials::kRequest}) {
+    for (const float epsilon : {.05f, .1f, .2f}) {
+      for (const float delta : {.05f, .1f}) cells.push_back({epsilon, delta, trials});
+    }
+  }
+  return cells;
+}
+
+Coverage MeasureCoverage(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
+                         const Reference& reference, const Cell& cell, Progress* progress) {
+  vattn_options asked = options;
+  asked.epsilon = cell.epsilon;
+  asked.delta = cell.delta;
+  if (cell.trials == Trials::kFresh) asked.refresh = 1;
+  if (cell.trials == Trials::kRequest) {
+    asked.delta /= static_cast<float>(static_cast<int64_t>(plan.layers.size()) * trace.q_heads * plan.steps);
+  }
+  const Observations seen = Replay(trace, plan, asked, reference, progress);
+  const Figures all = Summarize(seen, {0, seen.layers, 0, seen.q_heads}, cell.epsilon, cell.delta);
+  Coverage c;
+  c.cell = cell;
+  c.answer_delta = asked.delta;
+  c.answers = all.heads;
+  c.verified = all.verified;
+  c.dense = all.dense;
+  c.best_effort = all.best_effort;
+  c.failures = all.failures;
+  c.selected = all.selected_mean;
+  c.fetched = all.fetched_mean;
+  c.sharpness = all.sharpness;
+  c.looks = all.looks_mean;
+  c.worst_upper = -1;
+  const auto note = [&](const std::string& name, const Bounds& bounds) {
+    c.refuted = c.refuted || bounds.lower > cell.delta;
+    if (bounds.upper <= c.worst_upper) return;
+    c.worst = name;
+    c.worst_rate = bounds.rate;
+    c.worst_upper = bounds.upper;
+  };
+  if (cell.trials == Trials::kRequest) {
+    note("all", ByRun(seen, {0, seen.layers, 0, seen.q_heads}, cell.epsilon, /*any=*/true));
+    return c;
+  }
+  for (int64_t layer = 0; layer < seen.layers; ++layer) {
+    for (int64_t head = 0; head < seen.q_heads; ++head) {
+      const Part part = {layer, layer + 1, head, head + 1};
+      note(trace.layer_names[plan.layers[layer]] + "/" + std::to_string(head),
+           cell.trials == Trials::kFresh
+               ? ByAnswer(Summarize(seen, part, cell.epsilon, cell.delta))
+               : ByRun(seen, part, cell.epsilon, /*any=*/false));
+    }
+  }
+  return c;
+}
+
+std::vector<std::vector<std::string>> CoverageRows(const std::string& name,
+                                                   const std::vector<Coverage>& list) {
+  std::vector<std::vector<std::string>> rows = {
+      {"recording", "trials", "epsilon", "delta", "answers", "verified", "dense", "off, of verified",
+       "worst layer/head", "its rate", "95 % upper", "holds", "selected", "fetched", "sharpness", "looks"}};
+  for (const Coverage& c : list) {
+    const auto share = [&](int64_t count, int64_t of) {
+      return of == 0 ? "-" : Percent(static_cast<double>(count) / static_cast<double>(of));
+    };
+    rows.push_back({name, Name(c.cell.trials), Number(c.cell.epsilon, 2), Number(c.cell.delta, 2),
+                    std::to_string(c.answers), share(c.verified, c.answers), share(c.dense, c.answers),
+                    share(c.failures, c.verified), c.worst, Percent(c.worst_rate), Fixed(c.worst_upper, 4),
+                    c.refuted ? "REFUTED" : c.holds() ? "yes" : "not shown", Percent(c.selected),
+                    Percent(c.fetched), Fixed(c.sharpness, 2), Fixed(c.looks, 2)});
+  }
+  return rows;
+}
+
+Json CoverageJson(const Coverage& c) {
+  return {{"trials", Name(c.cell.trials)},
+          {"epsilon", Rounded(c.cell.epsilon)},
+          {"delta", Rounded(c.cell.delta)},
+          {"answer_delta", c.answer_delta},
+          {"answers", c.answers},
+          {"verified", c.verified},
+          {"dense", c.dense},
+          {"best_effort", c.best_effort},
+          {"failures", c.failures},
+          {"worst", {{"head", c.worst}, {"rate", c.worst_rate}, {"upper95", c.worst_upper}}},
+          {"holds", c.holds()},
+          {"refuted", c.refuted},
+          {"selected_share", c.selected},
+          {"fetched_share", c.fetched},
+          {"sharpness", c.sharpness},
+          {"looks", c.looks}};
+}
+
+}  // namespace vattn::bench

@@ -1,0 +1,15 @@
+// `vattn compare`: rows over PCIe at equal error, against top-k with a uniform sample, factor by factor.
+#ifndef VATTN_BENCH_COMPARE_COMMAND_H_
+#define VATTN_BENCH_COMPARE_COMMAND_H_
+
+#include <CLI/CLI.hpp>
+
+#include "bench/environment.h"
+
+namespace vattn::bench {
+
+void AddCompareCommand(CLI::App* app, const CommandLine& command);
+
+}  // namespace vattn::bench
+
+#endif  // VATTN_BENCH_COMPARE_COMMAND_H_

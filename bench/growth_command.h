@@ -1,0 +1,15 @@
+// `vattn growth`: rows that each policy needs for the same promise against the length of the context.
+#ifndef VATTN_BENCH_GROWTH_COMMAND_H_
+#define VATTN_BENCH_GROWTH_COMMAND_H_
+
+#include <CLI/CLI.hpp>
+
+#include "bench/environment.h"
+
+namespace vattn::bench {
+
+void AddGrowthCommand(CLI::App* app, const CommandLine& command);
+
+}  // namespace vattn::bench
+
+#endif  // VATTN_BENCH_GROWTH_COMMAND_H_

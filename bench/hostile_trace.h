@@ -1,0 +1,22 @@
+// The hostile inputs of tests/hostile_inputs.h as recordings, so that what runs on recorded attention
+// runs on them.
+#ifndef VATTN_BENCH_HOSTILE_TRACE_H_
+#define VATTN_BENCH_HOSTILE_TRACE_H_
+
+#include <vector>
+
+#include "bench/trace.h"
+#include "tests/hostile_inputs.h"
+
+namespace vattn::bench {
+
+// `steps` decode steps, the first with the input's query, later ones drifting towards the calibration
+// queries; the last `steps` of the input's tokens are theirs. metadata model is the input's name.
+Trace HostileTrace(const test::HostileInput& input, int64_t steps);
+
+// Where the promise must hold; with `blind` those where the index cannot see the heavy key.
+std::vector<Trace> HostileTraces(int64_t steps, bool blind);
+
+}  // namespace vattn::bench
+
+#endif  // VATTN_BENCH_HOSTILE_TRACE_H_
