@@ -90,6 +90,27 @@ class Attention(Fixture):
             self.assertIs(batch.attend(0, *map(convert, (q, *new)), out=out), out)
             self.assertLess(relative_error(out[0], want), tolerance, dtype)
 
+    def test_scores_of_the_caller(self):
+        runtime = self.runtime(index="external", epsilon=0.1, delta=0.05, norm="output")
+        sequence, k, v = self.filled(runtime)
+        batch = runtime.batch(1)
+        batch.set(0, sequence)
+        q, (k1, v1) = queries(1, 2), rows(1, 3)
+        group = Q_HEADS // KV_HEADS
+        exact = np.stack([k[:, head // group] @ q[0, head] for head in range(Q_HEADS)])[None]
+        report = batch.report(0, q, "verdict", "selected", "middle")
+        batch.begin_step()
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "scores"):
+            batch.attend(0, q, k1, v1)
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "scores has shape"):
+            batch.attend(0, q, k1, v1, scores=exact[:, :5].copy())
+        scores = (exact / np.sqrt(DIM)).astype(np.float32)
+        out = batch.attend(0, q, k1, v1, scores=scores, report=report)
+        want = attend(q[0], np.concatenate([k, k1]), np.concatenate([v, v1]))
+        self.assertLess(relative_error(out[0], want), 0.15)
+        self.assertTrue((report.verdict == vattn.Verdict.VERIFIED).all())
+        self.assertLess(report.selected.sum(), 0.5 * report.middle.sum())
+
     def test_selection_of_the_library_attended_by_its_list(self):
         runtime = self.runtime(policy="verified", on_unverified="best_effort", max_looks=1)
         batch = runtime.batch(1)

@@ -5,7 +5,7 @@ import pathlib
 import re
 import unittest
 
-from vattn import _batch, _runtime, _structs
+from vattn import _attend, _runtime, _structs
 
 HEADER = pathlib.Path(__file__).parents[2] / "api" / "vattn.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
@@ -83,7 +83,7 @@ class Header(unittest.TestCase):
             self.assertEqual(sorted(values.values()), sorted(member.value for member in enum), name)
 
     def test_timeline_marks(self):
-        self.assertIn(f"VATTN_TIMELINE_MARKS = {_batch.TIMELINE_MARKS}\n", TEXT)
+        self.assertIn(f"VATTN_TIMELINE_MARKS = {_attend.TIMELINE_MARKS}\n", TEXT)
 
     def test_functions(self):
         declared = re.findall(r"VATTN_EXPORT ([\w ]+?[ *]+)(vattn_\w+)\((.*?)\);", TEXT, re.S)

@@ -22,7 +22,8 @@ from typing import Any
 
 from . import _library
 from ._arrays import Array
-from ._batch import TIMELINE_MARKS, Batch, Report, Selection
+from ._attend import TIMELINE_MARKS, Report, Selection
+from ._batch import Batch
 from ._library import Error, FullError, InvalidArgumentError, NotSupportedError, OutOfMemoryError
 from ._runtime import Runtime, Stats
 from ._sequence import Sequence

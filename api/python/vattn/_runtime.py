@@ -182,7 +182,7 @@ class Runtime(Handle):
                     if heads
                     else [chosen.num_kv_heads] * chosen.num_layers
                 )
-            elif name in ("profile", "disk_path"):
+            elif name in ("profile", "disk_path", "sign_maps"):
                 options[name] = value.decode() if value else ""
             elif name not in ("struct_size", "reserved0", "log", "log_user"):
                 options[name] = value

@@ -56,6 +56,12 @@ class Index(enum.IntEnum):
 
     BALANCED = 0
     EXACT = 1
+    SIGN = 2
+    HADAMARD2 = 3
+    PAGE = 4
+    POOLED = 5
+    CLUSTERS = 6
+    EXTERNAL = 7
 
 
 class Norm(enum.IntEnum):
@@ -161,7 +167,8 @@ class Options(ctypes.Structure):
         void *log_user
         text profile disk_path
         uint64 disk_bytes
-        int32 spill io_engine io_depth io_block_bytes io_buffered io_timeout_ms""")
+        int32 spill io_engine io_depth io_block_bytes io_buffered io_timeout_ms
+        text sign_maps""")
 
 
 class SequenceOptions(ctypes.Structure):
@@ -208,7 +215,10 @@ class AttendParams(ctypes.Structure):
         float *error
         int32 *selected *fetched *looks
         int64 *middle
-        uint64 *timeline""")
+        uint64 *timeline
+        float *scores
+        int64 scores_stride
+        int32 score_heads reserved1""")
 
 
 class SelectionParams(ctypes.Structure):

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .._batch import Batch, Report
+from .._attend import Report
+from .._batch import Batch
 from .._runtime import Runtime, Stats
 from .._sequence import Sequence
 from .._structs import Verdict
@@ -143,8 +144,9 @@ class Store:
     def _pool_bytes(self, key: torch.Tensor, value: torch.Tensor) -> int:
         """Room for the prompts, max_new_tokens more each, and the blocks that beams copy."""
         row = -(-(key.shape[3] + value.shape[3]) * key.element_size() // 128) * 128
+        # Indices of other kinds take what follows from the head dimension, at most a quarter of it.
         codes = (
-            int(self._options.get("index_bytes", 32))
+            max(int(self._options.get("index_bytes", 32)), key.shape[3] // 4 + 8)
             + (value.shape[3] * int(self._options.get("value_bits", 0)) + 127) // 8
         )
         assert self._padding is not None

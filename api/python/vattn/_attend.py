@@ -1,0 +1,157 @@
+"""What one attention call is given: arrays checked and put into vattn_attend_params."""
+
+from dataclasses import dataclass
+
+from . import _structs as c
+from ._arrays import Array, View, empty_like, view
+from ._library import invalid, struct
+from ._runtime import DTYPE_NAMES, Runtime
+
+TIMELINE_MARKS = 8  # VATTN_TIMELINE_MARKS
+
+
+@dataclass
+class Report:
+    """What one `Batch.attend` tells beside its output; arrays that are None are not asked for.
+
+    All are contiguous; `Batch.report` makes them. Rows of empty slots are not written.
+    """
+
+    lse: Array | None = None  # [slots, q_heads] float32: ln(sum exp(s))
+    verdict: Array | None = None  # [slots, q_heads] int32: Verdict
+    error: Array | None = (
+        None  # [slots, q_heads] float32: bound on the relative error; 0 when exact
+    )
+    selected: Array | None = None  # [slots, kv_heads] int32: middle rows read
+    fetched: Array | None = None  # [slots, kv_heads] int32: of them not in the hot set
+    looks: Array | None = None  # [slots, kv_heads] int32: draws made
+    middle: Array | None = None  # [slots, kv_heads] int64: tokens in the middle
+    timeline: Array | None = None  # [TIMELINE_MARKS] uint64: ns; CUDA with policy verified only
+
+
+@dataclass
+class Selection:
+    """Chosen tokens of one layer; `Batch.selection` makes the arrays."""
+
+    tokens: Array  # [slots, kv_heads, capacity] int32: ascending token numbers
+    counts: Array  # [slots, kv_heads] int32: entries in use
+    log_weights: Array | None  # [slots, kv_heads, capacity] float32: -ln pi, added to the logits
+
+
+# name -> (dtype, by query head or KV head)
+REPORT = {
+    "lse": ("f32", "q"),
+    "verdict": ("i32", "q"),
+    "error": ("f32", "q"),
+    "selected": ("i32", "kv"),
+    "fetched": ("i32", "kv"),
+    "looks": ("i32", "kv"),
+    "middle": ("i64", "kv"),
+    "timeline": ("u64", ""),
+}
+
+
+class AttendCall:
+    """The params of one call, and views of the arrays that they point into."""
+
+    def __init__(self, runtime: Runtime, slots: int, layer: int) -> None:
+        options = runtime._options
+        self.params = struct(c.AttendParams, "vattn_attend_params_init")
+        self.params.layer = layer
+        self.views: list[View] = []
+        self._runtime = runtime
+        self._slots = slots
+        self._dtype = DTYPE_NAMES[options["dtype"]]
+        self._q_heads, self._kv_heads = options["num_q_heads"], runtime.kv_heads(layer)
+        self._dims = options["head_dim_k"], options["head_dim_v"]
+
+    def rows(self, q: Array, k_new: Array | None, v_new: Array | None) -> None:
+        """q [slots, q_heads, head_dim_k] and the new token's rows."""
+        dim_k, dim_v = self._dims
+        for name, array, heads, dim in (
+            ("q", q, self._q_heads, dim_k),
+            ("k_new", k_new, self._kv_heads, dim_k),
+            ("v_new", v_new, self._kv_heads, dim_v),
+        ):
+            if array is not None or name == "q":
+                taken = self._take(array, name, (self._slots, heads, dim), (self._dtype,))
+                setattr(self.params, name, taken.pointer)
+
+    def output(self, out: Array | None, like: Array) -> Array:
+        """out [slots, q_heads, head_dim_v]; made if None."""
+        shape = (self._slots, self._q_heads, self._dims[1])
+        if out is None:
+            one = (1,) * (len(self.views[0].shape) - 3)  # as q has it
+            out = empty_like(like, (shape[0], *one, *shape[1:]), self._dtype)
+        taken = self._take(out, "out", shape, ("f32", "f16", "bf16"), written=True)
+        self.params.out = taken.pointer
+        self.params.out_dtype = next(k for k, name in DTYPE_NAMES.items() if name == taken.dtype)
+        return out
+
+    def report(self, report: Report | None) -> None:
+        """The arrays of a report that are given."""
+        shapes = report_shapes(self._slots, self._q_heads, self._kv_heads)
+        for name, (kind, heads) in REPORT.items():
+            array = getattr(report, name, None)
+            if array is not None:
+                taken = self._take(array, f"report.{name}", shapes[heads], (kind,), written=True)
+                setattr(self.params, name, taken.pointer)
+
+    def scores(self, scores: Array | None) -> None:
+        """scores [slots, q_heads or kv_heads, stride] float32."""
+        if scores is None:
+            return
+        extents = view(scores, "scores").shape
+        heads = extents[1] if len(extents) > 1 else 0
+        if heads not in (self._q_heads, self._kv_heads):
+            heads = self._kv_heads
+        stride = extents[-1] if extents else 0
+        taken = self._take(scores, "scores", (self._slots, heads, stride), ("f32",))
+        self.params.scores = taken.pointer
+        self.params.scores_stride, self.params.score_heads = stride, heads
+
+    def selection(self, selection: Selection, written: bool) -> c.SelectionParams:
+        """The lists, read or to be written."""
+        lists: c.SelectionParams = struct(c.SelectionParams, "vattn_selection_init")
+        extents = view(selection.tokens, "selection.tokens").shape
+        lists.capacity = extents[-1] if extents else 0
+        shape = (self._slots, self._kv_heads, lists.capacity)
+        for name, kind, extent in (
+            ("tokens", "i32", shape),
+            ("counts", "i32", shape[:2]),
+            ("log_weights", "f32", shape),
+        ):
+            array = getattr(selection, name)
+            if array is not None:
+                taken = self._take(array, f"selection.{name}", extent, (kind,), written)
+                setattr(lists, name, taken.pointer)
+        return lists
+
+    def _take(
+        self,
+        array: Array,
+        name: str,
+        shape: tuple[int, ...],
+        kinds: tuple[str, ...],
+        written: bool = False,
+    ) -> View:
+        taken = view(array, name)
+        if taken.shape != shape and taken.shape != (shape[0], 1, *shape[1:]):
+            raise invalid(f"{name} has shape {list(taken.shape)}, must be {list(shape)}")
+        if not taken.contiguous():
+            raise invalid(f"{name} has strides {list(taken.strides)}, must be contiguous")
+        if taken.dtype not in kinds:
+            raise invalid(f"{name} has elements of {taken.dtype}, must be {' or '.join(kinds)}")
+        if written and not taken.writable:
+            raise invalid(f"{name} is read-only, must be writable")
+        self._runtime.check_place(taken, name)
+        if self.views and (taken.device >= 0) != (self.views[0].device >= 0):
+            place = "on a device" if taken.device >= 0 else "in host memory"
+            raise invalid(f"{name} is {place}, must be where q is")
+        self.views.append(taken)
+        return taken
+
+
+def report_shapes(slots: int, q_heads: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a report's arrays by the kind of head that they are about."""
+    return {"q": (slots, q_heads), "kv": (slots, kv_heads), "": (TIMELINE_MARKS,)}
