@@ -200,6 +200,7 @@ void RunCertifyOf(const Arguments& arguments, const CommandLine& command) {
     job.traces.push_back(ReadTrace(arguments.trace));
     job.plan = MakePlan(job.traces[0], arguments);
     job.names.push_back(std::filesystem::path(arguments.trace).stem().string());
+    if (!arguments.profile.empty()) job.options.profile = arguments.profile.c_str();
   }
   job.plan.seeds = arguments.seeds;
   job.plan.timed = false;
