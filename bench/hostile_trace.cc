@@ -60,9 +60,9 @@ Trace HostileTrace(const test::HostileInput& input, int64_t steps) {
   return trace;
 }
 
-std::vector<Trace> HostileTraces(int64_t steps, bool blind) {
+std::vector<Trace> HostileTraces(int64_t steps) {
   std::vector<Trace> traces;
-  for (const test::HostileInput& input : blind ? test::BlindIndexInputs() : test::HostileInputs()) {
+  for (const test::HostileInput& input : test::HostileInputs()) {
     traces.push_back(HostileTrace(input, steps));
   }
   return traces;

@@ -14,8 +14,7 @@ namespace vattn::bench {
 // queries; the last `steps` of the input's tokens are theirs. metadata model is the input's name.
 Trace HostileTrace(const test::HostileInput& input, int64_t steps);
 
-// Where the promise must hold; with `blind` those where the index cannot see the heavy key.
-std::vector<Trace> HostileTraces(int64_t steps, bool blind);
+std::vector<Trace> HostileTraces(int64_t steps);
 
 }  // namespace vattn::bench
 

@@ -192,16 +192,15 @@ void RunCertifyOf(const Arguments& arguments, const CommandLine& command) {
                        std::to_string(test::kCalibration));
     }
     if (arguments.steps > 0) job.plan.steps = arguments.steps;
-    for (const bool blind : {false, true}) {
-      for (Trace& trace : HostileTraces(job.plan.steps, blind)) {
-        job.names.push_back(trace.path);
-        job.traces.push_back(std::move(trace));
-      }
+    for (Trace& trace : HostileTraces(job.plan.steps)) {
+      job.names.push_back(trace.path);
+      job.traces.push_back(std::move(trace));
     }
   } else {
     job.traces.push_back(ReadTrace(arguments.trace));
     job.plan = MakePlan(job.traces[0], arguments);
     job.names.push_back(std::filesystem::path(arguments.trace).stem().string());
+    if (!arguments.profile.empty()) job.options.profile = arguments.profile.c_str();
   }
   job.plan.seeds = arguments.seeds;
   job.plan.timed = false;

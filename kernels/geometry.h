@@ -73,6 +73,8 @@ struct CodeLayout {
   int bytes() const { return 4 * words() + other_bytes; }
   int runs() const { return dims() / 4; }                      // runs of 4 dimensions
   int padded_dims() const { return (dims() + 15) / 16 * 16; }  // row length of IndexTables::encode
+  // Row length of IndexTables::rest, of kBalanced: the directions of a key that have no code.
+  int padded_rest(int dim) const { return (dim - dims() + 15) / 16 * 16; }
 };
 
 // The layout for a budget of `bytes` and keys of `dim` elements: of all that fit, the one with the

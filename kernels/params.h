@@ -62,11 +62,16 @@ struct Storage {
 
 // The frozen index of one (sequence, layer, KV head); ALGORITHM 3. Code dimension j of a key k is
 // clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q) * level.
+// With kBalanced a token that the codes misrepresent is marked, by a code of all 0, and always read: its key is off
+// by more than residual_limit, squared and in units in which calibration keys have variance 1 in every
+// direction, or its |v|^2 is over value_limit, which no score can tell.
 struct IndexTables {
   const float* center = nullptr;      // [dim_k] mean key
   const float* encode = nullptr;      // [dim_k][padded_dims]
   const float* project = nullptr;     // [dims][dim_k]
   const float* centroids = nullptr;   // [centroids][dim_k] less the center
+  const float* step = nullptr;        // [dims] width of a level in those units; kBalanced, as rest and limits
+  const float* rest = nullptr;        // [dim_k][padded_rest] the other directions, see geometry.h
   const float* value_mean = nullptr;  // [dim_v], with value codes
   const float* value_step = nullptr;  // [dim_v] distance of two levels
   float value_residual = 0;           // mean |v - v^|^2
@@ -76,6 +81,8 @@ struct IndexTables {
   // raw is |q| (matches - mismatches) / 2, or the page's bound.
   float slope = 1;
   float intercept = 0;
+  float residual_limit = 0;
+  float value_limit = 0;
 };
 
 // Controller state of one query head, carried from step to step (ALGORITHM 4).

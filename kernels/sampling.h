@@ -23,6 +23,9 @@ constexpr float kExponent = 1.6f;  // damping: alone, a multiplier moves varianc
 constexpr float kLeastScale = .25f, kMostScale = 16.f;  // of the first draw over the plan
 constexpr float kMostGrowth = 4;   // of inclusion probabilities between looks, above it a redraw
 constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
+// A marked token's score does not count, and its estimate is the least one under 0: draws know it by that.
+constexpr float kMarkedScore = -3e38f, kMarkedEstimate = -0x1p-24f;
+constexpr float kMarkedWeight2 = 1e30f;  // drawn with probability 1, in the first draw
 
 constexpr int kRankDraws = 16;         // residuals whose angles are measured, drawn by their share of V
 constexpr float kRankMemory = .75f;    // of cos2 from step to step

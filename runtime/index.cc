@@ -7,6 +7,7 @@
 #include <Eigen/Eigenvalues>
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace vattn {
 namespace {
@@ -20,6 +21,10 @@ constexpr double kQueryRidge = 1e-2;
 // Uniform quantisers with least squared error for a Gaussian, in standard deviations.
 constexpr double kStep7 = .0625, kStep4 = .3352, kStep2 = .9957;
 constexpr double kOutlierQuantile = .99975;
+// Tokens are marked whose squared residual is above the mean by this, by so many standard deviations, and
+// above this quantile of the calibration keys: at most so many are, and 8 standard deviations of a
+// direction do not hide in the others. |v|^2 likewise, over so many times its mean.
+constexpr double kHidden = 64, kHiddenDeviations = 6, kMarkedQuantile = .9975, kHugeValue = 16;
 
 void AddRidge(Matrix& m, double share) { m.diagonal().array() += share * m.diagonal().mean() + 1e-12; }
 
@@ -42,7 +47,7 @@ double StepOf(const CodeLayout& code, int j) {
 // The width of a level for whitened coordinates x of standard deviation 1. The Gaussian step, but
 // wide enough that the levels reach the outliers: the few keys that lie far out are the ones that a
 // query looks for (induction heads), and clipping them hides them from the scan.
-double LevelWidth(const CodeLayout& code, int j, Eigen::VectorXf& x) {
+double LevelWidth(const CodeLayout& code, int j, Eigen::VectorXf x) {
   const double gaussian = StepOf(code, j);
   if (j >= code.dims8 + code.dims4) return gaussian;
   const Eigen::Index outlier = static_cast<Eigen::Index>(kOutlierQuantile * static_cast<double>(x.size() - 1));
@@ -51,26 +56,60 @@ double LevelWidth(const CodeLayout& code, int j, Eigen::VectorXf& x) {
   return std::max(gaussian, x(outlier) / (j < code.dims8 ? 64. : 8.));
 }
 
+float QuantileOf(Eigen::ArrayXf x, double q) {
+  const Eigen::Index at = static_cast<Eigen::Index>(q * static_cast<double>(x.size() - 1));
+  std::nth_element(x.data(), x.data() + at, x.data() + x.size());
+  return x(at);
+}
+
+// Of what is finite; everything is within the limit if nothing is.
+float ResidualLimit(const Eigen::ArrayXf& residual2) {
+  if (!residual2.allFinite()) return std::numeric_limits<float>::max();
+  const double mean = residual2.cast<double>().mean();
+  const double deviation = std::sqrt((residual2.cast<double>() - mean).square().mean());
+  return static_cast<float>(std::max(mean + std::max(kHidden, kHiddenDeviations * deviation),
+                                     double{QuantileOf(residual2, kMarkedQuantile)}));
+}
+
+float ValueLimit(const Eigen::ArrayXf& norm2) {
+  if (!norm2.allFinite()) return std::numeric_limits<float>::max();
+  return std::max(static_cast<float>(kHugeValue * norm2.cast<double>().mean()), QuantileOf(norm2, kMarkedQuantile));
+}
+
 // encode [dim_k][padded] and project [dims][dim_k] of the balanced basis: x = diag(sqrt lambda) U^T
-// L^-1 (k - mu) has covariance diag(lambda), so U^T L^-1 whitens. centred [count][dim_k].
-void FillBasis(const CodeLayout& code, const RowMajor& centred, const Matrix& keys, const Matrix& queries,
-               float* encode, float* project) {
+// L^-1 (k - mu) has covariance diag(lambda), so U^T L^-1 whitens. step and rest as IndexTables has them;
+// returns its residual_limit. centred [count][dim_k].
+float FillBasis(const CodeLayout& code, const RowMajor& centred, const Matrix& keys, const Matrix& queries,
+                float* encode, float* project, float* steps, float* rest) {
   const Eigen::Index dim = keys.rows();
   const Matrix low = Eigen::LLT<Matrix>(keys).matrixL();
   const Eigen::SelfAdjointEigenSolver<Matrix> solved(low.transpose() * queries * low);
   const Matrix inverse = low.triangularView<Eigen::Lower>().solve(Matrix::Identity(dim, dim));
   const int padded = code.padded_dims();
   std::fill(encode, encode + dim * padded, 0.f);
-  for (int j = 0; j < code.dims(); ++j) {
+  const int padded_rest = code.padded_rest(static_cast<int>(dim));
+  std::fill(rest, rest + dim * padded_rest, 0.f);
+  Eigen::ArrayXf residual2 = Eigen::ArrayXf::Zero(centred.rows());
+  for (int j = 0; j < dim; ++j) {
     const Eigen::VectorXd u = solved.eigenvectors().col(dim - 1 - j);  // eigenvalues ascend
     const Eigen::VectorXd whiten = inverse.transpose() * u, back = low * u;
-    Eigen::VectorXf x = centred * whiten.cast<float>();
+    const Eigen::VectorXf x = centred * whiten.cast<float>();
+    if (j >= code.dims()) {
+      for (Eigen::Index c = 0; c < dim; ++c) rest[c * padded_rest + j - code.dims()] = static_cast<float>(whiten(c));
+      residual2 += x.array().square();
+      continue;
+    }
     const double step = LevelWidth(code, j, x);
+    const float half = j < code.dims8 ? 64 : j < code.dims8 + code.dims4 ? 8 : 2, width = static_cast<float>(step);
+    const Eigen::ArrayXf level = (x.array() / width).floor().max(-half).min(half - 1) + .5f;
+    residual2 += (x.array() - level * width).square();
+    steps[j] = width;
     for (Eigen::Index c = 0; c < dim; ++c) {
       encode[c * padded + j] = static_cast<float>(whiten(c) / step);
       project[j * dim + c] = static_cast<float>(back(c) * step);
     }
   }
+  return ResidualLimit(residual2);
 }
 
 // Mean and level width by dimension, and the mean squared residual of values [count][dim].
@@ -89,18 +128,23 @@ double FillValues(const RowMajor& values, int bits, const Eigen::VectorXd& mean,
   return residual;
 }
 
+// Floats of IndexTables::step and rest.
+int64_t MarkFloats(const CodeLayout& code, int dim_k) {
+  return code.kind == IndexKind::kBalanced ? code.dims() + int64_t{dim_k} * code.padded_rest(dim_k) : 0;
+}
+
 bool IsFitted(IndexKind kind) { return kind == IndexKind::kSign || kind == IndexKind::kPage; }
 
 // What scores are predicted with, of centred keys [count][dim_k] and second moments.
 void FillScores(const Storage& s, const RowMajor& centred, Matrix keys, Matrix queries, SignMap map, float* encode,
-                float* project, float* centroids, float* fit) {
+                float* project, float* centroids, float* marks, float* fit) {
   const int dim = s.row.dim_k;
   const KeySample sample{centred.data(), centred.rows(), dim};
   switch (s.code.kind) {
     case IndexKind::kBalanced:
       AddRidge(keys, kKeyRidge);
       AddRidge(queries, kQueryRidge);
-      FillBasis(s.code, centred, keys, queries, encode, project);
+      fit[0] = FillBasis(s.code, centred, keys, queries, encode, project, marks, marks + s.code.dims());
       break;
     case IndexKind::kSign:
       FillSigns(s.code, dim, map, encode, project);
@@ -168,7 +212,8 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   float* encode = center + dim_k;
   float* project = encode + dim_k * s.code.padded_dims();
   float* centroids = project + s.code.dims() * dim_k;
-  float* value_mean = centroids + s.code.centroids * dim_k;
+  float* marks = centroids + s.code.centroids * dim_k;
+  float* value_mean = marks + MarkFloats(s.code, dim_k);
   float* value_step = value_mean + dim_v;
   float* rest = value_step + dim_v;
 
@@ -183,7 +228,7 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
     // Keys or queries with Inf or NaN cannot be calibrated on; any basis is valid.
     if (!key_moment.allFinite()) key_moment = Matrix::Identity(dim_k, dim_k);
     if (!query_moment.allFinite()) query_moment = Matrix::Identity(dim_k, dim_k);
-    FillScores(s, k, key_moment, query_moment, map, encode, project, centroids, rest + 3);
+    FillScores(s, k, key_moment, query_moment, map, encode, project, centroids, marks, rest + 3);
   }
   const RowMajor v = Eigen::Map<const RowMajor>(values, count, dim_v);
   const Eigen::VectorXd v_mean = v.cast<double>().colwise().mean();
@@ -191,6 +236,7 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   rest[0] = s.value_bits > 0 ? static_cast<float>(FillValues(v, s.value_bits, v_mean, value_mean, value_step)) : 0.f;
   rest[1] = static_cast<float>(norm2 - v_mean.squaredNorm());
   rest[2] = static_cast<float>(norm2);
+  if (s.code.kind == IndexKind::kBalanced) rest[4] = ValueLimit(v.rowwise().squaredNorm().array());
   return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
 }
 
@@ -200,7 +246,8 @@ std::shared_ptr<const Index> Index::FromFloats(const Storage& s, std::vector<flo
 
 int64_t Index::NumFloats(const Storage& s) {
   return s.row.dim_k + int64_t{s.row.dim_k} * (s.code.padded_dims() + s.code.dims() + s.code.centroids) +
-         2 * s.row.dim_v + 3 + (IsFitted(s.code.kind) ? 2 : 0);
+         MarkFloats(s.code, s.row.dim_k) + 2 * s.row.dim_v + 3 +
+         (IsFitted(s.code.kind) || s.code.kind == IndexKind::kBalanced ? 2 : 0);
 }
 
 Index::Index(const Storage& s, std::vector<float> floats)
@@ -215,7 +262,9 @@ IndexTables Index::TablesAt(const float* base) const {
   t.encode = t.center + dim_k_;
   t.project = t.encode + dim_k_ * code_.padded_dims();
   t.centroids = t.project + code_.dims() * dim_k_;
-  t.value_mean = t.centroids + int64_t{code_.centroids} * dim_k_;
+  t.step = t.centroids + int64_t{code_.centroids} * dim_k_;
+  t.rest = t.step + code_.dims();
+  t.value_mean = t.step + MarkFloats(code_, dim_k_);
   t.value_step = t.value_mean + dim_v_;
   const float* rest = floats_.data() + (t.value_step + dim_v_ - base);
   t.value_residual = rest[0];
@@ -224,6 +273,10 @@ IndexTables Index::TablesAt(const float* base) const {
   if (IsFitted(code_.kind)) {
     t.slope = rest[3];
     t.intercept = rest[4];
+  }
+  if (code_.kind == IndexKind::kBalanced) {
+    t.residual_limit = rest[3];
+    t.value_limit = rest[4];
   }
   return t;
 }

@@ -121,6 +121,35 @@ TEST_P(EncodeTest, CodesFollowTheDefinition) {
   EXPECT_GT(clipped, 0);
 }
 
+// A key far out in every direction, a huge value, and NaN in either: codes of all 0, and of no others.
+TEST_P(EncodeTest, WhatNoCodeTellsIsMarked) {
+  if (std::get<1>(GetParam()).shared_kv) GTEST_SKIP() << "keys and values are the same rows";
+  for (const int bytes : kIndexBytes) {
+    GroupFixture f(Shape(bytes, 0), 9);
+    for (int c = 0; c < f.shape.dim_k; ++c) f.SetKey(100, c, c % 2 == 0 ? 60.f : -60.f);
+    for (int j = 0; j < f.shape.dim_v; ++j) f.SetValue(200, j, 200);
+    f.BuildIndex();
+    const auto marked = [&](int64_t token) {
+      for (int j = 0; j < f.storage.code.dims(); ++j) {
+        if (CodeLevel(f, token, j) != 0) return false;
+      }
+      return true;
+    };
+    int64_t count = 0;
+    for (int64_t t = 16; t < 336; ++t) count += marked(t);
+    EXPECT_EQ(count, 2) << bytes;
+    EXPECT_TRUE(marked(100));
+    EXPECT_TRUE(marked(200));
+    // New tokens are judged by the index that there is.
+    f.SetKey(96, 3, NAN);
+    f.SetValue(97, 5, NAN);
+    Encode({.storage = f.storage, .index = f.group.index, .blocks = f.group.blocks, .begin = 96, .end = 112}, {});
+    EXPECT_TRUE(marked(96));
+    EXPECT_TRUE(marked(97));
+    EXPECT_FALSE(marked(98));
+  }
+}
+
 // Targets without fused multiply-add round twice: a coordinate at the edge of a level may fall on
 // either side.
 TEST_P(EncodeTest, TargetsAgree) {

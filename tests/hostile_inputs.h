@@ -27,8 +27,6 @@ struct HostileInput {
 
 // The same numbers in every run. On these the promise must hold.
 std::vector<HostileInput> HostileInputs();
-// One key holds most of the mass, and the codes cannot tell: a draw without it looks perfect.
-std::vector<HostileInput> BlindIndexInputs();
 
 // Exact attention of a query [kHeads][kDim] in float64.
 struct Exact {

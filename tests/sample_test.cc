@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <set>
 #include <tuple>
 #include <vector>
@@ -50,6 +51,42 @@ double Weight(const GroupFixture& f, const Weights& w, int64_t token) {
     sum += x * x;
   }
   return std::sqrt(sum);
+}
+
+// Marked tokens are drawn with probability 1 in the first draw, and in no other.
+TEST(MarkedTest, AreDrawnOnce) {
+  GroupFixture f({.q_heads = 4}, 5);
+  f.BuildIndex();
+  const std::vector<int64_t> marked = {17, 300, 301, 1000};
+  for (const int64_t token : marked) {
+    const CodeLayout& code = f.storage.code;
+    std::byte* codes = f.Block(token) + f.storage.block.codes;
+    for (int w = 0; w < code.words(); ++w) {
+      const int64_t tile = token % kBlockTokens / kTileTokens, in = token % kTileTokens;
+      std::memset(codes + ((tile * code.words() + w) * kTileTokens + in) * 4, 0, 4);
+    }
+  }
+  for (const int64_t target : SimdTargets()) {
+    UseSimdTarget(target);
+    f.Scan();
+    const Weights weights(f, 0);
+    const float scale = 1e-4f;
+    const int64_t first = DrawTokens(f.group, weights.At(scale), 0, {.refresh = 1}, 0, {});
+    const uint32_t* tokens = f.group.scratch.token;
+    for (const int64_t token : marked) {
+      EXPECT_EQ(std::count(tokens, tokens + first, token), 1);
+      EXPECT_EQ(EstimateOf(f.group, token, 0), -0x1p-24f);
+    }
+    for (int64_t i = 0; i < first; ++i) {
+      const bool is = std::count(marked.begin(), marked.end(), tokens[i]) > 0;
+      EXPECT_EQ(is, scale * f.group.scratch.weight[i] >= 1) << tokens[i];
+    }
+    float variance[4];
+    EXPECT_NEAR(PredictVariance(f.group, weights.At(1e-9f), 1, 0, variance, {}), 4, 1e-3);
+    const int64_t second = DrawTokens(f.group, weights.At(1), scale, {.refresh = 1}, first, {});
+    for (const int64_t token : marked) EXPECT_EQ(std::count(tokens + first, tokens + second, token), 0);
+  }
+  UseSimdTarget(0);
 }
 
 class SampleTest : public testing::TestWithParam<std::tuple<int, int64_t>> {

@@ -147,6 +147,35 @@ uint8_t Level(float x, int bits) {
   return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
 }
 
+// Squared residual of a key from its coordinates x [dims] of the code and rest [dim_k - dims]. Plain sums in
+// this order on every backend.
+float Residual2(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
+  const int dims = s.code.dims();
+  float residual2 = 0;
+  for (int j = 0; j < dims; ++j) {
+    const float half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
+    const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;  // NaN: any, r is NaN
+    const float r = (x[j] - level) * index.step[j];
+    residual2 += r * r;
+  }
+  for (int j = dims; j < s.row.dim_k; ++j) residual2 += rest[j - dims] * rest[j - dims];
+  return residual2;
+}
+
+// A code of all 0 marks a token.
+void Mark(const CodeLayout& code, int token, uint8_t* tile) {
+  for (int w = 0; w < code.words(); ++w) std::memset(tile + (w * kTileTokens + token) * 4, 0, 4);
+}
+
+// values [16][dim_v].
+void MarkHugeValues(const Storage& s, const IndexTables& index, const float* values, uint8_t* tile) {
+  for (int t = 0; t < kTileTokens; ++t) {
+    float norm2 = 0;
+    for (int j = 0; j < s.row.dim_v; ++j) norm2 += values[t * s.row.dim_v + j] * values[t * s.row.dim_v + j];
+    if (!(norm2 <= index.value_limit)) Mark(s.code, t, tile);
+  }
+}
+
 // Packs one tile's transformed keys x [16][padded] into words of 4-dimension runs.
 void PackTile(const CodeLayout& code, const float* x, int padded, uint8_t* out) {
   int dim = 0, word = 0;
@@ -187,21 +216,25 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   for (int t = 0; t < kTileTokens; ++t) {
     rows[t] = reinterpret_cast<const uint8_t*>(block) + int64_t{in + t} * s.row.row_bytes;
   }
+  uint8_t* tile = reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes();
   alignas(64) float keys[kTileTokens * kMaxDim];
   LoadRows({.rows = rows, .count = kTileTokens, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype}, keys);
   if (s.code.bytes() > 0) {
     for (int t = 0; t < kTileTokens; ++t) {
       for (int c = 0; c < s.row.dim_k; ++c) keys[t * s.row.dim_k + c] -= p.index.center[c];
     }
-    FunctionsOf(s.code.kind)
-        .encode(s, p.index, keys, reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes());
+    FunctionsOf(s.code.kind).encode(s, p.index, keys, tile);
   }
-  if (s.value_bits == 0) return;
+  const bool marks = s.code.kind == IndexKind::kBalanced;
+  if (!marks && s.value_bits == 0) return;
+  float* values = keys;
   LoadRows({.rows = rows, .count = kTileTokens, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
-           keys);
-  uint8_t* values = reinterpret_cast<uint8_t*>(block) + s.block.value_codes;
+           values);
+  if (marks) MarkHugeValues(s, p.index, values, tile);
+  if (s.value_bits == 0) return;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(block) + s.block.value_codes;
   for (int t = 0; t < kTileTokens; ++t) {
-    PackValue(s, p.index, keys + t * s.row.dim_v, values + int64_t{in + t} * s.value_code_bytes);
+    PackValue(s, p.index, values + t * s.row.dim_v, codes + int64_t{in + t} * s.value_code_bytes);
   }
 }
 
@@ -212,6 +245,17 @@ void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys,
   const int padded = s.code.padded_dims();
   HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, padded, x);
   PackTile(s.code, x, padded, tile);
+}
+
+void EncodeBalanced(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
+  alignas(64) float x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
+  const int padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(s.row.dim_k);
+  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, padded, x);
+  if (padded_rest > 0) HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
+  PackTile(s.code, x, padded, tile);
+  for (int t = 0; t < kTileTokens; ++t) {
+    if (!(Residual2(s, index, x + t * padded, rest + t * padded_rest) <= index.residual_limit)) Mark(s.code, t, tile);
+  }
 }
 
 void Encode(const EncodeParams& p, Stream stream) {

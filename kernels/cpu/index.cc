@@ -36,7 +36,7 @@ void CopyExternal(const Storage&, const Group& group, const BlockPart& part, flo
 
 constexpr IndexFunctions kLevels = {EncodeLevels, PackQueries, ScoreLevels};
 constexpr IndexFunctions kFunctions[] = {
-    kLevels,                                          // kBalanced
+    {EncodeBalanced, PackQueries, ScoreLevels},       // kBalanced
     {nullptr, nullptr, ScoreExact},                   // kExact
     kLevels,                                          // kSign
     kLevels,                                          // kHadamard2

@@ -24,7 +24,7 @@ struct IndexFunctions {
 };
 const IndexFunctions& FunctionsOf(IndexKind kind);
 
-// kBalanced, kSign, kHadamard2: linear maps to a few bits a dimension. Their encode is EncodeLevels (encode.h).
+// kBalanced, kSign, kHadamard2: linear maps to a few bits a dimension. Their encode is in encode.h.
 void PackQueries(const Storage& storage, Group& group);
 void ScoreLevels(const Storage& storage, const Group& group, const BlockPart& part, float* scores);
 

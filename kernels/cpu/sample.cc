@@ -8,6 +8,7 @@
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/sampling.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/sample.cc"
@@ -39,7 +40,8 @@ HWY_INLINE V InverseSqrt(V x) {
 }
 
 // Sum over n heads of (gain e + floor)^2 of the tokens from `estimate` on, and their e [n]. A token outside
-// the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn.
+// the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn; a marked one has
+// e < 0 and is always drawn.
 HWY_INLINE V SquaredWeight(const uint16_t* estimate, const float* gain, const float* floor, int n, V* e) {
   const D d;
   V weight2 = hn::Zero(d);
@@ -48,7 +50,9 @@ HWY_INLINE V SquaredWeight(const uint16_t* estimate, const float* gain, const fl
     const V x = hn::MulAdd(e[g], hn::Set(d, gain[g]), hn::Set(d, floor[g]));
     weight2 = hn::MulAdd(x, x, weight2);
   }
-  return hn::IfThenElseZero(hn::Gt(e[0], hn::Zero(d)), weight2);
+  const V zero = hn::Zero(d);
+  weight2 = hn::IfThenElseZero(hn::Gt(e[0], zero), weight2);
+  return hn::IfThenElse(hn::Lt(e[0], zero), hn::Set(d, kMarkedWeight2), weight2);
 }
 
 // sums [G + 1] over `blocks` blocks: per head (gain e)^2 (1 / pi - 1) over tiles phase, phase + stride, ...

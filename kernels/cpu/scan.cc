@@ -59,7 +59,7 @@ bool HasVnni() {
 }
 
 // scores [heads][256] of kVectors vectors of tokens from `token` on: sums of several tiles at once hide
-// the latency of a product.
+// the latency of a product. With kBalanced, a code of all 0 has kMarkedScore.
 template <int kHeads, int kVectors, bool kVnni>
 HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int token,
                              float* scores) {
@@ -83,14 +83,20 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
     }
   };
   int word = 0;
-  VI level[kVectors];
+  VI level[kVectors], any[kVectors];
+  for (int v = 0; v < kVectors; ++v) any[v] = hn::Zero(di);
+  const auto load = [&](int v) HWY_ATTR {
+    const VI loaded = hn::LoadU(di, at[v] + word);
+    any[v] = hn::Or(any[v], loaded);
+    return loaded;
+  };
   for (int w = 0; w < words8; ++w, word += kTileTokens, ++run) {
-    for (int v = 0; v < kVectors; ++v) level[v] = hn::LoadU(di, at[v] + word);
+    for (int v = 0; v < kVectors; ++v) level[v] = load(v);
     add(level, run[0]);
   }
   const VI nibble = hn::Set(di, 0x0F0F0F0F);
   for (int w = 0; w < words4; ++w, word += kTileTokens, run += 2) {
-    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::LoadU(di, at[v] + word), nibble);
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(load(v), nibble);
     add(level, run[0]);
     for (int v = 0; v < kVectors; ++v) {
       level[v] = hn::And(hn::ShiftRight<4>(hn::LoadU(di, at[v] + word)), nibble);
@@ -99,7 +105,7 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
   }
   const VI pair = hn::Set(di, 0x03030303);
   for (int w = 0; w < words2; ++w, word += kTileTokens, run += 4) {
-    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::LoadU(di, at[v] + word), pair);
+    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(load(v), pair);
     add(level, run[0]);
     for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<2>(hn::LoadU(di, at[v] + word)), pair);
     add(level, run[1]);
@@ -117,10 +123,13 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
       add(level, run[0]);
     }
   }
+  const VI unmarked = hn::Set(di, layout.kind == IndexKind::kBalanced ? 0 : 1);
   for (int v = 0; v < kVectors; ++v) {
+    const auto marked = hn::RebindMask(d, hn::Eq(hn::Or(any[v], unmarked), hn::Zero(di)));
     for (int g = 0; g < kHeads; ++g) {
       const auto s = hn::MulAdd(hn::ConvertTo(d, acc[v][g]), hn::Set(d, q.scale[g]), hn::Set(d, q.offset[g]));
-      hn::StoreU(s, d, scores + g * kBlockTokens + token + v * kLanes);
+      hn::StoreU(hn::IfThenElse(marked, hn::Set(d, kMarkedScore), s), d,
+                 scores + g * kBlockTokens + token + v * kLanes);
     }
   }
 }
@@ -197,12 +206,13 @@ float EstimateScores(const float* scores, uint16_t* estimate, float* mass) {
   for (int i = 0; i < kBlockTokens; i += kLanes) {
     const auto score = hn::LoadU(d, scores + i);
     auto e = hn::Max(PowerOf2(hn::Mul(hn::Sub(score, hn::Set(d, shift)), by)), least);
+    e = hn::IfThenElse(hn::Eq(score, hn::Set(d, kMarkedScore)), hn::Set(d, kMarkedEstimate), e);
     if (!kWhole) {
       e = hn::IfThenElseZero(hn::Gt(score, hn::Set(d, -std::numeric_limits<float>::infinity())), e);
     }
     const auto rounded = hn::DemoteTo(half, e);
     hn::StoreU(rounded, half, reinterpret_cast<hwy::float16_t*>(estimate) + i);
-    sum = hn::Add(sum, hn::PromoteTo(d, rounded));
+    sum = hn::Add(sum, hn::Max(hn::PromoteTo(d, rounded), hn::Zero(d)));
   }
   *mass = hn::GetLane(hn::SumOfLanes(d, sum));
   return shift;
@@ -379,8 +389,10 @@ void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream str
       const Group part = HeadsOf(s, group, h, std::min(kHeadsAtOnce, heads - h));
       ScoreBlock(s, kind, part, token, scores);
       for (int g = 0; g < part.q_heads; ++g) {
-        std::copy(scores + g * kBlockTokens + (begin - token), scores + g * kBlockTokens + (end - token),
-                  group.scratch.score + (h + g) * group.scratch.stride + (begin - group.middle_begin));
+        // Of a ranking, marked tokens are the first.
+        std::replace_copy(scores + g * kBlockTokens + (begin - token), scores + g * kBlockTokens + (end - token),
+                          group.scratch.score + (h + g) * group.scratch.stride + (begin - group.middle_begin),
+                          kMarkedScore, -kMarkedScore);
       }
     }
   });

@@ -26,8 +26,12 @@ inline __device__ float Uniform(const DeviceGroup& group, const Randomness& r, u
   return UnitFloat(x.word[(token >> 4) & 3]);
 }
 
-// x = gain e and its part of weight^2.
+// x = gain e and its part of weight^2; a marked token, with e < 0 for every head, is always drawn.
 inline __device__ void AddWeight(float e, float gain, float floor, float& weight2) {
+  if (e < 0) {
+    weight2 = kMarkedWeight2;
+    return;
+  }
   const float with_floor = fmaf(e, gain, e > 0 ? floor : 0);
   weight2 = fmaf(with_floor, with_floor, weight2);
 }

@@ -24,10 +24,13 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
   const Storage& s = storage.host;
   const EncodeItem& item = items[blockIdx.y];
   const int dim = s.row.dim_k, many = s.code.dims8 + s.code.dims4 + s.code.dims2;
-  const int dims = many + s.code.dims1, padded = (dims + 15) / 16 * 16;
+  const int dims = many + s.code.dims1, padded = (dims + 15) / 16 * 16, padded_rest = (dim - dims + 15) / 16 * 16;
   const int words = s.code.dims8 / 4 + s.code.dims4 / 8 + s.code.dims2 / 16 + s.code.dims1 / 32;
+  const bool marks = s.code.kind == IndexKind::kBalanced;
   float* keys = memory;                                                     // [dim][16]
-  uint8_t* levels = reinterpret_cast<uint8_t*>(memory + dim * kTileTokens);  // [dims][16]
+  float* squares = keys + dim * kTileTokens;  // with marks: [dim][16] of residuals
+  uint8_t* levels = reinterpret_cast<uint8_t*>(marks ? squares + dim * kTileTokens : squares);  // [dims][16]
+  __shared__ bool marked[kTileTokens];
   for (int64_t token = item.begin + int64_t{blockIdx.x} * kTileTokens; token < item.end;
        token += int64_t{gridDim.x} * kTileTokens) {
     __syncthreads();
@@ -37,10 +40,12 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
       keys[c * kTileTokens + t] = __fsub_rn(k, item.index.center[c]);
     }
     __syncthreads();
-    for (int j = threadIdx.x; j < dims; j += kEncodeThreads) {
+    for (int j = threadIdx.x; j < (marks ? dim : dims); j += kEncodeThreads) {
+      const float* column = j < dims ? item.index.encode + j : item.index.rest + j - dims;
+      const int64_t pitch = j < dims ? padded : padded_rest;
       float x[kTileTokens] = {};
       for (int c = 0; c < dim; ++c) {
-        const float e = item.index.encode[int64_t{c} * padded + j];
+        const float e = column[c * pitch];
         const float4* k = reinterpret_cast<const float4*>(keys + c * kTileTokens);
 #pragma unroll
         for (int t = 0; t < kTileTokens / 4; ++t) {
@@ -52,8 +57,29 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
         }
       }
       const int bits = j < s.code.dims8 ? 7 : j < s.code.dims8 + s.code.dims4 ? 4 : j < many ? 2 : 1;
+      const float half = static_cast<float>(1 << (bits - 1)), step = marks && j < dims ? item.index.step[j] : 1;
 #pragma unroll
-      for (int t = 0; t < kTileTokens; ++t) levels[j * kTileTokens + t] = static_cast<uint8_t>(Level(x[t], bits));
+      for (int t = 0; t < kTileTokens; ++t) {
+        float r = x[t];
+        if (j < dims) {
+          levels[j * kTileTokens + t] = static_cast<uint8_t>(Level(x[t], bits));
+          const float level = fminf(fmaxf(-half, floorf(x[t])), half - 1) + .5f;
+          r = __fmul_rn(__fsub_rn(x[t], level), step);
+        }
+        if (marks) squares[j * kTileTokens + t] = __fmul_rn(r, r);
+      }
+    }
+    __syncthreads();
+    if (marks && threadIdx.x < kTileTokens) {
+      const int t = threadIdx.x;
+      const std::byte* value = HostRow(s, item.blocks, token + t) + s.row.v_offset;
+      float residual2 = 0, norm2 = 0;
+      for (int j = 0; j < dim; ++j) residual2 = __fadd_rn(residual2, squares[j * kTileTokens + t]);
+      for (int j = 0; j < s.row.dim_v; ++j) {
+        const float v = E::One(value + j * E::kBytes);
+        norm2 = __fadd_rn(norm2, __fmul_rn(v, v));
+      }
+      marked[t] = !(residual2 <= item.index.residual_limit && norm2 <= item.index.value_limit);
     }
     __syncthreads();
     const int64_t block = item.blocks[token / kBlockTokens], at = token % kBlockTokens / kTileTokens * words * 64;
@@ -73,6 +99,7 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
       for (int k = 0; k < 32 / bits; ++k) {
         word |= uint32_t{levels[(first + k) * kTileTokens + t]} << (k % 4 * 8 + k / 4 * bits);
       }
+      if (marks && marked[t]) word = 0;
       reinterpret_cast<uint32_t*>(storage.codes + block * storage.code_block_bytes + at)[i] = word;
       reinterpret_cast<uint32_t*>(s.base + block * s.block.bytes + s.block.codes + at)[i] = word;
     }
@@ -82,7 +109,8 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
 template <DType kType>
 int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, cudaStream_t stream) {
   const int dims = storage.host.code.dims();
-  const int bytes = storage.host.row.dim_k * kTileTokens * 4 + dims * kTileTokens;
+  const int floats = storage.host.row.dim_k * (storage.host.code.kind == IndexKind::kBalanced ? 2 : 1);
+  const int bytes = floats * kTileTokens * 4 + dims * kTileTokens;
   const auto kernel = EncodeKernel<kType>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

@@ -183,10 +183,11 @@ struct WordQueue {
 // Scores of one block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it inside the
 // middle. kFours: fours of words known at compile time and planned in `plans`, the first parts in the
 // queue, where those of the block `following` (or null) come next; 0: any number. kRuns: most of a word.
+// marks: a code of all 0 has kMarkedScore.
 template <int kHeads, int kFours, int kRuns>
 __device__ void ScoreBlock(const std::byte* codes, const std::byte* following, WordQueue<kHeads, kFours>& queue,
-                           const Words& words, const WordPlan<kRuns>* plans, const PackedQueries& q, int begin,
-                           int end, typename Spread<kHeads>::Scores& score) {
+                           const Words& words, const WordPlan<kRuns>* plans, const PackedQueries& q, bool marks,
+                           int begin, int end, typename Spread<kHeads>::Scores& score) {
   using Lanes = Spread<kHeads>;
   constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
   const int place = Lanes::Place(), all = words.all();
@@ -199,27 +200,39 @@ __device__ void ScoreBlock(const std::byte* codes, const std::byte* following, W
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     int acc[2][4] = {};
+    unsigned present = 0;  // bit t: token t of the row has a bit set
+    const auto note = [&](const uint4& w) {
+      present |= (w.x != 0 ? 1 : 0) | (w.y != 0 ? 2 : 0) | (w.z != 0 ? 4 : 0) | (w.w != 0 ? 8 : 0);
+    };
     if constexpr (kFours > 0) {
       constexpr int kAhead = WordQueue<kHeads, kFours>::kAhead;
 #pragma unroll
-      for (int i = 0; i < kFours; ++i) AddWord(queue.word[part % kAhead][i], plans[i], words.MostRuns(i), acc);
+      for (int i = 0; i < kFours; ++i) {
+        note(queue.word[part % kAhead][i]);
+        AddWord(queue.word[part % kAhead][i], plans[i], words.MostRuns(i), acc);
+      }
       queue.Fetch(part + kAhead < kParts ? codes : following, all, (part + kAhead) % kParts);
     } else {
       for (int i = 0; i * kQuad < all; ++i) {
         const uint4 none = make_uint4(0, 0, 0, 0);
         const uint4 word = kQuad * i + place < all ? __ldcs(WordsAt(codes, all, part, i)) : none;
+        note(word);
         AddWord(word, PlanWord<kRuns>(words, q, i), words.MostRuns(i), acc);
       }
     }
     int sum[kTokens][kOwn];
     Lanes::Share(acc, sum);
+    present |= __shfl_xor_sync(kAllLanes, present, 1);
+    present |= __shfl_xor_sync(kAllLanes, present, 2);
+    if (!marks) present = 0xf;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int token = part * kPartTokens + Lanes::FirstToken() + t;
 #pragma unroll
       for (int h = 0; h < kOwn; ++h) {
-        score[part][t][h] =
-            token >= begin && token < end ? fmaf(static_cast<float>(sum[t][h]), scale[h], offset[h]) : -INFINITY;
+        const float dot = fmaf(static_cast<float>(sum[t][h]), scale[h], offset[h]);
+        const float s = (present >> token % 4 & 1) != 0 ? dot : kMarkedScore;
+        score[part][t][h] = token >= begin && token < end ? s : -INFINITY;
       }
     }
   }
@@ -267,8 +280,9 @@ __device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int 
       for (int t = 0; t < kTokens; ++t) {
         const float s = score[part][t][h];
         const float e = s > -INFINITY ? fmaxf(ExpNegative(__fsub_rn(s, most)), kLeastEstimate) : 0;
-        rounded[t] = __float2half_rn(e);
-        sum += static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
+        const bool marked = s == kMarkedScore;
+        rounded[t] = __float2half_rn(marked ? kMarkedEstimate : e);
+        sum += marked ? 0 : static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
       }
       if (head >= heads) continue;
       uint16_t* out = estimate + head * kBlockTokens + part * kPartTokens + Lanes::FirstToken();
@@ -329,12 +343,14 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
         const int heads = min(kHeads, p.q_heads - first);
         typename Spread<kHeads>::Scores score;
         ScoreBlock<kHeads, kFours, kRuns>(codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans,
-                                   packed,
+                                   packed, code.kind == IndexKind::kBalanced,
                                    static_cast<int>(max(group.middle_begin - token, int64_t{0})),
                                    static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})), score);
         if constexpr (kRanked) {
           float* to_score = group.scratch.score + out * kBlockTokens;
-          ForEachScore<kHeads>(score, heads, [&](float s, int i) { to_score[i] = s; });
+          ForEachScore<kHeads>(score, heads, [&](float s, int i) {
+            to_score[i] = s == kMarkedScore ? -kMarkedScore : s;  // of a ranking, marked tokens are the first
+          });
         } else {
           EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out,
                                 group.scratch.mass + out);
