@@ -20,7 +20,8 @@ using Json = nlohmann::json;
   X(host_bytes) X(sinks) X(window) X(exact_below) X(index) X(index_bytes) X(value_bits) X(policy)   \
   X(norm) X(on_unverified) X(bound) X(epsilon) X(delta) X(norm_floor) X(max_looks) X(seed)          \
   X(refresh) X(min_selected) X(max_selected_share) X(topk_share) X(base_share) X(target) X(hot_share) \
-  X(disk_bytes) X(spill) X(io_engine) X(io_depth) X(io_block_bytes) X(io_buffered) X(io_timeout_ms)
+  X(disk_bytes) X(spill) X(io_engine) X(io_depth) X(io_block_bytes) X(io_buffered) X(io_timeout_ms) \
+  X(pilot)
 
 const std::map<std::string, std::vector<std::string>>& EnumNames() {
   static const auto* const names = new std::map<std::string, std::vector<std::string>>{

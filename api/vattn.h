@@ -246,6 +246,12 @@ typedef struct vattn_options {
    * "vattn-sign-1". Bit j of a key k is [key_j . (k - mean key) >= 0], of a query q [query_j . q >= 0].
    * Read by vattn_runtime_create, which then answers as with profile. */
   const char* sign_maps;
+
+  /* 0: the first draw aims at the promise, and seldom needs a second look: the least time. 1: it is a pilot
+   * for a second one in every step: fewer rows (an eighth on recorded attention), more time (a fifth on
+   * CUDA with 1M tokens). */
+  int32_t pilot;
+  int32_t reserved1; /* 0 */
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host

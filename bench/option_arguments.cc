@@ -62,6 +62,8 @@ void OptionArguments::Add(CLI::App* app) {
   AddChoice(app, "--bound", BoundChoices(), "How the error is bounded (sharp)", &options_.bound);
   AddChoice(app, "--on-unverified", OnUnverifiedChoices(),
             "What becomes of a head that cannot be verified (dense)", &options_.on_unverified);
+  app->add_flag_callback("--pilot", [this] { options_.pilot = 1; },
+                         "The first draw is a pilot for the second: fewer rows, more time");
   app->add_option("--hot-share", options_.hot_share,
                   "Share of the middle that the hot set may hold")
       ->capture_default_str();

@@ -50,6 +50,7 @@ Json SettingsJson(const vattn_options& options) {
           {"bound", ChoiceName(BoundChoices(), options.bound)},
           {"on_unverified", ChoiceName(OnUnverifiedChoices(), options.on_unverified)},
           {"max_looks", options.max_looks},
+          {"pilot", options.pilot},
           {"seed", options.seed},
           {"refresh", options.refresh},
           {"min_selected", options.min_selected},

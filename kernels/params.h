@@ -44,6 +44,7 @@ struct Promise {
   float topk_share = .05f;
   float base_share = .05f;
   uint32_t refresh = 64;
+  bool pilot = false;  // the first draw is to teach the second
   // quantile[look][bin]: z of that look at 1 / rank = bin / kQuantileBins (runtime/quantiles.cc).
   const float (*quantile)[kQuantileBins + 1] = nullptr;
   float normal_quantile = 0;  // Phi^-1(1 - delta / 2), for kTopKUniform

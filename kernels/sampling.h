@@ -11,10 +11,9 @@
 namespace vattn {
 
 constexpr float kDefensive = .1f;  // floor of a token's contribution, of the mean
-// The plan aims below epsilon by this factor. Above 1 the first draw is a pilot for the second: with 1.25
-// and .05 and .85 of delta for the first two looks, sharpness falls from 1.28 to 1.17 and rows by an
-// eighth, but every step takes two looks, which cost more than those rows do.
-constexpr float kMargin = .9f;
+// The plan aims below epsilon by this factor; a pilot past it: what a first draw takes too much cannot be
+// given back, what it lacks a second look adds by the knowledge of the first.
+constexpr float kMargin = .9f, kPilotMargin = 1.25f;
 constexpr int kPlanRounds = 12;    // of the fixed point on a part of the tiles, at most
 constexpr float kClose = .3f;      // |ln| of the worst head's variance over its target that ends them
 constexpr float kTiny = 1e-20f;    // of a variance, in the unit of the values
@@ -89,7 +88,7 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
   if (state.started == 0) StartHead(promise, index, state);
   const float bracket =
       value_codes ? state.eta2 * state.spread + index.value_residual * (1 + state.eta2) : state.spread;
-  const float root = kMargin * promise.epsilon * state.ref / state.z;
+  const float root = (promise.pilot ? kPilotMargin : kMargin) * promise.epsilon * state.ref / state.z;
   work.log_norm = .5f * std::log(bracket) - std::log(work.denominator) - work.shift;
   work.floor = kDefensive * std::exp(work.log_norm + work.shift) * work.mass / n;
   work.target = Max(root * root / state.rho, 1.17549435e-38f);

@@ -84,6 +84,7 @@ absl::Status CheckPromise(const Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("max_looks", o.max_looks, 1, kMaxLooks));
   VATTN_RETURN_IF_ERROR(InRange("refresh", o.refresh, 1, 4096));
   VATTN_RETURN_IF_ERROR(InRange("min_selected", o.min_selected, 0, 65536));
+  VATTN_RETURN_IF_ERROR(InRange("pilot", o.pilot, 0, 1));
   VATTN_RETURN_IF_ERROR(Over("max_selected_share", o.max_selected_share, 0, 1));
   VATTN_RETURN_IF_ERROR(InRange("topk_share", o.topk_share, 0.f, 1.f));
   VATTN_RETURN_IF_ERROR(InRange("base_share", o.base_share, 0.f, 1.f));
@@ -177,7 +178,8 @@ Promise MakePromise(const Options& o) {
           .max_selected_share = o.max_selected_share,
           .topk_share = o.topk_share,
           .base_share = o.base_share,
-          .refresh = static_cast<uint32_t>(o.refresh)};
+          .refresh = static_cast<uint32_t>(o.refresh),
+          .pilot = o.pilot == 1};
 }
 
 }  // namespace vattn

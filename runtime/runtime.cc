@@ -97,7 +97,7 @@ Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile,
           .block_bytes = static_cast<uint32_t>(options_.io_block_bytes),
           .timeout_ms = options_.io_timeout_ms},
       workers_(options_.num_threads) {
-  FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, quantile_);
+  FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, promise_.pilot, quantile_);
   promise_.quantile = quantile_;
   promise_.normal_quantile = static_cast<float>(TwoSidedNormalQuantile(promise_.delta));
   storage_.base = store_->base();

@@ -52,6 +52,7 @@ const Key<int32_t> kWhole[] = {{"num_layers", &vattn_options::num_layers},
                                {"max_looks", &vattn_options::max_looks},
                                {"refresh", &vattn_options::refresh},
                                {"min_selected", &vattn_options::min_selected},
+                               {"pilot", &vattn_options::pilot},
                                {"spill", &vattn_options::spill},
                                {"io_depth", &vattn_options::io_depth},
                                {"io_block_bytes", &vattn_options::io_block_bytes},
@@ -115,7 +116,7 @@ TEST(ApiJsonTest, EveryKeySetsItsField) {
 TEST(ApiJsonTest, NoFieldIsForgotten) {
   size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(int32_t) + sizeof(vattn_log_function) +
                  sizeof(void*);
-  bytes += 3 * sizeof(const char*);
+  bytes += 3 * sizeof(const char*) + sizeof(int32_t);  // reserved1
   bytes +=
       std::size(kWhole) * 4 + std::size(kLong) * 8 + std::size(kReal) * 4 + std::size(kEnums) * 4;
   EXPECT_EQ(bytes, sizeof(vattn_options));

@@ -22,7 +22,8 @@
 STATIC_ASSERT_PLACE(vattn_options, log_user, 184);
 STATIC_ASSERT_PLACE(vattn_options, profile, 192);
 STATIC_ASSERT_PLACE(vattn_options, io_timeout_ms, 236);
-STATIC_ASSERT_LAST(vattn_options, sign_maps, 240);
+STATIC_ASSERT_PLACE(vattn_options, sign_maps, 240);
+STATIC_ASSERT_LAST(vattn_options, reserved1, 252);
 STATIC_ASSERT_LAST(vattn_prefix, num_tokens, 32);
 STATIC_ASSERT_LAST(vattn_sequence_options, reserve_tokens, 16);
 STATIC_ASSERT_LAST(vattn_append_params, q_head_stride, 88);

@@ -106,7 +106,7 @@ GroupFixture::GroupFixture(const GroupShape& s, uint64_t seed, Promise p)
   storage.value_code_bytes = ValueCodeBytes(s.value_bits, s.dim_v);
   storage.block = MakeBlockLayout(storage.row, storage.code.bytes(), storage.value_code_bytes);
   storage.scale = 1 / std::sqrt(static_cast<float>(s.dim_k));
-  FillQuantiles(promise.bound, promise.delta, promise.max_looks, quantile_);
+  FillQuantiles(promise.bound, promise.delta, promise.max_looks, promise.pilot, quantile_);
   promise.quantile = quantile_;
 
   // Blocks lie in any order, one of them between any two not ours.

@@ -62,6 +62,7 @@ constexpr IntRange kInts[] = {
     {"max_looks", &Options::max_looks, 1, 8},
     {"refresh", &Options::refresh, 1, 4096},
     {"min_selected", &Options::min_selected, 0, 65536},
+    {"pilot", &Options::pilot, 0, 1},
     {"target", &Options::target, 0, 2},
 };
 

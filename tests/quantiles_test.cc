@@ -29,13 +29,17 @@ TEST(QuantilesTest, ChiSquareKnownValues) {
 TEST(QuantilesTest, LooksSpendDelta) {
   for (const double delta : {1e-4, .1, .215}) {
     for (int looks = 1; looks <= kMaxLooks; ++looks) {
-      double sum = 0;
+      double sum = 0, with_pilot = 0;
       for (int look = 1; look <= looks; ++look) {
-        EXPECT_GT(LookDelta(delta, look, looks), 0);
-        EXPECT_TRUE(look <= 2 || LookDelta(delta, look, looks) < LookDelta(delta, look - 1, looks));
-        sum += LookDelta(delta, look, looks);
+        for (const bool pilot : {false, true}) {
+          const double now = LookDelta(delta, look, looks, pilot);
+          EXPECT_GT(now, 0);
+          EXPECT_TRUE(look <= 2 || now < LookDelta(delta, look - 1, looks, pilot));
+          (pilot ? with_pilot : sum) += now;
+        }
       }
       EXPECT_NEAR(sum, delta, 1e-12) << looks;
+      EXPECT_NEAR(with_pilot, delta, 1e-12) << looks;
     }
   }
 }
@@ -43,9 +47,9 @@ TEST(QuantilesTest, LooksSpendDelta) {
 TEST(QuantilesTest, TableHoldsEveryLookAndRank) {
   float table[kMaxLooks][kQuantileBins + 1];
   for (const int looks : {1, 6, kMaxLooks}) {
-    FillQuantiles(Bound::kSharp, .1, looks, table);
+    FillQuantiles(Bound::kSharp, .1, looks, false, table);
     for (int look = 1; look <= looks; ++look) {
-      const double spent = LookDelta(.1, look, looks);
+      const double spent = LookDelta(.1, look, looks, false);
       EXPECT_NEAR(table[look - 1][kQuantileBins], SharpQuantile(spent, 1), 1e-6);
       EXPECT_NEAR(table[look - 1][64], SharpQuantile(spent, 4), 1e-6);
       EXPECT_NEAR(table[look - 1][0], SharpQuantile(spent, 1024), 1e-6);
@@ -54,10 +58,10 @@ TEST(QuantilesTest, TableHoldsEveryLookAndRank) {
         EXPECT_GE(table[look - 1][bin], table[look - 1][bin - 1]);
       EXPECT_GT(table[look - 1][0], 1);
     }
-    FillQuantiles(Bound::kSafe, .1, looks, table);
+    FillQuantiles(Bound::kSafe, .1, looks, true, table);
     for (int look = 1; look <= looks; ++look) {
       for (const int bin : {0, 100, kQuantileBins}) {
-        EXPECT_NEAR(table[look - 1][bin], SafeQuantile(LookDelta(.1, look, looks)), 1e-6);
+        EXPECT_NEAR(table[look - 1][bin], SafeQuantile(LookDelta(.1, look, looks, true)), 1e-6);
       }
     }
   }

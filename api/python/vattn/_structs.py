@@ -168,7 +168,8 @@ class Options(ctypes.Structure):
         text profile disk_path
         uint64 disk_bytes
         int32 spill io_engine io_depth io_block_bytes io_buffered io_timeout_ms
-        text sign_maps""")
+        text sign_maps
+        int32 pilot reserved1""")
 
 
 class SequenceOptions(ctypes.Structure):
