@@ -1,7 +1,5 @@
 #include "tests/backend.h"
 
-#include <gtest/gtest.h>
-
 #include <cstdlib>
 
 namespace vattn::test {
