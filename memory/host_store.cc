@@ -178,6 +178,15 @@ void HostStore::Release(BlockId block) {
   used_.Give(static_cast<int64_t>(block));
 }
 
+void HostStore::ReleaseToReserve(BlockId block) {
+  [[maybe_unused]] const int32_t before =
+      std::atomic_ref<int32_t>(References(block)).fetch_sub(1, std::memory_order_acq_rel);
+  assert(before == 1);
+  const std::lock_guard lock(mutex_);
+  used_.Give(static_cast<int64_t>(block));
+  ++num_reserved_;
+}
+
 bool HostStore::IsUnique(BlockId block) const {
   return std::atomic_ref<int32_t>(References(block)).load(std::memory_order_acquire) == 1;
 }

@@ -55,6 +55,8 @@ class HostStore {
   // Drops a reference of the caller's; with the last one the block is free. Its pages stay with the
   // process until Trim.
   void Release(BlockId block);
+  // Drops the only reference to a block, which joins the caller's reservation.
+  void ReleaseToReserve(BlockId block);
   // True if the caller's reference is the only one. Then everything that former holders did to the
   // block happened before, and the caller may write.
   bool IsUnique(BlockId block) const;

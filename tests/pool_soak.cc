@@ -1,6 +1,6 @@
 // Random operations on sequences that ask for ten times what the pool has: every refusal is a FULL
-// with its numbers, every row read back is the one written, and now and then everything is destroyed
-// and the pool is whole again (pool_world.h).
+// with its numbers, every row read back is the one written, and now and then everything is
+// destroyed and the pool is whole again (pool_world.h).
 //
 //   pool_soak [--operations N] [--seed S] [--folder DIR]
 //
@@ -56,9 +56,12 @@ PoolWorldTally Run(int64_t operations, uint64_t seed, const std::string& parent)
 void Print(const PoolWorldTally& t, int64_t operations, uint64_t seed, double seconds) {
   const auto number = [](int64_t n) { return static_cast<long long>(n); };
   std::printf(
-      "pool_soak ok: %lld operations, seed %llu, %.0f s: %lld created, %lld appended (%lld tokens), "
-      "%lld forked, %lld truncated, %lld destroyed, %lld saved, %lld restored, %lld hibernated, %lld "
-      "woken, %lld steps, %lld rows read back, %lld misuses, %lld refused as full; demand %.1f times "
+      "pool_soak ok: %lld operations, seed %llu, %.0f s: %lld created, %lld appended (%lld "
+      "tokens), "
+      "%lld forked, %lld truncated, %lld destroyed, %lld saved, %lld restored, %lld hibernated, "
+      "%lld "
+      "woken, %lld steps, %lld rows read back, %lld misuses, %lld refused as full; demand %.1f "
+      "times "
       "the pool\n",
       number(operations), static_cast<unsigned long long>(seed), seconds, number(t.created),
       number(t.appended), number(t.tokens_appended), number(t.forked), number(t.truncated),

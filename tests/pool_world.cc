@@ -79,8 +79,9 @@ PoolWorld::PoolWorld(const PoolWorldOptions& options, Source source)
         return probe.Stats().host_bytes_used / kBlockHeads;
       }()),
       // Sequences ask for half of most_tokens on average.
-      pool_blocks_(std::max<int64_t>(1, options.most_sequences * BlocksFor(options.most_tokens / 2) /
-                                            kBlockHeads / options.scarcity) *
+      pool_blocks_(std::max<int64_t>(1, options.most_sequences *
+                                            BlocksFor(options.most_tokens / 2) / kBlockHeads /
+                                            options.scarcity) *
                    kBlockHeads),
       runtime_(RuntimeOptions(static_cast<uint64_t>(pool_blocks_) * block_bytes_)),
       batch_(runtime_, kSlots) {}
@@ -89,7 +90,8 @@ PoolWorld::~PoolWorld() = default;
 
 void PoolWorld::Operate() {
   const uint32_t choice = Draw(100);
-  if (known_.empty() || (choice < 12 && known_.size() < static_cast<size_t>(options_.most_sequences))) {
+  if (known_.empty() ||
+      (choice < 12 && known_.size() < static_cast<size_t>(options_.most_sequences))) {
     Create();
   } else if (choice < 17) {
     Restore();
@@ -148,8 +150,8 @@ bool PoolWorld::Try(const std::function<void()>& call) {
            std::string("refused with ") + vattn_code_name(error.code()) + ": " + text);
     long long need = 0, block = 0, free = 0;
     const char* numbers = std::strstr(text.c_str(), "need ");
-    Expect(numbers != nullptr && std::sscanf(numbers, "need %lld blocks of %lld bytes, %lld of", &need,
-                                             &block, &free) == 3,
+    Expect(numbers != nullptr && std::sscanf(numbers, "need %lld blocks of %lld bytes, %lld of",
+                                             &need, &block, &free) == 3,
            "a refusal without numbers: " + text);
     Expect(need > free && text.find("limit") != std::string::npos &&
                text.find("host_bytes") != std::string::npos,
@@ -259,7 +261,8 @@ void PoolWorld::Restore() {
   const File& file = files_[Draw(static_cast<int64_t>(files_.size()))];
   if (!std::filesystem::exists(file.path)) return;  // entered, but not written
   std::unique_ptr<Sequence> made;
-  if (!Try([&] { made = std::make_unique<Sequence>(Sequence::Restore(runtime_, file.path)); })) return;
+  if (!Try([&] { made = std::make_unique<Sequence>(Sequence::Restore(runtime_, file.path)); }))
+    return;
   Enter(std::move(made), file.content);
   ++tally_.restored;
 }

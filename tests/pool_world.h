@@ -15,8 +15,8 @@
 namespace vattn::test {
 
 struct PoolWorldOptions {
-  std::string folder;       // for files; exists, and is empty
-  int most_sequences = 24;  // alive at a time
+  std::string folder;          // for files; exists, and is empty
+  int most_sequences = 24;     // alive at a time
   int64_t most_tokens = 8000;  // that one of them asks for
   // Blocks that all of them would need over blocks that the pool has.
   int scarcity = 10;
@@ -26,8 +26,8 @@ struct PoolWorldOptions {
 struct PoolWorldTally {
   int64_t created = 0, appended = 0, tokens_appended = 0, forked = 0, truncated = 0, destroyed = 0,
           saved = 0, restored = 0, hibernated = 0, woken = 0, steps = 0, rows_read = 0, misused = 0;
-  int64_t refused = 0;   // FULL, with a text that names need, limit and knob
-  double demand = 0;     // sum over operations: blocks that were asked for, over blocks of the pool
+  int64_t refused = 0;  // FULL, with a text that names need, limit and knob
+  double demand = 0;    // sum over operations: blocks that were asked for, over blocks of the pool
 };
 
 class PoolWorld {

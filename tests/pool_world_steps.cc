@@ -17,9 +17,9 @@ void Expect(bool right, const std::string& what) {
 
 void PoolWorld::CheckAnswer(const Call& call, int slot, const Content& content) {
   const int head = static_cast<int>(Draw(call.shape.q_heads));
-  const Answer answer = Attend(call.shape, RowsOf(content, call.layer),
-                               head * call.shape.kv_heads / call.shape.q_heads,
-                               call.Query(slot, head));
+  const Answer answer =
+      Attend(call.shape, RowsOf(content, call.layer),
+             head * call.shape.kv_heads / call.shape.q_heads, call.Query(slot, head));
   const double distance = Distance(answer, call.Out(slot, head).data());
   const double lse = call.lse[static_cast<size_t>(slot * call.shape.q_heads + head)];
   Expect(distance <= Tolerance(answer, VATTN_F32),
@@ -32,7 +32,8 @@ void PoolWorld::Step(Known& first) {
   std::vector<Known*> members = {&first};
   for (int more = static_cast<int>(Draw(kSlots)); more > 0; --more) {
     Known* other = known_[Draw(static_cast<int64_t>(known_.size()))].get();
-    if (other->asleep.empty() && std::find(members.begin(), members.end(), other) == members.end()) {
+    if (other->asleep.empty() &&
+        std::find(members.begin(), members.end(), other) == members.end()) {
       members.push_back(other);
     }
   }
@@ -86,7 +87,8 @@ void PoolWorld::ReadRows(Known& one) {
       const Shape shape = LayerShape(layer);
       Call call(shape, kSlots, layer);
       call.q.resize(static_cast<size_t>(kSlots * shape.q_heads * shape.dim_k));
-      for (int h = 0; h < shape.q_heads; ++h) RowOf(7, 3, 0, false, call.q.data() + h * shape.dim_k);
+      for (int h = 0; h < shape.q_heads; ++h)
+        RowOf(7, 3, 0, false, call.q.data() + h * shape.dim_k);
       std::vector<int32_t> tokens, counts(static_cast<size_t>(kSlots * shape.kv_heads), 1);
       for (size_t i = 0; i < counts.size(); ++i) {
         tokens.push_back(static_cast<int32_t>(Draw(one.content.tokens())));
@@ -150,7 +152,8 @@ void PoolWorld::Misuse(Known& one) {
       code = vattn_sequence_truncate(one.sequence->get(), -1 - int64_t{any & 0xffff});
       break;
     case 6:
-      code = vattn_batch_set(batch_.get(), any < 0 ? any : any % 1000 + kSlots, one.sequence->get());
+      code =
+          vattn_batch_set(batch_.get(), any < 0 ? any : any % 1000 + kSlots, one.sequence->get());
       break;
     default: {
       Call call(LayerShape(0), kSlots, 0);  // no step is open
