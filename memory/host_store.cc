@@ -2,10 +2,12 @@
 
 #include <hwloc.h>
 #include <tbb/blocked_range.h>
+#include <tbb/global_control.h>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cassert>
 #include <cerrno>
@@ -62,7 +64,10 @@ absl::Status TouchAll(const VirtualRange& range, int num_threads) {
   }
   // Several huge pages to a task: no two threads fault the same one.
   constexpr uint64_t kGrainBytes = uint64_t{16} << 20;
-  tbb::task_arena arena(num_threads == 0 ? tbb::task_arena::automatic : num_threads);
+  // oneTBB prints a warning when it is asked for more threads than it gives.
+  const size_t most = tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
+  tbb::task_arena arena(num_threads == 0 ? tbb::task_arena::automatic
+                                         : std::min(num_threads, static_cast<int>(most)));
   arena.execute([&] {
     tbb::parallel_for(tbb::blocked_range<uint64_t>(0, range.size() / page, kGrainBytes / page),
                       [&](const tbb::blocked_range<uint64_t>& pages) {
@@ -107,9 +112,11 @@ absl::StatusOr<std::unique_ptr<HostStore>> HostStore::Create(const HostStoreOpti
   }
 
   absl::StatusOr<VirtualRange> range =
-      VirtualRange::Reserve(num_blocks * block_bytes, {.huge_pages = options.huge_pages});
+      VirtualRange::Reserve(num_blocks * block_bytes,
+                            {.huge_pages = options.huge_pages, .ops = options.memory_ops});
   VATTN_RETURN_IF_ERROR(range.status());
-  absl::StatusOr<VirtualRange> references = VirtualRange::Reserve(num_blocks * sizeof(int32_t), {});
+  absl::StatusOr<VirtualRange> references =
+      VirtualRange::Reserve(num_blocks * sizeof(int32_t), {.ops = options.memory_ops});
   VATTN_RETURN_IF_ERROR(references.status());
   if (options.numa_node >= 0) VATTN_RETURN_IF_ERROR(PreferNode(*range, options.numa_node));
   if (options.prefault) VATTN_RETURN_IF_ERROR(TouchAll(*range, options.num_threads));

@@ -30,6 +30,7 @@ struct HostStoreOptions {
   // pays for page faults. Without it a page becomes real when a block in it is first written.
   bool prefault = false;
   int num_threads = 0;
+  const MemoryOps* memory_ops = &kSystemMemoryOps;
 };
 
 // A block is free, reserved (promised to a holder, not yet a certain block) or used (one reference

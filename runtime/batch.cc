@@ -166,7 +166,7 @@ absl::Status Batch::TakeMemory() {
   group_slot_.reserve(most_groups);
   group_head_.reserve(most_groups);
   if (most <= scratch_.size()) return absl::OkStatus();
-  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(most + most / 8, {});
+  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(most + most / 8, {.ops = runtime_->io().memory_ops});
   if (!range.ok()) return range.status();
   scratch_ = *std::move(range);
   return absl::OkStatus();
