@@ -292,7 +292,6 @@ vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** ou
     *out = nullptr;
     vattn_options given = vattn::api::DefaultOptions();
     VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, given));
-    if (given.reserved0 != 0) return OutOfRangeError("reserved0", given.reserved0, 0, 0);
     if (given.reserved1 != 0) return OutOfRangeError("reserved1", given.reserved1, 0, 0);
     absl::StatusOr<std::shared_ptr<vattn::Runtime>> made =
         vattn::Runtime::Create(vattn::api::ToOptions(given), ToLogger(given.log, given.log_user));

@@ -209,7 +209,10 @@ typedef struct vattn_options {
   /* .05: share of the middle that the hot set may hold; [0, 1]. On CUDA each batch keeps one of its own
    * in device memory, with this share of the rows of the host pool. */
   float hot_share;
-  int32_t reserved0;          /* 0 */
+  /* 0; 1: a block of the host pool is filled with zeros before another sequence may have it. Without it
+   * old bytes stay in memory until they are overwritten, but reach no output and no file. Codes, tables
+   * and rows in device memory are not covered. */
+  int32_t zero_on_free;
 
   /* Logger; NULL keeps the library silent. */
   vattn_log_function log;

@@ -121,15 +121,17 @@ absl::StatusOr<std::unique_ptr<HostStore>> HostStore::Create(const HostStoreOpti
   if (options.numa_node >= 0) VATTN_RETURN_IF_ERROR(PreferNode(*range, options.numa_node));
   if (options.prefault) VATTN_RETURN_IF_ERROR(TouchAll(*range, options.num_threads));
   return std::unique_ptr<HostStore>(new HostStore(*std::move(range), *std::move(references),
-                                                  block_bytes, static_cast<int64_t>(num_blocks)));
+                                                  block_bytes, static_cast<int64_t>(num_blocks),
+                                                  options.zero_on_free));
 }
 
 HostStore::HostStore(VirtualRange range, VirtualRange references, uint64_t block_bytes,
-                     int64_t num_blocks)
+                     int64_t num_blocks, bool zero_on_free)
     : range_(std::move(range)),
       references_(std::move(references)),
       block_bytes_(block_bytes),
       num_blocks_(num_blocks),
+      zero_on_free_(zero_on_free),
       used_(num_blocks) {}
 
 HostStore::~HostStore() = default;
@@ -174,21 +176,26 @@ void HostStore::AddReference(BlockId block) {
   assert(before >= 1);
 }
 
-void HostStore::Release(BlockId block) {
+bool HostStore::Drop(BlockId block) {
   // Release: what this holder did is visible to whoever sees the lower count (IsUnique) or gets the
   // block next. Acquire: with the last reference, what all others did.
   const int32_t before =
       std::atomic_ref<int32_t>(References(block)).fetch_sub(1, std::memory_order_acq_rel);
   assert(before >= 1);
-  if (before != 1) return;
+  if (before != 1) return false;
+  if (zero_on_free_) std::memset(data(block), 0, block_bytes_);
+  return true;
+}
+
+void HostStore::Release(BlockId block) {
+  if (!Drop(block)) return;
   const std::lock_guard lock(mutex_);
   used_.Give(static_cast<int64_t>(block));
 }
 
 void HostStore::ReleaseToReserve(BlockId block) {
-  [[maybe_unused]] const int32_t before =
-      std::atomic_ref<int32_t>(References(block)).fetch_sub(1, std::memory_order_acq_rel);
-  assert(before == 1);
+  [[maybe_unused]] const bool last = Drop(block);
+  assert(last);
   const std::lock_guard lock(mutex_);
   used_.Give(static_cast<int64_t>(block));
   ++num_reserved_;

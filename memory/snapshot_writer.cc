@@ -68,6 +68,7 @@ SnapshotWriter::~SnapshotWriter() {
   queue_.reset();
   if (fd_ >= 0) CloseFile(ops_, fd_);
   if (has_temporary_) ops_.unlink(temporary_.c_str());
+  explicit_bzero(first_block_.data(), first_block_.size());  // rows, which do not belong into the heap
 }
 
 absl::Status SnapshotWriter::Prepare(uint64_t expected_bytes, const IoOptions& io) {

@@ -65,6 +65,7 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   pool.numa_node = options.numa_node;
   pool.huge_pages = options.huge_pages == 1;
   pool.prefault = options.prefault == 1;
+  pool.zero_on_free = options.zero_on_free == 1;
   pool.num_threads = options.num_threads;
   pool.memory_ops = &memory_ops;
   absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);

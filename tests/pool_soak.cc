@@ -2,7 +2,7 @@
 // with its numbers, every row read back is the one written, and now and then everything is
 // destroyed and the pool is whole again (pool_world.h).
 //
-//   pool_soak [--operations N] [--seed S] [--folder DIR]
+//   pool_soak [--operations N] [--seed S] [--spill 0|1] [--folder DIR]
 //
 // Files go to a new folder in DIR (that of temporary files). Prints one line; exit code 1 on any
 // mismatch, with the seed. ctest runs a short one; `pool_soak --operations 1000000` takes minutes.
@@ -14,7 +14,10 @@
 #include <cstring>
 #include <exception>
 #include <filesystem>
+#include <iomanip>
 #include <random>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "tests/pool_world.h"
@@ -36,10 +39,26 @@ class Folder {
   std::string path_;
 };
 
-PoolWorldTally Run(int64_t operations, uint64_t seed, const std::string& parent) {
+void Print(const PoolWorld& world, int64_t operations, uint64_t seed, double seconds) {
+  const PoolWorldTally& t = world.tally();
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(1) << "pool_soak ok: " << operations
+       << " operations, seed " << seed << ", " << seconds << " s: " << t.created << " created, "
+       << t.appended << " appended (" << t.tokens_appended << " tokens), " << t.forked
+       << " forked, " << t.truncated << " truncated, " << t.destroyed << " destroyed, " << t.saved
+       << " saved, " << t.restored << " restored, " << t.hibernated << " hibernated, " << t.woken
+       << " woken, " << world.Stats().spills << " spilled, " << t.steps << " steps, " << t.rows_read
+       << " rows read back, " << t.misused << " misuses, " << t.refused
+       << " refused as full; demand " << t.demand / static_cast<double>(operations)
+       << " times the pool";
+  std::puts(text.str().c_str());
+}
+
+void Run(int64_t operations, uint64_t seed, bool spill, const std::string& parent) {
+  const auto start = std::chrono::steady_clock::now();
   const Folder folder(parent);
   std::mt19937_64 engine(seed);
-  PoolWorld world({.folder = folder.path()},
+  PoolWorld world({.folder = folder.path(), .spill = spill},
                   [&](uint32_t end) { return static_cast<uint32_t>(engine() % end); });
   for (int64_t i = 0; i < operations; ++i) {
     try {
@@ -50,24 +69,8 @@ PoolWorldTally Run(int64_t operations, uint64_t seed, const std::string& parent)
     }
   }
   world.Empty();
-  return world.tally();
-}
-
-void Print(const PoolWorldTally& t, int64_t operations, uint64_t seed, double seconds) {
-  const auto number = [](int64_t n) { return static_cast<long long>(n); };
-  std::printf(
-      "pool_soak ok: %lld operations, seed %llu, %.0f s: %lld created, %lld appended (%lld "
-      "tokens), "
-      "%lld forked, %lld truncated, %lld destroyed, %lld saved, %lld restored, %lld hibernated, "
-      "%lld "
-      "woken, %lld steps, %lld rows read back, %lld misuses, %lld refused as full; demand %.1f "
-      "times "
-      "the pool\n",
-      number(operations), static_cast<unsigned long long>(seed), seconds, number(t.created),
-      number(t.appended), number(t.tokens_appended), number(t.forked), number(t.truncated),
-      number(t.destroyed), number(t.saved), number(t.restored), number(t.hibernated),
-      number(t.woken), number(t.steps), number(t.rows_read), number(t.misused), number(t.refused),
-      t.demand / static_cast<double>(operations));
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  Print(world, operations, seed, seconds.count());
 }
 
 }  // namespace
@@ -76,6 +79,7 @@ void Print(const PoolWorldTally& t, int64_t operations, uint64_t seed, double se
 int main(int argc, char** argv) {
   int64_t operations = 1000000;
   uint64_t seed = 1;
+  bool spill = false;
   std::string folder = std::filesystem::temp_directory_path();
   for (int i = 1; i < argc; i += 2) {
     const bool has_value = i + 1 < argc;
@@ -83,18 +87,18 @@ int main(int argc, char** argv) {
       operations = std::strtoll(argv[i + 1], nullptr, 10);
     } else if (has_value && std::strcmp(argv[i], "--seed") == 0) {
       seed = std::strtoull(argv[i + 1], nullptr, 10);
+    } else if (has_value && std::strcmp(argv[i], "--spill") == 0) {
+      spill = std::strcmp(argv[i + 1], "0") != 0;
     } else if (has_value && std::strcmp(argv[i], "--folder") == 0) {
       folder = argv[i + 1];
     } else {
-      std::fprintf(stderr, "usage: pool_soak [--operations N] [--seed S] [--folder DIR]\n");
+      std::fprintf(stderr,
+                   "usage: pool_soak [--operations N] [--seed S] [--spill 0|1] [--folder DIR]\n");
       return 2;
     }
   }
   try {
-    const auto start = std::chrono::steady_clock::now();
-    const vattn::test::PoolWorldTally tally = vattn::test::Run(operations, seed, folder);
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    vattn::test::Print(tally, operations, seed, seconds.count());
+    vattn::test::Run(operations, seed, spill, folder);
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "pool_soak failed (--seed %llu): %s\n",

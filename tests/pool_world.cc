@@ -55,7 +55,7 @@ Rows PoolWorld::RowsOf(const Content& content, int layer) {
   return rows;
 }
 
-vattn_options PoolWorld::RuntimeOptions(uint64_t host_bytes) {
+vattn_options PoolWorld::RuntimeOptions(uint64_t host_bytes, const char* disk_path) {
   vattn_options options = OptionsFor(LayerShape(0));
   options.backend = VATTN_BACKEND_CPU;
   options.num_layers = kLayers;
@@ -67,14 +67,18 @@ vattn_options PoolWorld::RuntimeOptions(uint64_t host_bytes) {
   options.hot_share = 0;
   options.huge_pages = 0;
   options.host_bytes = host_bytes;
+  options.disk_path = disk_path;
+  options.spill = disk_path != nullptr ? 1 : 0;
+  options.io_block_bytes = 1 << 16;
   return options;
 }
 
 PoolWorld::PoolWorld(const PoolWorldOptions& options, Source source)
     : options_(options),
       source_(std::move(source)),
+      disk_(options.spill ? options.folder + "/disk" : ""),
       block_bytes_([] {
-        const Runtime probe(RuntimeOptions(1 << 20));
+        const Runtime probe(RuntimeOptions(1 << 20, nullptr));
         const Sequence sequence(probe, 0, 1);
         return probe.Stats().host_bytes_used / kBlockHeads;
       }()),
@@ -83,7 +87,8 @@ PoolWorld::PoolWorld(const PoolWorldOptions& options, Source source)
                                             BlocksFor(options.most_tokens / 2) / kBlockHeads /
                                             options.scarcity) *
                    kBlockHeads),
-      runtime_(RuntimeOptions(static_cast<uint64_t>(pool_blocks_) * block_bytes_)),
+      runtime_(RuntimeOptions(static_cast<uint64_t>(pool_blocks_) * block_bytes_,
+                              options.spill ? disk_.c_str() : nullptr)),
       batch_(runtime_, kSlots) {}
 
 PoolWorld::~PoolWorld() = default;
@@ -134,6 +139,7 @@ void PoolWorld::Empty() {
              std::to_string(stats.tokens) + " tokens and " + std::to_string(stats.sequences) +
              " sequences");
   const Sequence all(runtime_, 0, pool_blocks_ / kBlockHeads * kBlockTokens);
+  batch_.Set(0, all);  // is not spilled from there
   Expect(runtime_.Stats().host_bytes_used == stats.host_bytes_limit, "not all of the pool is free");
   Expect(!Try([&] { const Sequence more(runtime_, 0, 1); }), "a pool gives more than it has");
 }
@@ -187,7 +193,7 @@ void PoolWorld::CheckCounters() const {
     for (const auto& seeds : one->content.seeds) tokens += one->asleep.empty() ? seeds.size() : 0;
   }
   Expect(stats.sequences == known_.size(), "sequences are miscounted");
-  Expect(stats.tokens == tokens, "tokens are miscounted");
+  Expect(options_.spill ? stats.tokens <= tokens : stats.tokens == tokens, "tokens are miscounted");
   Expect(stats.full_refusals == static_cast<uint64_t>(tally_.refused), "refusals are miscounted");
   Expect(stats.host_bytes_used <= stats.host_bytes_limit, "more is used than there is");
 }
@@ -228,12 +234,14 @@ void PoolWorld::Append(Known& one) {
 
 void PoolWorld::Fork(const Known& one) {
   if (known_.size() >= static_cast<size_t>(options_.most_sequences)) return;
-  Enter(std::make_unique<Sequence>(one.sequence->Fork()), one.content);
+  std::unique_ptr<Sequence> made;
+  if (!Try([&] { made = std::make_unique<Sequence>(one.sequence->Fork()); })) return;
+  Enter(std::move(made), one.content);
   ++tally_.forked;
 }
 
 void PoolWorld::Truncate(Known& one, int64_t tokens) {
-  one.sequence->Truncate(tokens);
+  if (!Try([&] { one.sequence->Truncate(tokens); })) return CheckLengths(one);
   for (auto& seeds : one.content.seeds) {
     seeds.resize(std::min<size_t>(seeds.size(), static_cast<size_t>(tokens)));
   }
@@ -251,7 +259,7 @@ void PoolWorld::Destroy(size_t index) {
 void PoolWorld::Save(const Known& one) {
   if (files_.size() < kMostFiles) files_.push_back({NewPath(), {}});
   File& file = files_[Draw(static_cast<int64_t>(files_.size()))];  // may replace an older one
-  one.sequence->Save(file.path);
+  if (!Try([&] { one.sequence->Save(file.path); })) return;
   file.content = one.content;
   ++tally_.saved;
 }
@@ -269,7 +277,7 @@ void PoolWorld::Restore() {
 
 void PoolWorld::Hibernate(Known& one) {
   const std::string path = NewPath();
-  one.sequence->Hibernate(path);
+  if (!Try([&] { one.sequence->Hibernate(path); })) return;
   one.asleep = path;
   ++tally_.hibernated;
 }

@@ -20,6 +20,7 @@ struct PoolWorldOptions {
   int64_t most_tokens = 8000;  // that one of them asks for
   // Blocks that all of them would need over blocks that the pool has.
   int scarcity = 10;
+  bool spill = false;  // what nobody uses goes to the disk when the pool is full
 };
 
 // What has happened so far.
@@ -43,6 +44,7 @@ class PoolWorld {
   // Destroys everything; the pool must be whole then: nothing used, and all of it can be reserved.
   void Empty();
   const PoolWorldTally& tally() const { return tally_; }
+  vattn_stats Stats() const { return runtime_.Stats(); }
 
  private:
   static constexpr int kLayers = 2, kSlots = 3, kMostFiles = 6;
@@ -66,7 +68,7 @@ class PoolWorld {
   static Shape LayerShape(int layer);
   static void RowOf(uint32_t seed, int layer, int head, bool value, float* out);
   static Rows RowsOf(const Content& content, int layer);
-  static vattn_options RuntimeOptions(uint64_t host_bytes);
+  static vattn_options RuntimeOptions(uint64_t host_bytes, const char* disk_path);
 
   uint32_t Draw(int64_t end) { return source_(static_cast<uint32_t>(end)); }
   std::string NewPath();
@@ -94,6 +96,7 @@ class PoolWorld {
 
   const PoolWorldOptions options_;
   const Source source_;
+  const std::string disk_;  // empty without spill
   const uint64_t block_bytes_;
   const int64_t pool_blocks_;
   const Runtime runtime_;

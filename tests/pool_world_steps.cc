@@ -39,10 +39,13 @@ void PoolWorld::Step(Known& first) {
   }
   const int new_tokens = Draw(4) > 0;
   std::erase_if(members, [&](const Known* one) { return one->content.tokens() + new_tokens < 1; });
-  if (members.empty()) return;
-  for (size_t slot = 0; slot < members.size(); ++slot) {
-    batch_.Set(static_cast<int32_t>(slot), *members[slot]->sequence);
+  size_t placed = 0;  // a spilled sequence comes back, if there is room
+  while (placed < members.size() &&
+         Try([&] { batch_.Set(static_cast<int32_t>(placed), *members[placed]->sequence); })) {
+    ++placed;
   }
+  members.resize(placed);
+  if (members.empty()) return;
   if (Try([&] { batch_.BeginStep(new_tokens); })) {
     for (int layer = 0; layer < kLayers; ++layer) {
       const Shape shape = LayerShape(layer);
@@ -80,7 +83,7 @@ void PoolWorld::Step(Known& first) {
 
 void PoolWorld::ReadRows(Known& one) {
   if (one.content.tokens() == 0) return;
-  batch_.Set(0, *one.sequence);
+  if (!Try([&] { batch_.Set(0, *one.sequence); })) return;
   // A step codes what has left the window, and that may need copies of shared blocks.
   if (Try([&] { batch_.BeginStep(0); })) {
     for (int layer = 0; layer < kLayers; ++layer) {
@@ -161,6 +164,10 @@ void PoolWorld::Misuse(Known& one) {
       const vattn_attend_params attend = call.Params();
       code = vattn_attend(batch_.get(), &attend, nullptr);
     }
+  }
+  if (options_.spill && code == VATTN_FULL) {  // no room to bring it back
+    ++tally_.refused;
+    return;
   }
   Expect(code == VATTN_INVALID_ARGUMENT, std::string("misuse gave ") + vattn_code_name(code));
   Expect(vattn_last_error()[0] != '\0', "misuse without a text");
