@@ -73,15 +73,20 @@ vattn_options PoolWorld::RuntimeOptions(uint64_t host_bytes, const char* disk_pa
   return options;
 }
 
+uint64_t PoolWorld::BlockBytes() {
+  static const uint64_t bytes = [] {
+    const Runtime probe(RuntimeOptions(1 << 20, nullptr));
+    const Sequence sequence(probe, 0, 1);
+    return probe.Stats().host_bytes_used / kBlockHeads;
+  }();
+  return bytes;
+}
+
 PoolWorld::PoolWorld(const PoolWorldOptions& options, Source source)
     : options_(options),
       source_(std::move(source)),
       disk_(options.spill ? options.folder + "/disk" : ""),
-      block_bytes_([] {
-        const Runtime probe(RuntimeOptions(1 << 20, nullptr));
-        const Sequence sequence(probe, 0, 1);
-        return probe.Stats().host_bytes_used / kBlockHeads;
-      }()),
+      block_bytes_(BlockBytes()),
       // Sequences ask for half of most_tokens on average.
       pool_blocks_(std::max<int64_t>(1, options.most_sequences *
                                             BlocksFor(options.most_tokens / 2) / kBlockHeads /

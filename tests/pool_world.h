@@ -68,6 +68,7 @@ class PoolWorld {
   static Shape LayerShape(int layer);
   static void RowOf(uint32_t seed, int layer, int head, bool value, float* out);
   static Rows RowsOf(const Content& content, int layer);
+  static uint64_t BlockBytes();
   static vattn_options RuntimeOptions(uint64_t host_bytes, const char* disk_path);
 
   uint32_t Draw(int64_t end) { return source_(static_cast<uint32_t>(end)); }
