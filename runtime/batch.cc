@@ -185,7 +185,8 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
                                 " KV heads of the layer or the ", q_heads, " query heads");
   }
   for (const Sequence* sequence : slots_) {
-    const int64_t end = sequence == nullptr ? 0 : sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);
+    if (sequence == nullptr) continue;
+    const int64_t end = sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);
     if (r.scores_stride < end) {
       return InvalidArgumentError("scores_stride is ", r.scores_stride, ", must be at least ", end,
                                   ", where the middle of the sequence in slot ", sequence->slot, " ends");

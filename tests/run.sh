@@ -23,7 +23,7 @@ if command -v clang++ >/dev/null; then
   found=$(mktemp -d)
   for fuzzer in calls options snapshot; do
     mkdir "$found/$fuzzer"
-    build-fuzz/tests/fuzz/fuzz_$fuzzer -max_total_time=10 -timeout=120 -verbosity=0 -print_final_stats=1 \
+    build-fuzz/tests/fuzz/fuzz_$fuzzer -max_total_time=10 -timeout=300 -verbosity=0 -print_final_stats=1 \
       -artifact_prefix="$PWD/build-fuzz/$fuzzer-" "$found/$fuzzer" tests/fuzz/corpus/$fuzzer
   done
   rm -r "$found"

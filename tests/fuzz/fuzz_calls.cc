@@ -16,7 +16,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const PoolWorldOptions options = {.folder = folder,
                                       .most_sequences = 4,
-                                      .most_tokens = 1400,
+                                      .most_tokens = 700,
                                       .scarcity = 2,
                                       .spill = input.Byte() % 2 == 1};
     PoolWorld world(options, [&](uint32_t end) { return input.Below(end); });
