@@ -19,8 +19,8 @@
 namespace vattn::test {
 
 inline constexpr int kLayers = 2, kSlots = 2;
-inline constexpr int64_t kPrompt = 600;
-inline const Shape kShape = {4, 2, 32, 32, false, VATTN_F32};
+inline constexpr int64_t kPrompt = 400;
+inline const Shape kShape = {4, 2, 16, 16, false, VATTN_F32};
 inline std::filesystem::path MakeFolder() {
   const std::filesystem::path folder =
       std::filesystem::temp_directory_path() / ("memory_fault_test." + std::to_string(getpid()));
@@ -48,8 +48,8 @@ struct Inputs {
   Inputs() {
     std::mt19937_64 engine(1);
     prompt.AddGaussian(kShape, engine, kPrompt);
-    more.AddGaussian(kShape, engine, 300);
-    queries = Gaussian(engine, VATTN_F32, 64 * kShape.q_heads * kShape.dim_k, 1);
+    more.AddGaussian(kShape, engine, 200);
+    queries = Gaussian(engine, VATTN_F32, 16 * kShape.q_heads * kShape.dim_k, 1);
     for (int i = 0; i < 8; ++i) {
       calls.emplace_back(kShape, kSlots, i % kLayers);
       calls.back().Fill(engine, i / kLayers > 0 ? 1 : 0, 2);
@@ -80,7 +80,7 @@ class MemoryFaultTest : public testing::Test {
     params.k = rows.k.data();
     params.v = rows.v.data();
     params.q = inputs_.queries.data();
-    params.num_queries = with_queries ? 64 : 0;
+    params.num_queries = with_queries ? 16 : 0;
     return params;
   }
 
@@ -92,13 +92,13 @@ class MemoryFaultTest : public testing::Test {
     return made;
   }
 
-  // What a sequence answers in three steps, and its length after each: rows, codes, tables,
+  // What a sequence answers in two steps, and its length after each: rows, codes, tables,
   // controller states and random numbers are all in it.
   std::string Answers(const Sequence& sequence) {
     std::string text;
     Batch batch(runtime_, kSlots);
     batch.Set(1, sequence);
-    for (int step = 0; step < 3; ++step) {
+    for (int step = 0; step < 2; ++step) {
       batch.BeginStep(step > 0 ? 1 : 0);
       for (int layer = 0; layer < kLayers; ++layer) {
         Call& call = inputs_.calls[static_cast<size_t>(step * kLayers + layer)];

@@ -158,7 +158,7 @@ TEST_F(MemoryFaultTest, Spill) {
       [&] {
         cold.reset(), sequence_.reset();
         batch.Clear(0);
-        hog_ = std::make_unique<Sequence>(runtime_, 1, (room - 5) * 256);
+        hog_ = std::make_unique<Sequence>(runtime_, 1, (room - 3) * 256);
         batch.Set(0, *hog_);  // stays
         cold = MakeSequence(5);
         sequence_ = std::make_unique<Sequence>(runtime_, 7);
@@ -173,7 +173,7 @@ TEST_F(MemoryFaultTest, Spill) {
 }
 
 TEST_F(MemoryFaultTest, Prefixes) {
-  const std::vector<int32_t> ids(500, 3);
+  const std::vector<int32_t> ids(390, 3);
   vattn_prefix prefix = Init<vattn_prefix>();
   prefix.salt = "salt";
   prefix.salt_bytes = 4;

@@ -5,7 +5,8 @@
 #include <oneapi/tbb/task_arena.h>
 
 #include <algorithm>
-#include <future>
+#include <atomic>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -29,8 +30,11 @@ Workers::Workers(int num_threads) : arena_(std::make_unique<Arena>(num_threads))
 Workers::~Workers() = default;
 
 bool Workers::Start() {
-  std::promise<void> gate;
-  const std::shared_future<void> open = gate.get_future().share();
+  // What the new threads wait for outlives them: one that was refused leaves its work behind.
+  static std::mutex mutex;
+  static std::atomic<uint64_t> opened{0};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const uint64_t gate = opened + 1;
   std::vector<std::unique_ptr<tbb::task_arena>> arenas;
   bool started = true;
   try {
@@ -38,12 +42,15 @@ bool Workers::Start() {
     // oneTBB start each other, and where the system refuses that the process ends.
     for (int i = 1; i < num_threads(); ++i) {
       arenas.push_back(std::make_unique<tbb::task_arena>(/*max_concurrency=*/2, /*reserved_for_masters=*/1));
-      arenas.back()->enqueue([open] { open.wait(); });
+      arenas.back()->enqueue([gate] {
+        for (uint64_t seen = opened; seen < gate; seen = opened) opened.wait(seen);
+      });
     }
   } catch (const std::runtime_error&) {
     started = false;
   }
-  gate.set_value();
+  opened = gate;
+  opened.notify_all();
   return started;
 }
 
