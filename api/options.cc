@@ -16,7 +16,7 @@ using Json = nlohmann::json;
 // Every scalar field that the C struct and Options share: X(name).
 #define VATTN_OPTION_FIELDS(X)                                                                      \
   X(num_layers) X(num_q_heads) X(num_kv_heads) X(head_dim_k) X(head_dim_v) X(dtype) X(shared_kv)    \
-  X(softmax_scale) X(backend) X(device) X(num_threads) X(numa_node) X(huge_pages) X(prefault)       \
+  X(softmax_scale) X(backend) X(device) X(num_threads) X(numa_node) X(huge_pages) X(prefault) X(zero_on_free)       \
   X(host_bytes) X(sinks) X(window) X(exact_below) X(index) X(index_bytes) X(value_bits) X(policy)   \
   X(norm) X(on_unverified) X(bound) X(epsilon) X(delta) X(norm_floor) X(max_looks) X(seed)          \
   X(refresh) X(min_selected) X(max_selected_share) X(topk_share) X(base_share) X(target) X(hot_share) \

@@ -45,25 +45,32 @@ namespace {
 using vattn::InvalidArgumentError;
 using vattn::OutOfRangeError;
 
-thread_local std::string last_error;
+thread_local std::string last_error_text;
+thread_local const char* last_error = "";  // into last_error_text, or a text that needs no memory
 
-vattn_code Fail(const absl::Status& status) {
-  last_error = std::string(status.message());
-  return static_cast<vattn_code>(vattn::CodeOf(status));
+vattn_code Fail(vattn_code code, const char* text) noexcept {
+  try {
+    last_error_text = text;
+    last_error = last_error_text.c_str();
+  } catch (const std::bad_alloc&) {
+    last_error = "the system refused memory, also for the text of this error";
+  }
+  return code;
 }
 
 // Runs a body that returns absl::Status and translates whatever comes out of it.
 template <class F>
-vattn_code Guard(F&& body) {
+vattn_code Guard(F&& body) noexcept {
   try {
     const absl::Status status = body();
-    return status.ok() ? VATTN_OK : Fail(status);
+    if (status.ok()) return VATTN_OK;
+    return Fail(static_cast<vattn_code>(vattn::CodeOf(status)), std::string(status.message()).c_str());
   } catch (const std::bad_alloc&) {
-    return Fail(vattn::OutOfMemoryError("the system refused memory"));
+    return Fail(VATTN_OUT_OF_MEMORY, "the system refused memory");
   } catch (const std::exception& error) {
-    return Fail(vattn::InternalError(error.what()));
+    return Fail(VATTN_INTERNAL, error.what());
   } catch (...) {
-    return Fail(vattn::InternalError("unknown exception"));
+    return Fail(VATTN_INTERNAL, "unknown exception");
   }
 }
 
@@ -258,7 +265,7 @@ void InitStruct(T* value, size_t size, const T& defaults) {
 
 extern "C" {
 
-const char* vattn_last_error(void) { return last_error.c_str(); }
+const char* vattn_last_error(void) { return last_error; }
 const char* vattn_code_name(int32_t code) { return vattn::CodeName(static_cast<vattn::Code>(code)); }
 const char* vattn_version(void) { return VATTN_VERSION_TEXT; }
 const char* vattn_build_info(void) { return VATTN_BUILD_TEXT; }
@@ -285,7 +292,6 @@ vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** ou
     *out = nullptr;
     vattn_options given = vattn::api::DefaultOptions();
     VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, given));
-    if (given.reserved0 != 0) return OutOfRangeError("reserved0", given.reserved0, 0, 0);
     if (given.reserved1 != 0) return OutOfRangeError("reserved1", given.reserved1, 0, 0);
     absl::StatusOr<std::shared_ptr<vattn::Runtime>> made =
         vattn::Runtime::Create(vattn::api::ToOptions(given), ToLogger(given.log, given.log_user));
@@ -305,7 +311,10 @@ vattn_code vattn_runtime_create_json(const char* json, vattn_runtime** out) {
 
 void vattn_runtime_destroy(vattn_runtime* runtime) {
   if (runtime == nullptr) return;
-  runtime->impl->Close();
+  Guard([&] {
+    runtime->impl->Close();
+    return absl::OkStatus();
+  });
   delete runtime;
 }
 

@@ -167,7 +167,8 @@ typedef struct vattn_options {
   int32_t backend;     /* vattn_backend */
   int32_t device;      /* CUDA ordinal */
   /* CPU threads that a call is spread over. 0: all that this process may use; 1: the calling one, so
-   * that calls of several threads run side by side. 0 to 4096. */
+   * that calls of several threads run side by side. 0 to 4096; more than this process may use count as
+   * all. Started by vattn_runtime_create, which answers OUT_OF_MEMORY if the system refuses one. */
   int32_t num_threads;
   int32_t numa_node;   /* host pool placement; -1: where the threads first touch it */
   int32_t huge_pages;  /* 1: ask for transparent huge pages */
@@ -208,7 +209,10 @@ typedef struct vattn_options {
   /* .05: share of the middle that the hot set may hold; [0, 1]. On CUDA each batch keeps one of its own
    * in device memory, with this share of the rows of the host pool. */
   float hot_share;
-  int32_t reserved0;          /* 0 */
+  /* 0; 1: a block of the host pool is filled with zeros before another sequence may have it. Without it
+   * old bytes stay in memory until they are overwritten, but reach no output and no file. Codes, tables
+   * and rows in device memory are not covered. */
+  int32_t zero_on_free;
 
   /* Logger; NULL keeps the library silent. */
   vattn_log_function log;

@@ -2,10 +2,12 @@
 
 #include <hwloc.h>
 #include <tbb/blocked_range.h>
+#include <tbb/global_control.h>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cassert>
 #include <cerrno>
@@ -62,7 +64,10 @@ absl::Status TouchAll(const VirtualRange& range, int num_threads) {
   }
   // Several huge pages to a task: no two threads fault the same one.
   constexpr uint64_t kGrainBytes = uint64_t{16} << 20;
-  tbb::task_arena arena(num_threads == 0 ? tbb::task_arena::automatic : num_threads);
+  // oneTBB prints a warning when it is asked for more threads than it gives.
+  const size_t most = tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
+  tbb::task_arena arena(num_threads == 0 ? tbb::task_arena::automatic
+                                         : std::min(num_threads, static_cast<int>(most)));
   arena.execute([&] {
     tbb::parallel_for(tbb::blocked_range<uint64_t>(0, range.size() / page, kGrainBytes / page),
                       [&](const tbb::blocked_range<uint64_t>& pages) {
@@ -107,22 +112,26 @@ absl::StatusOr<std::unique_ptr<HostStore>> HostStore::Create(const HostStoreOpti
   }
 
   absl::StatusOr<VirtualRange> range =
-      VirtualRange::Reserve(num_blocks * block_bytes, {.huge_pages = options.huge_pages});
+      VirtualRange::Reserve(num_blocks * block_bytes,
+                            {.huge_pages = options.huge_pages, .ops = options.memory_ops});
   VATTN_RETURN_IF_ERROR(range.status());
-  absl::StatusOr<VirtualRange> references = VirtualRange::Reserve(num_blocks * sizeof(int32_t), {});
+  absl::StatusOr<VirtualRange> references =
+      VirtualRange::Reserve(num_blocks * sizeof(int32_t), {.ops = options.memory_ops});
   VATTN_RETURN_IF_ERROR(references.status());
   if (options.numa_node >= 0) VATTN_RETURN_IF_ERROR(PreferNode(*range, options.numa_node));
   if (options.prefault) VATTN_RETURN_IF_ERROR(TouchAll(*range, options.num_threads));
   return std::unique_ptr<HostStore>(new HostStore(*std::move(range), *std::move(references),
-                                                  block_bytes, static_cast<int64_t>(num_blocks)));
+                                                  block_bytes, static_cast<int64_t>(num_blocks),
+                                                  options.zero_on_free));
 }
 
 HostStore::HostStore(VirtualRange range, VirtualRange references, uint64_t block_bytes,
-                     int64_t num_blocks)
+                     int64_t num_blocks, bool zero_on_free)
     : range_(std::move(range)),
       references_(std::move(references)),
       block_bytes_(block_bytes),
       num_blocks_(num_blocks),
+      zero_on_free_(zero_on_free),
       used_(num_blocks) {}
 
 HostStore::~HostStore() = default;
@@ -167,15 +176,29 @@ void HostStore::AddReference(BlockId block) {
   assert(before >= 1);
 }
 
-void HostStore::Release(BlockId block) {
+bool HostStore::Drop(BlockId block) {
   // Release: what this holder did is visible to whoever sees the lower count (IsUnique) or gets the
   // block next. Acquire: with the last reference, what all others did.
   const int32_t before =
       std::atomic_ref<int32_t>(References(block)).fetch_sub(1, std::memory_order_acq_rel);
   assert(before >= 1);
-  if (before != 1) return;
+  if (before != 1) return false;
+  if (zero_on_free_) std::memset(data(block), 0, block_bytes_);
+  return true;
+}
+
+void HostStore::Release(BlockId block) {
+  if (!Drop(block)) return;
   const std::lock_guard lock(mutex_);
   used_.Give(static_cast<int64_t>(block));
+}
+
+void HostStore::ReleaseToReserve(BlockId block) {
+  [[maybe_unused]] const bool last = Drop(block);
+  assert(last);
+  const std::lock_guard lock(mutex_);
+  used_.Give(static_cast<int64_t>(block));
+  ++num_reserved_;
 }
 
 bool HostStore::IsUnique(BlockId block) const {

@@ -29,11 +29,14 @@ struct HostStoreOptions {
   // Touch all memory in Create, on num_threads threads (0: one per core), so that no later step
   // pays for page faults. Without it a page becomes real when a block in it is first written.
   bool prefault = false;
+  // Fill a block with zeros before it is free.
+  bool zero_on_free = false;
   int num_threads = 0;
+  const MemoryOps* memory_ops = &kSystemMemoryOps;
 };
 
 // A block is free, reserved (promised to a holder, not yet a certain block) or used (one reference
-// or more). A new block holds whatever its last user left.
+// or more). A new block holds whatever its last user left, unless zero_on_free.
 //
 // Thread-safe. Who may touch the bytes is up to the callers: a shared block is read only; the
 // holder for whom IsUnique is true may write.
@@ -55,6 +58,8 @@ class HostStore {
   // Drops a reference of the caller's; with the last one the block is free. Its pages stay with the
   // process until Trim.
   void Release(BlockId block);
+  // Drops the only reference to a block, which joins the caller's reservation.
+  void ReleaseToReserve(BlockId block);
   // True if the caller's reference is the only one. Then everything that former holders did to the
   // block happened before, and the caller may write.
   bool IsUnique(BlockId block) const;
@@ -88,12 +93,15 @@ class HostStore {
   absl::Status CheckInvariants() const;
 
  private:
-  HostStore(VirtualRange range, VirtualRange references, uint64_t block_bytes, int64_t num_blocks);
+  HostStore(VirtualRange range, VirtualRange references, uint64_t block_bytes, int64_t num_blocks,
+            bool zero_on_free);
 
   uint64_t Offset(BlockId block) const {
     return static_cast<uint64_t>(static_cast<int32_t>(block)) * block_bytes_;
   }
   int32_t& References(BlockId block) const;
+  // Drops a reference; true if it was the last one, and then the block is ready to be free.
+  bool Drop(BlockId block);
   // Callers of the Locked functions hold mutex_.
   int64_t FreeLocked() const;
   absl::Status FullLocked(int64_t count) const;
@@ -105,6 +113,7 @@ class HostStore {
   const VirtualRange references_;
   const uint64_t block_bytes_;
   const int64_t num_blocks_;
+  const bool zero_on_free_;
 
   // Guards what follows. Not absl::Mutex: distributions build that without ThreadSanitizer, which
   // then takes everything under it for a race.

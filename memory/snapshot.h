@@ -57,7 +57,7 @@ class SnapshotWriter {
 
  private:
   SnapshotWriter(std::string path, std::string directory, std::string temporary, uint64_t layout,
-                 const SnapshotFileId& file_id, int fd, const FileOps& ops);
+                 const SnapshotFileId& file_id, const FileOps& ops);
 
   absl::Status Prepare(uint64_t expected_bytes, const IoOptions& io);
   absl::Status Append(std::span<const std::byte> bytes, Checksum* checksum);
@@ -71,8 +71,8 @@ class SnapshotWriter {
   const uint64_t layout_;
   const SnapshotFileId file_id_;
   const FileOps& ops_;
-  int fd_;                     // -1: closed
-  bool has_temporary_ = true;  // to be unlinked
+  int fd_ = -1;                 // -1: closed
+  bool has_temporary_ = false;  // to be unlinked
   std::unique_ptr<TransferQueue> queue_;
   int filling_ = 0;            // buffer that the end of the file goes to
   uint64_t start_ = 0;         // of that buffer in the file
@@ -112,7 +112,7 @@ class SnapshotReader {
  private:
   using Take = std::function<absl::Status(std::span<const std::byte> bytes)>;
 
-  SnapshotReader(std::string path, int fd, const FileOps& ops);
+  SnapshotReader(std::string path, const FileOps& ops);
 
   absl::Status ReadHeaders(uint64_t layout, const IoOptions& io);
   absl::Status CheckedRead(size_t first, std::span<const std::span<std::byte>> payloads);
@@ -120,7 +120,7 @@ class SnapshotReader {
   absl::Status Stream(uint64_t offset, uint64_t end, const Take& take);
 
   const std::string path_;
-  const int fd_;
+  int fd_ = -1;
   const FileOps& ops_;
   std::unique_ptr<TransferQueue> queue_;
   SnapshotFileHeader file_{};

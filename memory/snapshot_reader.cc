@@ -27,20 +27,20 @@ absl::StatusOr<std::unique_ptr<SnapshotReader>> SnapshotReader::Open(const std::
                                                                      uint64_t layout,
                                                                      const IoOptions& io) {
   // O_NONBLOCK: a named pipe must not hang us; it is refused below.
-  const int fd = OpenFile(*io.ops, path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK, 0);
-  if (fd < 0 && errno == ENOENT) return NotFoundError(path, ": no such file");
-  if (fd < 0) return SystemError("open", path, errno);
-  std::unique_ptr<SnapshotReader> reader(new SnapshotReader(path, fd, *io.ops));
+  std::unique_ptr<SnapshotReader> reader(new SnapshotReader(path, *io.ops));
+  reader->fd_ = OpenFile(*io.ops, path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK, 0);
+  if (reader->fd_ < 0 && errno == ENOENT) return NotFoundError(path, ": no such file");
+  if (reader->fd_ < 0) return SystemError("open", path, errno);
   VATTN_RETURN_IF_ERROR(InFile(path, reader->ReadHeaders(layout, io)));
   return reader;
 }
 
-SnapshotReader::SnapshotReader(std::string path, int fd, const FileOps& ops)
-    : path_(std::move(path)), fd_(fd), ops_(ops) {}
+SnapshotReader::SnapshotReader(std::string path, const FileOps& ops)
+    : path_(std::move(path)), ops_(ops) {}
 
 SnapshotReader::~SnapshotReader() {
   queue_.reset();
-  CloseFile(ops_, fd_);
+  if (fd_ >= 0) CloseFile(ops_, fd_);
 }
 
 // Messages of the private functions lack the path; Open and Read put it in front.

@@ -44,30 +44,31 @@ absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(std::stri
                    absl::BytesToHexString(absl::string_view(
                        reinterpret_cast<const char*>(file_id.data()), file_id.size())),
                    ".tmp");
-  const int fd = OpenFile(*io.ops, temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-  if (fd < 0) return SystemError("open", temporary, errno);
-  std::unique_ptr<SnapshotWriter> writer(
-      new SnapshotWriter(std::move(path), std::move(directory), std::move(temporary), layout,
-                         file_id, fd, *io.ops));
+  std::unique_ptr<SnapshotWriter> writer(new SnapshotWriter(
+      std::move(path), std::move(directory), std::move(temporary), layout, file_id, *io.ops));
+  writer->fd_ = OpenFile(*io.ops, writer->temporary_.c_str(),
+                         O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+  if (writer->fd_ < 0) return SystemError("open", writer->temporary_, errno);
+  writer->has_temporary_ = true;
   VATTN_RETURN_IF_ERROR(writer->Prepare(expected_bytes, io));
   return writer;
 }
 
 SnapshotWriter::SnapshotWriter(std::string path, std::string directory, std::string temporary,
-                               uint64_t layout, const SnapshotFileId& file_id, int fd,
+                               uint64_t layout, const SnapshotFileId& file_id,
                                const FileOps& ops)
     : path_(std::move(path)),
       directory_(std::move(directory)),
       temporary_(std::move(temporary)),
       layout_(layout),
       file_id_(file_id),
-      ops_(ops),
-      fd_(fd) {}
+      ops_(ops) {}
 
 SnapshotWriter::~SnapshotWriter() {
   queue_.reset();
   if (fd_ >= 0) CloseFile(ops_, fd_);
   if (has_temporary_) ops_.unlink(temporary_.c_str());
+  explicit_bzero(first_block_.data(), first_block_.size());  // rows, which do not belong into the heap
 }
 
 absl::Status SnapshotWriter::Prepare(uint64_t expected_bytes, const IoOptions& io) {

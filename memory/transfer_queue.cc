@@ -1,7 +1,5 @@
 #include "memory/transfer_queue.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -40,10 +38,10 @@ absl::StatusOr<std::unique_ptr<TransferQueue>> TransferQueue::Create(int fd, uin
     depth = std::min(depth, (total_bytes + block - 1) / block);
   }
   const uint64_t buffers = depth + 1;
-  absl::StatusOr<VirtualRange> memory = VirtualRange::Reserve(block * buffers, {});
-  if (!memory.ok()) return memory.status();
   // A page shared with a forked child would be copied by the first write, away from the device.
-  (void)madvise(memory->data(), memory->size(), MADV_DONTFORK);
+  absl::StatusOr<VirtualRange> memory =
+      VirtualRange::Reserve(block * buffers, {.dont_fork = true, .ops = io.memory_ops});
+  if (!memory.ok()) return memory.status();
   std::unique_ptr<TransferQueue> queue(
       new TransferQueue(fd, io, *std::move(memory), static_cast<int>(buffers), block));
   queue->direct_ = io.direct && queue->ops_.set_direct(fd, true) == 0;

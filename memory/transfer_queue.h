@@ -19,7 +19,8 @@ namespace vattn {
 inline constexpr uint64_t kIoAlignment = 4096;
 
 struct IoOptions {
-  const FileOps* ops = &kSystemFileOps;  // outlives everything that uses it
+  const FileOps* ops = &kSystemFileOps;  // outlives everything that uses it, as do memory_ops
+  const MemoryOps* memory_ops = &kSystemMemoryOps;
   bool uring = true;                     // false: pread and pwrite
   bool direct = true;                    // false: through the page cache
   uint32_t depth = 8;                    // transfers under way at most, 1 to 256

@@ -39,36 +39,48 @@ absl::StatusOr<VirtualRange> VirtualRange::Reserve(uint64_t bytes,
   if (bytes == 0 || bytes > limit) return OutOfRangeError("bytes to map", bytes, 1, limit);
   const uint64_t size = (bytes + page - 1) / page * page;
 
-  void* mapped = mmap(nullptr, size + slack, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const MemoryOps& ops = *options.ops;
+  void* mapped = ops.mmap(nullptr, size + slack, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) return MapError("mmap", size + slack);
-  std::byte* data = static_cast<std::byte*>(mapped);
+  VirtualRange range;
+  range.ops_ = &ops;
+  range.data_ = range.mapped_ = static_cast<std::byte*>(mapped);
+  range.size_ = size;
+  range.mapped_size_ = size + slack;
   if (slack != 0) {
     // Cut the ends off, so that what stays starts on a huge page.
-    const uint64_t misfit = reinterpret_cast<uintptr_t>(data) % kHugePageBytes;
+    const uint64_t misfit = reinterpret_cast<uintptr_t>(mapped) % kHugePageBytes;
     const uint64_t head = misfit == 0 ? 0 : kHugePageBytes - misfit;
-    if (head != 0) munmap(data, head);
-    if (slack != head) munmap(data + head + size, slack - head);
-    data += head;
+    range.data_ += head;
+    if (slack != head && ops.munmap(range.data_ + size, slack - head) == 0) {
+      range.mapped_size_ -= slack - head;
+    }
+    if (head != 0 && ops.munmap(range.mapped_, head) == 0) {
+      range.mapped_ += head;
+      range.mapped_size_ -= head;
+    }
   }
-  VirtualRange range(data, size);
 
-  if (options.dont_dump && madvise(data, size, MADV_DONTDUMP) != 0) {
+  if (options.dont_dump && ops.madvise(range.data_, size, MADV_DONTDUMP) != 0) {
     return MapError("madvise(MADV_DONTDUMP)", size);
   }
   // A kernel built without transparent huge pages refuses; small pages serve as well.
-  if (options.huge_pages) (void)madvise(data, size, MADV_HUGEPAGE);
+  if (options.huge_pages) (void)ops.madvise(range.data_, size, MADV_HUGEPAGE);
+  if (options.dont_fork) (void)ops.madvise(range.data_, size, MADV_DONTFORK);
   return range;
 }
 
-VirtualRange::VirtualRange(VirtualRange&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+VirtualRange::VirtualRange(VirtualRange&& other) noexcept { *this = std::move(other); }
 
 VirtualRange& VirtualRange::operator=(VirtualRange&& other) noexcept {
   if (this != &other) {
     Unmap();
     data_ = std::exchange(other.data_, nullptr);
     size_ = std::exchange(other.size_, 0);
+    mapped_ = std::exchange(other.mapped_, nullptr);
+    mapped_size_ = std::exchange(other.mapped_size_, 0);
+    ops_ = other.ops_;
   }
   return *this;
 }
@@ -76,7 +88,7 @@ VirtualRange& VirtualRange::operator=(VirtualRange&& other) noexcept {
 VirtualRange::~VirtualRange() { Unmap(); }
 
 void VirtualRange::Unmap() {
-  if (data_ != nullptr) munmap(data_, size_);
+  if (mapped_ != nullptr) ops_->munmap(mapped_, mapped_size_);
 }
 
 absl::Status VirtualRange::Release(uint64_t offset, uint64_t bytes) {
@@ -88,7 +100,7 @@ absl::Status VirtualRange::Release(uint64_t offset, uint64_t bytes) {
   const uint64_t first = (offset + page - 1) / page * page;
   const uint64_t end = (offset + bytes) / page * page;
   if (first >= end) return absl::OkStatus();
-  if (madvise(data_ + first, end - first, MADV_DONTNEED) != 0) {
+  if (ops_->madvise(data_ + first, end - first, MADV_DONTNEED) != 0) {
     const int error = errno;
     return NotSupportedError("the system refused to take back ", end - first,
                              " bytes: madvise(MADV_DONTNEED): ", std::strerror(error));

@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "memory/memory_ops.h"
 
 namespace vattn {
 
@@ -16,6 +17,9 @@ struct VirtualRangeOptions {
   bool huge_pages = false;
   // Keep the bytes out of core dumps.
   bool dont_dump = true;
+  // Keep the pages out of forked children. Advice.
+  bool dont_fork = false;
+  const MemoryOps* ops = &kSystemMemoryOps;  // outlives the range
 };
 
 // Move-only. The memory reads as zero until written. Nothing is charged up front (MAP_NORESERVE),
@@ -44,11 +48,14 @@ class VirtualRange {
   absl::Status Release(uint64_t offset, uint64_t bytes);
 
  private:
-  VirtualRange(std::byte* data, uint64_t size) : data_(data), size_(size) {}
   void Unmap();
 
   std::byte* data_ = nullptr;
   uint64_t size_ = 0;
+  // What is mapped: more than the range where the system did not take the ends back.
+  std::byte* mapped_ = nullptr;
+  uint64_t mapped_size_ = 0;
+  const MemoryOps* ops_ = &kSystemMemoryOps;
 };
 
 // Bytes of a page of the system.

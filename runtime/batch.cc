@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -105,26 +107,25 @@ absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   }
   open_ = false;
   new_tokens_ = new_tokens;
-  absl::Status status;
-  for (Sequence* sequence : slots_) {
-    if (sequence != nullptr && status.ok()) status = sequence->OpenStep(new_tokens);
-  }
-  if (runtime_->cuda() == nullptr) {
-    if (status.ok()) status = GrowScratch();
-  } else {
-    if (status.ok() && !cuda_) {
-      absl::StatusOr<std::unique_ptr<CudaBatch>> made = CudaBatch::Create(*runtime_, slots());
-      status = made.status();
-      if (made.ok()) cuda_ = *std::move(made);
-    }
-    if (status.ok()) status = cuda_->BeginStep(slots_, new_tokens, stream);
-  }
-  if (!status.ok()) {
+  absl::Cleanup undo = [this] {
     for (Sequence* sequence : slots_) {
       if (sequence != nullptr) sequence->ReleaseSpare();
     }
-    return status;
+  };
+  for (Sequence* sequence : slots_) {
+    if (sequence != nullptr) VATTN_RETURN_IF_ERROR(sequence->OpenStep(new_tokens));
   }
+  if (runtime_->cuda() == nullptr) {
+    VATTN_RETURN_IF_ERROR(TakeMemory());
+  } else {
+    if (!cuda_) {
+      absl::StatusOr<std::unique_ptr<CudaBatch>> made = CudaBatch::Create(*runtime_, slots());
+      VATTN_RETURN_IF_ERROR(made.status());
+      cuda_ = *std::move(made);
+    }
+    VATTN_RETURN_IF_ERROR(cuda_->BeginStep(slots_, new_tokens, stream));
+  }
+  std::move(undo).Cancel();
   std::fill(attended_.begin(), attended_.end(), 0);
   open_ = true;
   for (Sequence* sequence : slots_) {
@@ -141,20 +142,31 @@ absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   return absl::OkStatus();
 }
 
-absl::Status Batch::GrowScratch() {
+absl::Status Batch::TakeMemory() {
   uint64_t most = 0;
+  size_t most_groups = 0;
   for (int l = 0; l < runtime_->options().num_layers; ++l) {
     uint64_t bytes = 0;
-    for (const Sequence* sequence : slots_) {
+    size_t groups = 0;
+    for (Sequence* sequence : slots_) {
       if (sequence == nullptr || runtime_->kv_heads(l) == 0) continue;
+      Layer& layer = sequence->layer(l);
+      const int64_t tokens = layer.tokens + new_tokens_, end = sequence->MiddleEnd(tokens);
       bytes += static_cast<uint64_t>(runtime_->kv_heads(l)) *
-               ScratchBytes(runtime_->storage(), runtime_->promise(), sequence->layer(l).tokens + new_tokens_,
-                            runtime_->group(l));
+               ScratchBytes(runtime_->storage(), runtime_->promise(), tokens, runtime_->group(l));
+      groups += layer.groups.size();
+      if (runtime_->options().hot_share == 0) continue;
+      for (HeadGroup& group : layer.groups) group.hot.Reserve(end, HotCapacity(end - runtime_->options().sinks));
     }
     most = std::max(most, bytes);
+    most_groups = std::max(most_groups, groups);
   }
+  blocks_.reserve(runtime_->options().num_q_heads);
+  groups_.reserve(most_groups);
+  group_slot_.reserve(most_groups);
+  group_head_.reserve(most_groups);
   if (most <= scratch_.size()) return absl::OkStatus();
-  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(most + most / 8, {});
+  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(most + most / 8, {.ops = runtime_->io().memory_ops});
   if (!range.ok()) return range.status();
   scratch_ = *std::move(range);
   return absl::OkStatus();
@@ -173,13 +185,18 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
                                 " KV heads of the layer or the ", q_heads, " query heads");
   }
   for (const Sequence* sequence : slots_) {
-    const int64_t end = sequence == nullptr ? 0 : sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);
+    if (sequence == nullptr) continue;
+    const int64_t end = sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);
     if (r.scores_stride < end) {
       return InvalidArgumentError("scores_stride is ", r.scores_stride, ", must be at least ", end,
                                   ", where the middle of the sequence in slot ", sequence->slot, " ends");
     }
   }
   return absl::OkStatus();
+}
+
+int64_t Batch::HotCapacity(int64_t middle) const {
+  return static_cast<int64_t>(std::floor(runtime_->options().hot_share * static_cast<double>(std::max<int64_t>(middle, 0))));
 }
 
 absl::Status Batch::CheckRequest(const AttendRequest& r) const {
@@ -220,14 +237,14 @@ void Batch::PrepareGroups(const AttendRequest& r) {
     if (sequence == nullptr) continue;
     Layer& layer = sequence->layer(r.layer);
     if (new_tokens_ > 0) {
-      std::vector<const int32_t*> blocks;
-      for (const HeadGroup& group : layer.groups) blocks.push_back(group.blocks.data());
+      blocks_.clear();
+      for (const HeadGroup& group : layer.groups) blocks_.push_back(group.blocks.data());
       const auto at = [&](const void* base, int dim) {
         return base == nullptr ? nullptr
                                : static_cast<const std::byte*>(base) + int64_t{slot} * kv_heads * dim * element;
       };
       runtime_->ops().write({.storage = s,
-                             .blocks = blocks.data(),
+                             .blocks = blocks_.data(),
                              .kv_heads = kv_heads,
                              .first = layer.tokens,
                              .count = new_tokens_,
@@ -287,7 +304,7 @@ void Batch::Account(const AttendRequest& r) {
     const int64_t n = group.middle_end - group.middle_begin;
     int64_t misses = 0;
     if (o.hot_share > 0) {
-      hot.SetCapacity(static_cast<int64_t>(std::floor(o.hot_share * static_cast<double>(n))));
+      hot.SetCapacity(HotCapacity(n));
       // A whole reading streams past the hot set.
       misses = group.all_read ? n - hot.size() : hot.Use(group.scratch.token, group.selected);
     } else {

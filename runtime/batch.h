@@ -47,7 +47,10 @@ class Batch {
   absl::Status CheckRequest(const AttendRequest& request) const;
   absl::Status CheckStepDone() const;
   absl::Status CheckSelection(const AttendRequest& request, const Selection& selection) const;
-  absl::Status GrowScratch();
+  // On the CPU: all that the attention of an open step needs, which then allocates nothing.
+  absl::Status TakeMemory();
+  // Rows of a hot set for a middle of so many tokens.
+  int64_t HotCapacity(int64_t middle) const;
   // Writes the new rows and fills groups_ for a layer.
   void PrepareGroups(const AttendRequest& request);
   // Hot sets, reports and counters after an attention.
@@ -57,6 +60,7 @@ class Batch {
 
   const std::shared_ptr<Runtime> runtime_;
   std::vector<Sequence*> slots_;
+  std::vector<const int32_t*> blocks_;  // [KV heads] of the sequence whose row is written
   std::vector<Group> groups_;      // filled slots x KV heads of the current layer
   std::vector<int> group_slot_;    // slot of each
   std::vector<int> group_head_;    // KV head of each

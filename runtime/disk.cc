@@ -1,8 +1,10 @@
 #include "runtime/disk.h"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
@@ -36,12 +38,15 @@ SpillFile& SpillFile::operator=(SpillFile&& other) noexcept {
 
 SpillFile::~SpillFile() {
   if (disk_ == nullptr) return;
-  const absl::Status removed = disk_->directory_->Remove(name_);
-  if (!removed.ok()) {
-    ++disk_->counters_.io_errors;
-    disk_->log_(LogLevel::kWarning, absl::StrCat("a file of a spilled sequence stays: ", removed.message()));
-  }
   disk_->GiveBytes(bytes_);
+  try {
+    const absl::Status removed = disk_->directory_->Remove(name_);
+    if (removed.ok()) return;
+    disk_->log_(LogLevel::kWarning, absl::StrCat("a file of a spilled sequence stays: ", removed.message()));
+  } catch (const std::bad_alloc&) {
+    // It stays for the next owner of the directory, who removes it.
+  }
+  ++disk_->counters_.io_errors;
 }
 
 std::string SpillFile::path() const { return disk_->directory_->PathOf(name_); }
@@ -158,8 +163,9 @@ void Disk::GiveBytes(uint64_t bytes) {
 
 absl::StatusOr<SpillFile> Disk::NewSpill(uint64_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  std::string name = absl::StrCat(kSpillStart, next_spill_++, kEnd);
   VATTN_RETURN_IF_ERROR(TakeBytesLocked(bytes));
-  return SpillFile(this, absl::StrCat(kSpillStart, next_spill_++, kEnd), bytes);
+  return SpillFile(this, std::move(name), bytes);
 }
 
 absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
@@ -175,10 +181,11 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
     VATTN_RETURN_IF_ERROR(TakeBytesLocked(expected));
     stored = index_.next_use();
   }
+  const absl::Cleanup give = [&] { GiveBytes(expected); };
   const StoredPrefix file = {.prefix = std::move(prefix), .stored = stored};
+  const std::vector<Digest> chain = ChainOf(file.prefix);
   const absl::StatusOr<uint64_t> bytes = sequence.SaveAs(directory_->PathOf(name), &file, /*durable=*/true);
   const std::lock_guard<std::mutex> lock(mutex_);
-  bytes_ -= expected;
   if (!bytes.ok()) {
     // In place, but not surely durable: then it does not count as stored.
     if (!index_.Has(name)) directory_->Remove(name).IgnoreError();
@@ -186,8 +193,8 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
   }
   // Another thread may have stored the same meanwhile: this file has taken that one's place.
   bytes_ -= index_.Remove(name);
+  index_.Add(name, chain, static_cast<int64_t>(file.prefix.tokens.size()), *bytes, index_.next_use());
   bytes_ += *bytes;
-  index_.Add(name, ChainOf(file.prefix), static_cast<int64_t>(file.prefix.tokens.size()), *bytes, index_.next_use());
   ++counters_.prefixes_stored;
   return absl::OkStatus();
 }

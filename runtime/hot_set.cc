@@ -28,6 +28,15 @@ void HotSet::Drop(int32_t slot) {
   --size_;
 }
 
+void HotSet::Reserve(int64_t tokens, int64_t rows) {
+  const size_t held = slot_of_token_.size(), room = slots_.capacity();
+  if (static_cast<size_t>(tokens) > held) slot_of_token_.resize(std::max(static_cast<size_t>(tokens), held * 9 / 8), -1);
+  if (static_cast<size_t>(rows) <= room) return;
+  // Room in free_ for every slot: Drop cannot fail.
+  free_.reserve(std::max(static_cast<size_t>(rows), room * 9 / 8));
+  slots_.reserve(std::max(static_cast<size_t>(rows), room * 9 / 8));
+}
+
 void HotSet::SetCapacity(int64_t rows) {
   capacity_ = rows;
   while (size_ > capacity_) Drop(oldest_);
@@ -38,7 +47,7 @@ int64_t HotSet::Use(const uint32_t* tokens, int64_t count) {
   int64_t misses = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t token = tokens[i];
-    if (token >= slot_of_token_.size()) slot_of_token_.resize(std::max<size_t>(token + 1, slot_of_token_.size() * 9 / 8), -1);
+    if (token >= slot_of_token_.size()) Reserve(int64_t{token} + 1, 0);
     int32_t slot = slot_of_token_[token];
     if (slot >= 0) {
       Unlink(slot);
@@ -49,6 +58,7 @@ int64_t HotSet::Use(const uint32_t* tokens, int64_t count) {
         Drop(oldest_);
       }
       if (free_.empty()) {
+        Reserve(0, static_cast<int64_t>(slots_.size()) + 1);
         free_.push_back(static_cast<int32_t>(slots_.size()));
         slots_.emplace_back();
       }

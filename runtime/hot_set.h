@@ -12,6 +12,9 @@ namespace vattn {
 
 class HotSet {
  public:
+  // Takes the memory for tokens below `tokens` and a capacity of `rows`: SetCapacity and Use within them
+  // then allocate nothing.
+  void Reserve(int64_t tokens, int64_t rows);
   // Room for so many rows from now on; rows over it leave.
   void SetCapacity(int64_t rows);
   // Uses `count` tokens: those that are held become the most recent, the others come in. Returns how

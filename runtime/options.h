@@ -23,6 +23,7 @@ struct Options {
   float softmax_scale = 0;
   std::vector<int32_t> layer_kv_heads;  // empty: num_kv_heads in every layer
   int32_t backend = 0, device = 0, num_threads = 0, numa_node = -1, huge_pages = 1, prefault = 0;
+  int32_t zero_on_free = 0;
   uint64_t host_bytes = uint64_t{1} << 30;
   int32_t sinks = 16, window = 128, exact_below = 1024;
   int32_t index = 0, index_bytes = 32, value_bits = 0;

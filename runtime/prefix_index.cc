@@ -1,7 +1,9 @@
 #include "runtime/prefix_index.h"
 
 #include <algorithm>
+#include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "memory/status.h"
 
 namespace vattn {
@@ -11,10 +13,12 @@ void PrefixIndex::Add(const std::string& name, const std::vector<Digest>& chain,
   Remove(name);
   while (by_use_.count(used) > 0) ++used;
   next_use_ = std::max(next_use_, used + 1);
-  files_[name] = {chain, tokens, bytes, used};
+  files_.emplace(name, File{chain, tokens, bytes, used});
+  bytes_ += bytes;
+  absl::Cleanup undo = [&] { Remove(name); };  // when memory runs out on the way
   by_use_[used] = name;
   for (const Digest& digest : chain) by_digest_.emplace(digest, name);
-  bytes_ += bytes;
+  std::move(undo).Cancel();
 }
 
 uint64_t PrefixIndex::Remove(const std::string& name) {
@@ -23,7 +27,8 @@ uint64_t PrefixIndex::Remove(const std::string& name) {
   const uint64_t bytes = file->second.bytes;
   for (const Digest& digest : file->second.chain) {
     const auto [begin, end] = by_digest_.equal_range(digest);
-    by_digest_.erase(std::find_if(begin, end, [&](const auto& entry) { return entry.second == name; }));
+    const auto entry = std::find_if(begin, end, [&](const auto& other) { return other.second == name; });
+    if (entry != end) by_digest_.erase(entry);
   }
   by_use_.erase(file->second.used);
   files_.erase(file);
@@ -34,9 +39,9 @@ uint64_t PrefixIndex::Remove(const std::string& name) {
 void PrefixIndex::Use(const std::string& name) {
   const auto file = files_.find(name);
   if (file == files_.end()) return;
-  by_use_.erase(file->second.used);
-  file->second.used = next_use_++;
-  by_use_[file->second.used] = name;
+  auto use = by_use_.extract(file->second.used);
+  use.key() = file->second.used = next_use_++;
+  by_use_.insert(std::move(use));
 }
 
 std::vector<std::string> PrefixIndex::Find(const std::vector<Digest>& chain) const {

@@ -36,7 +36,8 @@ absl::Status CheckRing(const FileOps& ops) {
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger, const FileOps& ops) {
+absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger, const FileOps& ops,
+                                                         const MemoryOps& memory_ops) {
   VATTN_RETURN_IF_ERROR(ResolveOptions(options));
   if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring) VATTN_RETURN_IF_ERROR(CheckRing(ops));
   options.backend = ChooseBackend(options);
@@ -52,6 +53,11 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
     if (!read.ok()) return read.status();
     sign_maps = *std::move(read);
   }
+  auto workers = std::make_unique<cpu::Workers>(options.num_threads);
+  if (options.num_threads != 1 && !workers->Start()) {
+    return OutOfMemoryError("num_threads is ", options.num_threads, ", and the system would not start ",
+                            workers->num_threads(), " threads (see RLIMIT_NPROC and the cgroup's pids.max)");
+  }
   const Storage storage = MakeStorage(options);
   HostStoreOptions pool;
   pool.limit_bytes = options.host_bytes;
@@ -59,12 +65,14 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   pool.numa_node = options.numa_node;
   pool.huge_pages = options.huge_pages == 1;
   pool.prefault = options.prefault == 1;
+  pool.zero_on_free = options.zero_on_free == 1;
   pool.num_threads = options.num_threads;
+  pool.memory_ops = &memory_ops;
   absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
   if (!store.ok()) return store.status();
   std::shared_ptr<Runtime> runtime(
       new Runtime(std::move(options), std::move(logger), std::move(profile), std::move(sign_maps),
-                  *std::move(store), ops));
+                  std::move(workers), *std::move(store), ops, memory_ops));
   if (!runtime->options_.disk_path.empty()) {
     const Options& o = runtime->options_;
     absl::StatusOr<std::unique_ptr<Disk>> disk =
@@ -82,7 +90,8 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
 }
 
 Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
-                 std::unique_ptr<HostStore> store, const FileOps& ops)
+                 std::unique_ptr<cpu::Workers> workers, std::unique_ptr<HostStore> store, const FileOps& ops,
+                 const MemoryOps& memory_ops)
     : options_(std::move(options)),
       logger_(std::move(logger)),
       profile_(std::move(profile)),
@@ -91,12 +100,13 @@ Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile,
       promise_(MakePromise(options_)),
       store_(std::move(store)),
       io_{.ops = &ops,
+          .memory_ops = &memory_ops,
           .uring = static_cast<IoEngine>(options_.io_engine) != IoEngine::kPread,
           .direct = options_.io_buffered == 0,
           .depth = static_cast<uint32_t>(options_.io_depth),
           .block_bytes = static_cast<uint32_t>(options_.io_block_bytes),
           .timeout_ms = options_.io_timeout_ms},
-      workers_(options_.num_threads) {
+      workers_(std::move(workers)) {
   FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, promise_.pilot, quantile_);
   promise_.quantile = quantile_;
   promise_.normal_quantile = static_cast<float>(TwoSidedNormalQuantile(promise_.delta));

@@ -28,9 +28,10 @@ class Sequence;
 // Thread-safe. Sequences and batches keep it alive.
 class Runtime {
  public:
-  // options need not be resolved. ops: the system calls behind files.
+  // options need not be resolved. The system calls behind files and memory outlive the runtime.
   static absl::StatusOr<std::shared_ptr<Runtime>> Create(Options options, Logger logger,
-                                                         const FileOps& ops = kSystemFileOps);
+                                                         const FileOps& ops = kSystemFileOps,
+                                                         const MemoryOps& memory_ops = kSystemMemoryOps);
 
   ~Runtime();
 
@@ -39,7 +40,7 @@ class Runtime {
   const Promise& promise() const { return promise_; }
   const Ops& ops() const { return *ops_; }
   // One thread is the calling one: there are no workers that calls of several threads would wait for.
-  Stream stream() { return options_.num_threads == 1 ? Stream{} : workers_.stream(); }
+  Stream stream() { return options_.num_threads == 1 ? Stream{} : workers_->stream(); }
   HostStore& store() { return *store_; }
   // How files are read and written.
   const IoOptions& io() const { return io_; }
@@ -78,7 +79,8 @@ class Runtime {
 
  private:
   Runtime(Options options, Logger logger, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
-          std::unique_ptr<HostStore> store, const FileOps& ops);
+          std::unique_ptr<cpu::Workers> workers, std::unique_ptr<HostStore> store, const FileOps& ops,
+          const MemoryOps& memory_ops);
 
   template <class Take>
   absl::Status TakeOrSpill(const Sequence* user, int64_t count, const Take& take);
@@ -97,7 +99,7 @@ class Runtime {
   std::unique_ptr<CudaBackend> cuda_;  // maps the pool: goes before it
   const IoOptions io_;
   std::unique_ptr<Disk> disk_;
-  cpu::Workers workers_;
+  const std::unique_ptr<cpu::Workers> workers_;
   Counters counters_;
   std::atomic<uint64_t> next_id_{1};
   std::atomic<uint64_t> next_use_{1};

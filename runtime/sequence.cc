@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "absl/cleanup/cleanup.h"
 #include "kernels/cpu/rows.h"
 #include "memory/status.h"
 #include "runtime/batch.h"
@@ -60,8 +61,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runti
   Runtime& r = *runtime;
   int64_t blocks = 0;
   for (int l = 0; l < r.options().num_layers; ++l) blocks += BlocksFor(reserve_tokens) * r.kv_heads(l);
-  if (blocks > 0) VATTN_RETURN_IF_ERROR(r.Reserve(blocks));
   std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), id == 0 ? r.NextId() : id));
+  if (blocks > 0) VATTN_RETURN_IF_ERROR(r.Reserve(blocks));
   sequence->reserved_ = blocks;
   sequence->Enlist();
   return sequence;
@@ -125,15 +126,25 @@ void Sequence::ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& n
 }
 
 absl::Status Sequence::Meet(const std::vector<Need>& needs) {
+  from_reserve_ = 0;
   if (needs.empty()) return absl::OkStatus();
   HostStore& store = runtime_->store();
   const int64_t count = static_cast<int64_t>(needs.size()), own = std::min(reserved_, count);
+  // Whatever may fail comes before the first block is taken.
   std::vector<BlockId> taken(needs.size());
-  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, count - own, taken.data() + own));
-  if (own > 0) {
-    VATTN_RETURN_IF_ERROR(store.AllocateReserved(own, taken.data()));
-    reserved_ -= own;
+  bool copies = false;
+  for (auto need = needs.rbegin(); need != needs.rend(); ++need) {  // the most blocks of a group first
+    std::vector<int32_t>& blocks = layers_[need->layer].groups[need->group].blocks;
+    const size_t room = static_cast<size_t>(need->block) + 1;
+    if (blocks.capacity() < room) blocks.reserve(std::max(room, blocks.capacity() * 3 / 2));
+    copies |= need->copy;
   }
+  if (runtime_->cuda() != nullptr) codes_to_load_.reserve(codes_to_load_.size() + needs.size());
+  if (copies) VATTN_RETURN_IF_ERROR(Pull());  // a step may still read the blocks that are let go
+  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, count - own, taken.data() + own));
+  if (own > 0) VATTN_RETURN_IF_ERROR(store.AllocateReserved(own, taken.data()));
+  reserved_ -= own;
+  from_reserve_ = own;
   for (size_t i = 0; i < needs.size(); ++i) {
     HeadGroup& group = layers_[needs[i].layer].groups[needs[i].group];
     std::vector<int32_t>& blocks = group.blocks;
@@ -145,7 +156,6 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
       continue;
     }
     const BlockId shared{blocks[needs[i].block]};
-    VATTN_RETURN_IF_ERROR(Pull());  // a step may still read the block that is let go
     std::memcpy(store.data(taken[i]), store.data(shared), store.block_bytes());
     if (runtime_->cuda() != nullptr) codes_to_load_.push_back(id);
     blocks[needs[i].block] = id;
@@ -161,11 +171,14 @@ absl::Status Sequence::Append(const AppendRequest& r) {
   if (cuda_) cuda_->ForgetFixed();
   Layer& layer = layers_[r.layer];
   const Storage& s = runtime_->storage();
+  std::vector<std::unique_ptr<QueryMoment>> moments(layer.groups.size());
+  if (r.num_queries > 0) VATTN_RETURN_IF_ERROR(AddQueries(r, moments));
   std::vector<Need> needs;
   ListNeeds(r.layer, layer.tokens, layer.tokens + r.num_tokens, needs);
+  std::vector<const int32_t*> blocks(layer.groups.size());
+  absl::Cleanup undo = [this] { ReleaseSpare(); };
   VATTN_RETURN_IF_ERROR(Meet(needs));
-  std::vector<const int32_t*> blocks;
-  for (const HeadGroup& group : layer.groups) blocks.push_back(group.blocks.data());
+  for (size_t g = 0; g < blocks.size(); ++g) blocks[g] = layer.groups[g].blocks.data();
   const WriteParams write{.storage = s,
                           .blocks = blocks.data(),
                           .kv_heads = static_cast<int32_t>(blocks.size()),
@@ -177,30 +190,41 @@ absl::Status Sequence::Append(const AppendRequest& r) {
                           .k_head_stride = r.k_head_stride,
                           .v_token_stride = r.v_token_stride,
                           .v_head_stride = r.v_head_stride};
-  const auto on_device = [this](const void* p) {
-    return runtime_->cuda() != nullptr && p != nullptr && runtime_->cuda()->device().CanFollow(p);
-  };
-  if (on_device(r.k)) {
+  if (OnDevice(r.k)) {
     VATTN_RETURN_IF_ERROR(runtime_->cuda()->Write(write));
   } else {
     runtime_->ops().write(write, runtime_->stream());
   }
-  // Queries are read here: those on the device come over whole, from the first element to the last.
+  std::move(undo).Cancel();
+  AddTokens(r.layer, r.num_tokens);
+  for (size_t g = 0; g < moments.size(); ++g) {
+    if (moments[g]) layer.groups[g].moment = std::move(moments[g]);
+  }
+  CountTables();
+  return absl::OkStatus();
+}
+
+bool Sequence::OnDevice(const void* pointer) const {
+  return runtime_->cuda() != nullptr && pointer != nullptr && runtime_->cuda()->device().CanFollow(pointer);
+}
+
+absl::Status Sequence::AddQueries(const AppendRequest& r, std::vector<std::unique_ptr<QueryMoment>>& moments) const {
+  const Storage& s = runtime_->storage();
+  // Those on the device come over whole, from the first element to the last.
   const uint8_t* q = static_cast<const uint8_t*>(r.q);
   std::vector<uint8_t> copied;
-  if (r.num_queries > 0 && on_device(r.q)) {
+  if (OnDevice(r.q)) {
     const int64_t last = (r.num_queries - 1) * r.q_token_stride +
                          (runtime_->options().num_q_heads - 1) * r.q_head_stride + s.row.dim_k;
     copied.resize(static_cast<size_t>(last * ElementBytes(s.row.dtype)));
     VATTN_RETURN_IF_ERROR(runtime_->cuda()->Read(copied.data(), r.q, copied.size()));
     q = copied.data();
   }
-  AddTokens(r.layer, r.num_tokens);
   const int group = runtime_->group(r.layer), dim = s.row.dim_k, element = ElementBytes(s.row.dtype);
-  for (size_t g = 0; g < layer.groups.size() && r.num_queries > 0; ++g) {
-    HeadGroup& heads = layer.groups[g];
+  for (size_t g = 0; g < moments.size(); ++g) {
+    const HeadGroup& heads = layers_[r.layer].groups[g];
     if (heads.index) continue;
-    if (!heads.moment) heads.moment = std::make_unique<QueryMoment>(dim);
+    moments[g] = heads.moment ? std::make_unique<QueryMoment>(*heads.moment) : std::make_unique<QueryMoment>(dim);
     std::vector<float> queries(static_cast<size_t>(r.num_queries) * group * dim);
     for (int64_t i = 0; i < int64_t{r.num_queries} * group; ++i) {
       const int64_t at = i / group * r.q_token_stride + (static_cast<int64_t>(g) * group + i % group) * r.q_head_stride;
@@ -208,9 +232,8 @@ absl::Status Sequence::Append(const AppendRequest& r) {
       cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype}, queries.data() + i * dim);
     }
     for (float& x : queries) x *= s.scale;
-    heads.moment->Add(queries.data(), int64_t{r.num_queries} * group, group);
+    moments[g]->Add(queries.data(), int64_t{r.num_queries} * group, group);
   }
-  CountTables();
   return absl::OkStatus();
 }
 
@@ -233,6 +256,7 @@ absl::Status Sequence::Truncate(int64_t tokens) {
       }
     }
   }
+  from_reserve_ = 0;
   ReleaseSpare();
   CountTables();
   return absl::OkStatus();
@@ -242,7 +266,15 @@ void Sequence::ReleaseSpare() {
   for (Layer& layer : layers_) {
     const size_t keep = static_cast<size_t>(BlocksFor(layer.tokens));
     for (HeadGroup& group : layer.groups) {
-      for (size_t b = keep; b < group.blocks.size(); ++b) runtime_->store().Release(BlockId{group.blocks[b]});
+      for (size_t b = keep; b < group.blocks.size(); ++b) {
+        if (from_reserve_ == 0) {
+          runtime_->store().Release(BlockId{group.blocks[b]});
+          continue;
+        }
+        runtime_->store().ReleaseToReserve(BlockId{group.blocks[b]});
+        --from_reserve_;
+        ++reserved_;
+      }
       group.blocks.resize(std::min(keep, group.blocks.size()));
     }
   }
@@ -296,8 +328,10 @@ void Sequence::CodeLayer(int l, int64_t end) {
   const int64_t begin = std::max<int64_t>(layer.coded, runtime_->options().sinks);
   if (end <= begin || layer.groups.empty()) return;
   if (!layer.groups[0].index) FreezeIndex(l, end);
-  layer.coded = end;
-  if (runtime_->cuda() != nullptr) return;  // CudaSequence::Flush codes
+  if (runtime_->cuda() != nullptr) {
+    layer.coded = end;  // CudaSequence::Flush codes
+    return;
+  }
   const Stream stream = runtime_->stream();
   cpu::ParallelFor(stream, static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
     const HeadGroup& group = layer.groups[g];
@@ -308,6 +342,7 @@ void Sequence::CodeLayer(int l, int64_t end) {
                             .end = end},
                            stream);
   });
+  layer.coded = end;
 }
 
 void Sequence::FreezeIndex(int l, int64_t end) {
@@ -317,16 +352,21 @@ void Sequence::FreezeIndex(int l, int64_t end) {
   // Indices that speak for tiles are fitted on whole ones; n is a multiple of 16.
   const int64_t run = s.code.kind == IndexKind::kPage ? kTileTokens : 1;
   const int64_t stride = (n + kCalibrationTokens - 1) / kCalibrationTokens, count = n / run / stride * run;
+  // All groups or none: one that fails throws.
+  std::vector<std::shared_ptr<const Index>> made(layer.groups.size());
   cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
-    HeadGroup& group = layer.groups[g];
+    const HeadGroup& group = layer.groups[g];
     std::vector<float> keys, values;
     SampleRows(s, group.blocks, sinks, run, stride, count, false, keys);
     SampleRows(s, group.blocks, sinks, run, stride, count, true, values);
     const QueryMoment moment = group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
-    group.index =
+    made[g] =
         Index::Make(s, keys.data(), values.data(), count, moment, runtime_->LearnedMap(l, static_cast<int>(g)));
-    group.moment.reset();
   });
+  for (size_t g = 0; g < made.size(); ++g) {
+    layer.groups[g].index = std::move(made[g]);
+    layer.groups[g].moment.reset();
+  }
 }
 
 void Sequence::ReleaseBlocks() {

@@ -138,6 +138,10 @@ class Sequence {
     int64_t block;
     bool copy;
   };
+  bool OnDevice(const void* pointer) const;
+  // The queries of an append beside those that each group has had; null where an index is frozen.
+  absl::Status AddQueries(const AppendRequest& request,
+                          std::vector<std::unique_ptr<QueryMoment>>& moments /* [kv_heads] */) const;
   // Lists what writing tokens [begin, end) of a layer needs.
   void ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const;
   // Takes them all from the pool, or none (FULL).
@@ -155,7 +159,9 @@ class Sequence {
   absl::Status Load(SnapshotReader& reader, const std::string& path, int64_t most);
   absl::Status LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most);
   // Lets go of everything that the file at `path` has.
-  void Sleep(const std::string& path);
+  // `tokens`: of each layer. Cannot fail.
+  void Sleep(std::string path, std::vector<int64_t> tokens) noexcept;
+  std::vector<int64_t> Lengths() const;
   void ForgetLoaded();
 
   const std::shared_ptr<Runtime> runtime_;
@@ -163,6 +169,7 @@ class Sequence {
   std::vector<Layer> layers_;
   uint64_t step_ = 0;
   int64_t reserved_ = 0;  // blocks promised by the pool
+  int64_t from_reserve_ = 0;  // blocks of the last Meet that had been: spare ones of them go back there
   std::string hibernate_path_;  // empty: awake
   std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
   SpillFile spill_;

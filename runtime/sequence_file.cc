@@ -45,6 +45,8 @@ struct LoadedGroup {
   std::vector<HeadState> states;
   std::vector<float> floats;
   std::vector<double> doubles;
+  std::shared_ptr<const Index> index;  // of floats, null without
+  std::unique_ptr<QueryMoment> moment;  // of doubles, null without
 };
 
 // False if the record contradicts itself or the layout.
@@ -227,6 +229,20 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
     if (!whole) return lost(record, "is no block");
   }
 
+  // What may fail for want of memory comes before the first block is taken.
+  for (LoadedGroup& group : loaded) {
+    if (!group.floats.empty()) group.index = Index::FromFloats(s, std::move(group.floats));
+    if (!group.doubles.empty()) {
+      group.moment = std::make_unique<QueryMoment>(QueryMoment::Load(s.row.dim_k, group.doubles));
+    }
+  }
+  at = 0;
+  for (Layer& layer : layers_) {
+    for (HeadGroup& group : layer.groups) group.blocks.reserve(BlocksFor(std::min(loaded[at++].saved.tokens, most)));
+  }
+  payloads.reserve(needed);
+  if (runtime_->cuda() != nullptr) codes_to_load_.reserve(needed);
+
   // Blocks: all or none from the pool, then as few long reads as their order allows.
   std::vector<BlockId> ids(needed);
   VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, static_cast<int64_t>(needed), ids.data()));
@@ -273,10 +289,8 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
         layer.coded_on_device = layer.coded;
       }
       group.states = std::move(from.states);
-      if (!from.floats.empty()) group.index = Index::FromFloats(s, std::move(from.floats));
-      if (!from.doubles.empty()) {
-        group.moment = std::make_unique<QueryMoment>(QueryMoment::Load(s.row.dim_k, from.doubles));
-      }
+      group.index = std::move(from.index);
+      group.moment = std::move(from.moment);
     }
   }
   CountTables();

@@ -1,4 +1,7 @@
 // Sequences into files and back: save, restore, hibernate, spill, wake, and stored prefixes.
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
 #include "memory/status.h"
 #include "runtime/disk.h"
 #include "runtime/sequence.h"
@@ -74,18 +77,22 @@ absl::Status Sequence::Hibernate(const std::string& path) {
   if (batch.load() != nullptr) {
     return InvalidArgumentError("sequence sits in slot ", slot, " of a batch, must be taken out first");
   }
+  std::string file = path;
+  std::vector<int64_t> tokens = Lengths();
   VATTN_RETURN_IF_ERROR(Save(path));
-  Sleep(path);
+  Sleep(std::move(file), std::move(tokens));
   return absl::OkStatus();
 }
 
 absl::Status Sequence::Spill() {
   absl::StatusOr<SpillFile> file = runtime_->disk()->NewSpill(SavedBytes());
   if (!file.ok()) return file.status();
-  const absl::StatusOr<uint64_t> bytes = SaveAs(file->path(), nullptr, /*durable=*/false);
+  std::string path = file->path();
+  std::vector<int64_t> tokens = Lengths();
+  const absl::StatusOr<uint64_t> bytes = SaveAs(path, nullptr, /*durable=*/false);
   if (!bytes.ok()) return bytes.status();
   file->SetBytes(*bytes);
-  Sleep(file->path());
+  Sleep(std::move(path), std::move(tokens));
   spill_ = *std::move(file);
   ++runtime_->counters().spills;
   return absl::OkStatus();
@@ -100,13 +107,18 @@ bool Sequence::HoldsBlocks() const {
   return reserved_ > 0;
 }
 
-void Sequence::Sleep(const std::string& path) {
-  asleep_tokens_.clear();
-  for (const Layer& layer : layers_) asleep_tokens_.push_back(layer.tokens);
+std::vector<int64_t> Sequence::Lengths() const {
+  std::vector<int64_t> tokens;
+  for (const Layer& layer : layers_) tokens.push_back(layer.tokens);
+  return tokens;
+}
+
+void Sequence::Sleep(std::string path, std::vector<int64_t> tokens) noexcept {
+  asleep_tokens_ = std::move(tokens);
   ReleaseBlocks();
   cuda_.reset();
   ForgetLoaded();
-  hibernate_path_ = path;
+  hibernate_path_ = std::move(path);
   CountTables();
 }
 
@@ -134,12 +146,12 @@ absl::Status Sequence::Wake() {
                 DataLossError(hibernate_path_, ": holds sequence ", head.id, " at step ", head.step,
                               ", must hold sequence ", id_, " at step ", step_));
   }
-  const absl::Status status = LoadCounted(**reader, hibernate_path_, int64_t{1} << 31);
-  if (!status.ok()) {
+  absl::Cleanup undo = [this] {
     ReleaseBlocks();
     ForgetLoaded();
-    return status;
-  }
+  };
+  VATTN_RETURN_IF_ERROR(LoadCounted(**reader, hibernate_path_, int64_t{1} << 31));
+  std::move(undo).Cancel();
   hibernate_path_.clear();
   spill_ = SpillFile();
   return absl::OkStatus();

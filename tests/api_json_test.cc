@@ -44,6 +44,7 @@ const Key<int32_t> kWhole[] = {{"num_layers", &vattn_options::num_layers},
                                {"numa_node", &vattn_options::numa_node},
                                {"huge_pages", &vattn_options::huge_pages},
                                {"prefault", &vattn_options::prefault},
+                               {"zero_on_free", &vattn_options::zero_on_free},
                                {"sinks", &vattn_options::sinks},
                                {"window", &vattn_options::window},
                                {"exact_below", &vattn_options::exact_below},
@@ -111,10 +112,10 @@ TEST(ApiJsonTest, EveryKeySetsItsField) {
   ExpectSets(Key<int32_t>{"huge_pages", &vattn_options::huge_pages}, "false", 0);
 }
 
-// struct_size, layer_kv_heads, reserved0, log, log_user, profile, disk_path and sign_maps are the fields
+// struct_size, layer_kv_heads, reserved1, log, log_user, profile, disk_path and sign_maps are the fields
 // without a key above.
 TEST(ApiJsonTest, NoFieldIsForgotten) {
-  size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(int32_t) + sizeof(vattn_log_function) +
+  size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(vattn_log_function) +
                  sizeof(void*);
   bytes += 3 * sizeof(const char*) + sizeof(int32_t);  // reserved1
   bytes +=
@@ -151,7 +152,7 @@ TEST(ApiJsonTest, WrongTypesAreRefusedByName) {
 }
 
 TEST(ApiJsonTest, UnknownKeysAndBrokenTextsAreRefused) {
-  for (const char* key : {"struct_size", "reserved0", "log", "Window", "window ", ""}) {
+  for (const char* key : {"struct_size", "log_user", "log", "Window", "window ", ""}) {
     ExpectRefused(Pair(key, "1"), "unknown key \"" + std::string(key) + "\"");
   }
   ExpectRefused("{\"sinks\": 32, \"windows\": 5}", "unknown key \"windows\"");

@@ -1,5 +1,7 @@
 #include "tests/backend.h"
 
+#include <gtest/gtest.h>
+
 #include <cstdlib>
 
 namespace vattn::test {

@@ -81,7 +81,7 @@ static void TestRanges(void) {
   CHECK_OPTION(base_share, 1.5f, "base_share is 1.5, must be 0 to 1");
   CHECK_OPTION(hot_share, 2, "hot_share is 2, must be 0 to 1");
   CHECK_OPTION(hot_share, (float)NAN, "hot_share is nan, must be 0 to 1");
-  CHECK_OPTION(reserved0, 7, "reserved0 is 7, must be 0 to 0");
+  CHECK_OPTION(zero_on_free, 2, "zero_on_free is 2, must be 0 to 1");
   CHECK_OPTION(pilot, 2, "pilot is 2, must be 0 to 1");
   CHECK_OPTION(reserved1, 1, "reserved1 is 1, must be 0 to 0");
   CHECK_OPTION(spill, 2, "spill is 2, must be 0 to 1");

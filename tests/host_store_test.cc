@@ -122,6 +122,33 @@ TEST(HostStoreTest, SharedBlocksLiveUntilTheLastReference) {
   EXPECT_TRUE(store->CheckInvariants().ok());
 }
 
+TEST(HostStoreTest, ZeroOnFreeCleansWithTheLastReference) {
+  for (const bool zero : {false, true}) {
+    absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(
+        {.limit_bytes = kBlockBytes, .block_bytes = kBlockBytes, .zero_on_free = zero});
+    ASSERT_TRUE(store.ok()) << store.status();
+    const BlockId block = static_cast<BlockId>(Allocate(**store, 1)[0]);
+    std::memset((*store)->data(block), 7, kBlockBytes);
+    (*store)->AddReference(block);
+    (*store)->Release(block);
+    EXPECT_EQ((*store)->data(block)[kBlockBytes - 1], std::byte{7});
+    (*store)->Release(block);
+    const std::byte left = zero ? std::byte{0} : std::byte{7};
+    for (uint64_t i = 0; i < kBlockBytes; ++i) ASSERT_EQ((*store)->data(block)[i], left) << i;
+  }
+}
+
+TEST(HostStoreTest, AReservedBlockGoesBackToItsReservation) {
+  const std::unique_ptr<HostStore> store = MakeStore(2);
+  ASSERT_TRUE(store->Reserve(1).ok());
+  BlockId block;
+  ASSERT_TRUE(store->AllocateReserved(1, &block).ok());
+  store->ReleaseToReserve(block);
+  EXPECT_EQ(store->num_reserved(), 1);
+  EXPECT_EQ(store->num_used(), 0);
+  EXPECT_TRUE(store->CheckInvariants().ok()) << store->CheckInvariants();
+}
+
 TEST(HostStoreTest, PagesAreTouchedOnlyAsBlocksAreWrittenAndTrimGivesFreeOnesBack) {
   const std::unique_ptr<HostStore> store = MakeStore(1000, PageBytes());
   const std::vector<int32_t> ids = Allocate(*store, 900);

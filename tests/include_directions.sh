@@ -16,5 +16,10 @@ deny 'liburing' $(ls memory/*.cc memory/*.h | grep -v 'memory/ring_uring.cc')
 deny '(oneapi/)?tbb' kernels/cuda
 deny 'cuda' runtime api $(ls memory/*.cc memory/*.h | grep -v 'memory/device_cuda.cc') kernels/cpu
 deny '(oneapi/)?tbb' $(ls kernels/cpu/* | grep -v 'kernels/cpu/workers.cc')
+# Calls that tests make fail go through their tables.
+grep -rnE '(^|[^.>_[:alnum:]])(mmap|munmap|madvise|mlock|mbind) *\(' memory runtime kernels api --include=*.cc |
+  grep -v '^memory/memory_ops.cc' | grep -v '"' && bad=1
+grep -rnE '(::|[^.>_[:alnum:]:"])(pread|pwrite|fsync|fdatasync|rename|unlink|ftruncate) *\(' memory runtime kernels \
+  api --include=*.cc | grep -vE '^memory/file_ops.cc|^[^:]*:[0-9]+: *//' && bad=1
 grep -rn '<<<' kernels | grep -v stream && bad=1
 exit $bad

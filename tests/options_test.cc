@@ -51,6 +51,7 @@ constexpr IntRange kInts[] = {
     {"numa_node", &Options::numa_node, -1, 1023},
     {"huge_pages", &Options::huge_pages, 0, 1},
     {"prefault", &Options::prefault, 0, 1},
+    {"zero_on_free", &Options::zero_on_free, 0, 1},
     {"sinks", &Options::sinks, 0, 256},
     {"window", &Options::window, 1, 65536},
     {"exact_below", &Options::exact_below, 64, 1 << 30},

@@ -81,6 +81,15 @@ TEST(PrefixIndexTest, RandomOperationsKeepTheInvariants) {
   EXPECT_EQ(index.bytes(), 0u);
 }
 
+// The same in every process, run and build: files are found by it.
+TEST(PrefixTest, DigestsAreKnown) {
+  const Prefix prefix = {.salt = "a", .tokens = std::vector<int32_t>(256, 7)};
+  const std::vector<Digest> chain = ChainOf(prefix);
+  ASSERT_EQ(chain.size(), 1u);
+  EXPECT_EQ(chain[0].low, 6438499976586454803u);
+  EXPECT_EQ(chain[0].high, 11477143097576211559u);
+}
+
 TEST(PrefixTest, ChainsDependOnSaltAndEveryTokenBefore) {
   Prefix prefix = {.salt = "a", .tokens = std::vector<int32_t>(1000, 7)};
   const std::vector<Digest> chain = ChainOf(prefix);

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing (for Python into build/python), builds, and runs every test: a release build with everything, then the
 # library's tests (not those of the vattn program) under AddressSanitizer + UBSan, and those with threads
-# under ThreadSanitizer. VATTN_QUICK=1 runs the first alone.
+# under ThreadSanitizer. Where clang is to be had, the fuzzers of tests/fuzz start from their kept corpora, ten
+# seconds each. VATTN_QUICK=1 runs the first alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tests/install_packages.sh
@@ -16,6 +17,17 @@ build build all -DVATTN_TESTS=ON
 wait
 ctest --test-dir build --output-on-failure -j "$jobs"
 [ "${VATTN_QUICK:-0}" = 1 ] && exit 0
+if command -v clang++ >/dev/null; then
+  build build-fuzz all -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+    -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DVATTN_BENCH=OFF -DVATTN_CUDA=OFF -DVATTN_TESTS=OFF -DVATTN_FUZZ=ON
+  found=$(mktemp -d)
+  for fuzzer in calls options snapshot; do
+    mkdir "$found/$fuzzer"
+    build-fuzz/tests/fuzz/fuzz_$fuzzer -max_total_time=10 -timeout=300 -verbosity=0 -print_final_stats=1 \
+      -artifact_prefix="$PWD/build-fuzz/$fuzzer-" "$found/$fuzzer" tests/fuzz/corpus/$fuzzer
+  done
+  rm -r "$found"
+fi
 build build-asan all -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
   -DVATTN_BENCH=OFF -DVATTN_CUDA=OFF -DVATTN_SANITIZE=address,undefined
 ctest --test-dir build-asan --output-on-failure -j "$jobs"

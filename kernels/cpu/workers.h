@@ -12,11 +12,14 @@ namespace vattn::cpu {
 
 class Workers {
  public:
-  explicit Workers(int num_threads);  // 0: all that the process may use
+  // 0: all that the process may use, which is also the most.
+  explicit Workers(int num_threads);
   ~Workers();
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
+  // Takes the threads from the system now. False if it refuses: the workers are then not to be used.
+  bool Start();
   int num_threads() const;
   Stream stream() { return {this}; }
   // body(context, i) for i in [0, count), in any order, at once on several threads; nests.

@@ -184,7 +184,7 @@ class Runtime(Handle):
                 )
             elif name in ("profile", "disk_path", "sign_maps"):
                 options[name] = value.decode() if value else ""
-            elif name not in ("struct_size", "reserved0", "reserved1", "log", "log_user"):
+            elif name not in ("struct_size", "reserved1", "log", "log_user"):
                 options[name] = value
         return options
 

@@ -162,7 +162,7 @@ class Options(ctypes.Structure):
         float max_selected_share topk_share base_share
         int32 target
         float hot_share
-        int32 reserved0
+        int32 zero_on_free
         log log
         void *log_user
         text profile disk_path

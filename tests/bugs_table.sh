@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# bugs_table.sh BUILD: BUGS.md has each of its 49 lines once, each names a test or says why none can
+# apply, and the tests named exist and belong to a program that ctest of BUILD runs (those of cuda_ are
+# built with CUDA alone; cuda_soak is run by hand). Run in tests/.
+set -u
+run=$(ctest -N --test-dir "$1" | sed -nE 's/^ *Test +#[0-9]+: //p')
+bad=0
+fail() { echo "BUGS.md: $*"; bad=1; }
+for number in $(seq 49); do
+  line=$(grep -E "^\| $number \|" BUGS.md)
+  [ "$(grep -c . <<<"$line")" = 1 ] || fail "line $number is not there once"
+  grep -qE '`|Cannot apply' <<<"$line" || fail "line $number names no test"
+done
+for name in $(grep -E '^\| [0-9]' BUGS.md | grep -oE '`[A-Za-z_/]+(\.[A-Za-z0-9]+)?[ `]' | tr -d '` ' | sort -u); do
+  case $name in
+    *.*) files=$(grep -lE "^TEST(_F|_P)?\(${name%.*}, *${name#*.}\)" ./*_test.cc) ;;
+    BlockId) continue ;;
+    *) files=$(ls "$name.cc" 2>/dev/null) ;;
+  esac
+  [ -n "$files" ] || fail "$name does not exist"
+  for file in $files; do
+    program=$(basename "$file" .cc)
+    case $program in cuda_* | fuzz_*) continue ;; esac
+    grep -qx "$program" <<<"$run" || fail "$name is in $program, which ctest does not run"
+  done
+done
+exit $bad

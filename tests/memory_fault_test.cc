@@ -1,0 +1,256 @@
+// Every public operation while memory is refused: its n-th allocation, once or from then on, for
+// every n. A refused call says OUT_OF_MEMORY and changes nothing that counts: the same call
+// succeeds afterwards, and later answers have the bits that they have without the refusal. Nothing
+// leaks. Calls that read or write JSON are left out: nlohmann::json allocates in destructors.
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/memory_fault_fixture.h"
+
+namespace vattn::test {
+namespace {
+
+TEST_F(MemoryFaultTest, RuntimeCreate) {
+  std::unique_ptr<vattn_runtime, Destroyer<vattn_runtime, vattn_runtime_destroy>> made;
+  EveryFailingAllocation([&] { made.reset(); },
+                         [&] {
+                           vattn_runtime* out = nullptr;
+                           const vattn_options options = MakeOptions(path_.c_str());
+                           const vattn_code code = vattn_runtime_create(&options, &out);
+                           EXPECT_EQ(out != nullptr, code == VATTN_OK);
+                           made.reset(out);
+                           return code;
+                         },
+                         [&] {
+                           vattn_options options = Init<vattn_options>();
+                           Check(vattn_runtime_options(made.get(), &options));
+                           return std::to_string(options.layer_kv_heads[1]);
+                         },
+                         10);
+}
+
+TEST_F(MemoryFaultTest, Text) {
+  std::string text(1 << 14, '\0');
+  size_t needed = 0;
+  EveryFailingAllocation(
+      [] {}, [&] { return vattn_stats_prometheus(runtime_.get(), &text[0], text.size(), &needed); },
+      [&] { return text; }, 1);
+}
+
+TEST_F(MemoryFaultTest, Create) {
+  EveryFailingAllocation([&] { handle_.reset(); },
+                         [&] {
+                           vattn_sequence_options options = Init<vattn_sequence_options>();
+                           options.reserve_tokens = 1000;
+                           vattn_sequence* made = nullptr;
+                           return Keep(vattn_sequence_create(runtime_.get(), &options, &made),
+                                       made);
+                         },
+                         [&] { return std::to_string(runtime_.Stats().host_bytes_used); }, 4);
+}
+
+TEST_F(MemoryFaultTest, Append) {
+  // Into a new sequence, a reserved one, and one that shares its tail with a fork.
+  for (int kind = 0; kind < 3; ++kind) {
+    std::unique_ptr<Sequence> fork;
+    EveryFailingAllocation(
+        [&] {
+          fork.reset();
+          sequence_ = kind == 1 ? std::make_unique<Sequence>(runtime_, 7, 2000)
+                                : MakeSequence(7, kind == 0 ? 0 : kPrompt);
+          if (kind == 2) fork = std::make_unique<Sequence>(sequence_->Fork(8));
+        },
+        [&] {
+          const vattn_append_params params = AppendParams(inputs_.more, 0, true);
+          return vattn_append(sequence_->get(), &params);
+        },
+        [&] {
+          sequence_->Append(AppendParams(inputs_.more, 1, true));
+          const std::string forks = fork ? Answers(*fork) : "";
+          return Answers(*sequence_) + forks + std::to_string(runtime_.Stats().host_bytes_used);
+        },
+        5);
+  }
+}
+
+TEST_F(MemoryFaultTest, Fork) {
+  EveryFailingAllocation(
+      [&] {
+        handle_.reset();
+        sequence_ = MakeSequence();
+      },
+      [&] {
+        vattn_sequence* made = nullptr;
+        return Keep(vattn_sequence_fork(sequence_->get(), 9, &made), made);
+      },
+      [&] {
+        const std::string bytes = std::to_string(runtime_.Stats().host_bytes_used);
+        return Answers(*sequence_) + bytes;
+      },
+      10);
+}
+
+TEST_F(MemoryFaultTest, Truncate) {
+  EveryFailingAllocation([&] { sequence_ = MakeSequence(); },
+                         [&] { return vattn_sequence_truncate(sequence_->get(), 200); },
+                         [&] { return Answers(*sequence_); }, 0);
+}
+
+TEST_F(MemoryFaultTest, BuildIndex) {
+  std::unique_ptr<Sequence> fork;
+  EveryFailingAllocation(
+      [&] {
+        fork.reset();
+        sequence_ = MakeSequence();
+        fork = std::make_unique<Sequence>(sequence_->Fork(8));
+      },
+      [&] { return vattn_sequence_build_index(sequence_->get()); },
+      [&] { return Answers(*sequence_) + Answers(*fork); }, 10);
+}
+
+TEST_F(MemoryFaultTest, SaveAndRestore) {
+  sequence_ = MakeSequence();
+  EveryFailingAllocation([] {},
+                         [&] { return vattn_sequence_save(sequence_->get(), path_.c_str()); },
+                         [&] {
+                           const auto entries = std::filesystem::directory_iterator(folder_);
+                           return std::to_string(std::distance(begin(entries), end(entries)));
+                         },
+                         10);
+  EveryFailingAllocation([&] { handle_.reset(); },
+                         [&] {
+                           vattn_sequence* made = nullptr;
+                           return Keep(vattn_sequence_restore(runtime_.get(), path_.c_str(), &made),
+                                       made);
+                         },
+                         [&] { return std::to_string(runtime_.Stats().host_bytes_used); }, 10);
+}
+
+TEST_F(MemoryFaultTest, HibernateAndWake) {
+  EveryFailingAllocation([&] { sequence_ = MakeSequence(); },
+                         [&] { return vattn_sequence_hibernate(sequence_->get(), path_.c_str()); },
+                         [&] {
+                           const uint64_t asleep = runtime_.Stats().host_bytes_used;
+                           sequence_->Wake();
+                           return Answers(*sequence_) + std::to_string(asleep);
+                         },
+                         10);
+  EveryFailingAllocation(
+      [&] {
+        sequence_ = MakeSequence();
+        sequence_->Hibernate(path_);
+      },
+      [&] { return vattn_sequence_wake(sequence_->get()); }, [&] { return Answers(*sequence_); },
+      10);
+}
+
+// An append that needs the room of a sequence that nobody uses.
+TEST_F(MemoryFaultTest, Spill) {
+  Batch batch(runtime_, 1);
+  const int64_t room = static_cast<int64_t>(runtime_.Stats().host_bytes_limit / block_bytes_ / 4);
+  std::unique_ptr<Sequence> cold;
+  EveryFailingAllocation(
+      [&] {
+        cold.reset(), sequence_.reset();
+        batch.Clear(0);
+        hog_ = std::make_unique<Sequence>(runtime_, 1, (room - 3) * 256);
+        batch.Set(0, *hog_);  // stays
+        cold = MakeSequence(5);
+        sequence_ = std::make_unique<Sequence>(runtime_, 7);
+        sequence_->Append(AppendParams(inputs_.prompt, 1, true));
+      },
+      [&] {
+        const vattn_append_params params = AppendParams(inputs_.prompt, 0, true);
+        return vattn_append(sequence_->get(), &params);
+      },
+      [&] { return Answers(*sequence_) + Answers(*cold); }, 20);
+  EXPECT_GT(runtime_.Stats().spills, 50u);
+}
+
+TEST_F(MemoryFaultTest, Prefixes) {
+  const std::vector<int32_t> ids(390, 3);
+  vattn_prefix prefix = Init<vattn_prefix>();
+  prefix.salt = "salt";
+  prefix.salt_bytes = 4;
+  prefix.tokens = ids.data();
+  prefix.num_tokens = static_cast<int64_t>(ids.size());
+  EveryFailingAllocation(
+      [&] {
+        runtime_.ForgetPrefixes("salt");
+        sequence_ = MakeSequence();
+      },
+      [&] { return vattn_prefix_save(sequence_->get(), &prefix); },
+      [&] {
+        int64_t tokens = 0;
+        const Sequence begun = Sequence::Begin(runtime_, prefix, &tokens, 7);
+        return Answers(begun) + std::to_string(tokens);
+      },
+      20);
+  EveryFailingAllocation(
+      [&] { handle_.reset(); },
+      [&] {
+        vattn_sequence* made = nullptr;
+        int64_t tokens = 0;
+        return Keep(vattn_prefix_restore(runtime_.get(), &prefix, 7, &tokens, &made), made);
+      },
+      [&] { return std::to_string(runtime_.Stats().host_bytes_used); }, 20);
+  EveryFailingAllocation([] {},
+                         [&] { return vattn_prefix_forget(runtime_.get(), "salt", 4, nullptr); },
+                         [&] { return std::to_string(runtime_.Stats().disk_bytes_used); }, 0);
+}
+
+TEST_F(MemoryFaultTest, Batch) {
+  vattn_batch* made = nullptr;
+  EveryFailingAllocation([&] { vattn_batch_destroy(std::exchange(made, nullptr)); },
+                         [&] { return vattn_batch_create(runtime_.get(), kSlots, &made); },
+                         [&] { return made == nullptr ? "none" : "made"; }, 3);
+  vattn_batch_destroy(made);
+  const auto make = [&] {
+    batch_.reset();
+    sequence_ = MakeSequence();
+    batch_ = std::make_unique<vattn::Batch>(runtime_, kSlots);
+    batch_->Set(0, *sequence_);
+  };
+  const auto result = [&] {
+    for (size_t i : {2, 3}) batch_->Attend(inputs_.calls[i].Params());
+    batch_->Clear(0);
+    return Answers(*sequence_);
+  };
+  EveryFailingAllocation(
+      make, [&] { return vattn_batch_begin_step(batch_->get(), 1, nullptr); }, result, 10);
+  // The first call of each layer, and one where the hot set is in use.
+  for (const size_t at : {0, 2}) {
+    vattn_attend_params params;
+    EveryFailingAllocation(
+        [&] {
+          make();
+          for (size_t i = 0; i < at; i += kLayers) {
+            batch_->BeginStep(0);
+            for (size_t l = 0; l < kLayers; ++l) batch_->Attend(inputs_.calls[l].Params());
+          }
+          batch_->BeginStep(at > 0 ? 1 : 0);
+          params = inputs_.calls[at].Params();
+        },
+        [&] {
+          const vattn_code code = vattn_attend(batch_->get(), &params, nullptr);
+          EXPECT_TRUE(!memory_faults.armed || memory_faults.calls == 0) << "attention allocates";
+          return code;
+        },
+        [&] {
+          std::string text;
+          Add(text, inputs_.calls[at].Out(0, 3));
+          batch_->Attend(inputs_.calls[at + 1].Params());
+          batch_->Clear(0);
+          return text + Answers(*sequence_);
+        },
+        0);
+  }
+}
+
+}  // namespace
+}  // namespace vattn::test
