@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <memory>
 
 namespace vattn {
 namespace {
@@ -18,13 +19,17 @@ int SetDirect(int fd, bool on) {
   return fcntl(fd, F_SETFL, (flags & ~(O_DIRECT | O_NONBLOCK)) | (on ? O_DIRECT : 0));
 }
 
+struct CloseDirectory {
+  void operator()(DIR* directory) const { closedir(directory); }
+};
+
 int ListDirectory(const char* path, std::vector<std::string>* names) {
-  DIR* directory = opendir(path);
+  std::unique_ptr<DIR, CloseDirectory> directory(opendir(path));
   if (directory == nullptr) return -1;
   errno = 0;
-  while (const dirent* entry = readdir(directory)) names->emplace_back(entry->d_name);
+  while (const dirent* entry = readdir(directory.get())) names->emplace_back(entry->d_name);
   const int error = errno;
-  closedir(directory);
+  directory.reset();
   errno = error;
   return error == 0 ? 0 : -1;
 }

@@ -24,10 +24,10 @@ absl::StatusOr<std::unique_ptr<OwnedDirectory>> OwnedDirectory::Open(std::string
     return SystemError("mkdir", path, errno);
   }
   const std::string lock_path = path + "/" + kLockName;
-  const int lock = OpenFile(ops, lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  if (lock < 0) return SystemError("open", lock_path, errno);
-  std::unique_ptr<OwnedDirectory> directory(new OwnedDirectory(path, lock, ops));
-  if (UntilNotInterrupted([&] { return ops.flock(lock); }) != 0) {
+  std::unique_ptr<OwnedDirectory> directory(new OwnedDirectory(path, ops));
+  directory->lock_ = OpenFile(ops, lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (directory->lock_ < 0) return SystemError("open", lock_path, errno);
+  if (UntilNotInterrupted([&] { return ops.flock(directory->lock_); }) != 0) {
     if (errno != EWOULDBLOCK) return SystemError("flock", lock_path, errno);
     return InvalidArgumentError("directory ", path, " is in use, must be one runtime's alone");
   }
@@ -40,10 +40,12 @@ absl::StatusOr<std::unique_ptr<OwnedDirectory>> OwnedDirectory::Open(std::string
   return directory;
 }
 
-OwnedDirectory::OwnedDirectory(std::string path, int lock, const FileOps& ops)
-    : path_(std::move(path)), lock_(lock), ops_(ops) {}
+OwnedDirectory::OwnedDirectory(std::string path, const FileOps& ops)
+    : path_(std::move(path)), ops_(ops) {}
 
-OwnedDirectory::~OwnedDirectory() { CloseFile(ops_, lock_); }
+OwnedDirectory::~OwnedDirectory() {
+  if (lock_ >= 0) CloseFile(ops_, lock_);
+}
 
 absl::StatusOr<std::vector<std::string>> OwnedDirectory::List() const {
   std::vector<std::string> names;

@@ -32,10 +32,10 @@ class OwnedDirectory {
   absl::Status Remove(const std::string& name) const;
 
  private:
-  OwnedDirectory(std::string path, int lock, const FileOps& ops);
+  OwnedDirectory(std::string path, const FileOps& ops);
 
   const std::string path_;
-  const int lock_;  // descriptor of the locked file
+  int lock_ = -1;  // descriptor of the locked file
   const FileOps& ops_;
 };
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <string>
@@ -112,6 +113,11 @@ class MemoryFaultTest : public testing::Test {
     return text;
   }
 
+  static int64_t OpenDescriptors() {
+    const std::filesystem::directory_iterator descriptors("/proc/self/fd");
+    return std::distance(begin(descriptors), end(descriptors));
+  }
+
   // make() before, result() after each run of call().
   void EveryFailingAllocation(const std::function<void()>& make,
                               const std::function<vattn_code()>& call,
@@ -119,6 +125,7 @@ class MemoryFaultTest : public testing::Test {
     make();
     ASSERT_EQ(call(), VATTN_OK) << vattn_last_error();
     const std::string expected = result();
+    const int64_t descriptors = OpenDescriptors();
     for (const bool for_ever : {false, true}) {
       int64_t refusals = 0;
       for (int64_t n = 1;; ++n) {
@@ -137,6 +144,7 @@ class MemoryFaultTest : public testing::Test {
           if (again != VATTN_OK) return;
         }
         EXPECT_TRUE(result() == expected);
+        EXPECT_EQ(OpenDescriptors(), descriptors);
         if (HasFailure()) return;
         if (memory_faults.failed == 0) break;
       }
