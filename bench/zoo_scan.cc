@@ -169,7 +169,7 @@ ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers, 
         least_ns += fastest / static_cast<double>(n);
         std::vector<float> predicted = scores(promise.index);
         for (size_t i = 0; i < predicted.size(); ++i) {
-          if (predicted[i] == kMarkedScore) predicted[i] = exact[i];  // such a token is always read
+          if (predicted[i] == -kMarkedScore) predicted[i] = exact[i];  // such a token is always read
         }
         for (int g = 0; g < heads; ++g, ++compared) {
           Compare(std::span(exact).subspan(g * n, n), std::span(predicted).subspan(g * n, n), &sum);
