@@ -92,8 +92,9 @@ typedef enum vattn_index {
   /* True scores: reads every key, on CUDA those of the middle over PCIe in every call (they are in no
    * count of fetched rows). A yardstick, not a way to save bytes. */
   VATTN_INDEX_EXACT = 1,
-  /* What others predict scores with, to compare and to build on (bench/ZOO.md). CUDA has sign and
-   * hadamard2 of these. */
+  /* What others predict scores with, to compare and to build on. Verified answers need an index that
+   * ranks heavy tokens high: sign, page, pooled and clusters broke the promise for some heads of real
+   * recordings (bench/ZOO.md). CUDA has sign and hadamard2 of these. */
   VATTN_INDEX_SIGN = 2,      /* 8 * index_bytes signs of a linear map (sign_maps), by Hamming distance */
   VATTN_INDEX_HADAMARD2 = 3, /* 2-bit levels after a Hadamard rotation (Adamas); head_dim_k up to 256 */
   VATTN_INDEX_PAGE = 4,      /* bounds of 16 tokens by dimension (Quest); head_dim_k / 4 bytes a token */
@@ -435,7 +436,7 @@ typedef struct vattn_attend_params {
    * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
    * written; stages that a policy does not have are not written either. */
   uint64_t* timeline;
-  /* With VATTN_INDEX_EXTERNAL, which needs it; else NULL. Predicted scores of the tokens, in units of
+  /* With VATTN_INDEX_EXTERNAL, which needs it but for policy dense; else NULL. Predicted scores of the tokens, in units of
    * softmax_scale * q.k (their natural logarithm weights a token), [slots, num_tokens, score_heads,
    * scores_stride]: an engine's own indexer, or a former step's scores. Better ones save rows; any are
    * valid, but NaN and +infinity leave a head unverified. Read for tokens of the middle only. */

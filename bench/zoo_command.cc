@@ -13,6 +13,7 @@
 #include "bench/replay.h"
 #include "bench/report.h"
 #include "bench/settings.h"
+#include "bench/statistics.h"
 #include "bench/text.h"
 #include "bench/zoo_scan.h"
 
@@ -25,7 +26,9 @@ constexpr char kNotes[] =
     "predictions; mass: attention of the latter over that of the former; noise: standard deviation of\n"
     "prediction - score over the middle; ns/token: a scan on one thread, for all query heads of a KV head,\n"
     "codes in cache as far as they fit. Selected, fetched and dense: what policy verified needs with this\n"
-    "index for the same promise. reused: exact scores of up to 8 steps ago, given as external ones.";
+    "index for the same promise. reused: exact scores of up to 8 steps ago, given as external ones.\n"
+    "heads over delta: (layer, query head) pairs that are wrong more often than promised, at 99 % confidence.\n"
+    "An index that ranks heavy tokens among the light ones breaks the promise: what is not drawn is not seen.";
 constexpr int64_t kEvery = 8;  // steps between those whose scans are compared
 
 struct Arguments {
@@ -85,6 +88,17 @@ vattn_options OptionsFor(const Entry& entry, const Arguments& arguments, vattn_o
   throw UsageError("--sign-maps: " + why);
 }
 
+// (layer, query head) pairs that fail more often than delta allows, with 99 % confidence each.
+int64_t HeadsOverDelta(const Run& run) {
+  int64_t over = 0;
+  for (const Run::Layer& layer : run.layers) {
+    for (const Figures& head : layer.heads) {
+      over += 1 - ClopperPearsonUpper(head.verified - head.failures, head.verified, .99) > run.options.delta;
+    }
+  }
+  return over;
+}
+
 void RunZoo(const Arguments& arguments, const CommandLine& command) {
   const Trace trace = ReadTrace(arguments.trace);
   ReplayPlan plan;
@@ -99,7 +113,7 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
       ComputeReference(trace, plan.layers, plan.steps, ResolveThreads(asked.num_threads));
   std::vector<std::vector<std::string>> table = {{"index", "bytes/token", "tables", "recall", "mass", "noise", "ns/token",
                                                   "selected", "fetched", "fetched/step", "dense",
-                                                  "over epsilon (95 % upper)"}};
+                                                  "over epsilon (95 % upper)", "heads over delta"}};
   Json json = ResultHeader(command);
   json["trace"] = trace.path;
   json["indices"] = Json::array();
@@ -116,7 +130,8 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
                      Bytes(run.bytes_per_step),
                      Percent(static_cast<double>(all.dense) / static_cast<double>(std::max<int64_t>(1, all.heads))),
                      std::to_string(all.failures) + " of " + std::to_string(all.verified) + " (" +
-                         Number(all.upper95, 2) + ")"});
+                         Number(all.upper95, 2) + ")",
+                     std::to_string(HeadsOverDelta(run))});
     json["indices"].push_back({{"scan",
                                 {{"bytes_per_token", scan.bytes},
                                  {"table_bytes", scan.table_bytes},
@@ -125,6 +140,7 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
                                  {"noise", scan.noise},
                                  {"score_spread", scan.spread},
                                  {"ns_per_token", scan.ns}}},
+                               {"heads_over_delta", HeadsOverDelta(run)},
                                {"run", RunJson(run)}});
   }
   progress.Clear();

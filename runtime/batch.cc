@@ -174,11 +174,12 @@ absl::Status Batch::TakeMemory() {
 
 absl::Status Batch::CheckScores(const AttendRequest& r) const {
   const bool external = runtime_->promise().index == IndexKind::kExternal;
-  if ((r.scores != nullptr) != external) {
+  const bool wanted = external && runtime_->promise().policy != Policy::kDense;
+  if (r.scores == nullptr ? wanted : !external) {
     return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
                                 external ? "given" : "NULL", " with index = ", runtime_->options().index);
   }
-  if (!external) return absl::OkStatus();
+  if (r.scores == nullptr) return absl::OkStatus();
   const int32_t q_heads = runtime_->options().num_q_heads, kv_heads = runtime_->kv_heads(r.layer);
   if (r.score_heads != 0 && r.score_heads != kv_heads && r.score_heads != q_heads) {
     return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,

@@ -1,13 +1,13 @@
 #include "runtime/index.h"
 
-#include "runtime/index_kinds.h"
-
 #include <Eigen/Cholesky>
 #include <Eigen/Dense>
 #include <Eigen/Eigenvalues>
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include "runtime/index_kinds.h"
 
 namespace vattn {
 namespace {

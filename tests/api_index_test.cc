@@ -167,6 +167,12 @@ TEST(ApiExternalTest, BadScoresAreNamed) {
   params.reserved1 = 0;
   decoder.batch.Attend(params);
 
+  vattn_options dense = Options(VATTN_INDEX_EXTERNAL);
+  dense.policy = VATTN_POLICY_DENSE;
+  Decoder without(dense);
+  without.batch.BeginStep(1);
+  without.batch.Attend(call.Params());  // predicts nothing
+
   Decoder balanced(Options(VATTN_INDEX_BALANCED));
   balanced.batch.BeginStep(1);
   ExpectRefused(balanced.batch, params, "scores is given, must be NULL with index = 0");
