@@ -5,23 +5,27 @@
 
 #include "absl/cleanup/cleanup.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/rng.h"
 #include "memory/status.h"
 #include "runtime/batch.h"
 
 namespace vattn {
 namespace {
 
-constexpr int64_t kCalibrationTokens = 8192;  // keys that an index is made from, evenly spread
+constexpr int64_t kCalibrationTokens = 8192;  // keys that an index is made from, at most
 
 int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
-// Rows of `count` tokens as fp32: runs of `run` tokens, the first ones of every `run` * `stride` from `first` on.
+// Rows of `count` tokens as fp32: of every `stride` runs of `run` tokens from `first` on, one. Which one is
+// random (always the same for i): a text with a period would show a regular walk a fraction of its keys.
 void SampleRows(const Storage& s, const std::vector<int32_t>& blocks, int64_t first, int64_t run, int64_t stride,
                 int64_t count, bool values, std::vector<float>& out) {
   const int dim = values ? s.row.dim_v : s.row.dim_k;
   out.resize(static_cast<size_t>(count) * dim);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t token = first + i / run * run * stride + i % run;
+    const uint32_t stratum = static_cast<uint32_t>(i / run);
+    const int64_t pick = Philox({{stratum, 0, 0, 0}}, 0, 0).word[0] % static_cast<uint64_t>(stride);
+    const int64_t token = first + (stratum * stride + pick) * run + i % run;
     const uint8_t* row = reinterpret_cast<const uint8_t*>(s.base + blocks[token / kBlockTokens] * s.block.bytes +
                                                           token % kBlockTokens * s.row.row_bytes);
     cpu::LoadRows({.rows = &row,
