@@ -102,12 +102,14 @@ struct HeadState {
 struct HeadWork {
   float shift = 0;      // logarithm of the unit of all sums below
   float mass = 0;       // sum of e^ over the middle
+  float top = 0;        // largest e^ of the middle
   float log_norm = 0;   // predicted root error contribution of a token: exp(log_norm) * e^
   float floor = 0;      // defensive floor of that contribution
   float target = 0;     // variance asked for
   float predicted = 0;  // variance expected of the draw
   float variance = 0;   // variance estimated from the draw: V of ALGORITHM 6
   float denominator = 0;
+  float unseen = 0;    // with value codes: e^ over the middle less the draw's estimate of it
   float ref = 0;
   float cos2 = 0;      // 1 / effective rank
   float few = 1;       // sum t^2 / (sum t)^2 over the terms t of the variance

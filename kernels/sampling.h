@@ -36,6 +36,8 @@ constexpr int kGrowthHalvings = 14;
 constexpr float kLeastRho = .3f, kMostRho = 5;  // of one step
 constexpr float kLeastOthers = 1e-3f;  // of the denominator
 constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
+constexpr double kMostCancelled = 1e3;  // mass of value codes over the true one, of which rounding is 1e-7
+constexpr float kMostUnseen = .5f;      // of the denominator from codes alone
 
 // One tile in so many is looked at while multipliers are sought: at most so many tokens and a block.
 constexpr int64_t kPlanTokens = 4096;
@@ -96,9 +98,16 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
   state.started = 1;
 }
 
+// Variance of the middle's largest token, were it drawn for this head alone. A part of the tiles may leave
+// it out, and then takes a head that looks for one token for one that needs none.
+VATTN_HD inline float TopVariance(const HeadWork& work, const HeadState& state) {
+  const float weight = std::exp(work.log_norm + work.shift + .5f * state.log_multiplier) * work.top;
+  return weight < 1 ? weight * (1 - weight) * std::exp(-state.log_multiplier) : 0;
+}
+
 // One round of the fixed point for one head, after work.predicted; returns ln(predicted / target).
 VATTN_HD inline float MoveMultiplier(float tiny, const HeadWork& work, HeadState& state) {
-  const float ratio = std::log((work.predicted + tiny) / work.target);
+  const float ratio = std::log((Max(work.predicted, TopVariance(work, state)) + tiny) / work.target);
   const float low = -std::log(work.target) - 20;
   const float move = Max(Min(kExponent * ratio, 3.f), -3.f);
   state.log_multiplier = Max(low, state.log_multiplier + move);
@@ -178,6 +187,7 @@ struct TailSums {
   double spread = 0;    // e / pi |v - o|^2
   double relative = 0;  // (e - e^)^2 / pi, with value codes
   double estimate = 0;  // e^^2 / pi, with value codes
+  double coded = 0;     // e^ over the whole middle, with value codes
 };
 
 // By how much the quantile of a look widens because V was estimated from few terms: few = sum t^2 /
@@ -209,9 +219,12 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
   work.cos2 = same + (1 - same) * (state.cos2 < 0 ? 1 : state.cos2);
   work.few = square > 0 ? static_cast<float>(sums.squares / square) : 1;
   work.z = Widening(promise, look, work.few) * QuantileAt(promise, look, work.cos2);
-  // Either nothing was left to chance, or enough was drawn by chance to judge the rest by. What is not
-  // finite never passes.
-  const bool judged = exact || (tail >= kLeastTail && work.ref >= kLeastRef);
+  // Either nothing was left to chance, or enough was drawn by chance to judge the rest by; fp32 holds the
+  // difference of rows and codes; and what codes say alone, of rows that were not drawn, is not the answer.
+  // What is not finite never passes.
+  const bool cancelled = sums.coded > kMostCancelled * double{work.denominator};
+  const bool unseen = sums.coded > 0 && std::abs(work.unseen) > kMostUnseen * work.denominator;
+  const bool judged = !cancelled && !unseen && (exact || (tail >= kLeastTail && work.ref >= kLeastRef));
   const float bound = exact ? 0 : work.z * std::sqrt(work.variance) / work.ref;
   work.bound = judged && IsFinite(bound + output_norm2) ? bound : HUGE_VALF;
 }

@@ -130,6 +130,31 @@ INSTANTIATE_TEST_SUITE_P(
                              VATTN_INDEX_EXACT}),
     [](const auto& info) { return std::string(info.param.name); });
 
+// Two kinds of tokens that take turns, with keys in directions of their own. An index made from every
+// second token would know one kind, and tokens that it cannot tell are all read.
+TEST(CalibrationTest, TextsWithAPeriodAreSeenWhole) {
+  const Shape shape = {4, 1, 64, 64, false, VATTN_F32};
+  const vattn_options options = OptionsFor(shape);
+  std::mt19937_64 engine{12};
+  Rows rows;
+  rows.AddGaussian(shape, engine, 12000);
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    for (int64_t j = 0; j < 64; ++j) {
+      if (j / 32 != t % 2) rows.k[t * 64 + j] = 0;
+    }
+  }
+  const Runtime runtime(options);
+  Sequence sequence{runtime, 4};
+  AppendRows(sequence, shape, 0, rows);
+  Batch batch{runtime, 1};
+  batch.Set(0, sequence);
+  Call call(shape, 1, 0);
+  call.Fill(engine, 1, 2);
+  batch.BeginStep(1);
+  batch.Attend(call.Params());
+  EXPECT_LT(call.selected[0], .2 * static_cast<double>(call.middle[0]));
+}
+
 struct Ranked {
   const char* name;
   int32_t policy, index, value_bits;

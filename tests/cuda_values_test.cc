@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "tests/cuda_calls.h"
 #include "tests/cuda_twins.h"
@@ -19,7 +20,7 @@ namespace {
 // Share of heads that may part ways, as in tests/cuda_twins.cc: the order of sums moves a token
 // over the border now and then, and a token moves all heads of its group.
 constexpr double kMostApart = .25;
-constexpr int kSlots = 8, kSteps = 3;
+constexpr int kSlots = 2, kSteps = 3;
 
 struct Tally {
   int64_t heads = 0, apart = 0, verdicts = 0, more_looks = 0;
@@ -54,49 +55,50 @@ TEST(CudaValuesTest, HostileInputsAsTheCpu) {
   const Shape shape = {static_cast<int>(kHeads), 1,     static_cast<int>(kDim),
                        static_cast<int>(kDim),   false, VATTN_F32};
   Tally all;
-  for (const int32_t bits : {2, 4}) {
-    for (const HostileInput& input : HostileInputs()) {
-      SCOPED_TRACE(input.name + ", value_bits " + std::to_string(bits));
-      vattn_options options = OptionsFor(shape);
-      options.value_bits = bits;
-      options.index_bytes = 16;
-      options.on_unverified = VATTN_ON_UNVERIFIED_BEST_EFFORT;
-      options.seed = 2024;
-      Twins twins(options, {shape}, std::vector<int64_t>(kSlots, 0));
-      for (Side* side : {&twins.cpu, &twins.cuda}) {
-        for (Sequence& sequence : side->sequences) {
-          vattn_append_params append = Init<vattn_append_params>();
-          append.num_tokens = kTokens;
-          append.num_queries = kCalibration;
-          append.k = input.keys.data();
-          append.v = input.values.data();
-          append.q = input.calibration.data();
-          sequence.Append(append);
-        }
+  const std::vector<HostileInput> inputs = HostileInputs();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const HostileInput& input = inputs[i];
+    const int32_t bits = i % 2 == 0 ? 2 : 4;
+    SCOPED_TRACE(input.name + ", value_bits " + std::to_string(bits));
+    vattn_options options = OptionsFor(shape);
+    options.value_bits = bits;
+    options.index_bytes = 16;
+    options.on_unverified = VATTN_ON_UNVERIFIED_BEST_EFFORT;
+    options.seed = 2024;
+    Twins twins(options, {shape}, std::vector<int64_t>(kSlots, 0));
+    for (Side* side : {&twins.cpu, &twins.cuda}) {
+      for (Sequence& sequence : side->sequences) {
+        vattn_append_params append = Init<vattn_append_params>();
+        append.num_tokens = kTokens;
+        append.num_queries = kCalibration;
+        append.k = input.keys.data();
+        append.v = input.values.data();
+        append.q = input.calibration.data();
+        sequence.Append(append);
       }
-      const Exact exact = ExactAttention(input, input.query);
-      Tally tally;
-      for (int step = 0; step < kSteps; ++step) {
-        auto [on_cpu, on_cuda] = twins.Calls(0, 1);
-        for (int s = 0; s < kSlots; ++s) {
-          for (Call* call : {&on_cpu, &on_cuda}) {
-            std::copy(input.query.begin(), input.query.end(), call->q.begin() + s * kHeads * kDim);
-          }
-        }
-        twins.BeginStep();
-        twins.cpu.batch.Attend(on_cpu.Params());
-        twins.cuda.batch.Attend(on_cuda.Params());
-        Compare(on_cpu, on_cuda, exact, options.epsilon, tally);
-      }
-      std::printf("%-28s %d bits: of %d heads %d are apart, %d verdicts; %d groups looked again\n",
-                  input.name.c_str(), bits, static_cast<int>(tally.heads),
-                  static_cast<int>(tally.apart), static_cast<int>(tally.verdicts),
-                  static_cast<int>(tally.more_looks));
-      all.heads += tally.heads, all.apart += tally.apart;
-      all.verdicts += tally.verdicts, all.more_looks += tally.more_looks;
     }
+    const Exact exact = ExactAttention(input, input.query);
+    Tally tally;
+    for (int step = 0; step < kSteps; ++step) {
+      auto [on_cpu, on_cuda] = twins.Calls(0, 1);
+      for (int s = 0; s < kSlots; ++s) {
+        for (Call* call : {&on_cpu, &on_cuda}) {
+          std::copy(input.query.begin(), input.query.end(), call->q.begin() + s * kHeads * kDim);
+        }
+      }
+      twins.BeginStep();
+      twins.cpu.batch.Attend(on_cpu.Params());
+      twins.cuda.batch.Attend(on_cuda.Params());
+      Compare(on_cpu, on_cuda, exact, options.epsilon, tally);
+    }
+    std::printf("%-28s %d bits: of %d heads %d are apart, %d verdicts; %d groups looked again\n",
+                input.name.c_str(), bits, static_cast<int>(tally.heads),
+                static_cast<int>(tally.apart), static_cast<int>(tally.verdicts),
+                static_cast<int>(tally.more_looks));
+    all.heads += tally.heads, all.apart += tally.apart;
+    all.verdicts += tally.verdicts, all.more_looks += tally.more_looks;
   }
-  EXPECT_GT(all.more_looks, 20);
+  EXPECT_GT(all.more_looks, 5);
   EXPECT_LE(static_cast<double>(all.apart), kMostApart * static_cast<double>(all.heads));
   EXPECT_LE(static_cast<double>(all.verdicts), .05 * static_cast<double>(all.heads));
 }

@@ -248,6 +248,7 @@ std::vector<HostileInput> HostileInputs() {
   inputs.push_back(Zipf());
   inputs.push_back(Bimodal());
   inputs.push_back(HugeValue());
+  inputs.back().least_coded = 0;  // levels as wide as huge values say nothing of the others
   inputs.push_back(Cancelling());
   inputs.push_back(Make("low-rank keys", 17, Noise(18, 3), 0));
   inputs.push_back(Periodic(256, 19));
@@ -256,6 +257,7 @@ std::vector<HostileInput> HostileInputs() {
   inputs.push_back(Duplicates());
   inputs.push_back(Outliers());
   inputs.push_back(Make("logits up to 1000", 36, Noise(37, 300)));
+  inputs.back().least_coded = 0;  // what codes take for the answer is off by many nats
   inputs.push_back(Scaled(Make("values of 1e12", 38, Noise(39, 2)), 1e12f));
   inputs.push_back(Scaled(Make("values of 1e-12", 40, Noise(41, 2)), 1e-12f));
   // One key holds most of the mass, and no code tells: such tokens are marked and always read.

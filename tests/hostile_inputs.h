@@ -23,6 +23,8 @@ struct HostileInput {
   std::vector<float> query;        // [kHeads][kDim], unscaled
   // Least share of heads to verify under norm = value, in a first step and after some steps.
   double least_first = .95, least_settled = .95;
+  // The same with value codes, in both.
+  double least_coded = .95;
 };
 
 // The same numbers in every run. On these the promise must hold.

@@ -272,6 +272,24 @@ TEST(CertificateTest, AFewSampledTokensAreNoJudge) {
   EXPECT_GE(Growth(f.promise, f.group, f.draw, f.tail, 2), 4);
 }
 
+// With value codes the estimate is a sum over codes, less what was read of it. Where the sum is far above
+// the difference, fp32 does not hold the answer, read whole or not.
+TEST(CertificateTest, WhatCancellationAteIsNotVerified) {
+  for (const bool exact : {false, true}) {
+    HeadState state;
+    HeadWork work;
+    work.denominator = work.ref = 1;
+    const TailSums fair = {.variance = 1e-6, .squares = 1e-14, .coded = 900};
+    DrawFixture f(PlainShape());
+    JudgeHead(f.promise, 1, fair, .1f, 100, exact, 1, state, work);
+    EXPECT_LT(work.bound, .1f);
+    TailSums cancelled = fair;
+    cancelled.coded = 1100;
+    JudgeHead(f.promise, 1, cancelled, .1f, 100, exact, 1, state, work);
+    EXPECT_EQ(work.bound, INFINITY);
+  }
+}
+
 TEST(CertificateTest, NanIsNotVerified) {
   DrawFixture f(PlainShape());
   f.SetValue(f.Token(3), 7, NAN);

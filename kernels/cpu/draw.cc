@@ -139,6 +139,7 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
   float* sums = w.work + 2 * heads * floats;
   std::copy_n(base, heads * floats, sums);
   float masses[kMaxGroup];  // of rows alone
+  for (int g = 0; g < heads; ++g) w.head[g].unseen = s.value_bits > 0 ? w.head[g].mass : 0;
   float* inverse = w.dot;   // [count] 1 / pi; verification writes there later
   for (int64_t i = 0; i < draw.count; ++i) inverse[i] = 1 / std::min(1.f, draw.scale * w.weight[i]);
   for (int g = 0; g < heads; ++g) {
@@ -168,7 +169,7 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
                             std::exp(w.shift[block * heads + g] - w.head[g].shift);
         w.guess[g * w.stride + i] = guess;
         w.scaled[g * w.stride + i] = -guess / std::min(1.f, draw.scale * w.weight[i]);
-        sums[g * floats + dim + 1] += w.scaled[g * w.stride + i];
+        w.head[g].unseen += w.scaled[g * w.stride + i];
       }
     }
     float decoded[kTileRows * kMaxDim];
@@ -183,6 +184,7 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
   for (int g = 0; g < heads; ++g) {
     HeadWork& head = w.head[g];
     const SoftmaxState state(sums + g * floats, dim);
+    if (s.value_bits > 0) state.denominator() += head.unseen - head.mass;
     head.denominator = std::max(state.denominator(), 1e-30f);
     float norm2 = 0;
     for (int j = 0; j < dim; ++j) {

@@ -33,8 +33,9 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
   const int64_t blocks = NumBlocks(group);
   for (int g = 0; g < group.q_heads; ++g) {
     const SoftmaxState fixed(const_cast<float*>(states) + g * StateFloats(s.row.dim_v), s.row.dim_v);
-    float shift = fixed.max();
-    for (int64_t b = 0; b < blocks; ++b) shift = std::max(shift, w.shift[b * group.q_heads + g]);
+    float top = -std::numeric_limits<float>::infinity();
+    for (int64_t b = 0; b < blocks; ++b) top = std::max(top, w.shift[b * group.q_heads + g]);
+    const float shift = std::max(top, fixed.max());
     double mass = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * group.q_heads + g;
@@ -43,6 +44,7 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
     HeadWork& work = w.head[g];
     work.shift = shift;
     work.mass = static_cast<float>(mass);
+    work.top = std::exp(top - shift);
     work.denominator = work.mass + fixed.denominator() * std::exp(fixed.max() - shift);
   }
 }

@@ -94,6 +94,7 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
   float* term = w.scaled + head * w.stride;        // c |a - b o|^2 / D^2, for the rank draws
   float* residual = w.residual + head * w.stride;  // |a - b o|^2 / (pi D^2), for Growth
   TailSums sums;
+  if (guess != nullptr) sums.coded = work.mass;
   for (int64_t t = 0; t < tail; ++t) {
     const uint32_t i = w.tail[t];
     TailToken token;

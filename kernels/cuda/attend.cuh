@@ -191,6 +191,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       if (most > work.shift) work.mass *= expf(work.shift - most);
       work.shift = most;
       work.denominator = denominator;
+      work.unseen = coded_mass;
       work.ref = sqrtf(norm2);
       if (promise.norm == Norm::kValue) work.ref = Max(work.ref, promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, 1e-30f), 0.f)));
       w.head[h] = work;

@@ -71,11 +71,10 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   team.Sync();
   for (int h = threadIdx.x; h < heads; h += kThreads) {
     const float* fixed = w.fixed + static_cast<int64_t>(h) * floats + floats - 3;
-    float shift = -INFINITY;
+    float top = -INFINITY;
+    for (int r = 0; r < team.size; ++r) top = fmaxf(top, static_cast<float>(LoadShared(parts + r * stride + 2 * h)));
+    float shift = top;
     for (int part = 0; part < kFixedParts; ++part) shift = fmaxf(shift, fixed[static_cast<int64_t>(part) * heads * floats]);
-    for (int r = 0; r < team.size; ++r) {
-      shift = fmaxf(shift, static_cast<float>(LoadShared(parts + r * stride + 2 * h)));
-    }
     double mass = 0, sum = 0;
     for (int r = 0; r < team.size; ++r) {
       mass += LoadShared(parts + r * stride + 2 * h + 1) *
@@ -88,6 +87,7 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
     HeadWork& work = team.shared.head[h];
     work.shift = shift;
     work.mass = static_cast<float>(mass);
+    work.top = expf(top - shift);
     work.denominator = static_cast<float>(mass + sum);
   }
   team.parity ^= 1;

@@ -229,7 +229,8 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
                         .mass = team.shared.total[5 * h + 3],
                         .spread = team.shared.total[5 * h + 4],
                         .relative = coded ? rest[0] : 0,
-                        .estimate = coded ? rest[1] : 0};
+                        .estimate = coded ? rest[1] : 0,
+                        .coded = coded ? team.shared.head[h].mass : 0};
     __syncthreads();
     float norm2 = 0;
     for (int j = tid; j < dim; j += kThreads) {
