@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cassert>
+#include <tuple>
 
 namespace vattn {
 
@@ -13,32 +14,30 @@ void BlockBitmap::Give(int64_t block) {
   assert(IsTaken(block));
   words_[static_cast<size_t>(block / 64)] &= ~(uint64_t{1} << (block % 64));
   --num_taken_;
+  lowest_ = std::min(lowest_, block);
 }
 
-int64_t BlockBitmap::Find(bool taken, int64_t from) const {
+int64_t BlockBitmap::Find(bool taken, int64_t from, int64_t end) const {
   const uint64_t flip = taken ? 0 : ~uint64_t{0};
   uint64_t mask = ~uint64_t{0} << (from % 64);
-  for (int64_t base = from / 64 * 64; base < num_blocks_; base += 64) {
+  for (int64_t base = from / 64 * 64; base < end; base += 64) {
     const uint64_t hits = (words_[static_cast<size_t>(base / 64)] ^ flip) & mask;
-    if (hits != 0) return std::min(base + std::countr_zero(hits), num_blocks_);
+    if (hits != 0) return std::min(base + std::countr_zero(hits), end);
     mask = ~uint64_t{0};
   }
-  return num_blocks_;
+  return end;
 }
 
-std::pair<int64_t, int64_t> BlockBitmap::FreeRun(int64_t from) const {
-  const int64_t first = Find(false, from);
-  return {first, Find(true, first)};
+std::pair<int64_t, int64_t> BlockBitmap::FreeRun(int64_t from, int64_t most) const {
+  const int64_t first = Find(false, from, num_blocks_);
+  return {first, Find(true, first, first + std::min(most, num_blocks_ - first))};
 }
 
 int64_t BlockBitmap::FindRun(int64_t count) const {
-  // The second round covers all blocks, so a run that the cursor cuts in two is seen whole.
-  for (const int64_t start : {cursor_, int64_t{0}}) {
-    for (auto [first, end] = FreeRun(start); first < end; std::tie(first, end) = FreeRun(end)) {
-      if (end - first >= count) return first;
-    }
+  for (auto [first, end] = FreeRun(lowest_, count); first < end; std::tie(first, end) = FreeRun(end, count)) {
+    if (end - first == count) return first;
   }
-  return cursor_;
+  return lowest_;
 }
 
 void BlockBitmap::Mark(int64_t first, int64_t length) {
@@ -50,7 +49,7 @@ void BlockBitmap::Mark(int64_t first, int64_t length) {
     block += bits;
   }
   num_taken_ += length;
-  cursor_ = end == num_blocks_ ? 0 : end;
+  if (first == lowest_) lowest_ = end;
 }
 
 int64_t BlockBitmap::CountTaken() const {

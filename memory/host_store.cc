@@ -233,12 +233,17 @@ absl::Status HostStore::AllocateReserved(int64_t count, BlockId* out) {
 
 absl::Status HostStore::Trim() {
   const std::lock_guard lock(mutex_);
-  for (auto [first, end] = used_.FreeRun(0); first < end;
-       std::tie(first, end) = used_.FreeRun(end)) {
+  for (auto [first, end] = used_.FreeRun(0, num_blocks_); first < end;
+       std::tie(first, end) = used_.FreeRun(end, num_blocks_)) {
     VATTN_RETURN_IF_ERROR(range_.Release(static_cast<uint64_t>(first) * block_bytes_,
                                          static_cast<uint64_t>(end - first) * block_bytes_));
   }
   return absl::OkStatus();
+}
+
+bool HostStore::AllFree(int64_t first, int64_t end) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return !used_.AnyTaken(first, end);
 }
 
 int64_t HostStore::num_free() const {

@@ -49,8 +49,8 @@ class HostStore {
   HostStore& operator=(const HostStore&) = delete;
 
   // Hands out `count` free blocks, each with one reference, or none: FULL if there are fewer than
-  // that beside the reserved ones. Ids ascend by one wherever a free run is long enough, else as
-  // few runs as a scan from the last allocation meets.
+  // that beside the reserved ones. Ids ascend, by one wherever a free run is long enough; the lowest
+  // that do.
   absl::Status Allocate(int64_t count, BlockId* out /* [count] */);
 
   // The caller holds a reference already.
@@ -63,6 +63,9 @@ class HostStore {
   // True if the caller's reference is the only one. Then everything that former holders did to the
   // block happened before, and the caller may write.
   bool IsUnique(BlockId block) const;
+
+  // True if no block of [first, end) is used.
+  bool AllFree(int64_t first, int64_t end) const;
 
   // Sets `count` free blocks aside for AllocateReserved, all or none (FULL).
   absl::Status Reserve(int64_t count);

@@ -23,44 +23,77 @@ void Give(BlockBitmap& bitmap, int64_t first, int64_t length) {
   for (int64_t i = first; i < first + length; ++i) bitmap.Give(i);
 }
 
-TEST(BlockBitmapTest, TakesOneRunWhereOneIsLongEnough) {
+TEST(BlockBitmapTest, TakesTheLowestRunThatIsLongEnough) {
   BlockBitmap bitmap(200);
   EXPECT_EQ(Take(bitmap, 70), (Runs{{0, 70}}));
   EXPECT_EQ(Take(bitmap, 100), (Runs{{70, 100}}));
-  Give(bitmap, 60, 50);
-  // Next fit: 30 blocks are left behind the cursor.
-  EXPECT_EQ(Take(bitmap, 10), (Runs{{170, 10}}));
-  // 40 are free in one run before it only.
-  EXPECT_EQ(Take(bitmap, 40), (Runs{{60, 40}}));
+  Give(bitmap, 60, 20);
+  Give(bitmap, 10, 5);
+  EXPECT_EQ(Take(bitmap, 10), (Runs{{60, 10}}));
+  EXPECT_EQ(Take(bitmap, 4), (Runs{{10, 4}}));
+  EXPECT_EQ(Take(bitmap, 30), (Runs{{170, 30}}));
   EXPECT_EQ(Take(bitmap, 0), Runs{});
   EXPECT_EQ(bitmap.num_taken(), bitmap.CountTaken());
 }
 
-TEST(BlockBitmapTest, SeesARunThatTheCursorCuts) {
-  BlockBitmap bitmap(128);
-  EXPECT_EQ(Take(bitmap, 64), (Runs{{0, 64}}));
-  Give(bitmap, 32, 32);
-  EXPECT_EQ(Take(bitmap, 96), (Runs{{32, 96}}));
-}
-
-TEST(BlockBitmapTest, GathersPiecesInOrderFromTheCursor) {
+TEST(BlockBitmapTest, GathersTheLowestPiecesWhereNoRunIsLongEnough) {
   BlockBitmap bitmap(130);
   EXPECT_EQ(Take(bitmap, 130), (Runs{{0, 130}}));
-  Give(bitmap, 3, 2);
-  Give(bitmap, 63, 2);
   Give(bitmap, 129, 1);
+  Give(bitmap, 63, 2);
+  Give(bitmap, 3, 2);
   EXPECT_EQ(Take(bitmap, 1), (Runs{{3, 1}}));
   EXPECT_EQ(Take(bitmap, 4), (Runs{{4, 1}, {63, 2}, {129, 1}}));
   EXPECT_EQ(bitmap.num_taken(), 130);
 }
 
+TEST(BlockBitmapTest, SeesWhatIsTakenInAStretch) {
+  BlockBitmap bitmap(300);
+  Take(bitmap, 300);
+  Give(bitmap, 64, 136);
+  EXPECT_FALSE(bitmap.AnyTaken(64, 200));
+  EXPECT_TRUE(bitmap.AnyTaken(63, 200));
+  EXPECT_TRUE(bitmap.AnyTaken(64, 201));
+  EXPECT_FALSE(bitmap.AnyTaken(0, 0));
+}
+
+// Sequences come in pieces, grow by a block a head and go, with 30 % of the pool in use. Where blocks were taken round the
+// pool, every page of it would have been touched.
+TEST(BlockBitmapTest, BlocksStayNearEachOther) {
+  constexpr int64_t kPage = 256, kBlocks = 400 * kPage, kMost = 3 * kBlocks / 10;
+  BlockBitmap bitmap(kBlocks);
+  std::mt19937_64 random(1);
+  std::vector<std::vector<int64_t>> sequences;
+  int64_t highest = 0, most = 0;
+  for (int step = 0; step < 20000; ++step) {
+    if (sequences.empty() || (bitmap.num_taken() < kMost && random() % 50 == 0)) sequences.emplace_back();
+    const size_t i = random() % sequences.size();
+    if (bitmap.num_taken() >= kMost) {
+      for (const int64_t block : sequences[i]) bitmap.Give(block);
+      sequences.erase(sequences.begin() + static_cast<std::ptrdiff_t>(i));
+      continue;
+    }
+    const bool prompt = sequences[i].empty();
+    for (uint64_t pieces = prompt ? 1 + random() % 40 : 1; pieces > 0; --pieces) {
+      for (const auto& [first, length] : Take(bitmap, prompt ? 64 : 8)) {
+        for (int64_t b = first; b < first + length; ++b) sequences[i].push_back(b);
+        highest = std::max(highest, first + length);
+      }
+    }
+    most = std::max(most, bitmap.num_taken());
+  }
+  EXPECT_GE(most, kMost);
+  EXPECT_LT(highest, most * 5 / 4);
+}
+
 TEST(BlockBitmapTest, FreeRunsTileWhatIsNotTaken) {
   BlockBitmap bitmap(129);
-  EXPECT_EQ(bitmap.FreeRun(0), (std::pair<int64_t, int64_t>(0, 129)));
+  EXPECT_EQ(bitmap.FreeRun(0, 129), (std::pair<int64_t, int64_t>(0, 129)));
+  EXPECT_EQ(bitmap.FreeRun(0, 5), (std::pair<int64_t, int64_t>(0, 5)));
   Take(bitmap, 128);
-  EXPECT_EQ(bitmap.FreeRun(0), (std::pair<int64_t, int64_t>(128, 129)));
+  EXPECT_EQ(bitmap.FreeRun(0, 129), (std::pair<int64_t, int64_t>(128, 129)));
   Take(bitmap, 1);
-  EXPECT_EQ(bitmap.FreeRun(0), (std::pair<int64_t, int64_t>(129, 129)));
+  EXPECT_EQ(bitmap.FreeRun(0, 129), (std::pair<int64_t, int64_t>(129, 129)));
 }
 
 // Against a plain vector<bool>: no block taken twice, one run iff one is long enough.
