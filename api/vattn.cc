@@ -629,7 +629,11 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
                              .prefix_misses = s.prefix_misses,
                              .prefix_damaged = s.prefix_damaged,
                              .prefix_unread = s.prefix_unread,
-                             .prefix_unlike = s.prefix_unlike};
+                             .prefix_unlike = s.prefix_unlike,
+                             .device_bytes_reserved = s.device_bytes_reserved,
+                             .device_bytes_mapped = s.device_bytes_mapped,
+                             .device_growths = s.device_growths,
+                             .device_growth_ns = s.device_growth_ns};
     vattn::api::Export(all, stats, struct_size);
     return absl::OkStatus();
   });

@@ -528,6 +528,13 @@ typedef struct vattn_stats {
   uint64_t prefix_damaged;     /* stored prefixes that failed their check and were removed */
   uint64_t prefix_unread;      /* stored prefixes that the system could not read when wanted */
   uint64_t prefix_unlike;      /* digests that led to other tokens */
+  /* On CUDA, of what grows with the tokens held: addresses set aside for codes and hot set tables
+   * of the whole host pool, device memory taken for them so far, how often more was taken, and how
+   * long that took. */
+  uint64_t device_bytes_reserved;
+  uint64_t device_bytes_mapped;
+  uint64_t device_growths;
+  uint64_t device_growth_ns;
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,

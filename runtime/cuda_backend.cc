@@ -5,6 +5,14 @@
 #include "memory/status.h"
 
 namespace vattn {
+namespace {
+
+// Pages of free blocks' codes that stay where they are, and bytes of pages that are mapped nowhere: what comes
+// back soon costs no call of the driver.
+constexpr int64_t kIdlePages = 16;
+constexpr uint64_t kSpareBytes = uint64_t{64} << 20;
+
+}  // namespace
 
 absl::Status CudaBackend::CheckOptions(const Options& o) {
   const IndexKind index = static_cast<IndexKind>(o.index);
@@ -27,7 +35,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   VATTN_RETURN_IF_ERROR(CheckOptions(options));
   absl::StatusOr<std::unique_ptr<Device>> device = Device::Open(options.device);
   if (!device.ok()) return device.status();
-  std::unique_ptr<CudaBackend> backend(new CudaBackend);
+  std::unique_ptr<CudaBackend> backend(new CudaBackend(store));
   backend->device_ = *std::move(device);
   Device& d = *backend->device_;
   backend->num_blocks_ = store.num_blocks();
@@ -43,12 +51,14 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
       d.Register(store.base(), static_cast<uint64_t>(store.num_blocks()) * store.block_bytes());
   if (!base.ok()) return base.status();
   s.host.base = *base;
-  absl::StatusOr<DeviceMemory> codes = d.Allocate(static_cast<uint64_t>(store.num_blocks() * s.code_block_bytes));
+  absl::StatusOr<std::unique_ptr<DevicePages>> pages = DevicePages::Create(d.ordinal(), kSpareBytes);
+  if (!pages.ok()) return pages.status();
+  backend->pages_ = *std::move(pages);
+  absl::StatusOr<std::unique_ptr<DeviceRange>> codes =
+      DeviceRange::Reserve(*backend->pages_, store.num_blocks(), static_cast<uint64_t>(s.code_block_bytes));
   if (!codes.ok()) return codes.status();
   backend->codes_ = *std::move(codes);
-  s.codes = backend->codes_.data();
-  // The scan reads blocks whole, tokens that have no codes yet included.
-  VATTN_RETURN_IF_ERROR(d.Fill(s.codes, 0, backend->codes_.size(), d.stream()));
+  s.codes = backend->codes_->data();
 
   constexpr uint64_t kRow = (kQuantileBins + 1) * sizeof(float);
   absl::StatusOr<DeviceMemory> quantile = d.Allocate(kRow * static_cast<uint64_t>(promise.max_looks));
@@ -65,6 +75,39 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   VATTN_RETURN_IF_ERROR(d.Fill(backend->counters_.data(), 0, sizeof(cuda::DeviceCounters), d.stream()));
   VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
   return backend;
+}
+
+CudaBackend::~CudaBackend() {
+  // No page goes while a kernel may still write codes.
+  if (device_ != nullptr && device_->Activate().ok()) device_->SynchronizeAll().IgnoreError();
+}
+
+absl::Status CudaBackend::Hold(DeviceRange& range, const int32_t* blocks, int64_t count,
+                               DeviceRange::Stretches* fresh) {
+  absl::Status status = range.Commit(blocks, count, fresh);
+  if (CodeOf(status) != Code::kOutOfMemory) return status;
+  ReclaimCodes(0);
+  status = range.Commit(blocks, count, fresh);
+  if (CodeOf(status) != Code::kOutOfMemory) return status;
+  return OutOfMemoryError(status.message(), ", which ", count, " blocks of ", kBlockTokens,
+                          " tokens of a KV head need; fewer tokens, or smaller index_bytes, value_bits or hot_share "
+                          "need less");
+}
+
+absl::Status CudaBackend::HoldCodes(const BlockId* blocks, int64_t count) {
+  static_assert(sizeof(BlockId) == sizeof(int32_t));
+  return Hold(*codes_, reinterpret_cast<const int32_t*>(blocks), count, nullptr);
+}
+
+void CudaBackend::ReclaimCodes(int64_t keep) {
+  codes_->Reclaim(keep, [this](int64_t first, int64_t end) { return store_.AllFree(first, end); });
+}
+
+void CudaBackend::LetGo(int64_t count) {
+  const int64_t bytes = (let_go_ += count) * storage_.code_block_bytes;
+  if (bytes <= kIdlePages * static_cast<int64_t>(pages_->page_bytes())) return;
+  let_go_ = 0;
+  ReclaimCodes(kIdlePages);
 }
 
 absl::Status CudaBackend::Write(const WriteParams& params) {

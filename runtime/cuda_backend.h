@@ -1,5 +1,5 @@
-// What all sequences of a CUDA runtime share on the device: the mapped host pool, the codes beside it,
-// counters.
+// What all sequences of a CUDA runtime share on the device: the mapped host pool, the codes beside it, the pages
+// that growing arrays take, counters.
 #ifndef VATTN_RUNTIME_CUDA_BACKEND_H_
 #define VATTN_RUNTIME_CUDA_BACKEND_H_
 
@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cuda/params.h"
 #include "memory/device.h"
+#include "memory/device_range.h"
 #include "memory/host_store.h"
 #include "runtime/options.h"
 
@@ -18,12 +19,13 @@ namespace vattn {
 class CudaBackend {
  public:
   // NOT_SUPPORTED without a device or for options that the CUDA backend does not serve,
-  // OUT_OF_MEMORY if the pool cannot be pinned or its codes do not fit the device.
+  // OUT_OF_MEMORY if the pool cannot be pinned.
   // quantile [max_looks][kQuantileBins + 1] on the host.
   static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(const Options& options, const Storage& storage,
                                                              const Promise& promise, HostStore& store);
   // The first option, if any, that keeps a runtime from CUDA, as NOT_SUPPORTED.
   static absl::Status CheckOptions(const Options& options);
+  ~CudaBackend();
 
   Device& device() { return *device_; }
   const cuda::DeviceStorage& storage() const { return storage_; }
@@ -37,19 +39,34 @@ class CudaBackend {
   // `bytes` from memory that the device can follow to the host. Blocks until done.
   absl::Status Read(void* to, const void* from, uint64_t bytes);
 
+  // Device memory for the codes of blocks that a sequence has come to hold, before the device is told of them.
+  // OUT_OF_MEMORY, and nothing has changed. Memory of blocks that nobody holds any more is taken first.
+  absl::Status HoldCodes(const BlockId* blocks, int64_t count);
+  // The same for what a batch has of blocks.
+  absl::Status Hold(DeviceRange& range, const int32_t* blocks, int64_t count, DeviceRange::Stretches* fresh);
+  // `count` references to blocks were dropped. Once in a while codes of blocks that are free lose their memory.
+  void LetGo(int64_t count);
+  DevicePages& pages() { return *pages_; }
+
   int64_t num_blocks() const { return num_blocks_; }
   // Counts how often a block got new content that its rows in a hot set would not know of.
   uint32_t generation(int32_t block) const { return generations_[block].load(std::memory_order_relaxed); }
   void Renew(int32_t block) { generations_[block].fetch_add(1, std::memory_order_relaxed); }
 
  private:
-  CudaBackend() = default;
+  explicit CudaBackend(HostStore& store) : store_(store) {}
+  // Blocks are free only when the device has passed all steps that read them.
+  void ReclaimCodes(int64_t keep);
 
+  HostStore& store_;
   std::unique_ptr<Device> device_;
+  std::unique_ptr<DevicePages> pages_;
+  std::unique_ptr<DeviceRange> codes_;
+  std::atomic<int64_t> let_go_{0};  // since the last ReclaimCodes
   cuda::DeviceStorage storage_;
   Promise promise_;
   int64_t num_blocks_ = 0;
-  DeviceMemory codes_, counters_, quantile_;
+  DeviceMemory counters_, quantile_;
   std::unique_ptr<std::atomic<uint32_t>[]> generations_;
 };
 

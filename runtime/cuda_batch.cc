@@ -63,9 +63,8 @@ absl::Status CudaBatch::Allocate() {
   memory = d.Allocate(static_cast<uint64_t>(slots * row_bytes));
   if (!memory.ok()) return memory.status();
   hot_rows_ = *std::move(memory);
-  // owner [slots], use [slots], the clock's hand and the count of calls, then slot_of [tokens].
-  const int64_t known = slots > 0 ? tokens : 0;
-  memory = d.Allocate(static_cast<uint64_t>(slots * 16 + known * 4 + 16));
+  // owner [slots], use [slots], the clock's hand and the count of calls.
+  memory = d.Allocate(static_cast<uint64_t>(slots * 16 + 16));
   if (!memory.ok()) return memory.status();
   hot_tables_ = *std::move(memory);
   hot_.rows = hot_rows_.data();
@@ -73,44 +72,54 @@ absl::Status CudaBatch::Allocate() {
   hot_.use = reinterpret_cast<unsigned long long*>(hot_.owner + slots);
   hot_.hand = hot_.use + slots;
   hot_.call = hot_.hand + 1;
-  hot_.slot_of = reinterpret_cast<int32_t*>(hot_.call + 1);
+  absl::StatusOr<std::unique_ptr<DeviceRange>> slot_of = DeviceRange::Reserve(
+      backend_.pages(), backend_.num_blocks(), slots > 0 ? kBlockTokens * sizeof(int32_t) : 0);
+  if (!slot_of.ok()) return slot_of.status();
+  slot_of_ = *std::move(slot_of);
+  hot_.slot_of = reinterpret_cast<int32_t*>(slot_of_->data());
   VATTN_RETURN_IF_ERROR(d.Fill(hot_.owner, 0xff, static_cast<uint64_t>(slots * 8), d.stream()));
   VATTN_RETURN_IF_ERROR(d.Fill(hot_.use, 0, static_cast<uint64_t>(slots * 8 + 16), d.stream()));
-  VATTN_RETURN_IF_ERROR(d.Fill(hot_.slot_of, 0xff, static_cast<uint64_t>(known * 4), d.stream()));
   seen_.resize(static_cast<size_t>(backend_.num_blocks()));
   for (int64_t b = 0; b < backend_.num_blocks(); ++b) seen_[b] = backend_.generation(static_cast<int32_t>(b));
   return d.Synchronize(d.stream());
 }
 
-absl::Status CudaBatch::ForgetRenewed(DeviceStream stream) {
-  std::vector<int32_t> renewed;
+absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
+  std::vector<int32_t> changed, renewed;
   for (const Filled& f : filled_) {
     for (int l = 0; l < runtime_.options().num_layers; ++l) {
       for (const HeadGroup& group : f.sequence->layer(l).groups) {
         // A sequence that comes from another batch may bring blocks that changed there.
-        const int64_t from = f.sequence->cuda_batch == this ? group.changed_from : 0;
-        for (int64_t b = from; b < static_cast<int64_t>(group.blocks.size()); ++b) {
-          const int32_t id = group.blocks[b];
-          const uint32_t generation = backend_.generation(id);
-          if (seen_[id] == generation) continue;
-          seen_[id] = generation;
-          renewed.push_back(id);
-        }
+        const int64_t size = static_cast<int64_t>(group.blocks.size());
+        const int64_t from = f.sequence->cuda_batch == this ? std::min(group.changed_from, size) : 0;
+        changed.insert(changed.end(), group.blocks.begin() + from, group.blocks.end());
       }
     }
-    f.sequence->cuda_batch = this;
   }
-  if (renewed.empty()) return absl::OkStatus();
+  for (const int32_t id : changed) {
+    if (seen_[id] != backend_.generation(id)) renewed.push_back(id);
+  }
   Device& d = backend_.device();
-  const uint64_t bytes = renewed.size() * sizeof(int32_t);
-  if (bytes > forget_.size()) {
-    absl::StatusOr<DeviceMemory> memory = d.Allocate(2 * bytes);
-    if (!memory.ok()) return memory.status();
-    forget_ = *std::move(memory);
+  VATTN_RETURN_IF_ERROR(backend_.Hold(*slot_of_, changed.data(), static_cast<int64_t>(changed.size()), &unset_));
+  for (const auto& [begin, end] : unset_) {
+    VATTN_RETURN_IF_ERROR(d.Fill(slot_of_->data() + begin, 0xff, end - begin, stream));
   }
-  VATTN_RETURN_IF_ERROR(d.Copy(forget_.data(), renewed.data(), bytes, stream));
-  return d.Check(cuda::ForgetBlocks(hot_, forget_.as<int32_t>(), static_cast<int64_t>(renewed.size()), {stream}),
-                 "updating the hot set");
+  unset_.clear();
+  if (!renewed.empty()) {
+    const uint64_t bytes = renewed.size() * sizeof(int32_t);
+    if (bytes > forget_.size()) {
+      absl::StatusOr<DeviceMemory> memory = d.Allocate(2 * bytes);
+      if (!memory.ok()) return memory.status();
+      forget_ = *std::move(memory);
+    }
+    VATTN_RETURN_IF_ERROR(d.Copy(forget_.data(), renewed.data(), bytes, stream));
+    VATTN_RETURN_IF_ERROR(d.Check(
+        cuda::ForgetBlocks(hot_, forget_.as<int32_t>(), static_cast<int64_t>(renewed.size()), {stream}),
+        "updating the hot set"));
+  }
+  for (const int32_t id : renewed) seen_[id] = backend_.generation(id);
+  for (const Filled& f : filled_) f.sequence->cuda_batch = this;
+  return absl::OkStatus();
 }
 
 absl::Status CudaBatch::GrowScratch(int new_tokens) {
@@ -184,7 +193,7 @@ absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_t
     halves.push_back(*half);
   }
   VATTN_RETURN_IF_ERROR(GrowScratch(new_tokens));
-  VATTN_RETURN_IF_ERROR(ForgetRenewed(stream_));
+  VATTN_RETURN_IF_ERROR(UpdateHotSet(stream_));
   for (size_t i = 0; i < filled_.size(); ++i) VATTN_RETURN_IF_ERROR(halves[i]->Flush(*filled_[i].sequence, stream_));
   turn_ = (turn_ + 1) % kTurns;
   VATTN_RETURN_IF_ERROR(d.Wait(passed_[turn_]));

@@ -38,7 +38,8 @@ class CudaBatch {
 
   CudaBatch(Runtime& runtime, int slots);
   absl::Status Allocate();
-  absl::Status ForgetRenewed(DeviceStream stream);
+  // Gives blocks that are new to the batch a place in slot_of_, and forgets rows of those with new content.
+  absl::Status UpdateHotSet(DeviceStream stream);
   absl::Status GrowScratch(int new_tokens);
   void FillGroups(int layer, int new_tokens, cuda::StepHeader& header, cuda::DeviceGroup* groups) const;
   absl::Status Stage(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
@@ -56,6 +57,9 @@ class CudaBatch {
   DeviceMemory forget_;               // block ids
   DeviceMemory staging_;
   DeviceMemory hot_rows_, hot_tables_;
+  // Keeps its pages: owners of hot slots go on naming blocks that have become free.
+  std::unique_ptr<DeviceRange> slot_of_;
+  DeviceRange::Stretches unset_;      // of slot_of_, which say nothing yet
   cuda::HotSetRef hot_;
   std::vector<uint32_t> seen_;        // [blocks of the pool] generation that the hot set knows
   // Pinned copies of the tables, used in turn, each free again when its event has passed.

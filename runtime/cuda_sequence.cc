@@ -128,18 +128,33 @@ absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) 
   return absl::OkStatus();
 }
 
+absl::Status CudaSequence::LoadCodes(Sequence& sequence, DeviceStream stream) {
+  std::vector<int32_t>& load = sequence.codes_to_load();
+  if (load.empty()) return absl::OkStatus();
+  std::vector<int32_t> held;
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    for (const HeadGroup& group : sequence.layer(l).groups) {
+      held.insert(held.end(), group.blocks.begin(), group.blocks.end());
+    }
+  }
+  std::sort(held.begin(), held.end());
+  std::erase_if(load, [&](int32_t id) { return !std::binary_search(held.begin(), held.end(), id); });
+  absl::StatusOr<const int32_t*> sent = Send(load, stream);
+  if (!sent.ok()) return sent.status();
+  VATTN_RETURN_IF_ERROR(
+      backend_.device().Check(cuda::LoadCodes(backend_.storage(), *sent, static_cast<int64_t>(load.size()), {stream}),
+                              "loading codes"));
+  load.clear();
+  return absl::OkStatus();
+}
+
 absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
   Device& d = backend_.device();
   const cuda::DeviceStorage& s = backend_.storage();
+  busy_ = true;  // from the first call on, also if a later one fails
   VATTN_RETURN_IF_ERROR(SendTables(sequence, stream));
   VATTN_RETURN_IF_ERROR(SendIndices(sequence, stream));
-  if (!load_codes_.empty()) {
-    absl::StatusOr<const int32_t*> sent = Send(load_codes_, stream);
-    if (!sent.ok()) return sent.status();
-    VATTN_RETURN_IF_ERROR(
-        d.Check(cuda::LoadCodes(s, *sent, static_cast<int64_t>(load_codes_.size()), {stream}), "loading codes"));
-    load_codes_.clear();
-  }
+  VATTN_RETURN_IF_ERROR(LoadCodes(sequence, stream));
   std::vector<cuda::EncodeItem> encode;
   std::vector<cuda::FixedItem> fixed;
   int64_t most = 0;
@@ -168,7 +183,6 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
         d.Check(cuda::LoadFixed(s, *sent, static_cast<int>(fixed.size()), {stream}), "loading sinks and window"));
   }
   fixed_loaded_ = true;
-  busy_ = true;
   return absl::OkStatus();
 }
 

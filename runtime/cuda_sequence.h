@@ -24,8 +24,6 @@ class CudaSequence {
 
   // Rows of the window were written by the host: the device's are to be loaded anew.
   void ForgetFixed() { fixed_loaded_ = false; }
-  // Codes of a block were written by the host.
-  void LoadCodes(int32_t block) { load_codes_.push_back(block); }
 
   // Waits for the device if it may still work on the sequence, and brings the controller state to the
   // host. Before the host reads or changes anything.
@@ -40,6 +38,8 @@ class CudaSequence {
  private:
   explicit CudaSequence(CudaBackend& backend) : backend_(backend) {}
   absl::Status SendTables(Sequence& sequence, DeviceStream stream);
+  // Codes that the host wrote, of blocks that the sequence still has.
+  absl::Status LoadCodes(Sequence& sequence, DeviceStream stream);
   absl::Status SendIndices(Sequence& sequence, DeviceStream stream);
   // Copies items to the device, for kernels on the same stream.
   template <class T>
@@ -55,7 +55,6 @@ class CudaSequence {
   DeviceMemory states_;           // HeadState
   DeviceMemory fixed_;            // [groups][sinks + ring][row_bytes]
   DeviceMemory items_;            // of the last Send
-  std::vector<int32_t> load_codes_;
   bool fixed_loaded_ = false;
   bool busy_ = false;
 };

@@ -81,8 +81,6 @@ absl::StatusOr<CudaSequence*> Sequence::Cuda() {
       for (HeadGroup& group : layer.groups) group.changed_from = 0;
     }
   }
-  for (const int32_t block : codes_to_load_) cuda_->LoadCodes(block);
-  codes_to_load_.clear();
   return cuda_.get();
 }
 
@@ -106,6 +104,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
       to.groups[g].device_index = from.groups[g].device_index;
     }
   }
+  copy->codes_to_load_ = codes_to_load_;
   copy->step_ = step_;
   copy->CountTables();
   copy->Enlist();
@@ -145,9 +144,7 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
   }
   if (runtime_->cuda() != nullptr) codes_to_load_.reserve(codes_to_load_.size() + needs.size());
   if (copies) VATTN_RETURN_IF_ERROR(Pull());  // a step may still read the blocks that are let go
-  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, count - own, taken.data() + own));
-  if (own > 0) VATTN_RETURN_IF_ERROR(store.AllocateReserved(own, taken.data()));
-  reserved_ -= own;
+  VATTN_RETURN_IF_ERROR(TakeBlocks(own, count, taken.data()));
   from_reserve_ = own;
   for (size_t i = 0; i < needs.size(); ++i) {
     HeadGroup& group = layers_[needs[i].layer].groups[needs[i].group];
@@ -167,6 +164,21 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
     ++runtime_->counters().blocks_copied;
   }
   return absl::OkStatus();
+}
+
+absl::Status Sequence::TakeBlocks(int64_t own, int64_t count, BlockId* out) {
+  HostStore& store = runtime_->store();
+  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, count - own, out + own));
+  absl::Status status = own > 0 ? store.AllocateReserved(own, out) : absl::OkStatus();
+  const int64_t taken = status.ok() ? own : 0;
+  if (status.ok() && runtime_->cuda() != nullptr) status = runtime_->cuda()->HoldCodes(out, count);
+  if (status.ok()) {
+    reserved_ -= own;
+    return status;
+  }
+  for (int64_t i = 0; i < taken; ++i) store.ReleaseToReserve(out[i]);
+  for (int64_t i = own; i < count; ++i) store.Release(out[i]);
+  return status;
 }
 
 absl::Status Sequence::Append(const AppendRequest& r) {
@@ -267,10 +279,12 @@ absl::Status Sequence::Truncate(int64_t tokens) {
 }
 
 void Sequence::ReleaseSpare() {
+  int64_t released = 0;
   for (Layer& layer : layers_) {
     const size_t keep = static_cast<size_t>(BlocksFor(layer.tokens));
     for (HeadGroup& group : layer.groups) {
       for (size_t b = keep; b < group.blocks.size(); ++b) {
+        ++released;
         if (from_reserve_ == 0) {
           runtime_->store().Release(BlockId{group.blocks[b]});
           continue;
@@ -282,6 +296,7 @@ void Sequence::ReleaseSpare() {
       group.blocks.resize(std::min(keep, group.blocks.size()));
     }
   }
+  if (runtime_->cuda() != nullptr) runtime_->cuda()->LetGo(released);
 }
 
 int64_t Sequence::MiddleEnd(int64_t tokens) const {
@@ -374,13 +389,16 @@ void Sequence::FreezeIndex(int l, int64_t end) {
 }
 
 void Sequence::ReleaseBlocks() {
+  int64_t released = 0;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     AddTokens(l, -layers_[l].tokens);
     for (HeadGroup& group : layers_[l].groups) {
       for (const int32_t block : group.blocks) runtime_->store().Release(BlockId{block});
+      released += static_cast<int64_t>(group.blocks.size());
       group.blocks.clear();
     }
   }
+  if (runtime_->cuda() != nullptr) runtime_->cuda()->LetGo(released);
   runtime_->store().Unreserve(reserved_);
   reserved_ = 0;
 }

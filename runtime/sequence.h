@@ -118,6 +118,8 @@ class Sequence {
   // On CUDA: the device half, made at the first use; null on the CPU.
   absl::StatusOr<CudaSequence*> Cuda();
   const CudaSequence* cuda() const { return cuda_.get(); }
+  // Blocks whose codes were written by the host and that the device has not loaded; some may be let go since.
+  std::vector<int32_t>& codes_to_load() { return codes_to_load_; }
   // On CUDA: waits for steps that were enqueued and brings their state to the host. Before the host
   // reads or changes the sequence.
   absl::Status Pull();
@@ -144,8 +146,10 @@ class Sequence {
                           std::vector<std::unique_ptr<QueryMoment>>& moments /* [kv_heads] */) const;
   // Lists what writing tokens [begin, end) of a layer needs.
   void ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const;
-  // Takes them all from the pool, or none (FULL).
+  // Takes them all from the pool and the device, or none (FULL, OUT_OF_MEMORY).
   absl::Status Meet(const std::vector<Need>& needs);
+  // `count` free blocks, with memory on the device if there is one; the first `own` of the reservation. All or none.
+  absl::Status TakeBlocks(int64_t own, int64_t count, BlockId* out);
   absl::Status MakeRoomAndCode(int new_tokens);
   void CodeLayer(int l, int64_t end);
   void FreezeIndex(int l, int64_t end);
@@ -174,7 +178,7 @@ class Sequence {
   std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
   SpillFile spill_;
   std::unique_ptr<CudaSequence> cuda_;
-  std::vector<int32_t> codes_to_load_;  // blocks whose codes were written by the host
+  std::vector<int32_t> codes_to_load_;
   std::atomic<int64_t> table_bytes_{0};
   std::mutex use_;
   std::atomic<uint64_t> last_use_{0};

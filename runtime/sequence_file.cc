@@ -245,7 +245,7 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
 
   // Blocks: all or none from the pool, then as few long reads as their order allows.
   std::vector<BlockId> ids(needed);
-  VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, static_cast<int64_t>(needed), ids.data()));
+  VATTN_RETURN_IF_ERROR(TakeBlocks(0, static_cast<int64_t>(needed), ids.data()));
   size_t id = 0, record = first_block, run = first_block;
   payloads.clear();
   at = 0;

@@ -27,6 +27,11 @@ std::string PrometheusText(const StatsSnapshot& s) {
   Append(out, "table_bytes", "gauge", "Bytes of block tables, index tables and state", s.table_bytes);
   Append(out, "disk_bytes_used", "gauge", "Bytes of files in the disk directory, written or promised",
          s.disk_bytes_used);
+  Append(out, "device_bytes_reserved", "gauge", "Device addresses set aside for what grows with the tokens",
+         s.device_bytes_reserved);
+  Append(out, "device_bytes_mapped", "gauge", "Device memory mapped at them", s.device_bytes_mapped);
+  Append(out, "device_growths", "counter", "Times that more was mapped", s.device_growths);
+  Append(out, "device_growth_ns", "counter", "Nanoseconds that this took", s.device_growth_ns);
 #define VATTN_APPEND(name, type, help) Append(out, #name, type, help, s.name);
   VATTN_COUNTERS(VATTN_APPEND)
 #undef VATTN_APPEND

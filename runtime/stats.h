@@ -50,6 +50,7 @@ struct Counters {
 // Plain copies of the counters plus what is computed on demand.
 struct StatsSnapshot {
   uint64_t host_bytes_limit = 0, host_bytes_used = 0, table_bytes = 0, disk_bytes_used = 0;
+  uint64_t device_bytes_reserved = 0, device_bytes_mapped = 0, device_growths = 0, device_growth_ns = 0;
 #define VATTN_DECLARE(name, type, help) uint64_t name = 0;
   VATTN_COUNTERS(VATTN_DECLARE)
 #undef VATTN_DECLARE

@@ -32,7 +32,8 @@ STATIC_ASSERT_PLACE(vattn_attend_params, scores, 120);
 STATIC_ASSERT_LAST(vattn_attend_params, reserved1, 140);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 136);
-STATIC_ASSERT_LAST(vattn_stats, prefix_unlike, 272);
+STATIC_ASSERT_PLACE(vattn_stats, prefix_unlike, 272);
+STATIC_ASSERT_LAST(vattn_stats, device_growth_ns, 304);
 
 STATIC_ASSERT(prefix_start, offsetof(vattn_prefix, struct_size) == 0);
 STATIC_ASSERT(options_start, offsetof(vattn_options, struct_size) == 0);

@@ -14,7 +14,7 @@ deny 'hwloc|liburing' runtime kernels api
 deny 'hwloc' $(ls memory/*.cc memory/*.h | grep -v 'memory/host_store.cc')
 deny 'liburing' $(ls memory/*.cc memory/*.h | grep -v 'memory/ring_uring.cc')
 deny '(oneapi/)?tbb' kernels/cuda
-deny 'cuda' runtime api $(ls memory/*.cc memory/*.h | grep -v 'memory/device_cuda.cc') kernels/cpu
+deny 'cuda' runtime api $(ls memory/*.cc memory/*.h | grep -vE 'memory/(device|page_ops)_cuda.cc') kernels/cpu
 deny '(oneapi/)?tbb' $(ls kernels/cpu/* | grep -v 'kernels/cpu/workers.cc')
 # Calls that tests make fail go through their tables.
 grep -rnE '(^|[^.>_[:alnum:]])(mmap|munmap|madvise|mlock|mbind) *\(' memory runtime kernels api --include=*.cc |

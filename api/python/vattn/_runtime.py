@@ -72,6 +72,10 @@ class Stats:
     prefix_damaged: int  # stored prefixes that failed their check and were removed
     prefix_unread: int  # stored prefixes that the system could not read when wanted
     prefix_unlike: int  # digests that led to other tokens
+    device_bytes_reserved: int  # addresses set aside for what grows with the tokens, on CUDA
+    device_bytes_mapped: int  # device memory taken for them so far
+    device_growths: int  # times that more was taken
+    device_growth_ns: int  # how long that took
 
 
 class Handle:

@@ -244,7 +244,8 @@ class StatsStruct(ctypes.Structure):
         uint64 full_refusals blocks_copied
         uint64 disk_bytes_used saves bytes_saved restores bytes_restored spills spill_failures
         uint64 files_refused io_errors prefixes_stored prefix_evictions prefix_hits prefix_tokens
-        uint64 prefix_misses prefix_damaged prefix_unread prefix_unlike""")
+        uint64 prefix_misses prefix_damaged prefix_unread prefix_unlike
+        uint64 device_bytes_reserved device_bytes_mapped device_growths device_growth_ns""")
 
 
 def _text_call(*arguments: Any) -> list[Any]:
