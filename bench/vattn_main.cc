@@ -13,6 +13,7 @@
 #include "bench/failure.h"
 #include "bench/gather_command.h"
 #include "bench/growth_command.h"
+#include "bench/growth_cost_command.h"
 #include "bench/replay_command.h"
 #include "bench/step_command.h"
 #include "bench/zoo_command.h"
@@ -34,6 +35,7 @@ int main(int argc, char** argv) {
     vattn::bench::AddZooCommand(&app, command);
     vattn::bench::AddCompareCommand(&app, command);
     vattn::bench::AddGrowthCommand(&app, command);
+    vattn::bench::AddGrowthCostCommand(&app, command);
     app.parse(argc, argv);
     return 0;
   } catch (const CLI::ParseError& error) {
