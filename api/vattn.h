@@ -340,7 +340,8 @@ VATTN_EXPORT void vattn_append_params_init(vattn_append_params* params, size_t s
 
 /* Adds prompt tokens to one layer, in chunks of any size. Blocks until copied. On CUDA k and v, and q
  * apart from them, may be device memory; what writes it must have ended.
- * FULL: nothing was added and the sequence goes on as before. */
+ * FULL, or OUT_OF_MEMORY where the device has no room for the codes of its tokens: nothing was added
+ * and the sequence goes on as before. */
 VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* params);
 
 /* Codes every token that has left the window, fixing the index of layers that have none yet. The
@@ -405,10 +406,12 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
 
 /* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence, copies
  * shared tails, codes what has left the window. Every layer must have been attended in the step
- * before. FULL: nothing changed, no step is open, and the sequences stay usable.
+ * before. FULL, or OUT_OF_MEMORY of the host or the device: nothing changed, no step is open, and the
+ * sequences stay usable.
  * On CUDA the step's tables are enqueued on stream; the calls of the step must follow in its order, on
- * it or on streams that wait for it. NULL: a stream of the library, also for calls without one. The
- * new tokens count from here on. A CUDA graph that holds calls of one step answers any later step
+ * it or on streams that wait for it. NULL: a stream of the library, also for calls without one. With
+ * another stream than that of the batch's last step, or of the last step of one of its sequences, it
+ * waits for the device. The new tokens count from here on. A CUDA graph that holds calls of one step answers any later step
  * when it is launched after that step's begin, with the same arrays: lengths, tables and new blocks
  * are read on the device. */
 VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens,

@@ -51,6 +51,8 @@ class Batch {
   absl::Status TakeMemory();
   // Rows of a hot set for a middle of so many tokens.
   int64_t HotCapacity(int64_t middle) const;
+  absl::Status CallDevice(cuda::Task task, const AttendRequest& request, const Selection& selection,
+                          DeviceStream stream);
   // Writes the new rows and fills groups_ for a layer.
   void PrepareGroups(const AttendRequest& request);
   // Hot sets, reports and counters after an attention.

@@ -48,6 +48,9 @@ class CudaBackend {
   void LetGo(int64_t count);
   DevicePages& pages() { return *pages_; }
 
+  // From 1 on.
+  uint64_t NextBatch() { return next_batch_.fetch_add(1); }
+
   int64_t num_blocks() const { return num_blocks_; }
   // Counts how often a block got new content that its rows in a hot set would not know of.
   uint32_t generation(int32_t block) const { return generations_[block].load(std::memory_order_relaxed); }
@@ -62,6 +65,7 @@ class CudaBackend {
   std::unique_ptr<Device> device_;
   std::unique_ptr<DevicePages> pages_;
   std::unique_ptr<DeviceRange> codes_;
+  std::atomic<uint64_t> next_batch_{1};
   std::atomic<int64_t> let_go_{0};  // since the last ReclaimCodes
   cuda::DeviceStorage storage_;
   Promise promise_;

@@ -16,7 +16,8 @@ int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; 
 
 }  // namespace
 
-CudaBatch::CudaBatch(Runtime& runtime, int slots) : runtime_(runtime), backend_(*runtime.cuda()), slots_(slots) {}
+CudaBatch::CudaBatch(Runtime& runtime, int slots)
+    : runtime_(runtime), backend_(*runtime.cuda()), id_(backend_.NextBatch()), slots_(slots) {}
 
 CudaBatch::~CudaBatch() {
   // Nothing that is enqueued may outlive its tables.
@@ -91,7 +92,7 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
       for (const HeadGroup& group : f.sequence->layer(l).groups) {
         // A sequence that comes from another batch may bring blocks that changed there.
         const int64_t size = static_cast<int64_t>(group.blocks.size());
-        const int64_t from = f.sequence->cuda_batch == this ? std::min(group.changed_from, size) : 0;
+        const int64_t from = f.sequence->hot_set == id_ ? std::min(group.unseen_from, size) : 0;
         changed.insert(changed.end(), group.blocks.begin() + from, group.blocks.end());
       }
     }
@@ -118,7 +119,14 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
         "updating the hot set"));
   }
   for (const int32_t id : renewed) seen_[id] = backend_.generation(id);
-  for (const Filled& f : filled_) f.sequence->cuda_batch = this;
+  for (const Filled& f : filled_) {
+    f.sequence->hot_set = id_;
+    for (int l = 0; l < runtime_.options().num_layers; ++l) {
+      for (HeadGroup& group : f.sequence->layer(l).groups) {
+        group.unseen_from = static_cast<int64_t>(group.blocks.size());
+      }
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -143,7 +151,18 @@ absl::Status CudaBatch::GrowScratch(int new_tokens) {
   return absl::OkStatus();
 }
 
-void CudaBatch::FillGroups(int l, int new_tokens, cuda::StepHeader& header, cuda::DeviceGroup* groups) const {
+void CudaBatch::FillTables(int new_tokens, int steps) {
+  const int layers = runtime_.options().num_layers;
+  cuda::StepHeader* headers = pinned_[turn_].as<cuda::StepHeader>();
+  cuda::DeviceGroup* groups = reinterpret_cast<cuda::DeviceGroup*>(headers + layers);
+  for (int l = 0; l < layers; ++l) {
+    headers[l] = {};
+    if (runtime_.kv_heads(l) > 0) FillGroups(l, new_tokens, steps, headers[l], groups + first_group_[l]);
+  }
+}
+
+void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& header,
+                           cuda::DeviceGroup* groups) const {
   const Options& o = runtime_.options();
   const int kv_heads = runtime_.kv_heads(l), group_size = runtime_.group(l);
   std::byte* memory = scratch_.data();
@@ -169,7 +188,7 @@ void CudaBatch::FillGroups(int l, int new_tokens, cuda::StepHeader& header, cuda
       g.middle_end = end;
       g.ring_begin = std::max<int64_t>(0, tokens - backend_.storage().ring_tokens);
       g.first_block = scanned;
-      g.step = f.sequence->step() + 1;  // the step that is being opened
+      g.step = f.sequence->step() + static_cast<uint64_t>(steps);
       if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
       memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(), RoundUp(tokens, kScratchTokens), group_size, answer_[l].team,
                                    memory, g.scratch);
@@ -181,7 +200,9 @@ void CudaBatch::FillGroups(int l, int new_tokens, cuda::StepHeader& header, cuda
 absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream) {
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
-  stream_ = stream != nullptr ? stream : d.stream();
+  const DeviceStream used = stream != nullptr ? stream : d.stream();
+  if (stream_ != nullptr && stream_ != used) VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
+  stream_ = used;
   filled_.clear();
   for (int slot = 0; slot < slots_; ++slot) {
     if (slots[slot] != nullptr) filled_.push_back({slots[slot], slot});
@@ -197,15 +218,19 @@ absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_t
   for (size_t i = 0; i < filled_.size(); ++i) VATTN_RETURN_IF_ERROR(halves[i]->Flush(*filled_[i].sequence, stream_));
   turn_ = (turn_ + 1) % kTurns;
   VATTN_RETURN_IF_ERROR(d.Wait(passed_[turn_]));
-  const int layers = runtime_.options().num_layers;
-  cuda::StepHeader* headers = pinned_[turn_].as<cuda::StepHeader>();
-  cuda::DeviceGroup* groups = reinterpret_cast<cuda::DeviceGroup*>(headers + layers);
-  for (int l = 0; l < layers; ++l) {
-    headers[l] = {};
-    if (runtime_.kv_heads(l) > 0) FillGroups(l, new_tokens, headers[l], groups + first_group_[l]);
-  }
+  FillTables(new_tokens, 1);
   VATTN_RETURN_IF_ERROR(d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), stream_));
   return d.Record(passed_[turn_], stream_);
+}
+
+void CudaBatch::Leave(const Sequence& sequence) {
+  if (std::erase_if(filled_, [&](const Filled& f) { return f.sequence == &sequence; }) == 0) return;
+  // What fails here fails again in the next call of the step. The caller's stream may be gone.
+  Device& d = backend_.device();
+  if (!d.Activate().ok() || !d.SynchronizeAll().ok()) return;
+  FillTables(0, 0);  // they count the open step already
+  if (!d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()).ok()) return;
+  d.Synchronize(d.stream()).IgnoreError();
 }
 
 absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Selection& selection,

@@ -26,6 +26,9 @@ class CudaBatch {
   // say. stream null: the device's own, also for the calls of the step that come without one.
   absl::Status BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream);
 
+  // A sequence of the open step goes: waits for the device, and later calls of the step do without it.
+  void Leave(const Sequence& sequence);
+
   // Enqueues one call. With q in plain host memory all arrays are taken to be there: the call then
   // blocks until they are filled. It also blocks without a stream.
   absl::Status Call(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
@@ -41,12 +44,16 @@ class CudaBatch {
   // Gives blocks that are new to the batch a place in slot_of_, and forgets rows of those with new content.
   absl::Status UpdateHotSet(DeviceStream stream);
   absl::Status GrowScratch(int new_tokens);
-  void FillGroups(int layer, int new_tokens, cuda::StepHeader& header, cuda::DeviceGroup* groups) const;
+  // The tables of a step into pinned_[turn_]: of layers' tokens and `new_tokens` more, of sequences' steps and
+  // `steps` more.
+  void FillTables(int new_tokens, int steps);
+  void FillGroups(int layer, int new_tokens, int steps, cuda::StepHeader& header, cuda::DeviceGroup* groups) const;
   absl::Status Stage(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
   absl::Status Launch(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
 
   Runtime& runtime_;
   CudaBackend& backend_;
+  const uint64_t id_;  // of no other batch, before or after
   const int slots_;
   std::vector<Filled> filled_;
   std::vector<int64_t> first_group_;  // [layers] place of a layer's groups in the table
@@ -67,7 +74,7 @@ class CudaBatch {
   DeviceMemory pinned_[kTurns];
   DeviceEvent passed_[kTurns];
   int turn_ = 0;
-  DeviceStream stream_ = nullptr;     // of the open step
+  DeviceStream stream_ = nullptr;     // of the last step; another one waits for the device first
 };
 
 }  // namespace vattn

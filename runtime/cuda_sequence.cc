@@ -151,6 +151,9 @@ absl::Status CudaSequence::LoadCodes(Sequence& sequence, DeviceStream stream) {
 absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
   Device& d = backend_.device();
   const cuda::DeviceStorage& s = backend_.storage();
+  // What an earlier stream does with the tables and with what was sent is not ordered before this one.
+  if (busy_ && stream != stream_) VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
+  stream_ = stream;
   busy_ = true;  // from the first call on, also if a later one fails
   VATTN_RETURN_IF_ERROR(SendTables(sequence, stream));
   VATTN_RETURN_IF_ERROR(SendIndices(sequence, stream));

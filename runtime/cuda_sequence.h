@@ -19,7 +19,8 @@ class CudaSequence {
   static absl::StatusOr<std::unique_ptr<CudaSequence>> Create(CudaBackend& backend, const Sequence& sequence);
 
   // Enqueues what changed on the host since the last call: block tables, copies of codes, codes of
-  // tokens [layer.coded_on_device, layer.coded), and after host-side writes sinks and window.
+  // tokens [layer.coded_on_device, layer.coded), and after host-side writes sinks and window. Waits for the
+  // device first if steps were enqueued on another stream.
   absl::Status Flush(Sequence& sequence, DeviceStream stream);
 
   // Rows of the window were written by the host: the device's are to be loaded anew.
@@ -57,6 +58,7 @@ class CudaSequence {
   DeviceMemory items_;            // of the last Send
   bool fixed_loaded_ = false;
   bool busy_ = false;
+  DeviceStream stream_ = nullptr;  // of the last Flush
 };
 
 }  // namespace vattn

@@ -151,6 +151,7 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
     std::vector<int32_t>& blocks = group.blocks;
     const int32_t id = static_cast<int32_t>(taken[i]);
     group.changed_from = std::min(group.changed_from, needs[i].block);
+    group.unseen_from = std::min(group.unseen_from, needs[i].block);
     if (runtime_->cuda() != nullptr) runtime_->cuda()->Renew(id);
     if (!needs[i].copy) {
       blocks.push_back(id);
@@ -168,17 +169,19 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
 
 absl::Status Sequence::TakeBlocks(int64_t own, int64_t count, BlockId* out) {
   HostStore& store = runtime_->store();
+  int64_t from = own, to = own;  // of out: those that were taken
+  absl::Cleanup undo = [&] {
+    for (; from < own; ++from) store.ReleaseToReserve(out[from]);
+    for (; from < to; ++from) store.Release(out[from]);
+  };
   if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, count - own, out + own));
-  absl::Status status = own > 0 ? store.AllocateReserved(own, out) : absl::OkStatus();
-  const int64_t taken = status.ok() ? own : 0;
-  if (status.ok() && runtime_->cuda() != nullptr) status = runtime_->cuda()->HoldCodes(out, count);
-  if (status.ok()) {
-    reserved_ -= own;
-    return status;
-  }
-  for (int64_t i = 0; i < taken; ++i) store.ReleaseToReserve(out[i]);
-  for (int64_t i = own; i < count; ++i) store.Release(out[i]);
-  return status;
+  to = count;
+  if (own > 0) VATTN_RETURN_IF_ERROR(store.AllocateReserved(own, out));
+  from = 0;
+  if (runtime_->cuda() != nullptr) VATTN_RETURN_IF_ERROR(runtime_->cuda()->HoldCodes(out, count));
+  std::move(undo).Cancel();
+  reserved_ -= own;
+  return absl::OkStatus();
 }
 
 absl::Status Sequence::Append(const AppendRequest& r) {
@@ -266,6 +269,7 @@ absl::Status Sequence::Truncate(int64_t tokens) {
     for (HeadGroup& group : layer.groups) {
       group.hot.Truncate(tokens);
       group.changed_from = std::min(group.changed_from, tokens / kBlockTokens);
+      group.unseen_from = std::min(group.unseen_from, tokens / kBlockTokens);
       // What follows in the last block will be other rows than those that a hot set may hold.
       if (runtime_->cuda() != nullptr && tokens % kBlockTokens > 0) {
         runtime_->cuda()->Renew(group.blocks[static_cast<size_t>(tokens / kBlockTokens)]);
@@ -396,6 +400,7 @@ void Sequence::ReleaseBlocks() {
       for (const int32_t block : group.blocks) runtime_->store().Release(BlockId{block});
       released += static_cast<int64_t>(group.blocks.size());
       group.blocks.clear();
+      group.unseen_from = 0;
     }
   }
   if (runtime_->cuda() != nullptr) runtime_->cuda()->LetGo(released);

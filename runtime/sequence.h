@@ -19,7 +19,6 @@
 namespace vattn {
 
 class Batch;
-class CudaBatch;
 class SnapshotReader;
 struct StoredPrefix;
 
@@ -46,6 +45,7 @@ struct HeadGroup {
 
   // On CUDA: block table entries from here on are not on the device yet, and its copy of the index.
   int64_t changed_from = 0;
+  int64_t unseen_from = 0;  // entries from here on are not known to the hot set of Sequence::hot_set
   std::shared_ptr<DeviceMemory> device_index;
   IndexTables DeviceTables() const { return index->TablesAt(device_index->as<float>()); }
 };
@@ -123,12 +123,15 @@ class Sequence {
   // On CUDA: waits for steps that were enqueued and brings their state to the host. Before the host
   // reads or changes the sequence.
   absl::Status Pull();
+  void MarkBusy() {
+    if (cuda_) cuda_->MarkBusy();
+  }
   int64_t table_bytes() const { return table_bytes_.load(std::memory_order_relaxed); }
   // Tokens of a layer, also while it hibernates.
   int64_t length(int l) const { return hibernated() ? asleep_tokens_[l] : layers_[l].tokens; }
 
   std::atomic<Batch*> batch{nullptr};  // the batch it sits in, or null
-  const CudaBatch* cuda_batch = nullptr;  // whose hot set knows its blocks
+  uint64_t hot_set = 0;  // CudaBatch::id_ of the batch whose hot set knows its blocks; 0: none
   int slot = -1;
 
  private:

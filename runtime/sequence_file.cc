@@ -156,7 +156,9 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
   }
   const auto tokens = [&](const Layer& layer) { return std::min(layer.tokens, most); };
   const auto coded = [&](const Layer& layer) {
-    return layer.tokens <= most ? layer.coded : std::min(layer.coded, most / kCodeTokens * kCodeTokens);
+    // On CUDA a step that failed to open leaves tokens to be coded that no flush has coded yet.
+    const int64_t coded = runtime_->cuda() == nullptr ? layer.coded : std::min(layer.coded, layer.coded_on_device);
+    return layer.tokens <= most ? coded : std::min(coded, most / kCodeTokens * kCodeTokens);
   };
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {

@@ -11,7 +11,7 @@
 namespace vattn::test {
 
 constexpr uint64_t kHostPageBytes = 64 << 10;
-constexpr uint8_t kUnset = 0xdb;
+constexpr uint8_t kUnset = 0x5a;
 
 extern const PageOps kHostPageOps;
 

@@ -1,0 +1,322 @@
+#include "tests/simulated_world.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "memory/status.h"
+#include "tests/host_pages.h"
+
+namespace vattn::test {
+namespace {
+
+constexpr float kNothing = std::numeric_limits<float>::quiet_NaN();
+constexpr size_t kMostTwins = 6, kMostTokens = 900, kMostPending = 24;
+
+}  // namespace
+
+SimulatedWorld::SimulatedWorld(uint64_t seed, Lacks lacks, const std::string& disk_path)
+    : simulation_(seed, lacks), random_(seed + 1) {
+  Options o;
+  o.num_layers = kLayers;
+  o.num_q_heads = kQHeads;
+  o.num_kv_heads = kKvHeads;
+  o.head_dim_k = o.head_dim_v = kDim;
+  o.dtype = 0;
+  o.backend = 2;
+  o.num_threads = 1;
+  o.window = 32;
+  o.exact_below = 64;
+  o.index_bytes = 16;
+  o.hot_share = .002f;
+  o.host_bytes = 64 * static_cast<uint64_t>(MakeStorage(o).block.bytes);
+  o.disk_path = disk_path;
+  o.spill = 1;
+  runtime_ = *Runtime::Create(o, nullptr);
+  for (auto& batch : batches_) batch = std::make_unique<Batch>(runtime_, kSlots);
+  for (int i = 0; i < 2; ++i) streams_.push_back(simulation_.NewStream());
+  // Every third world has less device memory than it asks for.
+  host_pages.limit = seed % 3 == 0 ? 32 : std::numeric_limits<int64_t>::max();
+}
+
+SimulatedWorld::~SimulatedWorld() {
+  EndsEmpty();
+  runtime_.reset();
+  host_pages.limit = std::numeric_limits<int64_t>::max();
+}
+
+bool SimulatedWorld::EndsEmpty() {
+  pending_.clear();
+  for (auto& batch : batches_) batch.reset();
+  twins_.clear();
+  const HostStore& store = runtime_->store();
+  return store.num_free() == store.num_blocks() && store.CheckInvariants().ok();
+}
+
+void SimulatedWorld::Run(int operations) {
+  for (int i = 0; i < operations; ++i) {
+    const size_t operation = Below(32);
+    if (operation == 0) Create();
+    if (operation == 1 || operation == 2) Append();
+    if (operation == 3 || operation == 4) Fork();
+    if (operation == 5) Truncate();
+    if (operation == 6 && Below(2) == 0) Destroy();
+    if (operation == 7) Sleep();
+    if (operation == 8 || operation == 9) BuildIndex();
+    if (operation == 10 || operation == 11) Sit(static_cast<int>(Below(kBatches)));
+    if (operation == 12 && Below(3) == 0) NewBatch(static_cast<int>(Below(kBatches)));
+    if (operation == 13) Check();
+    if (operation > 13) Step(Below(4) == 0 ? 1 : 0);
+    if (pending_.size() > kMostPending) Check();
+  }
+  Check();
+}
+
+SimulatedWorld::Row SimulatedWorld::RandomRow() {
+  Row row;
+  for (float& x : row.k) x = normal_(random_);
+  for (float& x : row.v) x = normal_(random_);
+  return row;
+}
+
+void SimulatedWorld::Wrong(const std::string& what) {
+  if (wrong_++ == 0) first_wrong_ = what;
+}
+
+bool SimulatedWorld::Done(const absl::Status& status, const char* call) {
+  const Code code = CodeOf(status);
+  if (code == Code::kFull || code == Code::kOutOfMemory) ++refused_;
+  else if (!status.ok()) Wrong(absl::StrCat(call, ": ", status.message()));
+  return status.ok();
+}
+
+// One that is awake.
+SimulatedWorld::Twin* SimulatedWorld::AnyTwin() {
+  if (twins_.empty()) return nullptr;
+  Twin* const twin = twins_[Below(twins_.size())].get();
+  return Done(twin->sequence->Wake(), "wake") ? twin : nullptr;
+}
+
+void SimulatedWorld::Create() {
+  if (twins_.size() == kMostTwins) return;
+  absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime_, 0, Below(2) == 0 ? 0 : 300);
+  if (!Done(made.status(), "create")) return;
+  twins_.push_back(std::make_unique<Twin>());
+  twins_.back()->sequence = *std::move(made);
+}
+
+void SimulatedWorld::Append() {
+  Twin* const twin = AnyTwin();
+  if (twin == nullptr) return;
+  const size_t before = twin->size(), count = 1 + Below(Below(3) > 0 ? 400 : 20);
+  if (before + count > kMostTokens) return;
+  Device& device = runtime_->cuda()->device();
+  const bool there = Below(2) == 0;
+  for (int layer = 0; layer < kLayers; ++layer) {
+    std::vector<Row> rows(count * kKvHeads);  // [tokens][kv_heads]
+    for (Row& row : rows) row = RandomRow();
+    const uint64_t bytes = rows.size() * sizeof(Row);
+    DeviceMemory memory;
+    const float* from = rows[0].k.data();
+    if (there) {
+      memory = *device.Allocate(bytes);
+      from = memory.as<float>();
+      Done(device.Copy(memory.data(), rows.data(), bytes, device.stream()), "copy");
+      Done(device.Synchronize(device.stream()), "synchronize");
+    }
+    const AppendRequest request = {.layer = layer,
+                                   .num_tokens = static_cast<int64_t>(count),
+                                   .k = from,
+                                   .v = from + kDim,
+                                   .k_token_stride = 2 * kDim * kKvHeads,
+                                   .k_head_stride = 2 * kDim,
+                                   .v_token_stride = 2 * kDim * kKvHeads,
+                                   .v_head_stride = 2 * kDim};
+    if (!Done(twin->sequence->Append(request), "append")) {
+      // All layers or none.
+      Done(twin->sequence->Truncate(static_cast<int64_t>(before)), "truncate");
+      for (auto& heads : twin->rows) for (auto& head : heads) head.resize(before);
+      return;
+    }
+    for (size_t i = 0; i < rows.size(); ++i) twin->rows[layer][i % kKvHeads].push_back(rows[i]);
+  }
+}
+
+void SimulatedWorld::Fork() {
+  Twin* const twin = AnyTwin();
+  if (twin == nullptr || twins_.size() == kMostTwins) return;
+  absl::StatusOr<std::unique_ptr<Sequence>> made = twin->sequence->Fork(0);
+  if (!Done(made.status(), "fork")) return;
+  auto copy = std::make_unique<Twin>();
+  copy->sequence = *std::move(made);
+  for (int l = 0; l < kLayers; ++l) std::copy_n(twin->rows[l], kKvHeads, copy->rows[l]);
+  copy->attended = twin->attended;
+  twins_.push_back(std::move(copy));
+}
+
+void SimulatedWorld::Truncate() {
+  Twin* const twin = AnyTwin();
+  if (twin == nullptr) return;
+  const size_t keep = Below(2) == 0 ? Below(twin->size() + 1) : twin->size() - std::min<size_t>(twin->size(), Below(9));
+  if (!Done(twin->sequence->Truncate(static_cast<int64_t>(keep)), "truncate")) return;
+  for (auto& heads : twin->rows) for (auto& head : heads) head.resize(keep);
+}
+
+void SimulatedWorld::Destroy() {
+  if (twins_.empty()) return;
+  const size_t i = Below(twins_.size());
+  Twin* const nobody = nullptr;
+  for (auto& seats : seats_) std::replace(std::begin(seats), std::end(seats), twins_[i].get(), nobody);
+  twins_.erase(twins_.begin() + static_cast<std::ptrdiff_t>(i));
+}
+
+// Several, so that they wake in other blocks.
+void SimulatedWorld::Sleep() {
+  for (const auto& twin : twins_) {
+    if (twin->sequence->batch.load() == nullptr && !twin->sequence->hibernated() && Below(2) == 0) {
+      Done(twin->sequence->Spill(), "spill");
+    }
+  }
+}
+
+void SimulatedWorld::BuildIndex() {
+  if (Twin* const twin = AnyTwin()) Done(twin->sequence->BuildIndex(), "build index");
+}
+
+void SimulatedWorld::Sit(int b) {
+  Twin* const twin = AnyTwin();
+  if (twin == nullptr) return;
+  for (int other = 0; other < kBatches; ++other) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (seats_[other][slot] != twin) continue;
+      Done(batches_[other]->Clear(slot), "clear");
+      seats_[other][slot] = nullptr;
+    }
+  }
+  const int slot = static_cast<int>(Below(kSlots));
+  if (Done(batches_[b]->Set(slot, twin->sequence.get()), "set")) seats_[b][slot] = twin;
+}
+
+void SimulatedWorld::NewBatch(int b) {
+  std::fill(std::begin(seats_[b]), std::end(seats_[b]), nullptr);
+  batches_[b].reset();
+  batches_[b] = std::make_unique<Batch>(runtime_, kSlots);
+}
+
+void SimulatedWorld::Step(int b) {
+  bool any = false;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    Twin*& twin = seats_[b][slot];
+    if (twin != nullptr && twin->size() == 0) {
+      Done(batches_[b]->Clear(slot), "clear");
+      twin = nullptr;
+    }
+    any |= twin != nullptr;
+  }
+  if (!any) return Sit(b);
+  // Batch 0 is an engine's, on a stream that seldom changes; batch 1 has its arrays in plain memory.
+  if (Below(20) == 0) std::swap(streams_[0], streams_[1]);
+  const bool staged = b == 1;
+  const DeviceStream stream = staged ? nullptr : streams_[0];
+  const int new_tokens = Below(8) == 0 ? 0 : 1;
+  if (!Done(batches_[b]->BeginStep(new_tokens, stream), "begin step")) return;
+  for (int layer = 0; layer < kLayers; ++layer) {
+    Attend(b, layer, new_tokens, stream, staged);
+    // In the middle of a step some wait for the device, and some go.
+    if (Below(40) == 0) Destroy();
+    Twin* const twin = Below(12) == 0 ? AnyTwin() : nullptr;
+    if (twin != nullptr) Done(twin->sequence->Pull(), "pull");
+  }
+  for (Twin* twin : seats_[b]) {
+    if (twin != nullptr) ++twin->attended;
+  }
+}
+
+std::vector<float> SimulatedWorld::Attention(const Twin& twin, int layer, int q_head, const float* q) const {
+  const std::vector<Row>& rows = twin.rows[layer][q_head * kKvHeads / kQHeads];
+  const double scale = runtime_->storage().scale;
+  double mass = 0;
+  std::vector<double> sum(kDim);
+  for (const Row& row : rows) {
+    double score = 0;
+    for (int c = 0; c < kDim; ++c) score += double{q[c]} * row.k[c];
+    const double weight = std::exp(score * scale);
+    mass += weight;
+    for (int c = 0; c < kDim; ++c) sum[c] += weight * row.v[c];
+  }
+  std::vector<float> out;
+  for (const double x : sum) out.push_back(static_cast<float>(x / mass));
+  return out;
+}
+
+void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream stream, bool staged) {
+  constexpr size_t kQ = kSlots * kQHeads * kDim, kKv = kSlots * kKvHeads * kDim, kErrors = kSlots * kQHeads;
+  std::vector<float> in(kQ + 2 * kKv);
+  for (float& x : in) x = normal_(random_);
+  Answers answers;
+  answers.expected.assign(kQ + kErrors, kNothing);
+  answers.what = absl::StrCat("batch ", b, ", layer ", layer);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    Twin* const twin = seats_[b][slot];
+    if (twin == nullptr) continue;
+    for (int h = 0; h < kKvHeads && new_tokens == 1; ++h) {
+      const float* const k = in.data() + kQ + (slot * kKvHeads + h) * kDim;
+      Row row;
+      std::copy_n(k, kDim, row.k.begin());
+      std::copy_n(k + kKv, kDim, row.v.begin());
+      twin->rows[layer][h].push_back(row);
+    }
+    for (int h = 0; h < kQHeads; ++h) {
+      const size_t head = static_cast<size_t>(slot) * kQHeads + h;
+      const std::vector<float> out = Attention(*twin, layer, h, in.data() + head * kDim);
+      std::copy(out.begin(), out.end(), answers.expected.begin() + static_cast<std::ptrdiff_t>(head * kDim));
+      answers.expected[kQ + head] = static_cast<float>(twin->attended);
+    }
+    absl::StrAppend(&answers.what, ", slot ", slot, ": ", twin->size(), " tokens");
+  }
+  const auto request = [&](float* base, float* out) {
+    return AttendRequest{.layer = layer,
+                         .q = base,
+                         .k_new = new_tokens == 0 ? nullptr : base + kQ,
+                         .v_new = new_tokens == 0 ? nullptr : base + kQ + kKv,
+                         .out = out,
+                         .error = out + kQ};
+  };
+  if (staged) {
+    std::vector<float> out(answers.expected.size());
+    if (Done(batches_[b]->Attend(request(in.data(), out.data()), stream), "attend")) Compare(answers, out.data());
+    return;
+  }
+  Device& device = runtime_->cuda()->device();
+  const uint64_t in_bytes = in.size() * sizeof(float), out_bytes = answers.expected.size() * sizeof(float);
+  answers.memory = *device.Allocate(in_bytes + out_bytes);
+  answers.pinned = *device.AllocatePinned(out_bytes);
+  answers.stream = stream;
+  float* const base = answers.memory.as<float>();
+  Done(device.Copy(base, in.data(), in_bytes, stream), "copy");
+  Done(batches_[b]->Attend(request(base, base + in.size()), stream), "attend");
+  Done(device.Copy(answers.pinned.data(), base + in.size(), out_bytes, stream), "copy");
+  pending_.push_back(std::move(answers));
+}
+
+void SimulatedWorld::Check() {
+  for (const Answers& answers : pending_) {
+    Done(runtime_->cuda()->device().Synchronize(answers.stream), "synchronize");
+    Compare(answers, answers.pinned.as<float>());
+  }
+  pending_.clear();
+}
+
+void SimulatedWorld::Compare(const Answers& answers, const float* got) {
+  ++answers_;
+  for (size_t i = 0; i < answers.expected.size(); ++i) {
+    const float expected = answers.expected[i];
+    if (std::isnan(expected) || std::abs(got[i] - expected) <= 1e-4f) continue;
+    return Wrong(absl::StrCat(answers.what, ": number ", i, " is ", got[i], ", must be ", expected));
+  }
+}
+
+}  // namespace vattn::test
