@@ -147,12 +147,32 @@ void DeviceRange::Reclaim(int64_t keep, const std::function<bool(int64_t, int64_
   const uint64_t bytes = pages_.page_bytes();
   const std::lock_guard<std::mutex> lock(mutex_);
   for (size_t page = 0; page < mapped_.size(); ++page) {
-    if (!mapped_[page]) continue;
-    const uint64_t at = page * bytes;
-    const int64_t end = static_cast<int64_t>((at + bytes + item_bytes_ - 1) / item_bytes_);
-    if (!idle(static_cast<int64_t>(at / item_bytes_), std::min(end, items_)) || --keep >= 0) continue;
-    mapped_[page] = !pages_.Unmap(data_ + at, page_[page]);
+    if (!IsIdleLocked(page, idle) || --keep >= 0) continue;
+    mapped_[page] = !pages_.Unmap(data_ + page * bytes, page_[page]);
   }
+}
+
+bool DeviceRange::IsIdleLocked(size_t page, const std::function<bool(int64_t, int64_t)>& idle) const {
+  if (!mapped_[page]) return false;
+  const uint64_t begin = page * pages_.page_bytes(), end = begin + pages_.page_bytes();
+  const int64_t last = static_cast<int64_t>((end + item_bytes_ - 1) / item_bytes_);
+  return idle(static_cast<int64_t>(begin / item_bytes_), std::min(last, items_));
+}
+
+int64_t DeviceRange::idle_pages(const std::function<bool(int64_t, int64_t)>& idle) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  int64_t count = 0;
+  for (size_t page = 0; page < mapped_.size(); ++page) count += IsIdleLocked(page, idle);
+  return count;
+}
+
+DeviceRange::Stretches DeviceRange::mapped() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Stretches stretches;
+  for (size_t page = 0; page < mapped_.size(); ++page) {
+    if (mapped_[page]) stretches.emplace_back(page * pages_.page_bytes(), (page + 1) * pages_.page_bytes());
+  }
+  return stretches;
 }
 
 int64_t DeviceRange::mapped_pages() const {

@@ -85,11 +85,16 @@ class DeviceRange {
   void Reclaim(int64_t keep, const std::function<bool(int64_t, int64_t)>& idle);
 
   int64_t mapped_pages() const;
+  // Of them those that have idle items alone, as in Reclaim.
+  int64_t idle_pages(const std::function<bool(int64_t, int64_t)>& idle) const;
+  // All that has memory.
+  Stretches mapped() const;
 
  private:
   DeviceRange(DevicePages& pages, std::byte* data, uint64_t size, int64_t items, uint64_t item_bytes);
 
   // Callers hold mutex_.
+  bool IsIdleLocked(size_t page, const std::function<bool(int64_t, int64_t)>& idle) const;
   absl::Status MapLocked(int64_t page, Stretches* fresh);
 
   DevicePages& pages_;

@@ -100,7 +100,7 @@ absl::Status CudaBackend::HoldCodes(const BlockId* blocks, int64_t count) {
 }
 
 void CudaBackend::ReclaimCodes(int64_t keep) {
-  codes_->Reclaim(keep, [this](int64_t first, int64_t end) { return store_.AllFree(first, end); });
+  codes_->Reclaim(keep, [this](int64_t first, int64_t end) { return AllFree(first, end); });
 }
 
 void CudaBackend::LetGo(int64_t count) {
@@ -108,6 +108,7 @@ void CudaBackend::LetGo(int64_t count) {
   if (bytes <= kIdlePages * static_cast<int64_t>(pages_->page_bytes())) return;
   let_go_ = 0;
   ReclaimCodes(kIdlePages);
+  ++reclaims_;
 }
 
 absl::Status CudaBackend::Write(const WriteParams& params) {

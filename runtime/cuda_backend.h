@@ -46,6 +46,10 @@ class CudaBackend {
   absl::Status Hold(DeviceRange& range, const int32_t* blocks, int64_t count, DeviceRange::Stretches* fresh);
   // `count` references to blocks were dropped. Once in a while codes of blocks that are free lose their memory.
   void LetGo(int64_t count);
+  // Counts those times.
+  uint64_t reclaims() const { return reclaims_.load(); }
+  // True if nobody holds blocks [first, end): the device has then passed all steps that read them.
+  bool AllFree(int64_t first, int64_t end) const { return store_.AllFree(first, end); }
   DevicePages& pages() { return *pages_; }
 
   // From 1 on.
@@ -58,7 +62,6 @@ class CudaBackend {
 
  private:
   explicit CudaBackend(HostStore& store) : store_(store) {}
-  // Blocks are free only when the device has passed all steps that read them.
   void ReclaimCodes(int64_t keep);
 
   HostStore& store_;
@@ -66,6 +69,7 @@ class CudaBackend {
   std::unique_ptr<DevicePages> pages_;
   std::unique_ptr<DeviceRange> codes_;
   std::atomic<uint64_t> next_batch_{1};
+  std::atomic<uint64_t> reclaims_{0};
   std::atomic<int64_t> let_go_{0};  // since the last ReclaimCodes
   cuda::DeviceStorage storage_;
   Promise promise_;

@@ -10,6 +10,7 @@
 namespace vattn {
 namespace {
 
+constexpr int64_t kLeastIdlePages = 4;    // of slot_of, for the hot set to be emptied for them
 constexpr int64_t kScratchTokens = 4096;  // working memory grows in steps of so many tokens
 
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -78,14 +79,34 @@ absl::Status CudaBatch::Allocate() {
   if (!slot_of.ok()) return slot_of.status();
   slot_of_ = *std::move(slot_of);
   hot_.slot_of = reinterpret_cast<int32_t*>(slot_of_->data());
-  VATTN_RETURN_IF_ERROR(d.Fill(hot_.owner, 0xff, static_cast<uint64_t>(slots * 8), d.stream()));
-  VATTN_RETURN_IF_ERROR(d.Fill(hot_.use, 0, static_cast<uint64_t>(slots * 8 + 16), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Fill(hot_.hand, 0, 16, d.stream()));  // and the count of calls
+  VATTN_RETURN_IF_ERROR(EmptySlots(d.stream()));
   seen_.resize(static_cast<size_t>(backend_.num_blocks()));
   for (int64_t b = 0; b < backend_.num_blocks(); ++b) seen_[b] = backend_.generation(static_cast<int32_t>(b));
   return d.Synchronize(d.stream());
 }
 
+absl::Status CudaBatch::EmptySlots(DeviceStream stream) {
+  const uint64_t bytes = static_cast<uint64_t>(hot_.slots) * sizeof(int64_t);
+  VATTN_RETURN_IF_ERROR(backend_.device().Fill(hot_.owner, 0xff, bytes, stream));
+  return backend_.device().Fill(hot_.use, 0, bytes, stream);
+}
+
+absl::Status CudaBatch::ShrinkHotSet(DeviceStream stream) {
+  if (reclaims_ == backend_.reclaims()) return absl::OkStatus();
+  reclaims_ = backend_.reclaims();
+  const auto idle = [this](int64_t first, int64_t end) { return backend_.AllFree(first, end); };
+  const int64_t pages = slot_of_->idle_pages(idle);
+  if (pages < kLeastIdlePages || 2 * pages < slot_of_->mapped_pages()) return absl::OkStatus();
+  VATTN_RETURN_IF_ERROR(backend_.device().SynchronizeAll());
+  VATTN_RETURN_IF_ERROR(EmptySlots(stream));
+  slot_of_->Reclaim(0, idle);
+  unset_ = slot_of_->mapped();
+  return absl::OkStatus();
+}
+
 absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
+  VATTN_RETURN_IF_ERROR(ShrinkHotSet(stream));
   std::vector<int32_t> changed, renewed;
   for (const Filled& f : filled_) {
     for (int l = 0; l < runtime_.options().num_layers; ++l) {

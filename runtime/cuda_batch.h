@@ -43,6 +43,10 @@ class CudaBatch {
   absl::Status Allocate();
   // Gives blocks that are new to the batch a place in slot_of_, and forgets rows of those with new content.
   absl::Status UpdateHotSet(DeviceStream stream);
+  // Where most of slot_of_ is about free blocks: empties the hot set, whose slots may still be theirs, and gives
+  // that memory back. Waits for the device.
+  absl::Status ShrinkHotSet(DeviceStream stream);
+  absl::Status EmptySlots(DeviceStream stream);
   absl::Status GrowScratch(int new_tokens);
   // The tables of a step into pinned_[turn_]: of layers' tokens and `new_tokens` more, of sequences' steps and
   // `steps` more.
@@ -64,8 +68,8 @@ class CudaBatch {
   DeviceMemory forget_;               // block ids
   DeviceMemory staging_;
   DeviceMemory hot_rows_, hot_tables_;
-  // Keeps its pages: owners of hot slots go on naming blocks that have become free.
   std::unique_ptr<DeviceRange> slot_of_;
+  uint64_t reclaims_ = 0;             // of the backend, when ShrinkHotSet last looked
   DeviceRange::Stretches unset_;      // of slot_of_, which say nothing yet
   cuda::HotSetRef hot_;
   std::vector<uint32_t> seen_;        // [blocks of the pool] generation that the hot set knows

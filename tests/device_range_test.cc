@@ -137,10 +137,13 @@ TEST_P(DeviceRangeTest, PagesOfIdleItemsGoBackAndServeOthers) {
   ASSERT_TRUE(range->Commit(all.data(), 32, nullptr).ok());
   Mark(*range, page / 4, 13);
   const auto idle = [](int64_t first, int64_t end) { return first > 13 || end <= 13; };
+  EXPECT_EQ(range->idle_pages(idle), 7);
+  EXPECT_EQ(range->mapped().size(), 8u);
   range->Reclaim(5, idle);
   EXPECT_EQ(range->mapped_pages(), 6);
   range->Reclaim(1, idle);
   EXPECT_EQ(range->mapped_pages(), 2);
+  EXPECT_EQ(range->mapped(), (DeviceRange::Stretches{{0, page}, {3 * page, 4 * page}}));
   EXPECT_TRUE(Marked(*range, page / 4, 13));
   EXPECT_EQ(pages->counts().mapped_bytes, 2 * page);
   EXPECT_EQ(pages->counts().spare_bytes, 2 * page);  // six came back, four went to the driver
