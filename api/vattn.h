@@ -410,10 +410,10 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
  * sequences stay usable.
  * On CUDA the step's tables are enqueued on stream; the calls of the step must follow in its order, on
  * it or on streams that wait for it. NULL: a stream of the library, also for calls without one. With
- * another stream than that of the batch's last step, or of the last step of one of its sequences, it
- * waits for the device. The new tokens count from here on. A CUDA graph that holds calls of one step answers any later step
- * when it is launched after that step's begin, with the same arrays: lengths, tables and new blocks
- * are read on the device. */
+ * another stream than that of the batch's last step, or of the last step of one of its sequences, the
+ * call waits for the device first. The new tokens count from here on. A CUDA graph that holds calls of
+ * one step answers any later step when it is launched after that step's begin, with the same arrays:
+ * lengths, tables and new blocks are read on the device. */
 VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens,
                                                struct CUstream_st* stream);
 
