@@ -342,18 +342,10 @@ void Batch::FinishLayer(int layer) {
   }
 }
 
-absl::Status Batch::CallDevice(cuda::Task task, const AttendRequest& r, const Selection& selection,
-                               DeviceStream stream) {
-  for (Sequence* sequence : slots_) {
-    if (sequence != nullptr) sequence->MarkBusy();
-  }
-  return cuda_->Call(task, r, selection, stream);
-}
-
 absl::Status Batch::Attend(const AttendRequest& r, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   VATTN_RETURN_IF_ERROR(CheckScores(r));
-  if (cuda_) return CallDevice(cuda::Task::kDecode, r, {}, stream);
+  if (cuda_) return cuda_->Call(cuda::Task::kDecode, r, {}, stream);
   PrepareGroups(r);
   runtime_->ops().decode({.storage = runtime_->storage(),
                           .promise = runtime_->promise(),
@@ -395,7 +387,7 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   const bool readable = !cuda_ || !runtime_->cuda()->device().CanFollow(selection.counts);
   if (readable) VATTN_RETURN_IF_ERROR(CheckSelection(r, selection));
-  if (cuda_) return CallDevice(cuda::Task::kAttendSelected, r, selection, stream);
+  if (cuda_) return cuda_->Call(cuda::Task::kAttendSelected, r, selection, stream);
   const int kv_heads = runtime_->kv_heads(r.layer);
   PrepareGroups(r);
   // One array row per group: empty slots have none, so rows are taken by slot and head.
@@ -432,7 +424,7 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
   }
   const int kv_heads = runtime_->kv_heads(r.layer);
   if (cuda_) {
-    VATTN_RETURN_IF_ERROR(CallDevice(cuda::Task::kSelect, r, selection, stream));
+    VATTN_RETURN_IF_ERROR(cuda_->Call(cuda::Task::kSelect, r, selection, stream));
     if (runtime_->cuda()->device().CanFollow(r.q)) return absl::OkStatus();  // counts hold the need
     int64_t need = 0;
     for (int slot = 0; slot < slots(); ++slot) {

@@ -37,6 +37,8 @@ class Batch {
   // A sequence of the batch is about to change: ends the step. Refused while layers of a step with a
   // new token wait for attention.
   absl::Status EndStep();
+  // Calls of a step may come.
+  bool open() const { return open_; }
   absl::Status Attend(const AttendRequest& request, DeviceStream stream = nullptr);
   absl::Status AttendSelected(const AttendRequest& request, const Selection& selection, DeviceStream stream = nullptr);
   absl::Status Select(const AttendRequest& request, const Selection& selection, DeviceStream stream = nullptr);
@@ -51,8 +53,6 @@ class Batch {
   absl::Status TakeMemory();
   // Rows of a hot set for a middle of so many tokens.
   int64_t HotCapacity(int64_t middle) const;
-  absl::Status CallDevice(cuda::Task task, const AttendRequest& request, const Selection& selection,
-                          DeviceStream stream);
   // Writes the new rows and fills groups_ for a layer.
   void PrepareGroups(const AttendRequest& request);
   // Hot sets, reports and counters after an attention.

@@ -189,7 +189,7 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
   return absl::OkStatus();
 }
 
-absl::Status CudaSequence::Pull(Sequence& sequence) {
+absl::Status CudaSequence::Pull(Sequence& sequence, bool in_step) {
   if (!busy_) return absl::OkStatus();
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
@@ -204,7 +204,7 @@ absl::Status CudaSequence::Pull(Sequence& sequence) {
       at += group.states.size();
     }
   }
-  busy_ = false;
+  busy_ = in_step;
   return absl::OkStatus();
 }
 

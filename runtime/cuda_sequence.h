@@ -27,10 +27,9 @@ class CudaSequence {
   void ForgetFixed() { fixed_loaded_ = false; }
 
   // Waits for the device if it may still work on the sequence, and brings the controller state to the
-  // host. Before the host reads or changes anything.
-  absl::Status Pull(Sequence& sequence);
-  // Steps were enqueued since the last Pull.
-  void MarkBusy() { busy_ = true; }
+  // host. Before the host reads or changes anything. in_step: calls of an open step, which may come from a
+  // replayed graph, can still follow.
+  absl::Status Pull(Sequence& sequence, bool in_step);
 
   const int32_t* blocks(int layer, int head) const;
   HeadState* state(int layer, int head) const;

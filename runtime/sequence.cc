@@ -84,7 +84,10 @@ absl::StatusOr<CudaSequence*> Sequence::Cuda() {
   return cuda_.get();
 }
 
-absl::Status Sequence::Pull() { return cuda_ ? cuda_->Pull(*this) : absl::OkStatus(); }
+absl::Status Sequence::Pull() {
+  const Batch* const sits_in = batch.load();
+  return cuda_ ? cuda_->Pull(*this, sits_in != nullptr && sits_in->open()) : absl::OkStatus();
+}
 
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
   VATTN_RETURN_IF_ERROR(Pull());

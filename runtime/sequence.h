@@ -123,9 +123,6 @@ class Sequence {
   // On CUDA: waits for steps that were enqueued and brings their state to the host. Before the host
   // reads or changes the sequence.
   absl::Status Pull();
-  void MarkBusy() {
-    if (cuda_) cuda_->MarkBusy();
-  }
   int64_t table_bytes() const { return table_bytes_.load(std::memory_order_relaxed); }
   // Tokens of a layer, also while it hibernates.
   int64_t length(int l) const { return hibernated() ? asleep_tokens_[l] : layers_[l].tokens; }

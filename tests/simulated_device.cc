@@ -52,10 +52,19 @@ void Simulation::Advance() {
 }
 
 void Simulation::Enqueue(DeviceStream stream, std::function<void()> operation) {
+  if (capturing_) {
+    captured_.push_back(std::move(operation));
+    return;
+  }
   Queue& queue = queues_.at(Number(stream) - 1);
   queue.waiting.push_back(std::move(operation));
   ++queue.enqueued;
   Advance();
+}
+
+std::vector<std::function<void()>> Simulation::EndCapture() {
+  capturing_ = false;
+  return std::exchange(captured_, {});
 }
 
 void Simulation::RunUntil(DeviceStream stream, uint64_t place) {

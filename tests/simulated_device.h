@@ -35,6 +35,9 @@ class Simulation {
 
   DeviceStream NewStream();
   void Enqueue(DeviceStream stream, std::function<void()> operation);
+  // Between them operations are collected in place of being enqueued, as in the capture of a graph.
+  void BeginCapture() { capturing_ = true; }
+  std::vector<std::function<void()>> EndCapture();
   // Until everything on the stream, or on all of them, has run.
   void Drain(DeviceStream stream);
   void DrainAll();
@@ -79,6 +82,8 @@ class Simulation {
   std::map<uintptr_t, uint64_t> memory_, addresses_;
   std::set<uintptr_t> pages_;
   int64_t faults_ = 0;
+  bool capturing_ = false;
+  std::vector<std::function<void()>> captured_;
 };
 
 }  // namespace vattn::test

@@ -42,8 +42,13 @@ class SimulatedWorld {
     int attended = 0;  // calls a layer
     size_t size() const { return rows[0][0].size(); }
   };
+  // The attention of a layer of batch 0 with a new token, captured once, and the arrays that it is over.
+  struct Graph {
+    DeviceMemory memory;
+    std::vector<std::function<void()>> operations;
+  };
   struct Answers {
-    DeviceMemory memory, pinned;
+    DeviceMemory memory, pinned;  // without memory of their own: a graph's
     DeviceStream stream = nullptr;
     std::string what;
     std::vector<float> expected;  // [out, error], not a number where nothing is written
@@ -81,6 +86,7 @@ class SimulatedWorld {
   Twin* seats_[kBatches][kSlots] = {};
   std::vector<DeviceStream> streams_;
   std::vector<Answers> pending_;
+  Graph graphs_[kLayers];
   int64_t wrong_ = 0, answers_ = 0, refused_ = 0;
   std::string first_wrong_;
 };
