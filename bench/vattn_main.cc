@@ -16,6 +16,7 @@
 #include "bench/growth_cost_command.h"
 #include "bench/replay_command.h"
 #include "bench/step_command.h"
+#include "bench/tails_command.h"
 #include "bench/zoo_command.h"
 
 int main(int argc, char** argv) {
@@ -33,6 +34,7 @@ int main(int argc, char** argv) {
     vattn::bench::AddStepCommand(&app, command);
     vattn::bench::AddCalibrateCommand(&app, command);
     vattn::bench::AddZooCommand(&app, command);
+    vattn::bench::AddTailsCommand(&app, command);
     vattn::bench::AddCompareCommand(&app, command);
     vattn::bench::AddGrowthCommand(&app, command);
     vattn::bench::AddGrowthCostCommand(&app, command);

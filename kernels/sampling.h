@@ -14,6 +14,7 @@ constexpr float kDefensive = .1f;  // floor of a token's contribution, of the me
 // The plan aims below epsilon by this factor; a pilot past it: what a first draw takes too much cannot be
 // given back, what it lacks a second look adds by the knowledge of the first.
 constexpr float kMargin = .9f, kPilotMargin = 1.25f;
+constexpr float kLikelyRef = .7f;  // of the predicted scale: a plan counts on no larger reference
 constexpr int kPlanRounds = 12;    // of the fixed point on a part of the tiles, at most
 constexpr float kClose = .3f;      // |ln| of the worst head's variance over its target that ends them
 constexpr float kTiny = 1e-20f;    // of a variance, in the unit of the values
@@ -73,13 +74,22 @@ VATTN_HD inline float QuantileAt(const Promise& promise, int look, float cos2) {
   return z[bin] + (at - static_cast<float>(bin)) * (z[bin + 1] - z[bin]);
 }
 
-// A head without a history starts from the value statistics of its index.
-VATTN_HD inline void StartHead(const Promise& promise, const IndexTables& index, HeadState& state) {
+// rms|v| of this step as far as it is known before the draw: exact sets, and of the middle the predicted mass
+// and the mean |v|^2 of all tokens. What errors are relative to is at most that, and far less than in the last
+// step where a sink without a value has taken the attention since.
+VATTN_HD inline float PredictedScale(const IndexTables& index, const HeadWork& work) {
+  const float unit = ValueUnit(index);
+  const float scale = std::sqrt((work.fixed_norm2 + work.mass * unit) / work.denominator);
+  return IsFinite(scale) ? scale : std::sqrt(unit);
+}
+
+// A head without a history starts from the value statistics of its index and the scale of this step.
+VATTN_HD inline void StartHead(const Promise& promise, const IndexTables& index, float scale, HeadState& state) {
   state.eta2 = .2f;
   state.rho = 1;
   const float unit = ValueUnit(index);
   state.spread = IsFinite(index.value_spread) ? Max(index.value_spread, 1e-12f * unit) : unit;
-  state.ref = Max(promise.norm_floor, .25f) * std::sqrt(unit);
+  state.ref = Max(promise.norm_floor, .25f) * scale;
   state.cos2 = -1;
   state.z = QuantileAt(promise, 1, .25f);
 }
@@ -87,7 +97,9 @@ VATTN_HD inline void StartHead(const Promise& promise, const IndexTables& index,
 // Target and gains of one head in this step, for a middle of n tokens.
 VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const IndexTables& index, float n,
                               HeadState& state, HeadWork& work) {
-  if (state.started == 0) StartHead(promise, index, state);
+  const float scale = PredictedScale(index, work);
+  if (state.started == 0) StartHead(promise, index, scale, state);
+  state.ref = Min(state.ref, kLikelyRef * Max(promise.norm_floor, 1.f) * scale);
   const float bracket =
       value_codes ? state.eta2 * state.spread + index.value_residual * (1 + state.eta2) : state.spread;
   const float root = (promise.pilot ? kPilotMargin : kMargin) * promise.epsilon * state.ref / state.z;

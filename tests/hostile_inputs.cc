@@ -230,6 +230,20 @@ HostileInput Unseen(std::string name, uint32_t seed, const Logits& logits) {
   return input;
 }
 
+HostileInput EmptySink() {
+  // Of the second head, a sink without a value holds nearly all of the mass, and few tokens the rest. What
+  // errors are relative to is then far below what values in the middle are, and a first step does not know it.
+  const Logits noise = Noise(42, 1);
+  const std::vector<int64_t> rank = Ranks(43);
+  HostileInput input = Make("sink without a value", 44, [&](int64_t h, int64_t t) {
+    if (h == 0) return noise(h, t) + (t < kMiddleEnd ? 0 : 6);
+    if (t == 0) return 4.5;
+    return t < kMiddleBegin || t >= kMiddleEnd ? -20 : -1.3 * std::log(1.0 + rank[h * kTokens + t]);
+  });
+  std::fill_n(input.values.begin(), kMiddleBegin * kDim, 0.f);
+  return input;
+}
+
 HostileInput Scaled(HostileInput input, float values) {
   for (float& v : input.values) v *= values;
   return input;
@@ -260,6 +274,7 @@ std::vector<HostileInput> HostileInputs() {
   inputs.back().least_coded = 0;  // what codes take for the answer is off by many nats
   inputs.push_back(Scaled(Make("values of 1e12", 38, Noise(39, 2)), 1e12f));
   inputs.push_back(Scaled(Make("values of 1e-12", 40, Noise(41, 2)), 1e-12f));
+  inputs.push_back(EmptySink());
   // One key holds most of the mass, and no code tells: such tokens are marked and always read.
   inputs.push_back(Clipped());
   const Logits quiet = Noise(34, .5);

@@ -11,6 +11,7 @@
 
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/sampling.h"
 #include "tests/group_fixture.h"
 
 namespace vattn::cpu {
@@ -250,6 +251,33 @@ INSTANTIATE_TEST_SUITE_P(Groups, SampleTest,
                                           testing::ValuesIn(SimdTargets())));
 
 // The share of draws that hold a token is its inclusion probability.
+// A plan is for the scale of values that this step sees, however large the last step's reference was: a sink
+// without a value that takes 98 % of the attention leaves a fiftieth of the mean |v|^2.
+TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
+  std::vector<float> quantile((kQuantileBins + 1) * kMaxLooks, 1.5f);
+  Promise promise;
+  promise.quantile = reinterpret_cast<const float(*)[kQuantileBins + 1]>(quantile.data());
+  IndexTables index;
+  index.value_norm2 = 4, index.value_spread = 4;
+  const auto target = [&](float fixed_norm2, bool started) {
+    HeadState state;
+    HeadWork work;
+    work.mass = .02f, work.denominator = 1, work.fixed_norm2 = fixed_norm2;
+    if (started) state = {.rho = 1, .spread = 4, .ref = 1, .cos2 = .1f, .z = 1.5f, .started = 1};
+    PlanHead(/*value_codes=*/false, promise, index, 1000, state, work);
+    return work.target;
+  };
+  const auto expected = [&](float ref) { return std::pow(kMargin * promise.epsilon * ref / 1.5f, 2.f); };
+  // First steps: norm_floor rms|v|.
+  EXPECT_NEAR(target(0, false) / expected(.5f * std::sqrt(.08f)), 1, 1e-5);
+  EXPECT_NEAR(target(3.92f, false) / expected(.5f * 2), 1, 1e-5);
+  // Later ones: the last reference, at most .7 rms|v|.
+  EXPECT_NEAR(target(0, true) / expected(.7f * std::sqrt(.08f)), 1, 1e-5);
+  EXPECT_NEAR(target(3.92f, true) / expected(1), 1, 1e-5);
+  // Values beyond fp32's squares change nothing.
+  EXPECT_NEAR(target(HUGE_VALF, true) / expected(1), 1, 1e-5);
+}
+
 TEST(InclusionTest, FrequenciesAreTheProbabilities) {
   GroupFixture f({.q_heads = 2, .tokens = 500, .middle_begin = 16, .middle_end = 336});
   f.BuildIndex();

@@ -45,7 +45,9 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
     work.shift = shift;
     work.mass = static_cast<float>(mass);
     work.top = std::exp(top - shift);
-    work.denominator = work.mass + fixed.denominator() * std::exp(fixed.max() - shift);
+    const float unit = std::exp(fixed.max() - shift);
+    work.denominator = work.mass + fixed.denominator() * unit;
+    work.fixed_norm2 = fixed.value_norm2() * unit;
   }
 }
 

@@ -75,20 +75,23 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
     for (int r = 0; r < team.size; ++r) top = fmaxf(top, static_cast<float>(LoadShared(parts + r * stride + 2 * h)));
     float shift = top;
     for (int part = 0; part < kFixedParts; ++part) shift = fmaxf(shift, fixed[static_cast<int64_t>(part) * heads * floats]);
-    double mass = 0, sum = 0;
+    double mass = 0, sum = 0, norm2 = 0;
     for (int r = 0; r < team.size; ++r) {
       mass += LoadShared(parts + r * stride + 2 * h + 1) *
               expf(static_cast<float>(LoadShared(parts + r * stride + 2 * h)) - shift);
     }
     for (int part = 0; part < kFixedParts; ++part) {
       const float* at = fixed + static_cast<int64_t>(part) * heads * floats;
-      if (at[1] > 0) sum += at[1] * expf(at[0] - shift);
+      if (!(at[1] > 0)) continue;
+      sum += at[1] * expf(at[0] - shift);
+      norm2 += at[2] * expf(at[0] - shift);
     }
     HeadWork& work = team.shared.head[h];
     work.shift = shift;
     work.mass = static_cast<float>(mass);
     work.top = expf(top - shift);
     work.denominator = static_cast<float>(mass + sum);
+    work.fixed_norm2 = static_cast<float>(norm2);
   }
   team.parity ^= 1;
   __syncthreads();
