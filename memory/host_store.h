@@ -6,10 +6,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "memory/block_bitmap.h"
+#include "memory/tenant_ledger.h"
 #include "memory/virtual_range.h"
 
 namespace vattn {
@@ -23,6 +25,8 @@ struct HostStoreOptions {
   // 1 or more, rounded up to a multiple of 64. Blocks start on multiples of it from a page
   // boundary: a multiple of 4096 gives page-aligned blocks.
   uint64_t block_bytes = 0;
+  // What a tenant without a limit of its own may hold and have reserved; 0: no limit.
+  uint64_t tenant_bytes = 0;
   // Preferred NUMA node by its system number; -1: the node of the thread that touches a page first.
   int numa_node = -1;
   bool huge_pages = true;
@@ -35,8 +39,31 @@ struct HostStoreOptions {
   const MemoryOps* memory_ops = &kSystemMemoryOps;
 };
 
+class HostStore;
+
+// A tenant of a store, as long as it lives; the store outlives it.
+class OpenTenant {
+ public:
+  OpenTenant() = default;
+  OpenTenant(HostStore& store, uint64_t tenant);
+  OpenTenant(OpenTenant&& other) noexcept;
+  OpenTenant& operator=(OpenTenant&& other) noexcept;
+  ~OpenTenant();
+
+  TenantSlot slot() const { return slot_; }
+  uint64_t number() const { return number_; }
+
+ private:
+  HostStore* store_ = nullptr;  // null: tenant 0
+  TenantSlot slot_ = TenantSlot::kNone;
+  uint64_t number_ = 0;
+};
+
 // A block is free, reserved (promised to a holder, not yet a certain block) or used (one reference
 // or more). A new block holds whatever its last user left, unless zero_on_free.
+//
+// A used block counts once, for the tenant that took it, until the last reference is dropped,
+// whoever shares it.
 //
 // Thread-safe. Who may touch the bytes is up to the callers: a shared block is read only; the
 // holder for whom IsUnique is true may write.
@@ -49,31 +76,48 @@ class HostStore {
   HostStore& operator=(const HostStore&) = delete;
 
   // Hands out `count` free blocks, each with one reference, or none: FULL if there are fewer than
-  // that beside the reserved ones. Ids ascend, by one wherever a free run is long enough; the lowest
-  // that do.
-  absl::Status Allocate(int64_t count, BlockId* out /* [count] */);
+  // that beside the reserved ones, or the tenant would pass its limit. Ids ascend, by one wherever a
+  // free run is long enough; the lowest that do.
+  absl::Status Allocate(int64_t count, BlockId* out /* [count] */,
+                        TenantSlot tenant = TenantSlot::kNone);
 
   // The caller holds a reference already.
   void AddReference(BlockId block);
   // Drops a reference of the caller's; with the last one the block is free. Its pages stay with the
   // process until Trim.
   void Release(BlockId block);
-  // Drops the only reference to a block, which joins the caller's reservation.
+  // Drops the only reference to a block, which joins the reservation of the tenant that took it.
   void ReleaseToReserve(BlockId block);
   // True if the caller's reference is the only one. Then everything that former holders did to the
   // block happened before, and the caller may write.
   bool IsUnique(BlockId block) const;
+  // Who took a block that the caller holds.
+  TenantSlot TenantOf(BlockId block) const { return State(block).tenant; }
+  // References to a block that the caller holds, of which others may go at any time.
+  int64_t NumReferences(BlockId block) const;
 
   // True if no block of [first, end) is used.
   bool AllFree(int64_t first, int64_t end) const;
 
   // Sets `count` free blocks aside for AllocateReserved, all or none (FULL).
-  absl::Status Reserve(int64_t count);
+  absl::Status Reserve(int64_t count, TenantSlot tenant = TenantSlot::kNone);
   // Returns `count` blocks of the caller's reservation unused.
-  void Unreserve(int64_t count);
+  void Unreserve(int64_t count, TenantSlot tenant = TenantSlot::kNone);
   // As Allocate, out of the caller's reservation: cannot be FULL. INTERNAL if more than everything
-  // reserved is asked for.
-  absl::Status AllocateReserved(int64_t count, BlockId* out /* [count] */);
+  // that the tenant has reserved is asked for.
+  absl::Status AllocateReserved(int64_t count, BlockId* out /* [count] */,
+                                TenantSlot tenant = TenantSlot::kNone);
+
+  // True if `count` more blocks stay under the tenant's limit.
+  bool QuotaAllows(int64_t count, TenantSlot tenant) const;
+  // Blocks that a tenant may have in an empty pool.
+  int64_t MostBlocks(TenantSlot tenant) const;
+  // Counts a request of the tenant that found no room.
+  void CountRefusal(bool for_quota, TenantSlot tenant);
+  // A limit of a tenant's own, in bytes; 0: that of all again.
+  void SetTenantLimit(uint64_t tenant, uint64_t bytes);
+  TenantUse UseOf(uint64_t tenant) const;
+  std::vector<TenantUse> UseOfAll() const;
 
   // Gives the whole pages of free blocks back to the system. Not while the memory is registered
   // with a device. Holds the lock meanwhile: milliseconds per GiB given back.
@@ -96,24 +140,30 @@ class HostStore {
   absl::Status CheckInvariants() const;
 
  private:
-  HostStore(VirtualRange range, VirtualRange references, uint64_t block_bytes, int64_t num_blocks,
-            bool zero_on_free);
+  HostStore(VirtualRange range, VirtualRange states, uint64_t block_bytes, int64_t num_blocks,
+            int64_t tenant_blocks, bool zero_on_free);
+  friend class OpenTenant;
+
+  struct BlockState {
+    int32_t references;  // 0 for a block that is not used; only through std::atomic_ref
+    TenantSlot tenant;   // that took it, while it is used
+  };
 
   uint64_t Offset(BlockId block) const {
     return static_cast<uint64_t>(static_cast<int32_t>(block)) * block_bytes_;
   }
-  int32_t& References(BlockId block) const;
+  BlockState& State(BlockId block) const;
   // Drops a reference; true if it was the last one, and then the block is ready to be free.
   bool Drop(BlockId block);
   // Callers of the Locked functions hold mutex_.
   int64_t FreeLocked() const;
-  absl::Status FullLocked(int64_t count) const;
-  void TakeLocked(int64_t count, BlockId* out);
+  // FULL unless so many are free for the tenant.
+  absl::Status CheckRoomLocked(int64_t count, TenantSlot tenant) const;
+  void TakeLocked(int64_t count, BlockId* out, TenantSlot tenant);
 
   VirtualRange range_;
-  // int32_t [num_blocks], 0 for a block that is not used; only through std::atomic_ref. A range, so
-  // that counts of blocks never used cost no memory.
-  const VirtualRange references_;
+  // BlockState [num_blocks]. A range, so that states of blocks never used cost no memory.
+  const VirtualRange states_;
   const uint64_t block_bytes_;
   const int64_t num_blocks_;
   const bool zero_on_free_;
@@ -122,6 +172,7 @@ class HostStore {
   // then takes everything under it for a race.
   mutable std::mutex mutex_;
   BlockBitmap used_;
+  TenantLedger tenants_;
   int64_t num_reserved_ = 0;
 };
 
