@@ -10,8 +10,8 @@
 #include "api/options.h"
 #include "api/structs.h"
 #include "runtime/batch.h"
-#include "runtime/disk.h"
 #include "runtime/doctor.h"
+#include "runtime/prefixes.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
 #include "runtime/status.h"
@@ -39,6 +39,8 @@ static_assert(static_cast<int>(vattn::Target::kDenominator) == VATTN_TARGET_DENO
 static_assert(static_cast<int>(vattn::Verdict::kBestEffort) == VATTN_VERDICT_BEST_EFFORT);
 static_assert(static_cast<int>(vattn::LogLevel::kDebug) == VATTN_LOG_DEBUG);
 static_assert(static_cast<int>(vattn::IoEngine::kPread) == VATTN_IO_PREAD);
+static_assert(static_cast<int>(vattn::Admission::kReserved) == VATTN_ADMISSION_RESERVED);
+static_assert(static_cast<int>(vattn::PrefixTier::kDisk) == VATTN_TIER_DISK);
 
 namespace {
 
@@ -131,7 +133,33 @@ absl::Status GiveText(const std::string& text, char* buffer, size_t size, size_t
   return absl::OkStatus();
 }
 
-absl::Status ToPrefix(const vattn_prefix* prefix, vattn::Prefix& out) {
+absl::Status CheckStructSize(size_t size) {
+  if (size >= sizeof(size_t) && size <= 4096) return absl::OkStatus();
+  return OutOfRangeError("struct_size", size, sizeof(size_t), 4096);
+}
+
+absl::Status CheckReserve(int64_t reserve_tokens) {
+  const int64_t most = vattn::Sequence::kAllTokens;
+  if (reserve_tokens >= 0 && reserve_tokens <= most) return absl::OkStatus();
+  return OutOfRangeError("reserve_tokens", reserve_tokens, 0, most);
+}
+
+absl::Status ToSequenceOptions(const vattn_sequence_options* options, vattn::SequenceOptions& out) {
+  vattn_sequence_options o;
+  vattn_sequence_options_init(&o, sizeof(o));
+  if (options != nullptr) VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, o));
+  out = {.id = o.id, .reserve_tokens = o.reserve_tokens, .tenant = o.tenant};
+  return CheckReserve(o.reserve_tokens);
+}
+
+// What is found, where, and for whom.
+struct PrefixRequest {
+  vattn::Prefix prefix;
+  vattn::PrefixTier tier;
+  vattn::SequenceOptions sequence;
+};
+
+absl::Status ToPrefix(const vattn::Runtime& runtime, const vattn_prefix* prefix, PrefixRequest& out) {
   vattn_prefix p{};
   VATTN_RETURN_IF_ERROR(vattn::api::Import("prefix", prefix, p));
   VATTN_RETURN_IF_ERROR(NotNull("salt", p.salt));
@@ -140,14 +168,14 @@ absl::Status ToPrefix(const vattn_prefix* prefix, vattn::Prefix& out) {
   if (p.num_tokens < 1 || p.num_tokens > int64_t{1} << 31) {
     return OutOfRangeError("num_tokens", p.num_tokens, 1, int64_t{1} << 31);
   }
-  out.salt.assign(static_cast<const char*>(p.salt), p.salt_bytes);
-  out.tokens.assign(p.tokens, p.tokens + p.num_tokens);
-  return absl::OkStatus();
-}
-
-absl::StatusOr<vattn::Disk*> DiskOf(const vattn::Runtime& runtime) {
-  if (runtime.disk() != nullptr) return runtime.disk();
-  return InvalidArgumentError("disk_path is not given, must be for stored prefixes");
+  VATTN_RETURN_IF_ERROR(CheckReserve(p.reserve_tokens));
+  if (p.tier < 0 || p.tier > VATTN_TIER_DISK) return OutOfRangeError("tier", p.tier, 0, int{VATTN_TIER_DISK});
+  if (p.reserved0 != 0) return OutOfRangeError("reserved0", p.reserved0, 0, 0);
+  out.tier = static_cast<vattn::PrefixTier>(p.tier);
+  out.sequence = {.id = 0, .reserve_tokens = p.reserve_tokens, .tenant = p.tenant};
+  out.prefix.salt.assign(static_cast<const char*>(p.salt), p.salt_bytes);
+  out.prefix.tokens.assign(p.tokens, p.tokens + p.num_tokens);
+  return vattn::CheckTier(runtime, out.tier);
 }
 
 absl::Status CheckLayer(const vattn::Runtime& runtime, int32_t layer) {
@@ -292,7 +320,6 @@ vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** ou
     *out = nullptr;
     vattn_options given = vattn::api::DefaultOptions();
     VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, given));
-    if (given.reserved1 != 0) return OutOfRangeError("reserved1", given.reserved1, 0, 0);
     absl::StatusOr<std::shared_ptr<vattn::Runtime>> made =
         vattn::Runtime::Create(vattn::api::ToOptions(given), ToLogger(given.log, given.log_user));
     if (!made.ok()) return made.status();
@@ -336,7 +363,7 @@ vattn_code vattn_doctor(char* buffer, size_t size, size_t* needed) {
 }
 
 void vattn_sequence_options_init(vattn_sequence_options* options, size_t struct_size) {
-  InitStruct(options, struct_size, {.struct_size = 0, .id = 0, .reserve_tokens = 0});
+  InitStruct(options, struct_size, vattn_sequence_options{});
 }
 
 vattn_code vattn_sequence_create(vattn_runtime* runtime, const vattn_sequence_options* options,
@@ -345,13 +372,20 @@ vattn_code vattn_sequence_create(vattn_runtime* runtime, const vattn_sequence_op
     VATTN_RETURN_IF_ERROR(NotNull("out", out));
     *out = nullptr;
     VATTN_RETURN_IF_ERROR(Usable(runtime));
-    vattn_sequence_options o;
-    vattn_sequence_options_init(&o, sizeof(o));
-    if (options != nullptr) VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, o));
-    if (o.reserve_tokens < 0 || o.reserve_tokens > int64_t{1} << 31) {
-      return OutOfRangeError("reserve_tokens", o.reserve_tokens, 0, int64_t{1} << 31);
-    }
-    return Give(vattn::Sequence::Create(runtime->impl, o.id, o.reserve_tokens), out);
+    vattn::SequenceOptions chosen;
+    VATTN_RETURN_IF_ERROR(ToSequenceOptions(options, chosen));
+    return Give(vattn::Sequence::Create(runtime->impl, chosen), out);
+  });
+}
+
+vattn_code vattn_sequence_reserve(vattn_sequence* sequence, int64_t tokens) {
+  return Guard([&]() -> absl::Status {
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
+    const int64_t most = vattn::Sequence::kAllTokens;
+    if (tokens < 0 || tokens > most) return OutOfRangeError("tokens", tokens, 0, most);
+    VATTN_RETURN_IF_ERROR(use.Awake());
+    return sequence->impl->Reserve(tokens);
   });
 }
 
@@ -426,12 +460,19 @@ vattn_code vattn_sequence_save(const vattn_sequence* sequence, const char* path)
 }
 
 vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path, vattn_sequence** out) {
+  return vattn_sequence_restore_as(runtime, path, nullptr, out);
+}
+
+vattn_code vattn_sequence_restore_as(vattn_runtime* runtime, const char* path, const vattn_sequence_options* options,
+                                     vattn_sequence** out) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(NotNull("out", out));
     *out = nullptr;
     VATTN_RETURN_IF_ERROR(Usable(runtime));
     VATTN_RETURN_IF_ERROR(NotNull("path", path));
-    return Give(vattn::Sequence::Restore(runtime->impl, path), out);
+    vattn::SequenceOptions chosen;
+    VATTN_RETURN_IF_ERROR(ToSequenceOptions(options, chosen));
+    return Give(vattn::Sequence::Restore(runtime->impl, path, chosen), out);
   });
 }
 
@@ -459,18 +500,17 @@ vattn_code vattn_prefix_save(const vattn_sequence* sequence, const vattn_prefix*
   return Guard([&]() -> absl::Status {
     const Use use(sequence);
     VATTN_RETURN_IF_ERROR(use.status());
-    vattn::Prefix p;
-    VATTN_RETURN_IF_ERROR(ToPrefix(prefix, p));
-    vattn::Runtime& runtime = sequence->impl->runtime();
-    const absl::StatusOr<vattn::Disk*> disk = DiskOf(runtime);
-    if (!disk.ok()) return disk.status();
+    const vattn::Runtime& runtime = sequence->impl->runtime();
+    PrefixRequest request;
+    VATTN_RETURN_IF_ERROR(ToPrefix(runtime, prefix, request));
+    const int64_t tokens = static_cast<int64_t>(request.prefix.tokens.size());
     for (int32_t l = 0; l < runtime.options().num_layers; ++l) {
       const int64_t most = sequence->impl->length(l);
-      if (runtime.kv_heads(l) == 0 || static_cast<int64_t>(p.tokens.size()) <= most) continue;
-      return InvalidArgumentError("num_tokens is ", p.tokens.size(), ", must be at most ", most, ", those of layer ", l);
+      if (runtime.kv_heads(l) == 0 || tokens <= most) continue;
+      return InvalidArgumentError("num_tokens is ", tokens, ", must be at most ", most, ", those of layer ", l);
     }
     VATTN_RETURN_IF_ERROR(use.Awake());
-    return (*disk)->Store(*sequence->impl, std::move(p));
+    return vattn::SavePrefix(*sequence->impl, std::move(request.prefix), request.tier);
   });
 }
 
@@ -482,25 +522,51 @@ vattn_code vattn_prefix_restore(vattn_runtime* runtime, const vattn_prefix* pref
     VATTN_RETURN_IF_ERROR(NotNull("tokens", tokens));
     *tokens = 0;
     VATTN_RETURN_IF_ERROR(Usable(runtime));
-    vattn::Prefix p;
-    VATTN_RETURN_IF_ERROR(ToPrefix(prefix, p));
-    const absl::StatusOr<vattn::Disk*> disk = DiskOf(*runtime->impl);
-    if (!disk.ok()) return disk.status();
-    return Give((*disk)->Begin(runtime->impl, p, id, tokens), out);
+    PrefixRequest request;
+    VATTN_RETURN_IF_ERROR(ToPrefix(*runtime->impl, prefix, request));
+    request.sequence.id = id;
+    return Give(vattn::BeginFromPrefix(runtime->impl, request.prefix, request.tier, request.sequence, tokens), out);
   });
 }
 
-vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* salt, uint64_t salt_bytes, int64_t* files) {
+vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* salt, uint64_t salt_bytes, int64_t* prefixes) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
     VATTN_RETURN_IF_ERROR(NotNull("salt", salt));
     if (salt_bytes < 1 || salt_bytes > 4096) return OutOfRangeError("salt_bytes", salt_bytes, 1, 4096);
-    const absl::StatusOr<vattn::Disk*> disk = DiskOf(*runtime->impl);
-    if (!disk.ok()) return disk.status();
     int64_t removed = 0;
-    const absl::Status status = (*disk)->Forget(std::string(static_cast<const char*>(salt), salt_bytes), &removed);
-    if (files != nullptr) *files = removed;
+    const absl::Status status =
+        vattn::ForgetPrefixes(*runtime->impl, std::string(static_cast<const char*>(salt), salt_bytes), &removed);
+    if (prefixes != nullptr) *prefixes = removed;
     return status;
+  });
+}
+
+vattn_code vattn_tenant_limit(vattn_runtime* runtime, uint64_t tenant, uint64_t host_bytes) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(runtime));
+    if (tenant == 0) return InvalidArgumentError("tenant is 0, which has no quota, must be 1 or more");
+    runtime->impl->store().SetTenantLimit(tenant, host_bytes);
+    return absl::OkStatus();
+  });
+}
+
+vattn_code vattn_tenant_stats(const vattn_runtime* runtime, uint64_t tenant, vattn_tenant_use* use,
+                              size_t struct_size) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(runtime));
+    VATTN_RETURN_IF_ERROR(NotNull("use", use));
+    VATTN_RETURN_IF_ERROR(CheckStructSize(struct_size));
+    const vattn::TenantSnapshot s = runtime->impl->StatsOf(tenant);
+    const vattn_tenant_use all = {.struct_size = sizeof(vattn_tenant_use),
+                                  .host_bytes_limit = s.host_bytes_limit,
+                                  .host_bytes_used = s.host_bytes_used,
+                                  .host_bytes_reserved = s.host_bytes_reserved,
+                                  .sequences = s.sequences,
+                                  .full_refusals = s.full_refusals,
+                                  .quota_refusals = s.quota_refusals};
+    vattn::api::Export(all, use, struct_size);
+    return absl::OkStatus();
   });
 }
 
@@ -591,9 +657,7 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
     VATTN_RETURN_IF_ERROR(NotNull("stats", stats));
-    if (struct_size < sizeof(size_t) || struct_size > 4096) {
-      return OutOfRangeError("struct_size", struct_size, sizeof(size_t), 4096);
-    }
+    VATTN_RETURN_IF_ERROR(CheckStructSize(struct_size));
     const vattn::StatsSnapshot s = runtime->impl->Stats();
     const vattn_stats all = {.struct_size = sizeof(vattn_stats),
                              .host_bytes_limit = s.host_bytes_limit,
@@ -633,7 +697,13 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
                              .device_bytes_reserved = s.device_bytes_reserved,
                              .device_bytes_mapped = s.device_bytes_mapped,
                              .device_growths = s.device_growths,
-                             .device_growth_ns = s.device_growth_ns};
+                             .device_growth_ns = s.device_growth_ns,
+                             .host_bytes_reserved = s.host_bytes_reserved,
+                             .quota_refusals = s.quota_refusals,
+                             .kept_prefixes = s.kept_prefixes,
+                             .prefixes_kept = s.prefixes_kept,
+                             .kept_evictions = s.kept_evictions,
+                             .kept_hits = s.kept_hits};
     vattn::api::Export(all, stats, struct_size);
     return absl::OkStatus();
   });
@@ -642,7 +712,7 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
 vattn_code vattn_stats_prometheus(const vattn_runtime* runtime, char* buffer, size_t size, size_t* needed) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
-    return GiveText(vattn::PrometheusText(runtime->impl->Stats()), buffer, size, needed);
+    return GiveText(vattn::PrometheusText(runtime->impl->Stats(), runtime->impl->StatsOfTenants()), buffer, size, needed);
   });
 }
 

@@ -14,6 +14,11 @@
  * the last ones; both are always attended exactly. The tokens between them are the middle: their
  * rows are chosen by sampling from a small index (codes). A decode step answers one query token per
  * sequence and layer. A GQA group is the query heads that share one KV head.
+ *
+ * The host pool is blocks of 256 tokens of one KV head. A block is free, used, or reserved: set aside for a
+ * sequence (vattn_sequence_reserve), which then cannot be told FULL for it. Forks and sequences begun from
+ * one prefix share blocks; a write to a shared block copies it first. Each used or reserved block counts once,
+ * for the tenant (vattn_sequence_options.tenant) whose sequence took it, until nobody holds it.
  */
 #ifndef VATTN_H_
 #define VATTN_H_
@@ -50,7 +55,7 @@ typedef enum vattn_code {
   VATTN_DEVICE_ERROR = 4,
   VATTN_IO_ERROR = 5,
   VATTN_INTERNAL = 6,  /* a bug of the library */
-  VATTN_FULL = 7,      /* our own pool is full: need, limit and knob are in the text; nothing is lost */
+  VATTN_FULL = 7, /* our own pool or a quota is full: need, limit and knob are in the text; nothing is lost */
   VATTN_DEVICE_LOST = 8,
   VATTN_DATA_LOSS = 9, /* a stored copy failed its check */
   VATTN_NOT_FOUND = 10
@@ -130,6 +135,17 @@ typedef enum vattn_io {
   VATTN_IO_URING = 1, /* NOT_SUPPORTED where it is not */
   VATTN_IO_PREAD = 2
 } vattn_io;
+
+typedef enum vattn_admission { /* what a sequence may take from the host pool */
+  VATTN_ADMISSION_OVERCOMMIT = 0, /* what it has reserved, and beyond that whatever is free when it is needed */
+  VATTN_ADMISSION_RESERVED = 1    /* what it has reserved, no more: whoever was admitted can finish */
+} vattn_admission;
+
+typedef enum vattn_tier { /* where stored prefixes are */
+  VATTN_TIER_AUTO = 0,   /* saved to the disk if there is a disk_path, else to memory; looked for in both */
+  VATTN_TIER_MEMORY = 1, /* blocks of the host pool */
+  VATTN_TIER_DISK = 2    /* files in disk_path */
+} vattn_tier;
 
 typedef enum vattn_verdict {
   VATTN_VERDICT_EXACT = 0,      /* nothing was sampled away */
@@ -235,9 +251,10 @@ typedef struct vattn_options {
    * vattn_runtime_create then also answers IO_ERROR. */
   const char* disk_path;
   uint64_t disk_bytes; /* most bytes of files there; 0: no limit. Prefixes unused for longest go first */
-  /* 1: when the host pool is full, sequences that sit in no batch and that no call works on, unused for
-   * longest first, hibernate in disk_path until there is room, and wake by their next use. What they had
-   * reserved goes with them. Only then FULL. */
+  /* 1: when the host pool is full, sequences that sit in no batch, that no call works on and that have no
+   * reservation hibernate in disk_path until there is room, and wake by their next use: those of the tenant
+   * that needs it first, those unused for longest first. Only then FULL. A tenant at its quota moves its own
+   * sequences alone. */
   int32_t spill;
   int32_t io_engine;      /* vattn_io: how files are read and written */
   int32_t io_depth;       /* 8: transfers under way at most; 1 to 256 */
@@ -256,7 +273,11 @@ typedef struct vattn_options {
    * for a second one in every step: fewer rows (an eighth on recorded attention), more time (a fifth on
    * CUDA with 1M tokens). */
   int32_t pilot;
-  int32_t reserved1; /* 0 */
+
+  int32_t admission; /* vattn_admission */
+  /* Most bytes of the host pool that one tenant may use and reserve, unless vattn_tenant_limit gives it a limit
+   * of its own; rounded down to whole blocks; 0: no limit. */
+  uint64_t tenant_bytes;
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
@@ -298,22 +319,34 @@ VATTN_EXPORT vattn_code vattn_doctor(char* buffer, size_t size, size_t* needed);
 typedef struct vattn_sequence_options {
   size_t struct_size;
   uint64_t id;            /* keys the random numbers; 0: a number of the runtime's own */
-  int64_t reserve_tokens; /* blocks for so many tokens in every layer are set aside now; 0: none */
+  int64_t reserve_tokens; /* as vattn_sequence_reserve, before anything is created; 0: none */
+  /* Whose blocks it takes count for, and under whose quota; 0: nobody's, which has none. Forks are of the same. */
+  uint64_t tenant;
 } vattn_sequence_options;
 
 VATTN_EXPORT void vattn_sequence_options_init(vattn_sequence_options* options, size_t struct_size);
 
-/* An empty sequence. options may be NULL. FULL if reserve_tokens cannot be set aside. */
+/* An empty sequence. options may be NULL. FULL if reserve_tokens cannot be set aside: nothing is created. */
 VATTN_EXPORT vattn_code vattn_sequence_create(vattn_runtime* runtime,
                                               const vattn_sequence_options* options,
                                               vattn_sequence** out);
+/* Sets aside all blocks that the sequence still needs to have `tokens` tokens (0 to 2^31) in every layer, in place
+ * of what it had set aside before; 0 gives that back. Until it has more tokens than that, appends and steps draw
+ * from the reservation and are not FULL. It outlasts them: what truncation frees returns to it, and while blocks
+ * are shared with forks and kept prefixes it holds room for the copies too, so that fork, truncate,
+ * vattn_prefix_save and this call can be FULL, which changes nothing. A sequence with a reservation is never
+ * spilled. Hibernating gives the room away; the sequence wakes with all of it or stays asleep. Forks start
+ * without one. FULL names need, free, reserved, limit and knob. */
+VATTN_EXPORT vattn_code vattn_sequence_reserve(vattn_sequence* sequence, int64_t tokens);
 /* Frees its blocks. A sequence that sits in a batch is taken out of it first. */
 VATTN_EXPORT void vattn_sequence_destroy(vattn_sequence* sequence);
 /* A second sequence with the same tokens. Blocks are shared, the first write to a shared block
- * copies it. Random numbers of the copy differ (id as in vattn_sequence_options, 0: next). */
+ * copies it. Random numbers of the copy differ (id as in vattn_sequence_options, 0: next). FULL only if the
+ * first has a reservation. */
 VATTN_EXPORT vattn_code vattn_sequence_fork(const vattn_sequence* sequence, uint64_t id,
                                             vattn_sequence** out);
-/* Keeps the first `tokens` tokens of every layer; layers that have fewer are left alone. */
+/* Keeps the first `tokens` tokens of every layer; layers that have fewer are left alone. FULL only if the
+ * sequence has a reservation and cuts blocks that others share. */
 VATTN_EXPORT vattn_code vattn_sequence_truncate(vattn_sequence* sequence, int64_t tokens);
 /* Tokens held by one layer. */
 VATTN_EXPORT vattn_code vattn_sequence_length(const vattn_sequence* sequence, int32_t layer,
@@ -356,6 +389,9 @@ VATTN_EXPORT vattn_code vattn_sequence_save(const vattn_sequence* sequence, cons
  * DATA_LOSS: truncated, changed, or of another layout; nothing is created. FULL as create. */
 VATTN_EXPORT vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path,
                                                vattn_sequence** out);
+/* The same for a tenant and with a reservation, all or nothing; options.id 0: the saved one. options may be NULL. */
+VATTN_EXPORT vattn_code vattn_sequence_restore_as(vattn_runtime* runtime, const char* path,
+                                                  const vattn_sequence_options* options, vattn_sequence** out);
 /* Saves, then frees the host blocks; the sequence stays known, and any use of it but
  * vattn_sequence_length wakes it first. Refused while it sits in a batch. Errors as save. */
 VATTN_EXPORT vattn_code vattn_sequence_hibernate(vattn_sequence* sequence, const char* path);
@@ -367,32 +403,68 @@ VATTN_EXPORT vattn_code vattn_sequence_wake(vattn_sequence* sequence);
 /* ---- Stored prefixes ------------------------------------------------------------------------ */
 
 /* What a stored prefix is found by. Only calls with the same salt find it: let the salt name the model with
- * its weights and position encoding, and the tenant. It is kept in the file. */
+ * its weights and position encoding, and the tenant. It is kept with the prefix, also in its file. */
 typedef struct vattn_prefix {
   size_t struct_size;
   const void* salt;
   uint64_t salt_bytes;   /* 1 to 4096 */
   const int32_t* tokens; /* [num_tokens] ids, from the first token of the sequence on */
   int64_t num_tokens;    /* 1 or more */
+  /* vattn_prefix_restore: of the new sequence, as in vattn_sequence_options. */
+  int64_t reserve_tokens;
+  uint64_t tenant;
+  int32_t tier;      /* vattn_tier */
+  int32_t reserved0; /* 0 */
 } vattn_prefix;
 
 VATTN_EXPORT void vattn_prefix_init(vattn_prefix* prefix, size_t struct_size);
 
-/* Stores the first num_tokens tokens of a sequence, whose ids the caller vouches for, in
- * vattn_options.disk_path. Nothing is written if that prefix is there already. INVALID_ARGUMENT if a layer
- * has fewer tokens or there is no disk_path; FULL if disk_bytes has no room; IO_ERROR. */
+/* Stores the first num_tokens tokens of a sequence, whose ids the caller vouches for. Nothing is done if that
+ * prefix is there already. INVALID_ARGUMENT if a layer has fewer tokens, or tier is disk without disk_path.
+ * Disk: FULL if disk_bytes has no room; IO_ERROR.
+ * Memory: the sequence's blocks are shared, and stay in the host pool when it is gone, counted for its tenant.
+ * Fewer than 256 tokens are not kept, nor is a prefix of a kept one, which serves for both. Builds the index first
+ * (vattn_sequence_build_index), so that codes are shared too. FULL as that call, and if the sequence has a
+ * reservation. When the pool or the tenant's quota is full, kept prefixes go, the tenant's own first, those unused
+ * for longest first, before anything is spilled or FULL; at the quota only those of the tenant's blocks. */
 VATTN_EXPORT vattn_code vattn_prefix_save(const vattn_sequence* sequence, const vattn_prefix* prefix);
 /* A new sequence (id as in vattn_sequence_options) that begins with as many of the given tokens as one stored
  * prefix has in common with them, 256 at least: *tokens. Ids are compared, not only their digests. The rows
- * are those that were saved; index and codes are, too. To keep the last token for a step, pass one less.
+ * are those that were saved; index and codes are, too. From memory it shares the blocks: nothing is read or
+ * copied; the disk is asked where it has at least 256 tokens more. To keep the last token for a step, pass one less.
  * NOT_FOUND: no stored prefix serves; one that fails its check or cannot be read is logged, counted and
  * passed over. FULL as create. *out is NULL and *tokens 0 after a failure. */
 VATTN_EXPORT vattn_code vattn_prefix_restore(vattn_runtime* runtime, const vattn_prefix* prefix, uint64_t id,
                                              int64_t* tokens, vattn_sequence** out);
-/* Removes all prefixes stored under a salt; *files, unless files is NULL, says how many. IO_ERROR: those
- * removed so far are gone. */
+/* Removes all prefixes stored under a salt, in memory and on the disk; *prefixes, unless NULL, says how many.
+ * IO_ERROR: those removed so far are gone. */
 VATTN_EXPORT vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* salt, uint64_t salt_bytes,
-                                            int64_t* files);
+                                            int64_t* prefixes);
+
+/* ---- Tenants -------------------------------------------------------------------------------- */
+
+/* A limit of a tenant's own in place of vattn_options.tenant_bytes: most bytes of the host pool that it may use
+ * and reserve, rounded down to whole blocks; 0: tenant_bytes again. Takes no block away: a tenant above its limit
+ * is FULL until it is below. The limits of all tenants may add up to more than the pool. INVALID_ARGUMENT if
+ * tenant is 0. */
+VATTN_EXPORT vattn_code vattn_tenant_limit(vattn_runtime* runtime, uint64_t tenant, uint64_t host_bytes);
+
+typedef struct vattn_tenant_use {
+  size_t struct_size;
+  uint64_t host_bytes_limit;    /* 0: none */
+  uint64_t host_bytes_used;     /* in blocks that its sequences took or have reserved; over all tenants, 0
+                                 * included, vattn_stats.host_bytes_used */
+  uint64_t host_bytes_reserved; /* of them, reserved and not yet in use */
+  uint64_t sequences;           /* alive */
+  /* Calls answered FULL, and of them those for its quota, as long as the tenant is known: it has a limit of its
+   * own, a sequence, a kept prefix or a block. */
+  uint64_t full_refusals;
+  uint64_t quota_refusals;
+} vattn_tenant_use;
+
+/* What a tenant holds now; a tenant never heard of holds nothing. */
+VATTN_EXPORT vattn_code vattn_tenant_stats(const vattn_runtime* runtime, uint64_t tenant, vattn_tenant_use* use,
+                                           size_t struct_size);
 
 /* ---- Decode steps --------------------------------------------------------------------------- */
 
@@ -512,7 +584,7 @@ typedef struct vattn_stats {
   uint64_t rows_fetched;       /* of them not in the hot set */
   uint64_t bytes_fetched;
   uint64_t looks;              /* draws, over KV heads */
-  uint64_t full_refusals;      /* calls answered VATTN_FULL */
+  uint64_t full_refusals;      /* calls answered VATTN_FULL for want of host memory */
   uint64_t blocks_copied;      /* shared blocks copied on write */
   uint64_t disk_bytes_used;    /* files in disk_path, written or promised */
   uint64_t saves;              /* sequence files written: saved, hibernated, spilled, prefixes */
@@ -538,11 +610,17 @@ typedef struct vattn_stats {
   uint64_t device_bytes_mapped;
   uint64_t device_growths;
   uint64_t device_growth_ns;
+  uint64_t host_bytes_reserved; /* of host_bytes_used: reserved and not yet in use */
+  uint64_t quota_refusals;     /* of full_refusals: for a tenant's quota */
+  uint64_t kept_prefixes;      /* in the host pool now */
+  uint64_t prefixes_kept;      /* put there */
+  uint64_t kept_evictions;     /* let go for room */
+  uint64_t kept_hits;          /* of prefix_hits: from the host pool */
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
                                             size_t struct_size);
-/* The same as Prometheus text; buffer, size and needed as in vattn_doctor. */
+/* The same as Prometheus text, and vattn_tenant_stats of each tenant that is known; buffer, size and needed as in vattn_doctor. */
 VATTN_EXPORT vattn_code vattn_stats_prometheus(const vattn_runtime* runtime, char* buffer,
                                                size_t size, size_t* needed);
 

@@ -71,11 +71,19 @@ class Runtime {
     Check(vattn_runtime_stats(get(), &stats, sizeof(stats)));
     return stats;
   }
-  // How many files went.
+  // How many went.
   int64_t ForgetPrefixes(const std::string& salt) {
-    int64_t files = 0;
-    Check(vattn_prefix_forget(get(), salt.data(), salt.size(), &files));
-    return files;
+    int64_t prefixes = 0;
+    Check(vattn_prefix_forget(get(), salt.data(), salt.size(), &prefixes));
+    return prefixes;
+  }
+  void LimitTenant(uint64_t tenant, uint64_t host_bytes) {
+    Check(vattn_tenant_limit(get(), tenant, host_bytes));
+  }
+  vattn_tenant_use TenantUse(uint64_t tenant) const {
+    vattn_tenant_use use;
+    Check(vattn_tenant_stats(get(), tenant, &use, sizeof(use)));
+    return use;
   }
   vattn_runtime* get() const noexcept { return handle_.get(); }
 
@@ -85,10 +93,12 @@ class Runtime {
 
 class Sequence {
  public:
-  explicit Sequence(const Runtime& runtime, uint64_t id = 0, int64_t reserve_tokens = 0) {
+  explicit Sequence(const Runtime& runtime, uint64_t id = 0, int64_t reserve_tokens = 0,
+                    uint64_t tenant = 0) {
     vattn_sequence_options options = Init<vattn_sequence_options>();
     options.id = id;
     options.reserve_tokens = reserve_tokens;
+    options.tenant = tenant;
     vattn_sequence* made = nullptr;
     Check(vattn_sequence_create(runtime.get(), &options, &made));
     handle_.reset(made);
@@ -96,6 +106,12 @@ class Sequence {
   static Sequence Restore(const Runtime& runtime, const std::string& path) {
     vattn_sequence* made = nullptr;
     Check(vattn_sequence_restore(runtime.get(), path.c_str(), &made));
+    return Sequence(made);
+  }
+  static Sequence Restore(const Runtime& runtime, const std::string& path,
+                          const vattn_sequence_options& options) {
+    vattn_sequence* made = nullptr;
+    Check(vattn_sequence_restore_as(runtime.get(), path.c_str(), &options, &made));
     return Sequence(made);
   }
   // Begins with *tokens tokens of a stored prefix; NOT_FOUND is thrown, too.
@@ -112,6 +128,7 @@ class Sequence {
   }
 
   void Append(const vattn_append_params& params) { Check(vattn_append(get(), &params)); }
+  void Reserve(int64_t tokens) { Check(vattn_sequence_reserve(get(), tokens)); }
   void Truncate(int64_t tokens) { Check(vattn_sequence_truncate(get(), tokens)); }
   void BuildIndex() { Check(vattn_sequence_build_index(get())); }
   int64_t Length(int32_t layer) const {

@@ -200,7 +200,7 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
 }
 
 absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runtime>& runtime, const Prefix& prefix,
-                                                      uint64_t id, int64_t* tokens) {
+                                                      const SequenceOptions& options, int64_t* tokens) {
   std::vector<std::string> names;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -221,7 +221,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runt
         continue;
       }
       if (status.ok()) {
-        absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::FromPrefix(runtime, id, **reader, path, shared);
+        absl::StatusOr<std::unique_ptr<Sequence>> made =
+            Sequence::FromPrefix(runtime, options, **reader, path, shared);
         status = made.status();
         if (status.ok()) {
           const std::lock_guard<std::mutex> lock(mutex_);
@@ -246,9 +247,13 @@ absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runt
     const std::lock_guard<std::mutex> lock(mutex_);
     DropLocked(name);
   }
-  ++counters_.prefix_misses;
-  return NotFoundError("no stored prefix has ", kPrefixTokens, " tokens or more in common with these ",
-                       prefix.tokens.size(), " under this salt");
+  return NoSuchPrefixError(prefix);
+}
+
+int64_t Disk::Pieces(const Prefix& prefix) const {
+  const std::vector<Digest> chain = ChainOf(prefix);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return index_.Pieces(chain);
 }
 
 absl::Status Disk::Forget(const std::string& salt, int64_t* files) {

@@ -22,6 +22,7 @@ namespace vattn {
 class Disk;
 class Runtime;
 class Sequence;
+struct SequenceOptions;
 
 // Owns the file of a spilled sequence and its share of the directory's bytes: gone with the owner.
 class SpillFile {
@@ -64,7 +65,9 @@ class Disk {
   // A new sequence that begins with the longest part of prefix.tokens that is stored under its salt.
   // NOT_FOUND: none, or none that can be read. FULL as Sequence::Create.
   absl::StatusOr<std::unique_ptr<Sequence>> Begin(const std::shared_ptr<Runtime>& runtime, const Prefix& prefix,
-                                                  uint64_t id, int64_t* tokens);
+                                                  const SequenceOptions& options, int64_t* tokens);
+  // Whole pieces of kPrefixTokens that the best stored prefix seems to share: digests alone are compared.
+  int64_t Pieces(const Prefix& prefix) const;
   // Removes every prefix stored under a salt, of any layout. *files: how many.
   absl::Status Forget(const std::string& salt, int64_t* files);
 

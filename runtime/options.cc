@@ -66,6 +66,7 @@ absl::Status CheckMachine(const Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("huge_pages", o.huge_pages, 0, 1));
   VATTN_RETURN_IF_ERROR(InRange("prefault", o.prefault, 0, 1));
   VATTN_RETURN_IF_ERROR(InRange("zero_on_free", o.zero_on_free, 0, 1));
+  VATTN_RETURN_IF_ERROR(InRange("admission", o.admission, 0, 1));
   const uint64_t block = MakeStorage(o).block.bytes;
   if (o.host_bytes < block || o.host_bytes > uint64_t{1} << 46) {
     return InvalidArgumentError("host_bytes is ", o.host_bytes, ", must be at least one block of ", block,

@@ -40,8 +40,11 @@ struct Options {
   uint64_t disk_bytes = 0;
   int32_t spill = 0, io_engine = 0, io_depth = 8, io_block_bytes = 1 << 20, io_buffered = 0, io_timeout_ms = 60000;
   std::string sign_maps;  // empty: random hyperplanes
-  int32_t pilot = 0;
+  int32_t pilot = 0, admission = 0;
+  uint64_t tenant_bytes = 0;
 };
+
+enum class Admission : int32_t { kOvercommit = 0, kReserved = 1 };
 
 enum class IoEngine : int32_t { kAuto = 0, kUring = 1, kPread = 2 };
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "memory/checksum.h"
+#include "memory/status.h"
 
 namespace vattn {
 
@@ -36,6 +37,11 @@ inline std::vector<Digest> ChainOf(const Prefix& prefix) {
 inline int64_t SharedTokens(const Prefix& a, const Prefix& b) {
   if (a.salt != b.salt) return 0;
   return std::mismatch(a.tokens.begin(), a.tokens.end(), b.tokens.begin(), b.tokens.end()).first - a.tokens.begin();
+}
+
+inline absl::Status NoSuchPrefixError(const Prefix& prefix) {
+  return NotFoundError("no stored prefix has ", kPrefixTokens, " tokens or more in common with these ",
+                       prefix.tokens.size(), " under this salt");
 }
 
 }  // namespace vattn

@@ -59,6 +59,12 @@ std::vector<std::string> PrefixIndex::Find(const std::vector<Digest>& chain) con
   return names;
 }
 
+int64_t PrefixIndex::Pieces(const std::vector<Digest>& chain) const {
+  size_t pieces = chain.size();
+  while (pieces > 0 && by_digest_.count(chain[pieces - 1]) == 0) --pieces;
+  return static_cast<int64_t>(pieces);
+}
+
 std::string PrefixIndex::Oldest() const { return by_use_.empty() ? "" : by_use_.begin()->second; }
 
 std::vector<std::string> PrefixIndex::Names() const {

@@ -1,4 +1,4 @@
-// Which file holds which prefix: bookkeeping, without files.
+// Which file, or what else has a name, holds which prefix: bookkeeping, without files.
 #ifndef VATTN_RUNTIME_PREFIX_INDEX_H_
 #define VATTN_RUNTIME_PREFIX_INDEX_H_
 
@@ -26,8 +26,18 @@ class PrefixIndex {
 
   // Files that may begin with pieces of `chain`: those that share most of them first, of those the longest.
   std::vector<std::string> Find(const std::vector<Digest>& chain) const;
+  // Pieces that the first of those may share.
+  int64_t Pieces(const std::vector<Digest>& chain) const;
   // The file unused for longest; empty without files.
   std::string Oldest() const;
+  // As Oldest, of those that `wanted(name)` is true for.
+  template <class Wanted>
+  std::string OldestWhere(Wanted&& wanted) const {
+    for (const auto& [use, name] : by_use_) {
+      if (wanted(name)) return name;
+    }
+    return "";
+  }
   std::vector<std::string> Names() const;
 
   int64_t size() const { return static_cast<int64_t>(files_.size()); }

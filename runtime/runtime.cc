@@ -7,6 +7,7 @@
 #include "memory/status.h"
 #include "runtime/quantiles.h"
 #include "runtime/disk.h"
+#include "runtime/kept_prefixes.h"
 #include "runtime/sequence.h"
 #include "runtime/sequence_file.h"
 
@@ -62,6 +63,7 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   HostStoreOptions pool;
   pool.limit_bytes = options.host_bytes;
   pool.block_bytes = static_cast<uint64_t>(storage.block.bytes);
+  pool.tenant_bytes = options.tenant_bytes;
   pool.numa_node = options.numa_node;
   pool.huge_pages = options.huge_pages == 1;
   pool.prefault = options.prefault == 1;
@@ -107,6 +109,7 @@ Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile,
           .block_bytes = static_cast<uint32_t>(options_.io_block_bytes),
           .timeout_ms = options_.io_timeout_ms},
       workers_(std::move(workers)) {
+  kept_ = std::make_unique<KeptPrefixes>(*store_, counters_);
   FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, promise_.pilot, quantile_);
   promise_.quantile = quantile_;
   promise_.normal_quantile = static_cast<float>(TwoSidedNormalQuantile(promise_.delta));
@@ -141,10 +144,36 @@ StatsSnapshot Runtime::Stats() const {
   }
   s.host_bytes_limit = static_cast<uint64_t>(store_->num_blocks()) * store_->block_bytes();
   s.host_bytes_used = store_->bytes_used();
+  s.host_bytes_reserved = static_cast<uint64_t>(store_->num_reserved()) * store_->block_bytes();
+  s.kept_prefixes = static_cast<uint64_t>(kept_->size());
+  s.table_bytes = kept_->table_bytes();
   s.disk_bytes_used = disk_ ? disk_->bytes() : 0;
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const Sequence* sequence : sequences_) s.table_bytes += static_cast<uint64_t>(sequence->table_bytes());
   return s;
+}
+
+TenantSnapshot Runtime::StatsOf(const TenantUse& use) const {
+  const uint64_t bytes = store_->block_bytes();
+  TenantSnapshot s = {.tenant = use.tenant,
+                      .host_bytes_limit = use.limit == kNoTenantLimit ? 0 : static_cast<uint64_t>(use.limit) * bytes,
+                      .host_bytes_used = static_cast<uint64_t>(use.used + use.reserved) * bytes,
+                      .host_bytes_reserved = static_cast<uint64_t>(use.reserved) * bytes,
+                      .full_refusals = use.full_refusals,
+                      .quota_refusals = use.quota_refusals};
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const Sequence* sequence : sequences_) s.sequences += sequence->tenant() == use.tenant;
+  return s;
+}
+
+TenantSnapshot Runtime::StatsOf(uint64_t tenant) const { return StatsOf(store_->UseOf(tenant)); }
+
+std::vector<TenantSnapshot> Runtime::StatsOfTenants() const {
+  std::vector<TenantSnapshot> all;
+  for (const TenantUse& use : store_->UseOfAll()) {
+    if (use.tenant != 0) all.push_back(StatsOf(use));
+  }
+  return all;
 }
 
 void Runtime::Log(LogLevel level, const std::string& message) const {
@@ -165,38 +194,63 @@ void Runtime::Delist(Sequence* sequence) {
 }
 
 template <class Take>
-absl::Status Runtime::TakeOrSpill(const Sequence* user, int64_t count, const Take& take) {
-  absl::Status status = take();
+absl::Status Runtime::TakeOrMakeRoom(const Sequence& user, int64_t count, const Take& take) {
+  const TenantSlot tenant = user.tenant_slot();
   absl::Status spilled;
-  while (CodeOf(status) == Code::kFull && options_.spill == 1 && count <= store_->num_blocks()) {
-    const absl::StatusOr<bool> more = SpillColdest(user);
-    spilled = more.status();
-    if (!more.ok() || !*more) break;
-    status = take();
+  for (;;) {
+    const absl::Status status = take();
+    if (CodeOf(status) != Code::kFull) return status;
+    const bool for_quota = !store_->QuotaAllows(count, tenant);
+    if (count <= store_->MostBlocks(tenant)) {
+      if (kept_->Evict(tenant, for_quota)) continue;
+      if (options_.spill == 1) {
+        const absl::StatusOr<bool> more = SpillColdest(user, for_quota);
+        if (more.ok() && *more) continue;
+        spilled = more.status();
+      }
+    }
+    CountRefusal(user, for_quota);
+    if (spilled.ok()) return status;
+    return FullError(status.message(), "; nothing could be spilled: ", spilled.message());
   }
-  if (CodeOf(status) != Code::kFull) return status;
+}
+
+void Runtime::CountRefusal(const Sequence& user, bool for_quota) {
   ++counters_.full_refusals;
-  if (spilled.ok()) return status;
-  return FullError(status.message(), "; nothing could be spilled: ", spilled.message());
+  if (for_quota) ++counters_.quota_refusals;
+  store_->CountRefusal(for_quota, user.tenant_slot());
 }
 
-absl::Status Runtime::Allocate(const Sequence* user, int64_t count, BlockId* out) {
-  return TakeOrSpill(user, count, [&] { return store_->Allocate(count, out); });
+absl::Status Runtime::Allocate(const Sequence& user, int64_t count, BlockId* out) {
+  if (static_cast<Admission>(options_.admission) == Admission::kReserved) {
+    CountRefusal(user, false);
+    return FullError("the reservation is used up: need ", count, " blocks of ", store_->block_bytes(),
+                     " bytes, 0 of those for ", user.reserve_tokens(), " tokens are left, limit ",
+                     user.reserve_tokens(),
+                     " tokens; reserve more (vattn_sequence_reserve) or create with admission overcommit");
+  }
+  return TakeOrMakeRoom(user, count, [&] { return store_->Allocate(count, out, user.tenant_slot()); });
 }
 
-absl::Status Runtime::Reserve(int64_t count) {
-  return TakeOrSpill(nullptr, count, [&] { return store_->Reserve(count); });
+absl::Status Runtime::Reserve(const Sequence& user, int64_t count) {
+  return TakeOrMakeRoom(user, count, [&] { return store_->Reserve(count, user.tenant_slot()); });
 }
 
-absl::StatusOr<bool> Runtime::SpillColdest(const Sequence* user) {
+absl::StatusOr<bool> Runtime::SpillColdest(const Sequence& user, bool for_quota) {
   Sequence* coldest = nullptr;
   std::unique_lock<std::mutex> use;
+  const auto colder = [&](const Sequence& a, const Sequence& b) {  // a goes before b
+    const bool a_own = a.tenant() == user.tenant(), b_own = b.tenant() == user.tenant();
+    return a_own != b_own ? a_own : a.last_use() < b.last_use();
+  };
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (Sequence* sequence : sequences_) {
-      if (sequence == user || (coldest != nullptr && sequence->last_use() > coldest->last_use())) continue;
+      if (sequence == &user || (for_quota && sequence->tenant() != user.tenant())) continue;
+      if (coldest != nullptr && colder(*coldest, *sequence)) continue;
       std::unique_lock<std::mutex> its_use(sequence->use(), std::try_to_lock);
       if (!its_use || sequence->batch.load() != nullptr || !sequence->HoldsBlocks()) continue;
+      if (sequence->reserve_tokens() > 0) continue;  // its room is promised
       coldest = sequence;
       use = std::move(its_use);
     }

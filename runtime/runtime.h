@@ -8,6 +8,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/cpu/workers.h"
@@ -23,6 +24,7 @@
 namespace vattn {
 
 class Disk;
+class KeptPrefixes;
 class Sequence;
 
 // Thread-safe. Sequences and batches keep it alive.
@@ -46,10 +48,14 @@ class Runtime {
   const IoOptions& io() const { return io_; }
   // Null without disk_path.
   Disk* disk() const { return disk_.get(); }
+  KeptPrefixes& kept() { return *kept_; }
   // Null on the CPU backend.
   CudaBackend* cuda() const { return cuda_.get(); }
   Counters& counters() { return counters_; }
   StatsSnapshot Stats() const;
+  TenantSnapshot StatsOf(uint64_t tenant) const;
+  // Of all tenants that are known, but 0.
+  std::vector<TenantSnapshot> StatsOfTenants() const;
   void Log(LogLevel level, const std::string& message) const;
 
   int kv_heads(int layer) const { return options_.layer_kv_heads[layer]; }  // 0: left out
@@ -68,10 +74,12 @@ class Runtime {
   uint64_t NextUse() { return next_use_.fetch_add(1); }
   void CountBatches(int change) { batches_ += change; }
 
-  // Blocks of the pool, all or none. With option spill, sequences that nobody uses, unused for longest
-  // first, go to the disk until there are enough. `user` wants them and stays. FULL, counted.
-  absl::Status Allocate(const Sequence* user, int64_t count, BlockId* out);
-  absl::Status Reserve(int64_t count);
+  // Blocks of the pool, all or none, for a sequence and charged to its tenant. Where there is no room, kept
+  // prefixes are let go, and with option spill sequences that nobody uses go to the disk: the tenant's own
+  // first, those unused for longest first. For a tenant at its quota nothing of another's is touched.
+  // FULL, counted.
+  absl::Status Allocate(const Sequence& user, int64_t count, BlockId* out);
+  absl::Status Reserve(const Sequence& user, int64_t count);
 
   // After Close only destruction is left to the handles.
   void Close();
@@ -83,9 +91,11 @@ class Runtime {
           const MemoryOps& memory_ops);
 
   template <class Take>
-  absl::Status TakeOrSpill(const Sequence* user, int64_t count, const Take& take);
+  absl::Status TakeOrMakeRoom(const Sequence& user, int64_t count, const Take& take);
+  void CountRefusal(const Sequence& user, bool for_quota);
   // True if it gave blocks back to the pool, or may have.
-  absl::StatusOr<bool> SpillColdest(const Sequence* user);
+  absl::StatusOr<bool> SpillColdest(const Sequence& user, bool for_quota);
+  TenantSnapshot StatsOf(const TenantUse& use) const;
 
   const Options options_;
   const Logger logger_;
@@ -97,6 +107,7 @@ class Runtime {
   const Ops* ops_ = &kCpuOps;
   std::unique_ptr<HostStore> store_;
   std::unique_ptr<CudaBackend> cuda_;  // maps the pool: goes before it
+  std::unique_ptr<KeptPrefixes> kept_;
   const IoOptions io_;
   std::unique_ptr<Disk> disk_;
   const std::unique_ptr<cpu::Workers> workers_;

@@ -14,8 +14,6 @@ namespace {
 
 constexpr int64_t kCalibrationTokens = 8192;  // keys that an index is made from, at most
 
-int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
-
 // Rows of `count` tokens as fp32: of every `stride` runs of `run` tokens from `first` on, one. Which one is
 // random (always the same for i): a text with a period would show a regular walk a fraction of its keys.
 void SampleRows(const Storage& s, const std::vector<int32_t>& blocks, int64_t first, int64_t run, int64_t stride,
@@ -39,7 +37,10 @@ void SampleRows(const Storage& s, const std::vector<int32_t>& blocks, int64_t fi
 
 }  // namespace
 
-Sequence::Sequence(std::shared_ptr<Runtime> runtime, uint64_t id) : runtime_(std::move(runtime)), id_(id) {
+Sequence::Sequence(std::shared_ptr<Runtime> runtime, const SequenceOptions& options)
+    : runtime_(std::move(runtime)),
+      tenant_(runtime_->store(), options.tenant),
+      id_(options.id == 0 ? runtime_->NextId() : options.id) {
   const Options& o = runtime_->options();
   layers_.resize(o.num_layers);
   for (int l = 0; l < o.num_layers; ++l) {
@@ -60,14 +61,10 @@ Sequence::~Sequence() {
   ReleaseBlocks();
 }
 
-absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runtime> runtime, uint64_t id,
-                                                           int64_t reserve_tokens) {
-  Runtime& r = *runtime;
-  int64_t blocks = 0;
-  for (int l = 0; l < r.options().num_layers; ++l) blocks += BlocksFor(reserve_tokens) * r.kv_heads(l);
-  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), id == 0 ? r.NextId() : id));
-  if (blocks > 0) VATTN_RETURN_IF_ERROR(r.Reserve(blocks));
-  sequence->reserved_ = blocks;
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runtime> runtime,
+                                                           const SequenceOptions& options) {
+  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), options));
+  VATTN_RETURN_IF_ERROR(sequence->Reserve(options.reserve_tokens));
   sequence->Enlist();
   return sequence;
 }
@@ -90,101 +87,39 @@ absl::Status Sequence::Pull() {
 }
 
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
-  VATTN_RETURN_IF_ERROR(Pull());
-  std::unique_ptr<Sequence> copy(new Sequence(runtime_, id == 0 ? runtime_->NextId() : id));
-  for (int l = 0; l < runtime_->options().num_layers; ++l) {
-    const Layer& from = layers_[l];
-    Layer& to = copy->layers_[l];
-    to.coded = from.coded;
-    to.coded_on_device = from.coded_on_device;
-    copy->AddTokens(l, from.tokens);
-    for (size_t g = 0; g < from.groups.size(); ++g) {
-      to.groups[g].blocks = from.groups[g].blocks;
-      for (const int32_t block : to.groups[g].blocks) runtime_->store().AddReference(BlockId{block});
-      to.groups[g].index = from.groups[g].index;
-      if (from.groups[g].moment) to.groups[g].moment = std::make_unique<QueryMoment>(*from.groups[g].moment);
-      to.groups[g].states = from.groups[g].states;
-      to.groups[g].device_index = from.groups[g].device_index;
-    }
-  }
+  std::unique_ptr<Sequence> copy(new Sequence(runtime_, {.id = id, .tenant = tenant_.number()}));
   copy->codes_to_load_ = codes_to_load_;
+  absl::StatusOr<SharedLayers> layers = Share(kAllTokens);
+  if (!layers.ok()) return layers.status();
+  copy->Adopt(*std::move(layers));
   copy->step_ = step_;
-  copy->CountTables();
   copy->Enlist();
   return copy;
 }
 
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromLayers(std::shared_ptr<Runtime> runtime,
+                                                               const SequenceOptions& options, SharedLayers layers) {
+  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), options));
+  sequence->Adopt(std::move(layers));
+  sequence->ResetStates();
+  VATTN_RETURN_IF_ERROR(sequence->Reserve(options.reserve_tokens));
+  sequence->Enlist();
+  return sequence;
+}
+
+void Sequence::ResetStates() {
+  for (Layer& layer : layers_) {
+    for (HeadGroup& group : layer.groups) group.states.assign(group.states.size(), HeadState());
+  }
+}
+
 void Sequence::AddTokens(int l, int64_t count) {
   layers_[l].tokens += count;
+  CountTokens(l, count);
+}
+
+void Sequence::CountTokens(int l, int64_t count) {
   if (runtime_->kv_heads(l) > 0) runtime_->counters().tokens += static_cast<uint64_t>(count);
-}
-
-void Sequence::ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const {
-  for (int g = 0; g < static_cast<int>(layers_[l].groups.size()); ++g) {
-    const std::vector<int32_t>& blocks = layers_[l].groups[g].blocks;
-    const int64_t have = static_cast<int64_t>(blocks.size());
-    for (int64_t b = begin / kBlockTokens; b < BlocksFor(end); ++b) {
-      const bool copy = b < have;
-      if (copy && runtime_->store().IsUnique(BlockId{blocks[b]})) continue;
-      needs.push_back({l, g, b, copy});
-    }
-  }
-}
-
-absl::Status Sequence::Meet(const std::vector<Need>& needs) {
-  from_reserve_ = 0;
-  if (needs.empty()) return absl::OkStatus();
-  HostStore& store = runtime_->store();
-  const int64_t count = static_cast<int64_t>(needs.size()), own = std::min(reserved_, count);
-  // Whatever may fail comes before the first block is taken.
-  std::vector<BlockId> taken(needs.size());
-  bool copies = false;
-  for (auto need = needs.rbegin(); need != needs.rend(); ++need) {  // the most blocks of a group first
-    std::vector<int32_t>& blocks = layers_[need->layer].groups[need->group].blocks;
-    const size_t room = static_cast<size_t>(need->block) + 1;
-    if (blocks.capacity() < room) blocks.reserve(std::max(room, blocks.capacity() * 3 / 2));
-    copies |= need->copy;
-  }
-  if (runtime_->cuda() != nullptr) codes_to_load_.reserve(codes_to_load_.size() + needs.size());
-  if (copies) VATTN_RETURN_IF_ERROR(Pull());  // a step may still read the blocks that are let go
-  VATTN_RETURN_IF_ERROR(TakeBlocks(own, count, taken.data()));
-  from_reserve_ = own;
-  for (size_t i = 0; i < needs.size(); ++i) {
-    HeadGroup& group = layers_[needs[i].layer].groups[needs[i].group];
-    std::vector<int32_t>& blocks = group.blocks;
-    const int32_t id = static_cast<int32_t>(taken[i]);
-    group.changed_from = std::min(group.changed_from, needs[i].block);
-    group.unseen_from = std::min(group.unseen_from, needs[i].block);
-    if (runtime_->cuda() != nullptr) runtime_->cuda()->Renew(id);
-    if (!needs[i].copy) {
-      blocks.push_back(id);
-      continue;
-    }
-    const BlockId shared{blocks[needs[i].block]};
-    std::memcpy(store.data(taken[i]), store.data(shared), store.block_bytes());
-    if (runtime_->cuda() != nullptr) codes_to_load_.push_back(id);
-    blocks[needs[i].block] = id;
-    store.Release(shared);
-    ++runtime_->counters().blocks_copied;
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Sequence::TakeBlocks(int64_t own, int64_t count, BlockId* out) {
-  HostStore& store = runtime_->store();
-  int64_t from = own, to = own;  // of out: those that were taken
-  absl::Cleanup undo = [&] {
-    for (; from < own; ++from) store.ReleaseToReserve(out[from]);
-    for (; from < to; ++from) store.Release(out[from]);
-  };
-  if (count > own) VATTN_RETURN_IF_ERROR(runtime_->Allocate(this, count - own, out + own));
-  to = count;
-  if (own > 0) VATTN_RETURN_IF_ERROR(store.AllocateReserved(own, out));
-  from = 0;
-  if (runtime_->cuda() != nullptr) VATTN_RETURN_IF_ERROR(runtime_->cuda()->HoldCodes(out, count));
-  std::move(undo).Cancel();
-  reserved_ -= own;
-  return absl::OkStatus();
 }
 
 absl::Status Sequence::Append(const AppendRequest& r) {
@@ -200,6 +135,7 @@ absl::Status Sequence::Append(const AppendRequest& r) {
   std::vector<const int32_t*> blocks(layer.groups.size());
   absl::Cleanup undo = [this] { ReleaseSpare(); };
   VATTN_RETURN_IF_ERROR(Meet(needs));
+  ClaimTail(layer);
   for (size_t g = 0; g < blocks.size(); ++g) blocks[g] = layer.groups[g].blocks.data();
   const WriteParams write{.storage = s,
                           .blocks = blocks.data(),
@@ -259,53 +195,6 @@ absl::Status Sequence::AddQueries(const AppendRequest& r, std::vector<std::uniqu
   return absl::OkStatus();
 }
 
-absl::Status Sequence::Truncate(int64_t tokens) {
-  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
-  VATTN_RETURN_IF_ERROR(Pull());
-  if (cuda_) cuda_->ForgetFixed();
-  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
-    Layer& layer = layers_[l];
-    if (layer.tokens <= tokens) continue;
-    AddTokens(l, tokens - layer.tokens);
-    layer.coded = std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);
-    layer.coded_on_device = std::min(layer.coded_on_device, layer.coded);
-    for (HeadGroup& group : layer.groups) {
-      group.hot.Truncate(tokens);
-      group.changed_from = std::min(group.changed_from, tokens / kBlockTokens);
-      group.unseen_from = std::min(group.unseen_from, tokens / kBlockTokens);
-      // What follows in the last block will be other rows than those that a hot set may hold.
-      if (runtime_->cuda() != nullptr && tokens % kBlockTokens > 0) {
-        runtime_->cuda()->Renew(group.blocks[static_cast<size_t>(tokens / kBlockTokens)]);
-      }
-    }
-  }
-  from_reserve_ = 0;
-  ReleaseSpare();
-  CountTables();
-  return absl::OkStatus();
-}
-
-void Sequence::ReleaseSpare() {
-  int64_t released = 0;
-  for (Layer& layer : layers_) {
-    const size_t keep = static_cast<size_t>(BlocksFor(layer.tokens));
-    for (HeadGroup& group : layer.groups) {
-      for (size_t b = keep; b < group.blocks.size(); ++b) {
-        ++released;
-        if (from_reserve_ == 0) {
-          runtime_->store().Release(BlockId{group.blocks[b]});
-          continue;
-        }
-        runtime_->store().ReleaseToReserve(BlockId{group.blocks[b]});
-        --from_reserve_;
-        ++reserved_;
-      }
-      group.blocks.resize(std::min(keep, group.blocks.size()));
-    }
-  }
-  if (runtime_->cuda() != nullptr) runtime_->cuda()->LetGo(released);
-}
-
 int64_t Sequence::MiddleEnd(int64_t tokens) const {
   const Options& o = runtime_->options();
   const int64_t end = (tokens - o.window) / kCodeTokens * kCodeTokens;
@@ -338,7 +227,8 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens) {
               needs);
   }
   VATTN_RETURN_IF_ERROR(Meet(needs));
-  for (const Layer& layer : layers_) {
+  for (Layer& layer : layers_) {
+    if (new_tokens > 0) ClaimTail(layer);
     // An index is made from rows that steps have written.
     if (!layer.groups.empty() && !layer.groups[0].index && MiddleEnd(layer.tokens + new_tokens) > sinks) {
       VATTN_RETURN_IF_ERROR(Pull());
@@ -393,22 +283,6 @@ void Sequence::FreezeIndex(int l, int64_t end) {
     layer.groups[g].index = std::move(made[g]);
     layer.groups[g].moment.reset();
   }
-}
-
-void Sequence::ReleaseBlocks() {
-  int64_t released = 0;
-  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
-    AddTokens(l, -layers_[l].tokens);
-    for (HeadGroup& group : layers_[l].groups) {
-      for (const int32_t block : group.blocks) runtime_->store().Release(BlockId{block});
-      released += static_cast<int64_t>(group.blocks.size());
-      group.blocks.clear();
-      group.unseen_from = 0;
-    }
-  }
-  if (runtime_->cuda() != nullptr) runtime_->cuda()->LetGo(released);
-  runtime_->store().Unreserve(reserved_);
-  reserved_ = 0;
 }
 
 void Sequence::CountTables() {

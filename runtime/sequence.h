@@ -12,8 +12,7 @@
 #include "absl/status/statusor.h"
 #include "runtime/cuda_sequence.h"
 #include "runtime/disk.h"
-#include "runtime/hot_set.h"
-#include "runtime/index.h"
+#include "runtime/layer.h"
 #include "runtime/runtime.h"
 
 namespace vattn {
@@ -35,47 +34,46 @@ struct AppendRequest {
   int64_t q_token_stride = 0, q_head_stride = 0;
 };
 
-// State of one KV head of one layer.
-struct HeadGroup {
-  std::vector<int32_t> blocks;          // ids by block number
-  std::shared_ptr<const Index> index;   // null until the first middle token is coded
-  std::unique_ptr<QueryMoment> moment;  // null once the index is frozen
-  std::vector<HeadState> states;        // [G]; on CUDA as of the last CudaSequence::Pull
-  HotSet hot;
-
-  // On CUDA: block table entries from here on are not on the device yet, and its copy of the index.
-  int64_t changed_from = 0;
-  int64_t unseen_from = 0;  // entries from here on are not known to the hot set of Sequence::hot_set
-  std::shared_ptr<DeviceMemory> device_index;
-  IndexTables DeviceTables() const { return index->TablesAt(device_index->as<float>()); }
-};
-
-struct Layer {
-  int64_t tokens = 0;
-  int64_t coded = 0;  // tokens before it have codes; multiple of 64, or 0
-  int64_t coded_on_device = 0;  // on CUDA coding is enqueued later: up to here it has been
-  std::vector<HeadGroup> groups;  // [kv_heads]
+// As vattn_sequence_options.
+struct SequenceOptions {
+  uint64_t id = 0;  // 0: the runtime chooses
+  int64_t reserve_tokens = 0;
+  uint64_t tenant = 0;
 };
 
 // Used by one thread at a time, which holds use() unless the sequence sits in a batch: other threads take
 // what nobody uses to spill it.
 class Sequence {
  public:
-  // id 0: the runtime chooses. FULL if reserve_tokens cannot be set aside.
-  static absl::StatusOr<std::unique_ptr<Sequence>> Create(std::shared_ptr<Runtime> runtime, uint64_t id,
-                                                          int64_t reserve_tokens);
+  static constexpr int64_t kAllTokens = int64_t{1} << 31;
+
+  // FULL if reserve_tokens cannot be set aside.
+  static absl::StatusOr<std::unique_ptr<Sequence>> Create(std::shared_ptr<Runtime> runtime,
+                                                          const SequenceOptions& options);
+  // A sequence of the layers of a kept prefix. FULL as Create.
+  static absl::StatusOr<std::unique_ptr<Sequence>> FromLayers(std::shared_ptr<Runtime> runtime,
+                                                              const SequenceOptions& options, SharedLayers layers);
   ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
+  // FULL if the sequence has a reservation and no room for the copies that sharing may ask of it.
   absl::StatusOr<std::unique_ptr<Sequence>> Fork(uint64_t id);
+  absl::StatusOr<SharedLayers> Share(int64_t tokens);
   absl::Status Append(const AppendRequest& request);
+  // FULL if the sequence has a reservation, and blocks that others hold too would leave it one short.
   absl::Status Truncate(int64_t tokens);
+  // Sets aside what the sequence needs beside its blocks to have so many tokens in every layer, in place of
+  // what it had set aside before. FULL changes nothing.
+  absl::Status Reserve(int64_t tokens);
+  int64_t reserve_tokens() const { return reserve_tokens_; }
   absl::Status BuildIndex();
 
   // Files: sequence_sleep.cc and sequence_file.cc.
   absl::Status Save(const std::string& path);
-  static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime, const std::string& path);
+  // options.id 0: that of the file.
+  static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime, const std::string& path,
+                                                           const SequenceOptions& options = {});
   absl::Status Hibernate(const std::string& path);
   // Hibernates into a file of the runtime's disk, which goes with the sequence or its wakening.
   absl::Status Spill();
@@ -87,9 +85,9 @@ class Sequence {
   // For the disk: the bytes of a file with as many tokens as the prefix has, and a sequence of the first
   // `tokens` of such a file, which is open.
   absl::StatusOr<uint64_t> SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable);
-  static absl::StatusOr<std::unique_ptr<Sequence>> FromPrefix(std::shared_ptr<Runtime> runtime, uint64_t id,
-                                                              SnapshotReader& reader, const std::string& path,
-                                                              int64_t tokens);
+  static absl::StatusOr<std::unique_ptr<Sequence>> FromPrefix(std::shared_ptr<Runtime> runtime,
+                                                              const SequenceOptions& options, SnapshotReader& reader,
+                                                              const std::string& path, int64_t tokens);
 
   // Held over every use outside of a batch.
   std::mutex& use() { return use_; }
@@ -108,6 +106,8 @@ class Sequence {
   Runtime& runtime() const { return *runtime_; }
   const std::shared_ptr<Runtime>& shared_runtime() const { return runtime_; }
   uint64_t id() const { return id_; }
+  TenantSlot tenant_slot() const { return tenant_.slot(); }
+  uint64_t tenant() const { return tenant_.number(); }
   uint64_t step() const { return step_; }
   void CloseStep() { ++step_; }
   Layer& layer(int l) { return layers_[l]; }
@@ -132,7 +132,7 @@ class Sequence {
   int slot = -1;
 
  private:
-  Sequence(std::shared_ptr<Runtime> runtime, uint64_t id);
+  Sequence(std::shared_ptr<Runtime> runtime, const SequenceOptions& options);
 
   // A block that a write needs: a new one, or a copy of a shared one.
   struct Need {
@@ -153,7 +153,21 @@ class Sequence {
   absl::Status MakeRoomAndCode(int new_tokens);
   void CodeLayer(int l, int64_t end);
   void FreezeIndex(int l, int64_t end);
+
+  // Blocks that a reservation of so many tokens still has to hold ready, once `keep_tokens` tokens are left
+  // and blocks of the first `shared_tokens` are shared.
+  int64_t Unmet(int64_t reserve_tokens, int64_t keep_tokens, int64_t shared_tokens) const;
+  // Brings reserved_ up to so many blocks (FULL), and down to what is unmet.
+  absl::Status ReserveUpTo(int64_t blocks);
+  void Settle();
+  // True if the block goes back to the reservation when the sequence lets go of it.
+  bool Returns(const HeadGroup& group, int64_t block) const;
+  // Before rows are written behind the last one of a layer.
+  void ClaimTail(Layer& layer);
+  void Adopt(SharedLayers layers);
   void ReleaseBlocks();
+  void ResetStates();
+  void CountTokens(int l, int64_t count);
 
   // Known to the runtime from then on.
   void Enlist() { runtime_->Enlist(this); }
@@ -169,11 +183,12 @@ class Sequence {
   void ForgetLoaded();
 
   const std::shared_ptr<Runtime> runtime_;
+  const OpenTenant tenant_;
   const uint64_t id_;
   std::vector<Layer> layers_;
   uint64_t step_ = 0;
-  int64_t reserved_ = 0;  // blocks promised by the pool
-  int64_t from_reserve_ = 0;  // blocks of the last Meet that had been: spare ones of them go back there
+  int64_t reserve_tokens_ = 0;  // what the reservation is for; kept while it hibernates
+  int64_t reserved_ = 0;  // blocks promised by the pool: Unmet or more
   std::string hibernate_path_;  // empty: awake
   std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
   SpillFile spill_;

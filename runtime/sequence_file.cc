@@ -19,8 +19,6 @@ std::span<const std::byte> BytesOf(const std::vector<T>& values) {
   return std::as_bytes(std::span<const T>(values));
 }
 
-size_t BlocksFor(int64_t tokens) { return static_cast<size_t>((tokens + kBlockTokens - 1) / kBlockTokens); }
-
 // The parts of one block that hold tokens, with zeros from `zeros` (a block of them) in between.
 void AddBlockParts(const Storage& s, const std::byte* block, const std::byte* zeros, int64_t first_token,
                    int64_t tokens, int64_t coded_from, int64_t coded_to,
@@ -130,7 +128,7 @@ uint64_t Sequence::SavedBytes() const {
       if (group.index) bytes += group.index->floats().size() * sizeof(float);
       const uint64_t dim = group.moment ? static_cast<uint64_t>(group.moment->dim()) : 0;
       if (group.moment) bytes += (dim * dim + 1) * sizeof(double);
-      bytes += BlocksFor(layer.tokens) * (runtime_->store().block_bytes() + kSnapshotHeaderBytes);
+      bytes += static_cast<uint64_t>(BlocksFor(layer.tokens)) * (runtime_->store().block_bytes() + kSnapshotHeaderBytes);
     }
   }
   return bytes;
@@ -146,7 +144,7 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
   if (!writer.ok()) return writer.status();
   const SavedHead head{id_, step_};
   VATTN_RETURN_IF_ERROR((*writer)->Add(kHead, BytesOf(head)));
-  int64_t most = int64_t{1} << 31;
+  int64_t most = kAllTokens;
   if (prefix != nullptr) {
     const SavedPrefix saved{prefix->stored, prefix->prefix.salt.size()};
     const std::span<const std::byte> parts[] = {BytesOf(saved), std::as_bytes(std::span(prefix->prefix.salt)),
@@ -157,8 +155,8 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
   const auto tokens = [&](const Layer& layer) { return std::min(layer.tokens, most); };
   const auto coded = [&](const Layer& layer) {
     // On CUDA a step that failed to open leaves tokens to be coded that no flush has coded yet.
-    const int64_t coded = runtime_->cuda() == nullptr ? layer.coded : std::min(layer.coded, layer.coded_on_device);
-    return layer.tokens <= most ? coded : std::min(coded, most / kCodeTokens * kCodeTokens);
+    const int64_t coded = CodedOf(layer, most);
+    return runtime_->cuda() == nullptr ? coded : std::min(coded, layer.coded_on_device);
   };
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
@@ -175,10 +173,10 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
   std::vector<std::span<const std::byte>> parts;
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
-      for (size_t b = 0; b < BlocksFor(tokens(layer)); ++b) {
+      for (int64_t b = 0; b < BlocksFor(tokens(layer)); ++b) {
         parts.clear();
         AddBlockParts(s, runtime_->store().data(BlockId{group.blocks[b]}), zeros.data(),
-                      static_cast<int64_t>(b) * kBlockTokens, tokens(layer), runtime_->options().sinks, coded(layer),
+                      b * kBlockTokens, tokens(layer), runtime_->options().sinks, coded(layer),
                       parts);
         VATTN_RETURN_IF_ERROR((*writer)->Add(kBlock, parts));
       }
@@ -205,7 +203,8 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   for (std::vector<std::byte>& table : tables) payloads.push_back(table);
   VATTN_RETURN_IF_ERROR(reader.Read(first_group, payloads));
   std::vector<LoadedGroup> loaded(groups);
-  size_t at = 0, in_file = 0, needed = 0;
+  size_t at = 0, in_file = 0;
+  int64_t needed = 0, to_come = 0;  // blocks of the file, and those of the reservation beyond
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
       loaded[at].states.resize(group.states.size());
@@ -217,8 +216,10 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
       if (saved.tokens != before.tokens || saved.coded != before.coded) {
         return lost(first_group + at, "disagrees with its layer");
       }
-      in_file += BlocksFor(saved.tokens);
-      needed += BlocksFor(std::min(saved.tokens, most));
+      in_file += static_cast<size_t>(BlocksFor(saved.tokens));
+      const int64_t blocks = BlocksFor(std::min(saved.tokens, most));
+      needed += blocks;
+      to_come += std::max<int64_t>(0, BlocksFor(reserve_tokens_) - blocks);
       ++at;
     }
   }
@@ -240,14 +241,17 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   }
   at = 0;
   for (Layer& layer : layers_) {
-    for (HeadGroup& group : layer.groups) group.blocks.reserve(BlocksFor(std::min(loaded[at++].saved.tokens, most)));
+    for (HeadGroup& group : layer.groups) {
+      group.blocks.reserve(static_cast<size_t>(BlocksFor(std::min(loaded[at++].saved.tokens, most))));
+    }
   }
-  payloads.reserve(needed);
-  if (runtime_->cuda() != nullptr) codes_to_load_.reserve(needed);
+  std::vector<BlockId> ids(static_cast<size_t>(needed));
+  payloads.reserve(ids.size());
+  if (runtime_->cuda() != nullptr) codes_to_load_.reserve(ids.size());
 
   // Blocks: all or none from the pool, then as few long reads as their order allows.
-  std::vector<BlockId> ids(needed);
-  VATTN_RETURN_IF_ERROR(TakeBlocks(0, static_cast<int64_t>(needed), ids.data()));
+  VATTN_RETURN_IF_ERROR(ReserveUpTo(needed + to_come));
+  VATTN_RETURN_IF_ERROR(TakeBlocks(needed, needed, ids.data()));
   size_t id = 0, record = first_block, run = first_block;
   payloads.clear();
   at = 0;
@@ -259,7 +263,7 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   for (Layer& layer : layers_) {
     for (HeadGroup& group : layer.groups) {
       const SavedGroup& saved = loaded[at++].saved;
-      const size_t keep = BlocksFor(std::min(saved.tokens, most));
+      const size_t keep = static_cast<size_t>(BlocksFor(std::min(saved.tokens, most)));
       if (run + payloads.size() != record) {
         read_run();
         run = record;
@@ -272,7 +276,7 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
         }
         payloads.push_back({runtime_->store().data(ids[id]), static_cast<size_t>(s.block.bytes)});
       }
-      record += BlocksFor(saved.tokens);
+      record += static_cast<size_t>(BlocksFor(saved.tokens));
     }
   }
   read_run();

@@ -44,30 +44,30 @@ absl::Status Sequence::LoadCounted(SnapshotReader& reader, const std::string& pa
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runtime> runtime,
-                                                            const std::string& path) {
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runtime> runtime, const std::string& path,
+                                                            const SequenceOptions& options) {
   Runtime& r = *runtime;
   SavedHead head;
   absl::StatusOr<std::unique_ptr<SnapshotReader>> reader =
       OpenSaved(path, LayoutOf(r.options(), r.storage()), r.io(), head);
   VATTN_RETURN_IF_ERROR(Told(r, "restore", reader.status()));
-  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), head.id));
+  SequenceOptions chosen = options;
+  if (chosen.id == 0) chosen.id = head.id;
+  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), chosen));
   sequence->step_ = head.step;
-  VATTN_RETURN_IF_ERROR(sequence->LoadCounted(**reader, path, int64_t{1} << 31));
+  sequence->reserve_tokens_ = options.reserve_tokens;
+  VATTN_RETURN_IF_ERROR(sequence->LoadCounted(**reader, path, kAllTokens));
   sequence->Enlist();
   return sequence;
 }
 
-absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromPrefix(std::shared_ptr<Runtime> runtime, uint64_t id,
-                                                               SnapshotReader& reader, const std::string& path,
-                                                               int64_t tokens) {
-  Runtime& r = *runtime;
-  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), id == 0 ? r.NextId() : id));
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromPrefix(std::shared_ptr<Runtime> runtime,
+                                                               const SequenceOptions& options, SnapshotReader& reader,
+                                                               const std::string& path, int64_t tokens) {
+  std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), options));
+  sequence->reserve_tokens_ = options.reserve_tokens;
   VATTN_RETURN_IF_ERROR(sequence->LoadCounted(reader, path, tokens));
-  // The controller starts as that of any new sequence.
-  for (Layer& layer : sequence->layers_) {
-    for (HeadGroup& group : layer.groups) group.states.assign(group.states.size(), HeadState());
-  }
+  sequence->ResetStates();  // the controller starts as that of any new sequence
   sequence->Enlist();
   return sequence;
 }
@@ -104,7 +104,7 @@ bool Sequence::HoldsBlocks() const {
       if (!group.blocks.empty()) return true;
     }
   }
-  return reserved_ > 0;
+  return false;
 }
 
 std::vector<int64_t> Sequence::Lengths() const {
@@ -150,7 +150,7 @@ absl::Status Sequence::Wake() {
     ReleaseBlocks();
     ForgetLoaded();
   };
-  VATTN_RETURN_IF_ERROR(LoadCounted(**reader, hibernate_path_, int64_t{1} << 31));
+  VATTN_RETURN_IF_ERROR(LoadCounted(**reader, hibernate_path_, kAllTokens));
   std::move(undo).Cancel();
   hibernate_path_.clear();
   spill_ = SpillFile();

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace vattn {
 
@@ -22,7 +23,8 @@ namespace vattn {
   X(rows_fetched, "counter", "Middle rows read that were not in the hot set")                \
   X(bytes_fetched, "counter", "Bytes of those rows")                                         \
   X(looks, "counter", "Draws made, over KV heads")                                           \
-  X(full_refusals, "counter", "Calls refused because the host pool was full")                \
+  X(full_refusals, "counter", "Calls refused because the host pool or a quota was full")     \
+  X(quota_refusals, "counter", "Calls refused because a tenant was at its quota")            \
   X(blocks_copied, "counter", "Shared blocks copied before a write")                         \
   X(saves, "counter", "Sequence files written, of any kind")                                 \
   X(bytes_saved, "counter", "Bytes of those files")                                          \
@@ -34,6 +36,9 @@ namespace vattn {
   X(io_errors, "counter", "File operations that the system refused")                         \
   X(prefixes_stored, "counter", "Prefixes written to the disk")                              \
   X(prefix_evictions, "counter", "Prefixes removed to make room on the disk")                \
+  X(prefixes_kept, "counter", "Prefixes kept in the host pool")                              \
+  X(kept_evictions, "counter", "Prefixes let go to make room in the host pool")              \
+  X(kept_hits, "counter", "Sequences begun from a prefix in the host pool")                  \
   X(prefix_hits, "counter", "Sequences begun from a stored prefix")                          \
   X(prefix_tokens, "counter", "Tokens that they began with")                                 \
   X(prefix_misses, "counter", "Sequences that no stored prefix could begin")                 \
@@ -49,16 +54,23 @@ struct Counters {
 
 // Plain copies of the counters plus what is computed on demand.
 struct StatsSnapshot {
-  uint64_t host_bytes_limit = 0, host_bytes_used = 0, table_bytes = 0, disk_bytes_used = 0;
+  uint64_t host_bytes_limit = 0, host_bytes_used = 0, host_bytes_reserved = 0, table_bytes = 0, disk_bytes_used = 0;
   uint64_t device_bytes_reserved = 0, device_bytes_mapped = 0, device_growths = 0, device_growth_ns = 0;
+  uint64_t kept_prefixes = 0;
 #define VATTN_DECLARE(name, type, help) uint64_t name = 0;
   VATTN_COUNTERS(VATTN_DECLARE)
 #undef VATTN_DECLARE
 };
 
+// What vattn_tenant_stats has.
+struct TenantSnapshot {
+  uint64_t tenant = 0, host_bytes_limit = 0, host_bytes_used = 0, host_bytes_reserved = 0, sequences = 0;
+  uint64_t full_refusals = 0, quota_refusals = 0;
+};
+
 StatsSnapshot Snapshot(const Counters& counters);
-// Prometheus text exposition format 0.0.4, names prefixed with vattn_.
-std::string PrometheusText(const StatsSnapshot& stats);
+// Prometheus text exposition format 0.0.4, names prefixed with vattn_; tenants as labels of theirs.
+std::string PrometheusText(const StatsSnapshot& stats, const std::vector<TenantSnapshot>& tenants);
 
 }  // namespace vattn
 

@@ -61,6 +61,7 @@ const Key<int32_t> kWhole[] = {{"num_layers", &vattn_options::num_layers},
                                {"io_timeout_ms", &vattn_options::io_timeout_ms}};
 const Key<uint64_t> kLong[] = {{"host_bytes", &vattn_options::host_bytes},
                                {"disk_bytes", &vattn_options::disk_bytes},
+                               {"tenant_bytes", &vattn_options::tenant_bytes},
                                {"seed", &vattn_options::seed}};
 const Key<float> kReal[] = {{"softmax_scale", &vattn_options::softmax_scale},
                             {"epsilon", &vattn_options::epsilon},
@@ -83,7 +84,8 @@ const Names kEnums[] = {
     {{"on_unverified", &vattn_options::on_unverified}, {"dense", "best_effort"}},
     {{"bound", &vattn_options::bound}, {"sharp", "safe"}},
     {{"target", &vattn_options::target}, {"sdpa", "numerator", "denominator"}},
-    {{"io_engine", &vattn_options::io_engine}, {"auto", "uring", "pread"}}};
+    {{"io_engine", &vattn_options::io_engine}, {"auto", "uring", "pread"}},
+    {{"admission", &vattn_options::admission}, {"overcommit", "reserved"}}};
 
 std::string Pair(const std::string& key, const std::string& value) {
   return "{\"" + key + "\": " + value + "}";
@@ -112,12 +114,12 @@ TEST(ApiJsonTest, EveryKeySetsItsField) {
   ExpectSets(Key<int32_t>{"huge_pages", &vattn_options::huge_pages}, "false", 0);
 }
 
-// struct_size, layer_kv_heads, reserved1, log, log_user, profile, disk_path and sign_maps are the fields
+// struct_size, layer_kv_heads, log, log_user, profile, disk_path and sign_maps are the fields
 // without a key above.
 TEST(ApiJsonTest, NoFieldIsForgotten) {
   size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(vattn_log_function) +
                  sizeof(void*);
-  bytes += 3 * sizeof(const char*) + sizeof(int32_t);  // reserved1
+  bytes += 3 * sizeof(const char*);
   bytes +=
       std::size(kWhole) * 4 + std::size(kLong) * 8 + std::size(kReal) * 4 + std::size(kEnums) * 4;
   EXPECT_EQ(bytes, sizeof(vattn_options));

@@ -239,12 +239,14 @@ class World {
 
   void Fork(const Known& one) {
     if (known_.size() >= kMaxSequences) return;
-    Known& copy = Enter(one.sequence.Fork());
+    std::unique_ptr<Sequence> made;
+    if (!Try([&] { made = std::make_unique<Sequence>(one.sequence.Fork()); })) return;
+    Known& copy = Enter(std::move(*made));
     std::copy(std::begin(one.rows), std::end(one.rows), copy.rows);
   }
 
   void Truncate(Known& one, int64_t tokens) {
-    one.sequence.Truncate(tokens);
+    if (!Try([&] { one.sequence.Truncate(tokens); })) return;
     for (int layer = 0; layer < kLayers; ++layer)
       one.rows[layer].Truncate(LayerShape(layer), tokens);
   }

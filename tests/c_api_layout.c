@@ -23,9 +23,12 @@ STATIC_ASSERT_PLACE(vattn_options, log_user, 184);
 STATIC_ASSERT_PLACE(vattn_options, profile, 192);
 STATIC_ASSERT_PLACE(vattn_options, io_timeout_ms, 236);
 STATIC_ASSERT_PLACE(vattn_options, sign_maps, 240);
-STATIC_ASSERT_LAST(vattn_options, reserved1, 252);
-STATIC_ASSERT_LAST(vattn_prefix, num_tokens, 32);
-STATIC_ASSERT_LAST(vattn_sequence_options, reserve_tokens, 16);
+STATIC_ASSERT_PLACE(vattn_options, admission, 252);
+STATIC_ASSERT_LAST(vattn_options, tenant_bytes, 256);
+STATIC_ASSERT_PLACE(vattn_prefix, num_tokens, 32);
+STATIC_ASSERT_LAST(vattn_prefix, reserved0, 60);
+STATIC_ASSERT_PLACE(vattn_sequence_options, reserve_tokens, 16);
+STATIC_ASSERT_LAST(vattn_sequence_options, tenant, 24);
 STATIC_ASSERT_LAST(vattn_append_params, q_head_stride, 88);
 STATIC_ASSERT_PLACE(vattn_attend_params, timeline, 112);
 STATIC_ASSERT_PLACE(vattn_attend_params, scores, 120);
@@ -33,7 +36,9 @@ STATIC_ASSERT_LAST(vattn_attend_params, reserved1, 140);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 136);
 STATIC_ASSERT_PLACE(vattn_stats, prefix_unlike, 272);
-STATIC_ASSERT_LAST(vattn_stats, device_growth_ns, 304);
+STATIC_ASSERT_PLACE(vattn_stats, device_growth_ns, 304);
+STATIC_ASSERT_LAST(vattn_stats, kept_hits, 352);
+STATIC_ASSERT_LAST(vattn_tenant_use, quota_refusals, 48);
 
 STATIC_ASSERT(prefix_start, offsetof(vattn_prefix, struct_size) == 0);
 STATIC_ASSERT(options_start, offsetof(vattn_options, struct_size) == 0);
@@ -42,6 +47,7 @@ STATIC_ASSERT(append_params_start, offsetof(vattn_append_params, struct_size) ==
 STATIC_ASSERT(attend_params_start, offsetof(vattn_attend_params, struct_size) == 0);
 STATIC_ASSERT(selection_start, offsetof(vattn_selection, struct_size) == 0);
 STATIC_ASSERT(stats_start, offsetof(vattn_stats, struct_size) == 0);
+STATIC_ASSERT(tenant_use_start, offsetof(vattn_tenant_use, struct_size) == 0);
 
 /* Numbers of enumerators never change. */
 STATIC_ASSERT(last_code, VATTN_NOT_FOUND == 10);
@@ -53,6 +59,8 @@ STATIC_ASSERT(last_norm, VATTN_NORM_OUTPUT == 1);
 STATIC_ASSERT(last_on_unverified, VATTN_ON_UNVERIFIED_BEST_EFFORT == 1);
 STATIC_ASSERT(last_bound, VATTN_BOUND_SAFE == 1);
 STATIC_ASSERT(last_io, VATTN_IO_PREAD == 2);
+STATIC_ASSERT(last_admission, VATTN_ADMISSION_RESERVED == 1);
+STATIC_ASSERT(last_tier, VATTN_TIER_DISK == 2);
 STATIC_ASSERT(last_target, VATTN_TARGET_DENOMINATOR == 2);
 STATIC_ASSERT(last_verdict, VATTN_VERDICT_BEST_EFFORT == 3);
 STATIC_ASSERT(last_log_level, VATTN_LOG_DEBUG == 3);

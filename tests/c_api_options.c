@@ -83,7 +83,7 @@ static void TestRanges(void) {
   CHECK_OPTION(hot_share, (float)NAN, "hot_share is nan, must be 0 to 1");
   CHECK_OPTION(zero_on_free, 2, "zero_on_free is 2, must be 0 to 1");
   CHECK_OPTION(pilot, 2, "pilot is 2, must be 0 to 1");
-  CHECK_OPTION(reserved1, 1, "reserved1 is 1, must be 0 to 0");
+  CHECK_OPTION(admission, 2, "admission is 2, must be 0 to 1");
   CHECK_OPTION(spill, 2, "spill is 2, must be 0 to 1");
   CHECK_OPTION(spill, 1, "disk_path is not given, must be with spill = 1");
   CHECK_OPTION(io_engine, 3, "io_engine is 3, must be 0 to 2");
@@ -110,7 +110,7 @@ static void TestStructSizes(void) {
   vattn_runtime_destroy(runtime);
   longer.newer[9] = 1;
   CHECK_INVALID(vattn_runtime_create(&longer.options, &runtime),
-                "options.struct_size is 272 with byte 265 set");
+                "options.struct_size is 280 with byte 273 set");
   CHECK(runtime == NULL);
   /* An older caller: what it does not know keeps its default. */
   vattn_options older = MakeOptions();

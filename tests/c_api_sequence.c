@@ -33,6 +33,14 @@ static void TestCreate(vattn_runtime* runtime) {
   CHECK(strstr(vattn_last_error(), "need 16384 blocks") != NULL); /* 4096 a KV head and layer */
   CHECK(strstr(vattn_last_error(), "limit ") != NULL);
   CHECK(sequence == NULL);
+  sequence = (vattn_sequence*)&options;
+  CHECK_INVALID(vattn_sequence_restore_as(runtime, NULL, &options, &sequence), "path is NULL");
+  CHECK(sequence == NULL);
+  CHECK_INVALID(vattn_sequence_restore_as(runtime, "x", &options, NULL), "out is NULL");
+  CHECK_INVALID(vattn_sequence_restore_as(NULL, "x", &options, &sequence), "runtime is NULL");
+  options.reserve_tokens = -2;
+  CHECK_INVALID(vattn_sequence_restore_as(runtime, "x", &options, &sequence),
+                "reserve_tokens is -2, must be 0 to 2147483648");
   options.struct_size = 0;
   CHECK_INVALID(vattn_sequence_create(runtime, &options, &sequence),
                 "options.struct_size is 0, must be 8 to 4096");
@@ -99,6 +107,21 @@ static void TestCalls(vattn_sequence* sequence) {
                 "layer is 2, which layer_kv_heads leaves out");
   CHECK(tokens == -7);
   CHECK_INVALID(vattn_sequence_build_index(NULL), "sequence is NULL, must be given");
+  CHECK_INVALID(vattn_sequence_reserve(NULL, 1), "sequence is NULL, must be given");
+  CHECK_INVALID(vattn_sequence_reserve(sequence, -1), "tokens is -1, must be 0 to 2147483648");
+  CHECK_INVALID(vattn_sequence_reserve(sequence, INT64_MAX), "must be 0 to 2147483648");
+  CHECK_ERROR(vattn_sequence_reserve(sequence, 1 << 30), VATTN_FULL, "raise host_bytes");
+}
+
+static void TestTenants(vattn_runtime* runtime) {
+  vattn_tenant_use use;
+  CHECK_INVALID(vattn_tenant_limit(NULL, 1, 1), "runtime is NULL, must be given");
+  CHECK_INVALID(vattn_tenant_limit(runtime, 0, 1), "tenant is 0, which has no quota, must be 1");
+  CHECK_INVALID(vattn_tenant_stats(NULL, 1, &use, sizeof(use)), "runtime is NULL, must be given");
+  CHECK_INVALID(vattn_tenant_stats(runtime, 1, NULL, sizeof(use)), "use is NULL, must be given");
+  CHECK_INVALID(vattn_tenant_stats(runtime, 1, &use, 7), "struct_size is 7, must be 8 to 4096");
+  CHECK_OK(vattn_tenant_stats(runtime, 1, &use, sizeof(use)));
+  CHECK(use.struct_size == sizeof(use) && use.host_bytes_limit == 0 && use.host_bytes_used == 0);
 }
 
 void TestSequence(void) {
@@ -108,6 +131,7 @@ void TestSequence(void) {
   TestAppend(sequence);
   TestSharedAppend();
   TestCalls(sequence);
+  TestTenants(runtime);
   /* FULL: nothing was added, and the sequence goes on. One row serves as every token and head. */
   vattn_append_params params = MakeAppend(0, 1 << 20);
   vattn_stats stats;
@@ -118,7 +142,7 @@ void TestSequence(void) {
   params = MakeAppend(0, 1);
   CHECK_OK(vattn_append(sequence, &params));
   CHECK_OK(vattn_runtime_stats(runtime, &stats, sizeof(stats)));
-  CHECK(stats.full_refusals == 2); /* this and the reservation of TestCreate */
+  CHECK(stats.full_refusals == 3); /* this and the reservations of TestCreate and TestCalls */
   vattn_sequence_destroy(sequence);
   vattn_runtime_destroy(runtime);
 }
@@ -201,7 +225,17 @@ static void TestPrefixes(vattn_runtime* runtime, vattn_sequence* sequence) {
   CHECK_PREFIX(num_tokens, 0, "num_tokens is 0, must be 1 to");
   CHECK_PREFIX(num_tokens, -1, "num_tokens is -1, must be 1 to");
   CHECK_PREFIX(struct_size, 0, "prefix.struct_size is 0, must be 8 to 4096");
-  CHECK_PREFIX(num_tokens, kPrompt, "disk_path is not given, must be for stored prefixes");
+  CHECK_PREFIX(reserve_tokens, -1, "reserve_tokens is -1, must be 0 to 2147483648");
+  CHECK_PREFIX(tier, 3, "tier is 3, must be 0 to 2");
+  CHECK_PREFIX(tier, -1, "tier is -1, must be 0 to 2");
+  CHECK_PREFIX(reserved0, 1, "reserved0 is 1, must be 0 to 0");
+  CHECK_PREFIX(tier, VATTN_TIER_DISK, "disk_path is not given, must be for prefixes of tier disk");
+  prefix.num_tokens = kPrompt + 1;
+  CHECK_INVALID(vattn_prefix_save(sequence, &prefix), "num_tokens is 41, must be at most 40");
+  prefix.num_tokens = kPrompt;
+  CHECK_OK(vattn_prefix_save(sequence, &prefix)); /* too short to be kept */
+  CHECK_ERROR(vattn_prefix_restore(runtime, &prefix, 0, &tokens, &began), VATTN_NOT_FOUND,
+              "no stored prefix has 256 tokens or more in common with these 40");
   CHECK_INVALID(vattn_prefix_save(NULL, &prefix), "sequence is NULL, must be given");
   CHECK_INVALID(vattn_prefix_save(sequence, NULL), "prefix is NULL, must be given");
   CHECK_INVALID(vattn_prefix_restore(NULL, &prefix, 0, &tokens, &began), "runtime is NULL");
@@ -210,7 +244,8 @@ static void TestPrefixes(vattn_runtime* runtime, vattn_sequence* sequence) {
   CHECK_INVALID(vattn_prefix_forget(NULL, "model", 5, &files), "runtime is NULL");
   CHECK_INVALID(vattn_prefix_forget(runtime, NULL, 5, &files), "salt is NULL");
   CHECK_INVALID(vattn_prefix_forget(runtime, "model", 0, &files), "salt_bytes is 0, must be 1 to");
-  CHECK_INVALID(vattn_prefix_forget(runtime, "model", 5, &files), "disk_path is not given");
+  CHECK_OK(vattn_prefix_forget(runtime, "model", 5, &files));
+  CHECK(files == 0);
 }
 
 void TestFiles(void) {

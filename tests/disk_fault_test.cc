@@ -181,7 +181,7 @@ TEST_P(DiskFaultTest, Spill) {
       [&] {
         w.one->Touch();
         w.two->Touch();
-        three = *Sequence::Create(w.runtime, 0, 0);
+        three = *Sequence::Create(w.runtime, {});
         before = w.runtime->Stats();
       },
       [&] { return AppendRandom(*three, kTokens, 4); },
@@ -221,7 +221,7 @@ TEST_P(DiskFaultTest, StorePrefix) {
         EXPECT_TRUE(again.ok()) << again;
         EXPECT_TRUE(w.two->Hibernate(w.scratch / "two").ok());
         int64_t tokens = 0;
-        const auto made = disk.Begin(w.runtime, prefix, 0, &tokens);
+        const auto made = disk.Begin(w.runtime, prefix, {}, &tokens);
         ASSERT_TRUE(made.ok()) << made.status();
         EXPECT_EQ(tokens, 600);
         EXPECT_EQ(ContentOf(**made), ContentOf(*w.one, 600));
@@ -243,7 +243,7 @@ TEST_P(DiskFaultTest, BeginFromPrefix) {
       },
       [&] {
         int64_t tokens = 0;
-        const auto begun = disk.Begin(w.runtime, prefix, 0, &tokens);
+        const auto begun = BeginFromPrefix(w.runtime, prefix, PrefixTier::kAuto, {}, &tokens);
         EXPECT_EQ(tokens, begun.ok() ? 600 : 0);
         if (begun.ok()) {
           EXPECT_EQ(ContentOf(**begun), ContentOf(*w.one, 600));
@@ -298,7 +298,7 @@ TEST_P(DiskFaultTest, OpenDirectory) {
         const FileFaults before = std::exchange(faults, {});
         int64_t tokens = 0;
         if (made.ok()) {
-          const auto begun = (*made)->disk()->Begin(*made, MakePrefix("salt", 700), 0, &tokens);
+          const auto begun = (*made)->disk()->Begin(*made, MakePrefix("salt", 700), {}, &tokens);
           EXPECT_TRUE(tokens == 700 || !before.failed.empty()) << tokens;
           hits += begun.ok();
         }

@@ -35,7 +35,7 @@ class DiskTest : public testing::Test {
 // Tokens that a new sequence begins with; 0: a miss.
 int64_t Begin(const std::shared_ptr<Runtime>& runtime, const Prefix& prefix, std::string* content) {
   int64_t tokens = -1;
-  const auto made = runtime->disk()->Begin(runtime, prefix, 0, &tokens);
+  const auto made = BeginFromPrefix(runtime, prefix, PrefixTier::kAuto, {}, &tokens);
   if (!made.ok()) {
     EXPECT_EQ(CodeOf(made.status()), Code::kNotFound) << made.status();
     return 0;
@@ -95,7 +95,7 @@ TEST_F(DiskTest, ABegunSequenceGoesOn) {
   const std::unique_ptr<Sequence> whole = MakeSequence(runtime, 700, 1);
   ASSERT_TRUE(runtime->disk()->Store(*whole, MakePrefix("salt", 700)).ok());
   int64_t tokens = 0;
-  auto begun = runtime->disk()->Begin(runtime, MakePrefix("salt", 700), 77, &tokens);
+  auto begun = runtime->disk()->Begin(runtime, MakePrefix("salt", 700), {.id = 77}, &tokens);
   ASSERT_TRUE(begun.ok()) << begun.status();
   EXPECT_EQ((*begun)->id(), 77u);
   for (Sequence* sequence : {whole.get(), begun->get()}) {

@@ -31,7 +31,7 @@ TEST(DiskThreadsTest, ThreadsSpillEachOthersSequences) {
       std::vector<std::string> content;
       for (int i = 0; i < 40; ++i) {
         if (own.size() < 3) {
-          absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime, 0, 0);
+          absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime, {});
           const std::lock_guard<std::mutex> lock((*made)->use());
           if (!AppendRandom(**made, 600, engine()).ok()) continue;  // FULL: all others are in use
           content.push_back(ContentOf(**made));
@@ -86,7 +86,7 @@ TEST(DiskThreadsTest, ThreadsShareStoredPrefixes) {
         const size_t which = engine() % 10;
         const Prefix prefix = MakePrefix("salt", 600, static_cast<int32_t>(which) * 1000);
         int64_t tokens = 0;
-        const auto begun = runtime->disk()->Begin(runtime, prefix, 0, &tokens);
+        const auto begun = runtime->disk()->Begin(runtime, prefix, {}, &tokens);
         if (begun.ok()) {
           EXPECT_EQ(ContentOf(**begun), content[which]);
           ++hits;

@@ -17,6 +17,7 @@
 #include "memory/file_ops.h"
 #include "memory/status.h"
 #include "runtime/disk.h"
+#include "runtime/prefixes.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
 
@@ -94,7 +95,7 @@ inline absl::Status AppendRandom(Sequence& sequence, int64_t tokens, uint32_t se
 // A sequence of `tokens` tokens with codes of its middle.
 inline std::unique_ptr<Sequence> MakeSequence(const std::shared_ptr<Runtime>& runtime,
                                               int64_t tokens, uint32_t seed) {
-  absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime, 0, 0);
+  absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime, {});
   EXPECT_TRUE(made.ok()) << made.status();
   EXPECT_TRUE(AppendRandom(**made, tokens, seed).ok());
   EXPECT_TRUE((*made)->BuildIndex().ok());

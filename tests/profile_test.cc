@@ -220,7 +220,7 @@ std::vector<std::vector<float>> Tables(const std::string& profile,
   options.profile = profile;
   const absl::StatusOr<std::shared_ptr<Runtime>> runtime = Runtime::Create(options, nullptr);
   EXPECT_TRUE(runtime.ok()) << runtime.status();
-  absl::StatusOr<std::unique_ptr<Sequence>> sequence = Sequence::Create(*runtime, 1, 0);
+  absl::StatusOr<std::unique_ptr<Sequence>> sequence = Sequence::Create(*runtime, {.id = 1});
   EXPECT_TRUE(sequence.ok()) << sequence.status();
   constexpr int64_t kTokens = 600;
   std::mt19937 engine(3);

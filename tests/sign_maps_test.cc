@@ -90,7 +90,7 @@ TEST_F(SignMapsTest, SequencesUseThem) {
   Write();
   absl::StatusOr<std::shared_ptr<Runtime>> runtime = Runtime::Create(MakeOptions(path_), nullptr);
   ASSERT_TRUE(runtime.ok()) << runtime.status();
-  absl::StatusOr<std::unique_ptr<Sequence>> sequence = Sequence::Create(*runtime, 1, 0);
+  absl::StatusOr<std::unique_ptr<Sequence>> sequence = Sequence::Create(*runtime, {.id = 1});
   std::vector<float> rows(400 * kHeads * kDim);
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<float>(i % 37) - 18;
   for (int l = 0; l < kLayers; ++l) {

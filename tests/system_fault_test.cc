@@ -92,7 +92,7 @@ class Life {
       });
       if (runtime == nullptr) return "";
       std::unique_ptr<Sequence> one, two, three;
-      Again([&] { return Keep(one, Sequence::Create(runtime, 7, 0)); });
+      Again([&] { return Keep(one, Sequence::Create(runtime, {.id = 7})); });
       Again([&] { return AppendRandom(*one, kTokens, 1); });
       Again([&] { return Attend(runtime, *one); });
       Again([&] { return Keep(two, one->Fork(8)); });

@@ -17,6 +17,7 @@ STRUCTS = {
     "vattn_prefix": _structs.Prefix,
     "vattn_attend_params": _structs.AttendParams,
     "vattn_selection": _structs.SelectionParams,
+    "vattn_tenant_use": _structs.TenantUseStruct,
     "vattn_stats": _structs.StatsStruct,
 }
 ENUMS = {
@@ -30,6 +31,8 @@ ENUMS = {
     "vattn_bound": _structs.Bound,
     "vattn_target": _structs.Target,
     "vattn_io": _structs.Io,
+    "vattn_admission": _structs.Admission,
+    "vattn_tier": _structs.Tier,
     "vattn_verdict": _structs.Verdict,
     "vattn_log_level": _structs.LogLevel,
 }
@@ -98,8 +101,12 @@ class Header(unittest.TestCase):
             self.assertEqual(len(arguments), len(given), name)
 
     def test_stats(self):
-        names = [name for name, _ in _structs.StatsStruct._fields_ if name != "struct_size"]
-        self.assertEqual(names, list(_runtime.Stats.__dataclass_fields__))
+        for struct, shown in (
+            (_structs.StatsStruct, _runtime.Stats),
+            (_structs.TenantUseStruct, _runtime.TenantUse),
+        ):
+            names = [name for name, _ in struct._fields_ if name != "struct_size"]
+            self.assertEqual(names, list(shown.__dataclass_fields__))
 
 
 if __name__ == "__main__":

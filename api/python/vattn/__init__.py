@@ -25,9 +25,10 @@ from ._arrays import Array
 from ._attend import TIMELINE_MARKS, Report, Selection
 from ._batch import Batch
 from ._library import Error, FullError, InvalidArgumentError, NotSupportedError, OutOfMemoryError
-from ._runtime import Runtime, Stats
+from ._runtime import Runtime, Stats, TenantUse
 from ._sequence import Sequence
 from ._structs import (
+    Admission,
     Backend,
     Bound,
     DType,
@@ -39,11 +40,13 @@ from ._structs import (
     Policy,
     Status,
     Target,
+    Tier,
     Verdict,
 )
 
 __all__ = [
     "TIMELINE_MARKS",
+    "Admission",
     "Array",
     "Backend",
     "Batch",
@@ -67,6 +70,8 @@ __all__ = [
     "Stats",
     "Status",
     "Target",
+    "TenantUse",
+    "Tier",
     "Verdict",
     "build_info",
     "devices",

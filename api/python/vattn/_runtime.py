@@ -30,6 +30,7 @@ _ENUMS: dict[str, type[enum.IntEnum]] = {
     "bound": c.Bound,
     "target": c.Target,
     "io_engine": c.Io,
+    "admission": c.Admission,
 }
 DTYPE_NAMES = {c.DType.F32: "f32", c.DType.F16: "f16", c.DType.BF16: "bf16"}
 
@@ -53,7 +54,7 @@ class Stats:
     rows_fetched: int  # of them not in the hot set
     bytes_fetched: int
     looks: int  # draws, over KV heads
-    full_refusals: int  # calls answered FULL
+    full_refusals: int  # calls answered FULL for want of host memory
     blocks_copied: int  # shared blocks copied on write
     disk_bytes_used: int  # files in disk_path, written or promised
     saves: int  # sequence files written: saved, hibernated, spilled, prefixes
@@ -76,6 +77,24 @@ class Stats:
     device_bytes_mapped: int  # device memory taken for them so far
     device_growths: int  # times that more was taken
     device_growth_ns: int  # how long that took
+    host_bytes_reserved: int  # of host_bytes_used: reserved and not yet in use
+    quota_refusals: int  # of full_refusals: for a tenant's quota
+    kept_prefixes: int  # in the host pool now
+    prefixes_kept: int  # put there
+    kept_evictions: int  # let go for room
+    kept_hits: int  # of prefix_hits: from the host pool
+
+
+@dataclass(frozen=True)
+class TenantUse:
+    """What a tenant holds; see vattn_tenant_use in vattn.h."""
+
+    host_bytes_limit: int  # 0: none
+    host_bytes_used: int  # in blocks that its sequences took or have reserved
+    host_bytes_reserved: int  # of them, reserved and not yet in use
+    sequences: int
+    full_refusals: int
+    quota_refusals: int
 
 
 class Handle:
@@ -145,6 +164,12 @@ def prefix_of(salt: bytes, tokens: Array) -> PrefixArgument:
     return PrefixArgument(value, (buffer, ids))
 
 
+def _sequence_options(id: int, reserve_tokens: int, tenant: int) -> Any:
+    chosen = struct(c.SequenceOptions, "vattn_sequence_options_init")
+    chosen.id, chosen.reserve_tokens, chosen.tenant = id, reserve_tokens, tenant
+    return chosen
+
+
 class Runtime(Handle):
     """One device or CPU: the pool for all rows, the options, the counters. Serves many threads.
 
@@ -188,7 +213,7 @@ class Runtime(Handle):
                 )
             elif name in ("profile", "disk_path", "sign_maps"):
                 options[name] = value.decode() if value else ""
-            elif name not in ("struct_size", "reserved1", "log", "log_user"):
+            elif name not in ("struct_size", "log", "log_user"):
                 options[name] = value
         return options
 
@@ -197,38 +222,52 @@ class Runtime(Handle):
         """The options in force, every default resolved; layer_kv_heads has one number a layer."""
         return dict(self._options)
 
-    def sequence(self, id: int = 0, reserve_tokens: int = 0) -> "Sequence":
+    def sequence(self, id: int = 0, reserve_tokens: int = 0, tenant: int = 0) -> "Sequence":
         """An empty sequence.
 
         id keys its random numbers, 0: a number of the runtime's own. Blocks for reserve_tokens
-        tokens in every layer are set aside now. FullError if they cannot be.
+        tokens in every layer are set aside now (Sequence.reserve). What it takes counts for the
+        tenant, under its quota; 0: nobody's. FullError: nothing is created.
         """
         from ._sequence import Sequence
 
-        chosen = struct(c.SequenceOptions, "vattn_sequence_options_init")
-        chosen.id, chosen.reserve_tokens = id, reserve_tokens
+        chosen = _sequence_options(id, reserve_tokens, tenant)
         return Sequence(self, made("vattn_sequence_create", self.handle, ctypes.byref(chosen)))
 
-    def restore(self, path: str | os.PathLike[str]) -> "Sequence":
+    def restore(
+        self, path: str | os.PathLike[str], id: int = 0, reserve_tokens: int = 0, tenant: int = 0
+    ) -> "Sequence":
         """A saved sequence, read back: attention on it is bit-identical.
 
-        Error with status NOT_FOUND: no such file; DATA_LOSS: cut short, changed or of another
-        layout.
+        id 0: the saved one; the rest as in `sequence`. Error with status NOT_FOUND: no such file;
+        DATA_LOSS: cut short, changed or of another layout.
         """
         from ._sequence import Sequence
 
-        return Sequence(self, made("vattn_sequence_restore", self.handle, os.fsencode(path)))
+        chosen = ctypes.byref(_sequence_options(id, reserve_tokens, tenant))
+        handle = made("vattn_sequence_restore_as", self.handle, os.fsencode(path), chosen)
+        return Sequence(self, handle)
 
-    def restore_prefix(self, salt: bytes, tokens: Array, id: int = 0) -> tuple["Sequence", int]:
+    def restore_prefix(
+        self,
+        salt: bytes,
+        tokens: Array,
+        id: int = 0,
+        reserve_tokens: int = 0,
+        tenant: int = 0,
+        tier: c.Tier = c.Tier.AUTO,
+    ) -> tuple["Sequence", int]:
         """A new sequence that begins with what a stored prefix has in common with `tokens`.
 
         tokens [tokens] int32 are ids from the first on; only prefixes saved with the same salt are
-        found. Returns the sequence and how many tokens it begins with, 256 at least. Error with
-        status NOT_FOUND: none serves.
+        found. Returns the sequence and how many tokens it begins with, 256 at least; the rest as
+        in `sequence`. Error with status NOT_FOUND: none serves.
         """
         from ._sequence import Sequence
 
         prefix = prefix_of(salt, tokens)
+        prefix.struct.reserve_tokens, prefix.struct.tenant = reserve_tokens, tenant
+        prefix.struct.tier = tier
         begins = ctypes.c_int64()
         handle = ctypes.c_void_p()
         call(
@@ -244,9 +283,22 @@ class Runtime(Handle):
 
     def forget_prefixes(self, salt: bytes) -> int:
         """Removes all prefixes stored under a salt; returns how many."""
-        files = ctypes.c_int64()
-        call("vattn_prefix_forget", self.handle, salt, len(salt), ctypes.byref(files))
-        return files.value
+        prefixes = ctypes.c_int64()
+        call("vattn_prefix_forget", self.handle, salt, len(salt), ctypes.byref(prefixes))
+        return prefixes.value
+
+    def limit_tenant(self, tenant: int, host_bytes: int) -> None:
+        """A limit of a tenant's own on the host pool, in place of the option tenant_bytes.
+
+        host_bytes 0: tenant_bytes again. A tenant above its limit keeps what it has.
+        """
+        call("vattn_tenant_limit", self.handle, tenant, host_bytes)
+
+    def tenant_use(self, tenant: int) -> TenantUse:
+        """What a tenant holds now; one never heard of holds nothing."""
+        use = c.TenantUseStruct()
+        call("vattn_tenant_stats", self.handle, tenant, ctypes.byref(use), ctypes.sizeof(use))
+        return TenantUse(**{field.name: getattr(use, field.name) for field in fields(TenantUse)})
 
     def batch(self, slots: int) -> "Batch":
         """A batch with room for `slots` sequences, 1 to 4096."""

@@ -69,6 +69,14 @@ class Sequence(Handle):
         self.runtime.check_place(rows, name)
         return rows
 
+    def reserve(self, tokens: int) -> None:
+        """Sets aside all blocks that it still needs to have `tokens` tokens in every layer.
+
+        In place of what it had set aside before; 0 gives that back. Until it has more tokens,
+        appends and steps cannot raise FullError. See vattn_sequence_reserve in vattn.h.
+        """
+        call("vattn_sequence_reserve", self.handle, tokens)
+
     def fork(self, id: int = 0) -> "Sequence":
         """A second sequence with the same tokens. Blocks are shared until one of the two writes."""
         return Sequence(self.runtime, made("vattn_sequence_fork", self.handle, id))
@@ -91,14 +99,16 @@ class Sequence(Handle):
         """Writes rows, codes and tables to a file that appears whole or not at all."""
         call("vattn_sequence_save", self.handle, os.fsencode(path))
 
-    def save_prefix(self, salt: bytes, tokens: Array) -> None:
-        """Stores the sequence's first tokens in the runtime's disk_path.
+    def save_prefix(self, salt: bytes, tokens: Array, tier: c.Tier = c.Tier.AUTO) -> None:
+        """Stores the sequence's first tokens in the runtime's disk_path, or in the host pool.
 
-        tokens [tokens] int32 are their ids, for which the caller vouches. The salt, 1 to 4096
+        The pool serves where there is no disk_path, or with tier MEMORY: blocks are shared, and
+        let go, those unused for longest first, when room is wanted. tokens [tokens] int32 are their ids, for which the caller vouches. The salt, 1 to 4096
         bytes, names the model with its weights and position encoding, and the tenant: only calls
-        with the same one find the prefix. FullError if disk_bytes has no room.
+        with the same one find the prefix. FullError if disk_bytes, or the pool, has no room.
         """
         prefix = prefix_of(salt, tokens)
+        prefix.struct.tier = tier
         call("vattn_prefix_save", self.handle, ctypes.byref(prefix.struct))
 
     def hibernate(self, path: str | os.PathLike[str]) -> None:

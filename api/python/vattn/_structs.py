@@ -101,6 +101,21 @@ class Io(enum.IntEnum):
     PREAD = 2
 
 
+class Admission(enum.IntEnum):
+    """What a sequence may take from the host pool."""
+
+    OVERCOMMIT = 0
+    RESERVED = 1
+
+
+class Tier(enum.IntEnum):
+    """Where stored prefixes are."""
+
+    AUTO = 0
+    MEMORY = 1
+    DISK = 2
+
+
 class Verdict(enum.IntEnum):
     """What is known about one query head's output."""
 
@@ -169,7 +184,8 @@ class Options(ctypes.Structure):
         uint64 disk_bytes
         int32 spill io_engine io_depth io_block_bytes io_buffered io_timeout_ms
         text sign_maps
-        int32 pilot reserved1""")
+        int32 pilot admission
+        uint64 tenant_bytes""")
 
 
 class SequenceOptions(ctypes.Structure):
@@ -178,7 +194,8 @@ class SequenceOptions(ctypes.Structure):
     _fields_ = _fields("""
         size struct_size
         uint64 id
-        int64 reserve_tokens""")
+        int64 reserve_tokens
+        uint64 tenant""")
 
 
 class AppendParams(ctypes.Structure):
@@ -201,7 +218,9 @@ class Prefix(ctypes.Structure):
         void *salt
         uint64 salt_bytes
         int32 *tokens
-        int64 num_tokens""")
+        int64 num_tokens reserve_tokens
+        uint64 tenant
+        int32 tier reserved0""")
 
 
 class AttendParams(ctypes.Structure):
@@ -233,6 +252,15 @@ class SelectionParams(ctypes.Structure):
         int32 *counts""")
 
 
+class TenantUseStruct(ctypes.Structure):
+    """vattn_tenant_use."""
+
+    _fields_ = _fields("""
+        size struct_size
+        uint64 host_bytes_limit host_bytes_used host_bytes_reserved sequences
+        uint64 full_refusals quota_refusals""")
+
+
 class StatsStruct(ctypes.Structure):
     """vattn_stats."""
 
@@ -245,7 +273,9 @@ class StatsStruct(ctypes.Structure):
         uint64 disk_bytes_used saves bytes_saved restores bytes_restored spills spill_failures
         uint64 files_refused io_errors prefixes_stored prefix_evictions prefix_hits prefix_tokens
         uint64 prefix_misses prefix_damaged prefix_unread prefix_unlike
-        uint64 device_bytes_reserved device_bytes_mapped device_growths device_growth_ns""")
+        uint64 device_bytes_reserved device_bytes_mapped device_growths device_growth_ns
+        uint64 host_bytes_reserved quota_refusals
+        uint64 kept_prefixes prefixes_kept kept_evictions kept_hits""")
 
 
 def _text_call(*arguments: Any) -> list[Any]:
@@ -271,6 +301,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "vattn_sequence_options_init": (None, [POINTER(SequenceOptions), c_size_t]),
     "vattn_sequence_create": (Status, [c_void_p, POINTER(SequenceOptions), _OUT]),
     "vattn_sequence_destroy": (None, [c_void_p]),
+    "vattn_sequence_reserve": (Status, [c_void_p, c_int64]),
     "vattn_sequence_fork": (Status, [c_void_p, c_uint64, _OUT]),
     "vattn_sequence_truncate": (Status, [c_void_p, c_int64]),
     "vattn_sequence_length": (Status, [c_void_p, c_int32, POINTER(c_int64)]),
@@ -279,6 +310,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "vattn_sequence_build_index": (Status, [c_void_p]),
     "vattn_sequence_save": (Status, [c_void_p, c_char_p]),
     "vattn_sequence_restore": (Status, [c_void_p, c_char_p, _OUT]),
+    "vattn_sequence_restore_as": (
+        Status,
+        [c_void_p, c_char_p, POINTER(SequenceOptions), _OUT],
+    ),
     "vattn_sequence_hibernate": (Status, [c_void_p, c_char_p]),
     "vattn_sequence_wake": (Status, [c_void_p]),
     "vattn_prefix_init": (None, [POINTER(Prefix), c_size_t]),
@@ -288,6 +323,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, POINTER(Prefix), c_uint64, POINTER(c_int64), _OUT],
     ),
     "vattn_prefix_forget": (Status, [c_void_p, c_char_p, c_uint64, POINTER(c_int64)]),
+    "vattn_tenant_limit": (Status, [c_void_p, c_uint64, c_uint64]),
+    "vattn_tenant_stats": (Status, [c_void_p, c_uint64, POINTER(TenantUseStruct), c_size_t]),
     "vattn_batch_create": (Status, [c_void_p, c_int32, _OUT]),
     "vattn_batch_destroy": (None, [c_void_p]),
     "vattn_batch_set": (Status, [c_void_p, c_int32, c_void_p]),

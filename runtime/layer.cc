@@ -1,0 +1,59 @@
+#include "runtime/layer.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace vattn {
+
+SharedLayers::SharedLayers(HostStore& store, const std::vector<Layer>& layers, int64_t most)
+    : layers_(layers.size()) {
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Layer& from = layers[l];
+    Layer& to = layers_[l];
+    to.tokens = std::min(from.tokens, most);
+    to.coded = CodedOf(from, most);
+    to.coded_on_device = std::min(from.coded_on_device, to.coded);
+    to.stale_tail = to.tokens < from.tokens || from.stale_tail;
+    to.groups.resize(from.groups.size());
+    for (size_t g = 0; g < from.groups.size(); ++g) {
+      const HeadGroup& source = from.groups[g];
+      HeadGroup& copy = to.groups[g];
+      copy.blocks.assign(source.blocks.begin(), source.blocks.begin() + BlocksFor(to.tokens));
+      copy.index = source.index;
+      if (source.moment) copy.moment = std::make_unique<QueryMoment>(*source.moment);
+      copy.states = source.states;
+      copy.device_index = source.device_index;
+    }
+  }
+  // Nothing can fail from here on.
+  store_ = &store;
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      for (const int32_t block : group.blocks) store.AddReference(BlockId{block});
+    }
+  }
+}
+
+SharedLayers::SharedLayers(SharedLayers&& other) noexcept { *this = std::move(other); }
+
+SharedLayers& SharedLayers::operator=(SharedLayers&& other) noexcept {
+  std::swap(store_, other.store_);
+  layers_.swap(other.layers_);
+  return *this;
+}
+
+SharedLayers::~SharedLayers() {
+  if (store_ == nullptr) return;
+  for (const Layer& layer : layers_) {
+    for (const HeadGroup& group : layer.groups) {
+      for (const int32_t block : group.blocks) store_->Release(BlockId{block});
+    }
+  }
+}
+
+std::vector<Layer> SharedLayers::Take() && {
+  store_ = nullptr;
+  return std::move(layers_);
+}
+
+}  // namespace vattn
