@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "tests/attention_model.h"
+#include "tests/owned_prefix.h"
 #include "tests/refused_memory.h"
 
 namespace vattn::test {

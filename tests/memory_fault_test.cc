@@ -101,6 +101,61 @@ TEST_F(MemoryFaultTest, Truncate) {
                          [&] { return Answers(*sequence_); }, 0);
 }
 
+// What is reserved beside what is used: both must come out the same.
+TEST_F(MemoryFaultTest, Reserve) {
+  std::unique_ptr<Sequence> fork;
+  const auto pool = [&] {
+    const vattn_stats stats = runtime_.Stats();
+    return std::to_string(stats.host_bytes_used) + "/" + std::to_string(stats.host_bytes_reserved);
+  };
+  EveryFailingAllocation([&] { sequence_ = MakeSequence(); },
+                         [&] { return vattn_sequence_reserve(sequence_->get(), 1500); }, pool, 0);
+  // A fork of one with a reservation, and cutting into what it shares.
+  EveryFailingAllocation(
+      [&] {
+        handle_.reset();
+        sequence_ = MakeSequence();
+        sequence_->Reserve(1500);
+      },
+      [&] {
+        vattn_sequence* made = nullptr;
+        return Keep(vattn_sequence_fork(sequence_->get(), 9, &made), made);
+      },
+      pool, 10);
+  EveryFailingAllocation(
+      [&] {
+        fork.reset();
+        handle_.reset();
+        sequence_ = MakeSequence();
+        sequence_->Reserve(1500);
+        fork = std::make_unique<Sequence>(sequence_->Fork(8));
+      },
+      [&] { return vattn_sequence_truncate(sequence_->get(), 100); },
+      [&] { return pool() + Answers(*fork); }, 0);
+}
+
+TEST_F(MemoryFaultTest, Tenants) {
+  const auto use = [&] {
+    const vattn_tenant_use use = runtime_.TenantUse(3);
+    return std::to_string(use.host_bytes_limit) + "/" + std::to_string(use.host_bytes_used);
+  };
+  EveryFailingAllocation([&] { runtime_.LimitTenant(3, 0); },
+                         [&] { return vattn_tenant_limit(runtime_.get(), 3, 1 << 20); }, use, 1);
+  runtime_.LimitTenant(3, 0);
+  EveryFailingAllocation([&] { handle_.reset(); },
+                         [&] {
+                           vattn_sequence_options options = Init<vattn_sequence_options>();
+                           options.reserve_tokens = 1000;
+                           options.tenant = 3;
+                           vattn_sequence* made = nullptr;
+                           return Keep(vattn_sequence_create(runtime_.get(), &options, &made),
+                                       made);
+                         },
+                         use, 5);
+  handle_.reset();
+  EXPECT_EQ(runtime_.TenantUse(3).host_bytes_used, 0u);
+}
+
 TEST_F(MemoryFaultTest, BuildIndex) {
   std::unique_ptr<Sequence> fork;
   EveryFailingAllocation(
@@ -156,8 +211,7 @@ TEST_F(MemoryFaultTest, Spill) {
   std::unique_ptr<Sequence> cold;
   EveryFailingAllocation(
       [&] {
-        cold.reset(), sequence_.reset();
-        batch.Clear(0);
+        cold.reset(), sequence_.reset(), hog_.reset();
         hog_ = std::make_unique<Sequence>(runtime_, 1, (room - 3) * 256);
         batch.Set(0, *hog_);  // stays
         cold = MakeSequence(5);
@@ -202,6 +256,65 @@ TEST_F(MemoryFaultTest, Prefixes) {
   EveryFailingAllocation([] {},
                          [&] { return vattn_prefix_forget(runtime_.get(), "salt", 4, nullptr); },
                          [&] { return std::to_string(runtime_.Stats().disk_bytes_used); }, 0);
+}
+
+TEST_F(MemoryFaultTest, KeptPrefixes) {
+  std::vector<int32_t> ids(390, 3), others(390, 4);
+  OwnedPrefix prefix("salt", ids), other("salt", others);
+  prefix.tier = other.tier = VATTN_TIER_MEMORY;
+  EveryFailingAllocation(
+      [&] {
+        runtime_.ForgetPrefixes("salt");
+        sequence_ = MakeSequence();
+      },
+      [&] { return vattn_prefix_save(sequence_->get(), &prefix); },
+      [&] {
+        int64_t tokens = 0;
+        const Sequence begun = Sequence::Begin(runtime_, prefix, &tokens, 7);
+        EXPECT_EQ(runtime_.Stats().kept_prefixes, 1u);
+        return Answers(begun) + Answers(*sequence_) + std::to_string(tokens);
+      },
+      20);
+  prefix.reserve_tokens = 1000;
+  EveryFailingAllocation(
+      [&] { handle_.reset(); },
+      [&] {
+        vattn_sequence* made = nullptr;
+        int64_t tokens = 0;
+        return Keep(vattn_prefix_restore(runtime_.get(), &prefix, 7, &tokens, &made), made);
+      },
+      [&] { return std::to_string(runtime_.Stats().host_bytes_used); }, 10);
+  // Another one is let go for room, also where it takes a look at who holds which block.
+  std::unique_ptr<Sequence> rest;
+  EveryFailingAllocation(
+      [&] {
+        handle_.reset(), rest.reset(), sequence_.reset();
+        runtime_.ForgetPrefixes("salt");
+        runtime_.ForgetPrefixes("second name");
+        sequence_ = MakeSequence();
+        OwnedPrefix again("second name", others);
+        again.tier = VATTN_TIER_MEMORY;
+        sequence_->SavePrefix(other);
+        sequence_->SavePrefix(again);
+        sequence_.reset();
+        const vattn_stats stats = runtime_.Stats();
+        const int64_t free = static_cast<int64_t>(
+            (stats.host_bytes_limit - stats.host_bytes_used) / block_bytes_ / 4);
+        rest = std::make_unique<Sequence>(runtime_, 1, free * 256);
+        EXPECT_EQ(runtime_.Stats().kept_prefixes, 2u);
+      },
+      [&] {
+        vattn_sequence_options options = Init<vattn_sequence_options>();
+        options.reserve_tokens = 256;
+        vattn_sequence* made = nullptr;
+        return Keep(vattn_sequence_create(runtime_.get(), &options, &made), made);
+      },
+      [&] { return std::to_string(runtime_.Stats().kept_prefixes); }, 5);
+  handle_.reset(), rest.reset();
+  runtime_.ForgetPrefixes("second name");
+  EveryFailingAllocation([] {},
+                         [&] { return vattn_prefix_forget(runtime_.get(), "salt", 4, nullptr); },
+                         [&] { return std::to_string(runtime_.Stats().host_bytes_used); }, 0);
 }
 
 TEST_F(MemoryFaultTest, Batch) {

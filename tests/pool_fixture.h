@@ -9,28 +9,12 @@
 #include <memory>
 #include <numeric>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "tests/attention_model.h"
+#include "tests/owned_prefix.h"
 
 namespace vattn::test {
-
-// With what it points to.
-struct OwnedPrefix : vattn_prefix {
-  OwnedPrefix(std::string of_salt, std::vector<int32_t> of_tokens)
-      : vattn_prefix(Init<vattn_prefix>()), owned_salt(std::move(of_salt)), ids(std::move(of_tokens)) {
-    salt = owned_salt.data();
-    salt_bytes = owned_salt.size();
-    tokens = ids.data();
-    num_tokens = static_cast<int64_t>(ids.size());
-  }
-  OwnedPrefix(const OwnedPrefix&) = delete;
-  OwnedPrefix& operator=(const OwnedPrefix&) = delete;
-
-  const std::string owned_salt;
-  const std::vector<int32_t> ids;
-};
 
 // One layer, one KV head: 256 tokens are a block. The middle begins at 64 tokens.
 class PoolFixture : public testing::Test {

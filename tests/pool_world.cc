@@ -94,7 +94,11 @@ PoolWorld::PoolWorld(const PoolWorldOptions& options, Source source)
                    kBlockHeads),
       runtime_(RuntimeOptions(static_cast<uint64_t>(pool_blocks_) * block_bytes_,
                               options.spill ? disk_.c_str() : nullptr)),
-      batch_(runtime_, kSlots) {}
+      batch_(runtime_, kSlots) {
+  const uint64_t bytes = static_cast<uint64_t>(pool_blocks_) * block_bytes_;
+  Check(vattn_tenant_limit(runtime_.get(), 1, bytes / 3));
+  Check(vattn_tenant_limit(runtime_.get(), 2, bytes / 2));
+}
 
 PoolWorld::~PoolWorld() = default;
 
@@ -103,8 +107,10 @@ void PoolWorld::Operate() {
   if (known_.empty() ||
       (choice < 12 && known_.size() < static_cast<size_t>(options_.most_sequences))) {
     Create();
-  } else if (choice < 17) {
+  } else if (choice < 15) {
     Restore();
+  } else if (choice < 18) {
+    Begin();
   } else {
     const size_t index = Draw(static_cast<int64_t>(known_.size()));
     Known& one = *known_[index];
@@ -114,12 +120,16 @@ void PoolWorld::Operate() {
       Wake(one);
     } else if (choice < 55) {
       Append(one);
-    } else if (choice < 62) {
+    } else if (choice < 60) {
       Fork(one);
+    } else if (choice < 62) {
+      Reserve(one);
     } else if (choice < 70) {
       Truncate(one, Draw(one.content.tokens() + 1));
-    } else if (choice < 74) {
+    } else if (choice < 72) {
       Save(one);
+    } else if (choice < 74) {
+      Keep(one);
     } else if (choice < 78) {
       Hibernate(one);
     } else if (choice < 88) {
@@ -133,11 +143,13 @@ void PoolWorld::Operate() {
     }
   }
   CheckCounters();
+  CheckTenants();
   tally_.demand += static_cast<double>(wanted_blocks_) / static_cast<double>(pool_blocks_);
 }
 
 void PoolWorld::Empty() {
   while (!known_.empty()) Destroy(known_.size() - 1);
+  while (!prefixes_.empty()) Forget();
   const vattn_stats stats = runtime_.Stats();
   Expect(stats.host_bytes_used == 0 && stats.tokens == 0 && stats.sequences == 0,
          "an empty runtime uses " + std::to_string(stats.host_bytes_used) + " bytes, " +
@@ -164,15 +176,17 @@ bool PoolWorld::Try(const std::function<void()>& call) {
     Expect(numbers != nullptr && std::sscanf(numbers, "need %lld blocks of %lld bytes, %lld of",
                                              &need, &block, &free) == 3,
            "a refusal without numbers: " + text);
+    const bool quota = text.find(" is at its quota") != std::string::npos;
     Expect(need > free && text.find("limit") != std::string::npos &&
-               text.find("host_bytes") != std::string::npos,
+               text.find(quota ? "tenant_bytes" : "host_bytes") != std::string::npos,
            "a refusal without a reason: " + text);
     ++tally_.refused;
+    tally_.over_quota += quota;
     return false;
   }
 }
 
-void PoolWorld::Enter(std::unique_ptr<Sequence> sequence, Content content) {
+PoolWorld::Known& PoolWorld::Enter(std::unique_ptr<Sequence> sequence, Content content) {
   auto one = std::make_unique<Known>();
   one->sequence = std::move(sequence);
   one->content = std::move(content);
@@ -180,6 +194,14 @@ void PoolWorld::Enter(std::unique_ptr<Sequence> sequence, Content content) {
   wanted_blocks_ += BlocksFor(one->wanted);
   known_.push_back(std::move(one));
   CheckLengths(*known_.back());
+  return *known_.back();
+}
+
+vattn_sequence_options PoolWorld::NewOptions() {
+  vattn_sequence_options options = Init<vattn_sequence_options>();
+  options.tenant = Draw(kTenants);
+  options.reserve_tokens = Draw(6) == 0 ? Draw(800) : 0;
+  return options;
 }
 
 void PoolWorld::CheckLengths(const Known& one) const {
@@ -200,14 +222,21 @@ void PoolWorld::CheckCounters() const {
   Expect(stats.sequences == known_.size(), "sequences are miscounted");
   Expect(options_.spill ? stats.tokens <= tokens : stats.tokens == tokens, "tokens are miscounted");
   Expect(stats.full_refusals == static_cast<uint64_t>(tally_.refused), "refusals are miscounted");
+  Expect(stats.quota_refusals == static_cast<uint64_t>(tally_.over_quota),
+         "refusals for a quota are miscounted");
   Expect(stats.host_bytes_used <= stats.host_bytes_limit, "more is used than there is");
 }
 
 void PoolWorld::Create() {
-  const int64_t reserve = Draw(6) == 0 ? Draw(800) : 0;
+  const vattn_sequence_options o = NewOptions();
   std::unique_ptr<Sequence> made;
-  if (!Try([&] { made = std::make_unique<Sequence>(runtime_, 0, reserve); })) return;
-  Enter(std::move(made), {});
+  const auto create = [&] {
+    made = std::make_unique<Sequence>(runtime_, 0, o.reserve_tokens, o.tenant);
+  };
+  if (!Try(create)) return;
+  Known& one = Enter(std::move(made), {});
+  one.tenant = o.tenant;
+  one.reserve = o.reserve_tokens;
   ++tally_.created;
 }
 
@@ -227,9 +256,11 @@ void PoolWorld::Append(Known& one) {
     params.k = rows.k.data();
     params.v = rows.v.data();
     if (!Try([&] { one.sequence->Append(params); })) {
+      Expect(!one.Covers(before + count), "an append is FULL that a reservation covers");
       CheckLengths(one);
       return Truncate(one, before);
     }
+    tally_.covered += one.Covers(before + count);
     auto& seeds = one.content.seeds[layer];
     seeds.insert(seeds.end(), added.seeds[layer].begin(), added.seeds[layer].end());
   }
@@ -241,7 +272,7 @@ void PoolWorld::Fork(const Known& one) {
   if (known_.size() >= static_cast<size_t>(options_.most_sequences)) return;
   std::unique_ptr<Sequence> made;
   if (!Try([&] { made = std::make_unique<Sequence>(one.sequence->Fork()); })) return;
-  Enter(std::move(made), one.content);
+  Enter(std::move(made), one.content).tenant = one.tenant;
   ++tally_.forked;
 }
 
@@ -273,10 +304,15 @@ void PoolWorld::Restore() {
   if (files_.empty() || known_.size() >= static_cast<size_t>(options_.most_sequences)) return;
   const File& file = files_[Draw(static_cast<int64_t>(files_.size()))];
   if (!std::filesystem::exists(file.path)) return;  // entered, but not written
+  const vattn_sequence_options o = NewOptions();
   std::unique_ptr<Sequence> made;
-  if (!Try([&] { made = std::make_unique<Sequence>(Sequence::Restore(runtime_, file.path)); }))
-    return;
-  Enter(std::move(made), file.content);
+  const auto restore = [&] {
+    made = std::make_unique<Sequence>(Sequence::Restore(runtime_, file.path, o));
+  };
+  if (!Try(restore)) return;
+  Known& one = Enter(std::move(made), file.content);
+  one.tenant = o.tenant;
+  one.reserve = o.reserve_tokens;
   ++tally_.restored;
 }
 

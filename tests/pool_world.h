@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "tests/attention_model.h"
+#include "tests/owned_prefix.h"
 
 namespace vattn::test {
 
@@ -22,12 +23,16 @@ struct PoolWorldOptions {
   int scarcity = 10;
   bool spill = false;  // what nobody uses goes to the disk when the pool is full
 };
+// Tenants 1 and 2 have quotas of a third and a half of the pool; prefixes are kept under two salts.
 
 // What has happened so far.
 struct PoolWorldTally {
   int64_t created = 0, appended = 0, tokens_appended = 0, forked = 0, truncated = 0, destroyed = 0,
-          saved = 0, restored = 0, hibernated = 0, woken = 0, steps = 0, rows_read = 0, misused = 0;
+          saved = 0, restored = 0, hibernated = 0, woken = 0, steps = 0, rows_read = 0, misused = 0,
+          reserved = 0, kept = 0, begun = 0, forgotten = 0;
   int64_t refused = 0;  // FULL, with a text that names need, limit and knob
+  int64_t over_quota = 0;  // of them: for a tenant's quota
+  int64_t covered = 0;     // appends and steps that a reservation covered: never FULL
   double demand = 0;    // sum over operations: blocks that were asked for, over blocks of the pool
 };
 
@@ -47,7 +52,7 @@ class PoolWorld {
   vattn_stats Stats() const { return runtime_.Stats(); }
 
  private:
-  static constexpr int kLayers = 2, kSlots = 3, kMostFiles = 6;
+  static constexpr int kLayers = 2, kSlots = 3, kMostFiles = 6, kTenants = 3, kMostPrefixes = 8;
 
   // What a sequence must hold: for each layer the number that each token's rows come from.
   struct Content {
@@ -59,6 +64,14 @@ class PoolWorld {
     Content content;
     int64_t wanted = 0;  // tokens that it goes for
     std::string asleep;  // file that it hibernates in, or empty
+    uint64_t tenant = 0;
+    int64_t reserve = 0;  // tokens that it has reserved
+    bool Covers(int64_t tokens) const { return asleep.empty() && tokens <= reserve; }
+  };
+  // Token ids that were kept, and the rows that they stand for. It may be gone.
+  struct Prefix {
+    std::string salt;
+    Content content;
   };
   struct File {
     std::string path;
@@ -73,9 +86,11 @@ class PoolWorld {
 
   uint32_t Draw(int64_t end) { return source_(static_cast<uint32_t>(end)); }
   std::string NewPath();
-  // True if done, false if refused as a full pool must refuse.
+  // True if done, false if refused as a full pool or quota must refuse.
   bool Try(const std::function<void()>& call);
-  void Enter(std::unique_ptr<Sequence> sequence, Content content);
+  Known& Enter(std::unique_ptr<Sequence> sequence, Content content);
+  vattn_sequence_options NewOptions();
+  static OwnedPrefix ArgumentOf(const std::string& salt, const Content& content);
   void CheckLengths(const Known& one) const;
   void CheckCounters() const;
 
@@ -88,6 +103,11 @@ class PoolWorld {
   void Restore();
   void Hibernate(Known& one);
   void Wake(Known& one);
+  void Reserve(Known& one);
+  void Keep(Known& one);
+  void Begin();
+  void Forget();
+  void CheckTenants() const;
   void Step(Known& first);
   void CheckAnswer(const Call& call, int slot, const Content& content);
   // Reads single rows back through attention over one token, all bits of V.
@@ -100,10 +120,11 @@ class PoolWorld {
   const std::string disk_;  // empty without spill
   const uint64_t block_bytes_;
   const int64_t pool_blocks_;
-  const Runtime runtime_;
+  Runtime runtime_;
   Batch batch_;
   std::vector<std::unique_ptr<Known>> known_;
   std::vector<File> files_;
+  std::vector<Prefix> prefixes_;
   PoolWorldTally tally_;
   uint32_t seeds_ = 0;
   int64_t paths_ = 0, wanted_blocks_ = 0;

@@ -46,7 +46,15 @@ void PoolWorld::Step(Known& first) {
   }
   members.resize(placed);
   if (members.empty()) return;
-  if (Try([&] { batch_.BeginStep(new_tokens); })) {
+  const auto covered = [&](const Known* one) {
+    return one->Covers(one->content.tokens() + new_tokens);
+  };
+  const int64_t num_covered = std::count_if(members.begin(), members.end(), covered);
+  if (!Try([&] { batch_.BeginStep(new_tokens); })) {
+    Expect(num_covered < static_cast<int64_t>(members.size()),
+           "a step is FULL that reservations cover");
+  } else {
+    tally_.covered += num_covered;
     for (int layer = 0; layer < kLayers; ++layer) {
       const Shape shape = LayerShape(layer);
       const int64_t size = int64_t{shape.kv_heads} * shape.dim_k;
@@ -85,7 +93,9 @@ void PoolWorld::ReadRows(Known& one) {
   if (one.content.tokens() == 0) return;
   if (!Try([&] { batch_.Set(0, *one.sequence); })) return;
   // A step codes what has left the window, and that may need copies of shared blocks.
-  if (Try([&] { batch_.BeginStep(0); })) {
+  if (!Try([&] { batch_.BeginStep(0); })) {
+    Expect(!one.Covers(one.content.tokens()), "coding is FULL that a reservation covers");
+  } else {
     for (int layer = 0; layer < kLayers; ++layer) {
       const Shape shape = LayerShape(layer);
       Call call(shape, kSlots, layer);
