@@ -113,5 +113,56 @@ TEST(DiskThreadsTest, ThreadsShareStoredPrefixes) {
   EXPECT_EQ(runtime->Stats().files_refused, 0u);
 }
 
+// Threads that keep, begin from, and by their need for room let go of the same prefixes in memory.
+TEST(DiskThreadsTest, ThreadsKeepPrefixesInAFullPool) {
+  Options options = DiskOptions(kUring, "", 60);
+  const std::shared_ptr<Runtime> runtime = OpenRuntime(options, kSystemFileOps);
+  std::vector<std::string> content;
+  for (uint32_t i = 0; i < 6; ++i) content.push_back(ContentOf(*MakeSequence(runtime, 600, i)));
+  runtime->store().SetTenantLimit(1, 40 * runtime->store().block_bytes());
+  std::vector<std::thread> threads;
+  std::atomic<int64_t> hits{0};
+  for (uint32_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937 engine(t);
+      for (int i = 0; i < 60; ++i) {
+        const uint32_t which = engine() % 6;
+        const Prefix prefix = MakePrefix("salt", 600, static_cast<int32_t>(which) * 1000);
+        int64_t tokens = 0;
+        const auto begun =
+            BeginFromPrefix(runtime, prefix, PrefixTier::kMemory, {.tenant = t % 2}, &tokens);
+        if (begun.ok()) {
+          EXPECT_EQ(tokens, 600);
+          EXPECT_EQ(ContentOf(**begun), content[which]);
+          const absl::Status added = AppendRandom(**begun, 200, t);  // to copies
+          EXPECT_TRUE(added.ok() || CodeOf(added) == Code::kFull) << added;
+          ++hits;
+          continue;
+        }
+        EXPECT_EQ(CodeOf(begun.status()), Code::kNotFound) << begun.status();
+        auto made = Sequence::Create(runtime, {.reserve_tokens = 600, .tenant = t % 2});
+        if (!made.ok()) {
+          EXPECT_EQ(CodeOf(made.status()), Code::kFull) << made.status();
+          continue;
+        }
+        EXPECT_TRUE(AppendRandom(**made, 600, which).ok());
+        const absl::Status kept = SavePrefix(**made, prefix, PrefixTier::kMemory);
+        EXPECT_TRUE(kept.ok() || CodeOf(kept) == Code::kFull) << kept;
+        int64_t prefixes = 0;
+        if (engine() % 16 == 0) {
+          EXPECT_TRUE(ForgetPrefixes(*runtime, "salt", &prefixes).ok());
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_GT(hits.load(), 10);
+  EXPECT_GT(runtime->Stats().kept_evictions, 0u);
+  int64_t prefixes = 0;
+  EXPECT_TRUE(ForgetPrefixes(*runtime, "salt", &prefixes).ok());
+  EXPECT_EQ(runtime->store().num_free(), 60);
+  EXPECT_TRUE(runtime->store().CheckInvariants().ok());
+}
+
 }  // namespace
 }  // namespace vattn

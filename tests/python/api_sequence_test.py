@@ -9,7 +9,7 @@ import weakref
 
 import numpy as np
 import vattn
-from fixture import Q_HEADS, TOKENS, Fixture, attend, queries, relative_error
+from fixture import Q_HEADS, TOKENS, Fixture, attend, queries, relative_error, rows
 
 
 class Sequences(Fixture):
@@ -82,6 +82,48 @@ class Sequences(Fixture):
                 sequence.save_prefix(b"model", tokens.astype(np.int64))
             self.assertEqual(runtime.forget_prefixes(b"model"), 1)
             runtime.close()
+
+    def test_prefixes_in_memory(self):
+        runtime = self.runtime(policy="dense")
+        sequence, k, v = self.filled(runtime, 600)
+        tokens = np.arange(600, dtype=np.int32)
+        sequence.save_prefix(b"model", tokens)
+        sequence.close()
+        begun, begins = runtime.restore_prefix(b"model", tokens[:500], tenant=3, reserve_tokens=900)
+        self.assertEqual(begins, 500)
+        batch = runtime.batch(1)
+        batch.set(0, begun)
+        q = queries(1, 5)
+        out = self.step(batch, q, k[0], v[0])
+        rows_seen = [np.concatenate([x[:500], x[:1]]) for x in (k, v)]
+        self.assertLess(relative_error(out[0], attend(q[0], *rows_seen)), 1e-5)
+        self.assertEqual((runtime.stats().kept_hits, runtime.stats().kept_prefixes), (1, 1))
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "disk_path is not given"):
+            runtime.restore_prefix(b"model", tokens, tier=vattn.Tier.DISK)
+        self.assertEqual(runtime.forget_prefixes(b"model"), 1)
+
+    def test_reservations_and_tenants(self):
+        runtime = self.runtime(admission="reserved", tenant_bytes=1 << 20)
+        self.assertEqual(runtime.options["admission"], vattn.Admission.RESERVED)
+        sequence = runtime.sequence(reserve_tokens=300, tenant=8)
+        k, v = rows(400, 1)
+        sequence.append(0, k[:300], v[:300])
+        with self.assertRaisesRegex(vattn.FullError, "vattn_sequence_reserve"):
+            sequence.append(0, k, v)
+        sequence.reserve(700)
+        sequence.append(0, k, v)
+        use = runtime.tenant_use(8)
+        self.assertEqual((use.host_bytes_used, use.sequences), (runtime.stats().host_bytes_used, 1))
+        self.assertLessEqual(use.host_bytes_limit, 1 << 20)
+        with self.assertRaisesRegex(vattn.FullError, "tenant 8 is at its quota"):
+            sequence.reserve(100000)
+        runtime.limit_tenant(8, 32 << 20)
+        sequence.reserve(20000)
+        self.assertGreater(runtime.tenant_use(8).host_bytes_reserved, 1 << 20)
+        with tempfile.TemporaryDirectory() as folder:
+            sequence.save(f"{folder}/saved")
+            other = runtime.restore(f"{folder}/saved", tenant=9, reserve_tokens=1000)
+            self.assertEqual((other.length(), runtime.tenant_use(9).sequences), (700, 1))
 
     def test_a_full_pool_loses_nothing(self):
         runtime = self.runtime(host_bytes=1 << 20)
