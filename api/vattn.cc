@@ -712,7 +712,8 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
 vattn_code vattn_stats_prometheus(const vattn_runtime* runtime, char* buffer, size_t size, size_t* needed) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
-    return GiveText(vattn::PrometheusText(runtime->impl->Stats(), runtime->impl->StatsOfTenants()), buffer, size, needed);
+    const vattn::Runtime& impl = *runtime->impl;
+    return GiveText(vattn::PrometheusText(impl.Stats(), impl.StatsOfTenants()), buffer, size, needed);
   });
 }
 

@@ -248,12 +248,13 @@ absl::Status HostStore::CheckInvariants() const {
   }
   std::vector<int64_t> used_by(tenants_.num_slots());
   for (int64_t i = 0; i < num_blocks_; ++i) {
-    const int32_t references = std::atomic_ref<int32_t>(State(static_cast<BlockId>(i)).references).load();
+    const BlockId block = static_cast<BlockId>(i);
+    const int32_t references = std::atomic_ref<int32_t>(State(block).references).load();
     if (used_.IsTaken(i) ? references < 1 : references != 0) {
       return InternalError("host store: block ", i, " is ", used_.IsTaken(i) ? "used" : "free",
                            " with ", references, " references");
     }
-    if (used_.IsTaken(i)) ++used_by[static_cast<size_t>(State(static_cast<BlockId>(i)).tenant)];
+    if (used_.IsTaken(i)) ++used_by[static_cast<size_t>(State(block).tenant)];
   }
   return tenants_.CheckInvariants(used_by, num_reserved_);
 }

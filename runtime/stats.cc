@@ -34,7 +34,8 @@ std::string PrometheusText(const StatsSnapshot& s, const std::vector<TenantSnaps
   std::string out;
   Append(out, "host_bytes_limit", "gauge", "Bytes of the host pool", s.host_bytes_limit);
   Append(out, "host_bytes_used", "gauge", "Bytes in blocks in use or reserved", s.host_bytes_used);
-  Append(out, "host_bytes_reserved", "gauge", "Bytes of them that are reserved and not yet in use", s.host_bytes_reserved);
+  Append(out, "host_bytes_reserved", "gauge", "Bytes of them that are reserved and not yet in use",
+         s.host_bytes_reserved);
   Append(out, "table_bytes", "gauge", "Bytes of block tables, index tables and state", s.table_bytes);
   Append(out, "disk_bytes_used", "gauge", "Bytes of files in the disk directory, written or promised",
          s.disk_bytes_used);

@@ -102,9 +102,9 @@ TEST_F(ApiKeptTest, TheLongestSharedIsTaken) {
 
 TEST_F(ApiKeptTest, TheOldestGoesBeforeAnybodyIsRefused) {
   MakeRuntime(10);
-  Keep("m", Tokens(700));        // 3 blocks
-  Keep("m", Tokens(700, 1000));  // 3
-  Keep("m", Tokens(700, 2000));  // 3
+  Keep("m", Tokens(700));                    // 3 blocks
+  Keep("m", Tokens(700, 1000));              // 3
+  Keep("m", Tokens(700, 2000));              // 3
   EXPECT_EQ(Begins("m", Tokens(700)), 700);  // used: the second is the oldest
   Sequence sequence(*runtime_);
   Rows rows;

@@ -25,7 +25,8 @@ TEST_F(ApiReserveTest, AllOrNothingAtAdmission) {
   vattn_sequence* made = nullptr;
   EXPECT_EQ(vattn_sequence_create(runtime_->get(), &options, &made), VATTN_FULL);
   EXPECT_EQ(made, nullptr);
-  ExpectError("need 5 blocks of " + std::to_string(block_bytes_) + " bytes, 4 of 10 are free (0 used, 6 reserved)");
+  ExpectError("need 5 blocks of " + std::to_string(block_bytes_) +
+              " bytes, 4 of 10 are free (0 used, 6 reserved)");
   ExpectError("limit " + std::to_string(10 * block_bytes_) + " bytes; raise host_bytes");
   EXPECT_EQ(InUse(), 6);
   const Sequence four(*runtime_, 0, 4 * 256);
@@ -230,7 +231,8 @@ TEST_F(ApiReserveTest, WithAdmissionReservedNothingElseIsTaken) {
   Sequence sequence(*runtime_);
   Rows rows;
   EXPECT_EQ(TryAppend(sequence, rows, 1), VATTN_FULL);
-  ExpectError("the reservation is used up: need 1 blocks of " + std::to_string(block_bytes_) + " bytes");
+  ExpectError("the reservation is used up: need 1 blocks of " + std::to_string(block_bytes_) +
+              " bytes");
   ExpectError("vattn_sequence_reserve");
   sequence.Reserve(300);
   ASSERT_EQ(TryAppend(sequence, rows, 300), VATTN_OK);

@@ -24,9 +24,10 @@ TEST_F(ApiTenantTest, AQuotaStopsItsTenantAlone) {
   Rows rows, others, nobodys_rows;
   ASSERT_EQ(TryAppend(mine, rows, 1024), VATTN_OK);
   EXPECT_EQ(TryAppend(mine, rows, 257), VATTN_FULL);
-  ExpectError("tenant 7 is at its quota of the host pool: need 2 blocks of " +
-              std::to_string(block_bytes_) + " bytes, 1 of 5 are free (4 used, 0 reserved), limit " +
-              std::to_string(5 * block_bytes_) + " bytes; raise it (vattn_tenant_limit, tenant_bytes)");
+  ExpectError(
+      "tenant 7 is at its quota of the host pool: need 2 blocks of " +
+      std::to_string(block_bytes_) + " bytes, 1 of 5 are free (4 used, 0 reserved), limit " +
+      std::to_string(5 * block_bytes_) + " bytes; raise it (vattn_tenant_limit, tenant_bytes)");
   EXPECT_EQ(mine.Length(0), 1024);
   ASSERT_EQ(TryAppend(other, others, 2000), VATTN_OK);
   ASSERT_EQ(TryAppend(nobodys, nobodys_rows, 500), VATTN_OK);

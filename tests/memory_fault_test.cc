@@ -298,8 +298,8 @@ TEST_F(MemoryFaultTest, KeptPrefixes) {
         sequence_->SavePrefix(again);
         sequence_.reset();
         const vattn_stats stats = runtime_.Stats();
-        const int64_t free = static_cast<int64_t>(
-            (stats.host_bytes_limit - stats.host_bytes_used) / block_bytes_ / 4);
+        const int64_t free = static_cast<int64_t>((stats.host_bytes_limit - stats.host_bytes_used) /
+                                                  block_bytes_ / 4);
         rest = std::make_unique<Sequence>(runtime_, 1, free * 256);
         EXPECT_EQ(runtime_.Stats().kept_prefixes, 2u);
       },

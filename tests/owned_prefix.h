@@ -14,7 +14,9 @@ namespace vattn::test {
 // A vattn_prefix with what it points to.
 struct OwnedPrefix : vattn_prefix {
   OwnedPrefix(std::string of_salt, std::vector<int32_t> of_tokens)
-      : vattn_prefix(Init<vattn_prefix>()), owned_salt(std::move(of_salt)), ids(std::move(of_tokens)) {
+      : vattn_prefix(Init<vattn_prefix>()),
+        owned_salt(std::move(of_salt)),
+        ids(std::move(of_tokens)) {
     salt = owned_salt.data();
     salt_bytes = owned_salt.size();
     tokens = ids.data();

@@ -49,10 +49,10 @@ void Print(const PoolWorld& world, int64_t operations, uint64_t seed, double sec
        << " saved, " << t.restored << " restored, " << t.hibernated << " hibernated, " << t.woken
        << " woken, " << t.reserved << " reserved, " << t.covered << " covered, " << t.kept
        << " prefixes kept, " << t.begun << " begun from, " << world.Stats().kept_evictions
-       << " let go, " << world.Stats().spills << " spilled, " << t.steps << " steps, " << t.rows_read
-       << " rows read back, " << t.misused << " misuses, " << t.refused
-       << " refused as full (" << t.over_quota << " for a quota); demand " << t.demand / static_cast<double>(operations)
-       << " times the pool";
+       << " let go, " << world.Stats().spills << " spilled, " << t.steps << " steps, "
+       << t.rows_read << " rows read back, " << t.misused << " misuses, " << t.refused
+       << " refused as full (" << t.over_quota << " for a quota); demand "
+       << t.demand / static_cast<double>(operations) << " times the pool";
   std::puts(text.str().c_str());
 }
 

@@ -177,6 +177,7 @@ void PoolWorld::Misuse(Known& one) {
   }
   if (options_.spill && code == VATTN_FULL) {  // no room to bring it back
     ++tally_.refused;
+    tally_.over_quota += std::strstr(vattn_last_error(), " is at its quota") != nullptr;
     return;
   }
   Expect(code == VATTN_INVALID_ARGUMENT, std::string("misuse gave ") + vattn_code_name(code));

@@ -21,13 +21,15 @@ void PoolWorld::Reserve(Known& one) {
   ++tally_.reserved;
 }
 
-// The numbers that the first layer's rows come from serve as token ids: no two tokens have the same.
+// The numbers that the first layer's rows come from serve as token ids: no two tokens have the
+// same.
 OwnedPrefix PoolWorld::ArgumentOf(const std::string& salt, const Content& content) {
   return OwnedPrefix(salt, std::vector<int32_t>(content.seeds[0].begin(), content.seeds[0].end()));
 }
 
 void PoolWorld::Keep(Known& one) {
-  const int64_t count = one.content.tokens() - Draw(std::min<int64_t>(one.content.tokens(), 400) + 1);
+  const int64_t count =
+      one.content.tokens() - Draw(std::min<int64_t>(one.content.tokens(), 400) + 1);
   if (count < 1) return;
   Prefix kept{Draw(2) == 0 ? "one" : "two", one.content};
   for (auto& seeds : kept.content.seeds) seeds.resize(static_cast<size_t>(count));
@@ -68,9 +70,9 @@ void PoolWorld::Begin() {
     }
   };
   if (!Try(begin) || made == nullptr) return;
-  Expect(begins >= 256 && begins <= same,
-         "a sequence begins with " + std::to_string(begins) + " tokens, of which " +
-             std::to_string(same) + " were kept");
+  Expect(begins >= 256 && begins <= same, "a sequence begins with " + std::to_string(begins) +
+                                              " tokens, of which " + std::to_string(same) +
+                                              " were kept");
   for (auto& seeds : asked.seeds) seeds.resize(static_cast<size_t>(begins));
   Known& one = Enter(std::move(made), std::move(asked));
   one.tenant = o.tenant;

@@ -55,8 +55,10 @@ TEST(TenantLedgerTest, ContradictionsAreFound) {
 // A pool of several tenants, whose blocks change hands.
 TEST(TenantLedgerTest, RandomOperationsOnAPoolMatchAModel) {
   constexpr int64_t kBlocks = 120;
-  absl::StatusOr<std::unique_ptr<HostStore>> made = HostStore::Create(
-      {.limit_bytes = kBlocks * 64, .block_bytes = 64, .tenant_bytes = 50 * 64, .huge_pages = false});
+  absl::StatusOr<std::unique_ptr<HostStore>> made = HostStore::Create({.limit_bytes = kBlocks * 64,
+                                                                       .block_bytes = 64,
+                                                                       .tenant_bytes = 50 * 64,
+                                                                       .huge_pages = false});
   ASSERT_TRUE(made.ok()) << made.status();
   HostStore& store = **made;
   store.SetTenantLimit(2, 30 * 64);
@@ -153,7 +155,8 @@ TEST(TenantLedgerTest, RandomOperationsOnAPoolMatchAModel) {
     for (uint64_t i = 0; i < 4; ++i) {
       const TenantUse use = store.UseOf(i);
       ASSERT_EQ(use.used + use.reserved, held(i));
-      ASSERT_EQ(store.QuotaAllows(31, holders[i].tenant.slot()), i == 0 || held(i) + 31 <= use.limit);
+      ASSERT_EQ(store.QuotaAllows(31, holders[i].tenant.slot()),
+                i == 0 || held(i) + 31 <= use.limit);
     }
     if (step % 16 != 0) continue;
     const absl::Status invariants = store.CheckInvariants();
