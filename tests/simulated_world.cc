@@ -59,7 +59,8 @@ void SimulatedWorld::Run(int operations) {
     const size_t operation = Below(32);
     if (operation == 0) Create();
     if (operation == 1 || operation == 2) Append();
-    if (operation == 3 || operation == 4) Fork();
+    if (operation == 3) Fork();
+    if (operation == 4) Begin();
     if (operation == 5) Truncate();
     if (operation == 6 && Below(2) == 0) Destroy();
     if (operation == 7) Sleep();
@@ -100,7 +101,7 @@ SimulatedWorld::Twin* SimulatedWorld::AnyTwin() {
 
 void SimulatedWorld::Create() {
   if (twins_.size() == kMostTwins) return;
-  absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime_, 0, Below(2) == 0 ? 0 : 300);
+  absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime_, {.reserve_tokens = Below(2) == 0 ? 0 : 300});
   if (!Done(made.status(), "create")) return;
   twins_.push_back(std::make_unique<Twin>());
   twins_.back()->sequence = *std::move(made);
@@ -148,10 +149,30 @@ void SimulatedWorld::Fork() {
   if (twin == nullptr || twins_.size() == kMostTwins) return;
   absl::StatusOr<std::unique_ptr<Sequence>> made = twin->sequence->Fork(0);
   if (!Done(made.status(), "fork")) return;
+  Enter(*std::move(made), *twin, twin->size(), twin->attended);
+}
+
+// As from a kept prefix.
+void SimulatedWorld::Begin() {
+  Twin* const twin = AnyTwin();
+  if (twin == nullptr || twins_.size() == kMostTwins) return;
+  const size_t keep = Below(twin->size() + 1);
+  if (!Done(twin->sequence->BuildIndex(), "build index")) return;
+  absl::StatusOr<SharedLayers> layers = twin->sequence->Share(static_cast<int64_t>(keep));
+  if (!Done(layers.status(), "share")) return;
+  const SequenceOptions options = {.reserve_tokens = Below(2) == 0 ? 0 : 300};
+  absl::StatusOr<std::unique_ptr<Sequence>> made =
+      Sequence::FromLayers(runtime_, options, *std::move(layers));
+  if (!Done(made.status(), "begin")) return;
+  Enter(*std::move(made), *twin, keep, 0);
+}
+
+void SimulatedWorld::Enter(std::unique_ptr<Sequence> sequence, const Twin& like, size_t tokens, int attended) {
   auto copy = std::make_unique<Twin>();
-  copy->sequence = *std::move(made);
-  for (int l = 0; l < kLayers; ++l) std::copy_n(twin->rows[l], kKvHeads, copy->rows[l]);
-  copy->attended = twin->attended;
+  copy->sequence = std::move(sequence);
+  for (int l = 0; l < kLayers; ++l) std::copy_n(like.rows[l], kKvHeads, copy->rows[l]);
+  for (auto& heads : copy->rows) for (auto& head : heads) head.resize(tokens);
+  copy->attended = attended;
   twins_.push_back(std::move(copy));
 }
 

@@ -67,6 +67,8 @@ class SimulatedWorld {
   void Step(int b);
   void Attend(int b, int layer, int new_tokens, DeviceStream stream, bool staged);
   void Fork();
+  void Begin();
+  void Enter(std::unique_ptr<Sequence> sequence, const Twin& like, size_t tokens, int attended);
   void Truncate();
   void Destroy();
   void Sleep();
