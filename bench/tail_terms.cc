@@ -124,7 +124,7 @@ TailAnswer TailEstimator::Estimate(const TailDraw& draw, const Promise& promise,
   const int64_t dim = head_.dim;
   TailAnswer answer{.numerator = numerator_, .output = {}, .denominator = denominator_};
   // |v|^2 is summed over rows alone, so it has a mass of its own.
-  double norm2 = head_.value_norm2, mass = head_.denominator;
+  double norm2 = head_.value_norm2, mass = head_.denominator, seen = 0;
   for (size_t k = 0; k < draw.token.size(); ++k) {
     const int64_t i = draw.token[k];
     const float* v = head_.values + i * dim;
@@ -139,6 +139,7 @@ TailAnswer TailEstimator::Estimate(const TailDraw& draw, const Promise& promise,
     const float* in_place = stand_in_.table + stand_in_.entry[i] * dim;
     const double guess = stand_in_.guess[i] / draw.pi[k];
     answer.denominator -= guess;
+    seen += guess;
     for (int64_t j = 0; j < dim; ++j) answer.numerator[j] -= guess * in_place[j];
   }
   // What was corrected too far is no denominator; the library's least one.
@@ -147,6 +148,7 @@ TailAnswer TailEstimator::Estimate(const TailDraw& draw, const Promise& promise,
   for (double& o : answer.output) o /= answer.denominator;
 
   TailSums sums;
+  sums.coded = denominator_ - head_.denominator;
   std::vector<double> residuals, terms;
   for (size_t k = 0; k < draw.token.size(); ++k) {
     if (draw.pi[k] >= 1) continue;
@@ -165,6 +167,8 @@ TailAnswer TailEstimator::Estimate(const TailDraw& draw, const Promise& promise,
   }
   const double cos2 = sums.variance > 0 ? MeanCos2(residuals, terms, sums.variance, dim) : -1;
   HeadWork work;
+  work.denominator = static_cast<float>(answer.denominator);
+  work.unseen = static_cast<float>(sums.coded - seen);
   work.ref = static_cast<float>(Ref(promise, answer.output, mass > 0 ? norm2 / mass : 0));
   const bool exact = terms.empty() && static_cast<int64_t>(draw.token.size()) == head_.n;
   const double output2 =

@@ -100,7 +100,8 @@ def from_pairs(args, tokenizer):
         if len(tokenizer.prefix) + len(new_ids) + len(new_question) > args.tokens:
             break
         ids, question, shown = new_ids, new_question, text
-    room_for(args, len(tokenizer.prefix) + len(question) if ids else args.tokens)
+    if not ids:
+        raise ValueError(f"--tokens {args.tokens}: no room for {ASKED_PAIRS} pairs and the question")
     # What is left, less than a line, goes before the list.
     pad = tokenizer.encode("\n") * (args.tokens - len(tokenizer.prefix + ids + question))
     return (tokenizer.prefix + pad + ids + question, None, f"random pairs, seed {args.seed}",
