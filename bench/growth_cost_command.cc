@@ -65,7 +65,7 @@ class Growing {
     absl::StatusOr<std::shared_ptr<vattn::Runtime>> runtime = vattn::Runtime::Create(o, nullptr);
     Must(runtime.status(), "creating a runtime");
     runtime_ = *runtime;
-    absl::StatusOr<std::unique_ptr<vattn::Sequence>> sequence = vattn::Sequence::Create(runtime_, 1, 0);
+    absl::StatusOr<std::unique_ptr<vattn::Sequence>> sequence = vattn::Sequence::Create(runtime_, {.id = 1});
     Must(sequence.status(), "creating a sequence");
     sequence_ = *std::move(sequence);
     batch_ = std::make_unique<vattn::Batch>(runtime_, 1);

@@ -31,7 +31,7 @@ Options ToOptions(const vattn_options& from) {
 
 std::unique_ptr<Sequence> AppendPrompt(const std::shared_ptr<Runtime>& runtime, const Trace& trace,
                                        const std::vector<int32_t>& layers) {
-  absl::StatusOr<std::unique_ptr<Sequence>> sequence = Sequence::Create(runtime, 1, 0);
+  absl::StatusOr<std::unique_ptr<Sequence>> sequence = Sequence::Create(runtime, {.id = 1});
   Check(sequence.status());
   for (size_t l = 0; l < layers.size(); ++l) {
     const int64_t dim_k = trace.head_dim_k, dim_v = trace.head_dim_v;
