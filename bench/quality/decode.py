@@ -41,7 +41,7 @@ AttentionMaskInterface.register(_RECORD, sdpa_mask)
 
 
 class Queries:
-    """Post-RoPE queries of the last `most` tokens of a forward pass, [q_heads, tokens, d] by layer."""
+    """Post-RoPE queries of a forward pass's last `most` tokens, [q_heads, tokens, d] by layer."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -87,7 +87,7 @@ class Context:
 
     @torch.no_grad()
     def extend(self, ids: list[int]) -> Tail:
-        """Reads ids [2 or more] after the context, dense, but for the last one, and forgets them."""
+        """Reads ids [2 or more] but for the last one after the context, dense; forgets them."""
         queries = Queries(len(ids))
         self._forward(ids[:-1], queries)
         keys, values = [], []

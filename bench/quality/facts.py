@@ -22,7 +22,8 @@ def find(kind: str, body: list[str], rng: random.Random, each: int) -> list[Fact
     chosen = (found + sentences)[:each]
     if len(chosen) < each:
         raise ValueError(
-            f"a text of {len(whole)} characters has {len(chosen)} facts to ask about, must have {each}"
+            f"a text of {len(whole)} characters has {len(chosen)} facts to ask about, "
+            f"must have {each}"
         )
     return chosen
 

@@ -14,6 +14,7 @@ from .models import Loaded
 
 _MARK = "\0"
 _TASK = "Answer with what is asked for and nothing else."
+BLOCK = 32  # steps of a text that are taken together: their errors are alike
 STOCK = "stock"  # transformers' own attention: what rounding alone changes
 
 
@@ -27,7 +28,7 @@ class Plan:
     each: int  # questions of each task and document
     new_tokens: int  # of an answer, at most
     texts: int
-    steps: int  # tokens of a text that are predicted
+    steps: int  # tokens of a text that are predicted, a multiple of BLOCK
     policies: tuple[str, ...]
     options: policies.Options = field(default_factory=dict)  # of every policy
     minutes: float = math.inf  # no new document or text is begun after so many
@@ -154,59 +155,57 @@ def _rounded(read: policies.Shares) -> dict[str, float]:
 def run_agreement(
     model: Loaded, plan: Plan, budgets: Budgets, clock: Clock
 ) -> Iterator[dict[str, Any]]:
-    """A record for each text: by policy and step, does the most likely token agree with dense
-    attention, the KL divergence from its distribution, and the excess of the text's negative
-    log-likelihood over its, in nats."""
+    """A record for each text: by policy, means over blocks of BLOCK steps of: does the most likely
+    token agree with dense attention; the KL divergence from its distribution; the excess of the
+    text's negative log-likelihood over its, in nats. The texts are the rows of one batch."""
+    rows, following, records = [], [], []
     for number in range(plan.texts):
         if clock.over():
-            return
+            break
         seed = plan.seed + 1000 + number
         kind = text.KINDS[seed % 2]
         ids = _long(model, kind, seed, plan.tokens + plan.steps)
         context = decode.Context(model.model, ids[: plan.tokens - 64])
-        row = decode.Row(context, context.extend(ids[plan.tokens - 64 : plan.tokens]))
-        clock.say(f"text {seed}: {kind}, {plan.tokens} tokens, then {plan.steps}")
-        targets = torch.tensor([ids[plan.tokens :]], device=model.model.device)
-        budgets.find([row], targets[:, :48])
-        record: dict[str, Any] = {"seed": seed, "kind": kind, "policies": {}}
-        dense = _Distributions(row, budgets.options[policies.BASELINE], targets)
-        record["nll"] = round(float(dense.nll.mean()), 5)
-        for name in (STOCK, *plan.policies):
-            if name != policies.BASELINE:
-                options = None if name == STOCK else budgets.options[name]
-                record["policies"][name] = _compare(row, options, targets, dense)
-                kl = sum(record["policies"][name]["kl"]) / plan.steps
-                clock.say(f"  {name}: KL {kl:.6f}")
-        yield record
+        rows.append(decode.Row(context, context.extend(ids[plan.tokens - 64 : plan.tokens])))
+        following.append(ids[plan.tokens :])
+        records.append({"seed": seed, "kind": kind, "policies": {}})
+        clock.say(f"text {seed}: {kind}, {plan.tokens} tokens")
+    if not rows:
+        return
+    targets = torch.tensor(following, device=model.model.device)
+    budgets.find(rows, targets[:, : min(plan.steps, 32)])
+    with decode.Decoder(rows, budgets.options[policies.BASELINE], plan.steps) as decoder:
+        dense = [logits.log_softmax(1) for logits in decode.forced(decoder, targets)]
+    dense_nll = torch.stack([_nll(log, targets[:, i]) for i, log in enumerate(dense)], 1)
+    for record, nll in zip(records, dense_nll.mean(1).tolist()):
+        record["nll"] = round(nll, 5)
+    for name in (STOCK, *plan.policies):
+        if name == policies.BASELINE:
+            continue
+        options = None if name == STOCK else budgets.options[name]
+        figures: dict[str, list[torch.Tensor]] = {"agree": [], "kl": [], "excess": []}
+        with decode.Decoder(rows, options, plan.steps) as decoder:
+            for i, (want, logits) in enumerate(zip(dense, decode.forced(decoder, targets))):
+                log = logits.log_softmax(1)
+                figures["agree"].append((log.argmax(1) == want.argmax(1)).float())
+                figures["kl"].append((want.exp() * (want - log)).sum(1).clamp(min=0))
+                figures["excess"].append(_nll(log, targets[:, i]) - dense_nll[:, i])
+            read = {} if options is None else _rounded(policies.shares(decoder.stats()))
+        by_text = {
+            key: torch.stack(steps, 1).view(len(rows), -1, BLOCK).mean(2).tolist()
+            for key, steps in figures.items()
+        }
+        for row, record in enumerate(records):
+            record["policies"][name] = read | {
+                key: [float(f"{x:.4g}") for x in values[row]] for key, values in by_text.items()
+            }
+        clock.say(f"  {name}: KL {torch.stack(figures['kl']).mean():.6f}")
+    yield from records
 
 
-class _Distributions:
-    """What a policy predicts along a text: log-probabilities [steps, words]."""
-
-    def __init__(
-        self, row: decode.Row, options: policies.Options | None, targets: torch.Tensor
-    ) -> None:
-        with decode.Decoder([row], options, targets.shape[1]) as decoder:
-            steps = [logits[0].log_softmax(0) for logits in decode.forced(decoder, targets)]
-            self.read = None if options is None else policies.shares(decoder.stats())
-        self.log = torch.stack(steps)
-        self.nll = -self.log.gather(1, targets.T)[:, 0]
-
-
-def _compare(
-    row: decode.Row,
-    options: policies.Options | None,
-    targets: torch.Tensor,
-    dense: _Distributions,
-) -> dict[str, Any]:
-    found = _Distributions(row, options, targets)
-    kl = (dense.log.exp() * (dense.log - found.log)).sum(1).clamp(min=0)
-    figures = {
-        "agree": (found.log.argmax(1) == dense.log.argmax(1)).int().tolist(),
-        "kl": [float(f"{x:.4g}") for x in kl.tolist()],
-        "excess": [float(f"{x:.4g}") for x in (found.nll - dense.nll).tolist()],
-    }
-    return figures | (_rounded(found.read) if found.read else {})
+def _nll(log: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of targets [rows] under log-probabilities [rows, words]."""
+    return -log.gather(1, targets[:, None])[:, 0]
 
 
 def _long(model: Loaded, kind: str, seed: int, tokens: int) -> list[int]:

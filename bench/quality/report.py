@@ -8,7 +8,6 @@ import numpy as np
 from . import measure, policies, statistics, tasks
 
 Result = dict[str, Any]
-_BLOCK = 32  # steps of a text that are drawn together: their errors are alike
 _CODES = 32  # bytes of index code a token and KV head, the library's default
 
 
@@ -69,7 +68,7 @@ def task_tables(result: Result) -> str:
             _table(["task", "samples", *names], scores),
             "Score minus that of dense on the same prompts, in points:",
             _table(["task", "samples", *others], differences),
-            _reads(documents, others, result),
+            _reads(documents, others, result, "documents"),
         ]
     )
 
@@ -82,8 +81,7 @@ def agreement_table(result: Result) -> str:
             continue
         found = [text["policies"][name] for text in texts]
         agree, kl, excess = (
-            statistics.blocks(np.array([f[key] for f in found]), _BLOCK)
-            for key in ("agree", "kl", "excess")
+            [[mean] for f in found for mean in f[key]] for key in ("agree", "kl", "excess")
         )
         ratio = statistics.bootstrap(excess)
         rows.append(
@@ -96,7 +94,7 @@ def agreement_table(result: Result) -> str:
                 ),
             ]
         )
-    steps = sum(len(f["agree"]) for f in found)
+    steps = measure.BLOCK * sum(len(f["agree"]) for f in found)
     base = math.exp(float(np.mean([text["nll"] for text in texts])))
     names = [name for name in result["policies"] if name != policies.BASELINE]
     return "\n\n".join(
@@ -106,20 +104,21 @@ def agreement_table(result: Result) -> str:
                 ["policy", "same most likely token, %", "KL, 1e-3 nats", "perplexity / dense"],
                 rows,
             ),
-            _reads(texts, names, result),
+            _reads(texts, names, result, "texts"),
         ]
     )
 
 
-def _reads(records: list[Result], names: list[str], result: Result) -> str:
+def _reads(records: list[Result], names: list[str], result: Result, kind: str) -> str:
     """What the policies read: rows, and with them bytes."""
     rows = []
     for name in names:
+        options = result["options"][kind][name]
         found = [record["policies"][name] for record in records]
         selected, fetched, whole = (
             float(np.mean([f[key] for f in found])) for key in ("selected", "fetched", "whole")
         )
-        bits = result["options"][name].get("value_bits", 0)
+        bits = options.get("value_bits", 0)
         codes = (_CODES + result["head_dim"] * bits / 8) / result["row_bytes"]
         rows.append(
             [
@@ -130,7 +129,7 @@ def _reads(records: list[Result], names: list[str], result: Result) -> str:
                 f"{whole:.3%}" if name.startswith("verified") else "",
                 ", ".join(
                     f"{key} {value:.4g}"
-                    for key, value in result["options"][name].items()
+                    for key, value in options.items()
                     if key in ("topk_share", "base_share", "epsilon", "delta", "value_bits")
                 ),
             ]

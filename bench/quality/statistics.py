@@ -45,12 +45,3 @@ def difference(
     if [len(group) for group in groups] != [len(other) for other in others]:
         raise ValueError("the two sides of a paired difference must have the same observations")
     return bootstrap([np.subtract(a, b).tolist() for a, b in zip(groups, others)], seed)
-
-
-def blocks(rows: np.ndarray, length: int) -> list[list[float]]:
-    """Observations [rows, steps] as groups of `length` steps that follow each other in a row."""
-    return [
-        row[first : first + length].tolist()
-        for row in rows
-        for first in range(0, row.shape[0], length)
-    ]

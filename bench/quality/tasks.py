@@ -19,7 +19,7 @@ TASKS = {
     "multi-query": "three of the 8 lines of multi-key: their numbers",
     "variables": "a variable and two that are set to one another: their names",
     "frequent": "made-up words: the two that occur most often",
-    "question": "about the text itself: a base class, a default, a constant, or how a sentence ends",
+    "question": "about the text itself: a base class, default or constant, or how a sentence ends",
 }
 
 _SINGLE = ("access code", "phone extension", "inventory count")
@@ -64,7 +64,7 @@ def score(answer: str, expected: tuple[str, ...]) -> float:
 
 
 def document(seed: int, tokens: int, each: int, count: Callable[[str], int]) -> Document:
-    """A document of at most `tokens` tokens as `count` has them, with `each` questions of each task.
+    """A document of at most `tokens` tokens as `count` has them, `each` questions of each task.
 
     Even seeds give source code, odd ones prose. each is 1 to 3.
     """

@@ -13,8 +13,8 @@ _SKIPPED = {"idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"
 def passages(kind: str, seed: int) -> Iterator[str]:
     """The texts of one kind without end, in an order that the seed gives.
 
-    source: modules of the standard library, of 4 to 80 KB. prose: chapters of the language reference
-    as `help()` shows them, of 2 KB or more.
+    source: modules of the standard library, of 4 to 80 KB. prose: chapters of the language
+    reference as `help()` shows them, of 2 KB or more.
     """
     if kind == "source":
         library = pathlib.Path(sysconfig.get_paths()["stdlib"])
