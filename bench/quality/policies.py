@@ -20,7 +20,7 @@ POLICIES: dict[str, Options] = {
     "topk-uniform": {"policy": "topk_uniform", "delta": 0.1},
 }
 _WITHIN = 0.03  # a budget is found when its rows are so close to those of MATCHED
-_TRIES = 9
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,26 @@ def _solve(
     limits: tuple[float, float],
     rising: bool,
 ) -> float:
-    """x within limits where measure(x) is target: bisection of logarithms, the first steps of which
-    go by powers of 2 from start. The x tried that came closest."""
-    low, high = limits
-    x, best = min(max(start, low), high), (math.inf, start)
-    bounded = [False, False]
+    """x within limits where measure(x), rising or falling with x, is target; of the x tried the one
+    that came closest. Interpolates between logarithms, once there are two sides to do so."""
+    bottom, top = math.log(limits[0]), math.log(limits[1])
+    at, best = math.log(start), (math.inf, math.log(start))
+    below: tuple[float, float] | None = None
+    above: tuple[float, float] | None = None
     for _ in range(_TRIES):
-        got = measure(x)
-        off = abs(math.log(max(got, 1e-9) / target))
-        best = min(best, (off, x))
-        if off < _WITHIN:
+        at = min(max(at, bottom), top)
+        off = math.log(max(measure(math.exp(at)), 1e-9) / target)
+        best = min(best, (abs(off), at))
+        off = off if rising else -off
+        if abs(off) < _WITHIN or (off > 0 and at == bottom) or (off < 0 and at == top):
             break
-        if (got < target) == rising:
-            low, bounded[0] = x, True
+        if off < 0:
+            below = (at, off)
         else:
-            high, bounded[1] = x, True
-        if all(bounded):
-            x = math.sqrt(low * high)
+            above = (at, off)
+        if below and above:
+            part = below[1] / (below[1] - above[1])
+            at = below[0] + min(max(part, 0.1), 0.9) * (above[0] - below[0])
         else:
-            x = min(2 * x, high) if bounded[0] else max(x / 2, low)
-    return best[1]
+            at -= 1.3 * off
+    return math.exp(best[1])
