@@ -18,6 +18,7 @@ in the table (selected), and real models need fewer or more. Take --model for a 
 import argparse
 import json
 import pathlib
+import shlex
 import statistics
 import sys
 import time
@@ -217,7 +218,7 @@ def main() -> None:
     if args.json:
         result = {
             "schema_version": 1,
-            "command": "python bench/decode_speed.py " + " ".join(sys.argv[1:]),
+            "command": "python bench/decode_speed.py " + shlex.join(sys.argv[1:]),
             "model": model.name,
             "device": name,
             "dtype": str(dtype).removeprefix("torch."),

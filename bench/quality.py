@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import platform
+import shlex
 import sys
 
 try:
@@ -108,7 +109,7 @@ def begin(args: argparse.Namespace, plan: measure.Plan, model: models.Loaded) ->
     size = model.model.dtype.itemsize
     return {
         "schema_version": 1,
-        "command": "python bench/quality.py " + " ".join(sys.argv[1:]),
+        "command": "python bench/quality.py " + shlex.join(sys.argv[1:]),
         "versions": {
             "vattn": vattn.version(),
             "torch": torch.__version__,
