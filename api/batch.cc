@@ -1,0 +1,150 @@
+// Batches of the C API: steps, attention, selection.
+#include <memory>
+
+#include "api/calls.h"
+
+namespace {
+
+using vattn::api::Guard;
+using vattn::api::InitStruct;
+using vattn::api::NotNull;
+using vattn::api::Usable;
+using vattn::api::Use;
+using vattn::InvalidArgumentError;
+using vattn::OutOfRangeError;
+
+absl::Status CheckStream(const vattn_batch* batch, const CUstream_st* stream) {
+  if (stream == nullptr || batch->impl->runtime().cuda() != nullptr) return absl::OkStatus();
+  return InvalidArgumentError("stream is given, must be NULL on the CPU backend");
+}
+
+absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, vattn::AttendRequest& out) {
+  vattn_attend_params p;
+  vattn_attend_params_init(&p, sizeof(p));
+  VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
+  if (p.reserved0 != 0) return OutOfRangeError("reserved0", p.reserved0, 0, 0);
+  if (p.reserved1 != 0) return OutOfRangeError("reserved1", p.reserved1, 0, 0);
+  if (p.num_tokens != 1) return OutOfRangeError("num_tokens", p.num_tokens, 1, 1);
+  if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
+  if (needs_out) VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
+  out = {.layer = p.layer,
+         .out_dtype = p.out_dtype,
+         .q = p.q,
+         .k_new = p.k_new,
+         .v_new = p.v_new,
+         .out = p.out,
+         .lse = p.lse,
+         .verdict = p.verdict,
+         .error = p.error,
+         .selected = p.selected,
+         .fetched = p.fetched,
+         .looks = p.looks,
+         .middle = p.middle,
+         .timeline = p.timeline,
+         .scores = p.scores,
+         .score_heads = p.score_heads,
+         .scores_stride = p.scores_stride};
+  return absl::OkStatus();
+}
+
+absl::Status ToSelection(const vattn_selection* selection, bool needs_weights, vattn::Selection& out) {
+  vattn_selection s;
+  vattn_selection_init(&s, sizeof(s));
+  VATTN_RETURN_IF_ERROR(vattn::api::Import("selection", selection, s));
+  const int64_t most = int64_t{1} << 31;
+  if (s.capacity < 1 || s.capacity > most) return OutOfRangeError("capacity", s.capacity, 1, most);
+  VATTN_RETURN_IF_ERROR(NotNull("tokens", s.tokens));
+  VATTN_RETURN_IF_ERROR(NotNull("counts", s.counts));
+  if (needs_weights) VATTN_RETURN_IF_ERROR(NotNull("log_weights", s.log_weights));
+  out = {.capacity = s.capacity, .tokens = s.tokens, .log_weights = s.log_weights, .counts = s.counts};
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+extern "C" {
+
+vattn_code vattn_batch_create(vattn_runtime* runtime, int32_t slots, vattn_batch** out) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(NotNull("out", out));
+    *out = nullptr;
+    VATTN_RETURN_IF_ERROR(Usable(runtime));
+    if (slots < 1 || slots > 4096) return OutOfRangeError("slots", slots, 1, 4096);
+    *out = new vattn_batch{std::make_unique<vattn::Batch>(runtime->impl, slots)};
+    return absl::OkStatus();
+  });
+}
+
+void vattn_batch_destroy(vattn_batch* batch) { delete batch; }
+
+vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_sequence* sequence) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.Awake());
+    return batch->impl->Set(slot, sequence->impl.get());
+  });
+}
+
+vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    return batch->impl->Clear(slot);
+  });
+}
+
+vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens, CUstream_st* stream) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    return batch->impl->BeginStep(new_tokens, stream);
+  });
+}
+
+void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size) {
+  vattn_attend_params defaults{};
+  defaults.num_tokens = 1;
+  InitStruct(params, struct_size, defaults);
+}
+
+void vattn_selection_init(vattn_selection* selection, size_t struct_size) {
+  InitStruct(selection, struct_size, vattn_selection{});
+}
+
+vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params, CUstream_st* stream) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    vattn::AttendRequest request;
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
+    return batch->impl->Attend(request, stream);
+  });
+}
+
+vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_attend_params* params,
+                                 const vattn_selection* selection, CUstream_st* stream) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    vattn::AttendRequest request;
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
+    vattn::Selection list;
+    VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/false, list));
+    return batch->impl->AttendSelected(request, list, stream);
+  });
+}
+
+vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params, vattn_selection* selection,
+                        CUstream_st* stream) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    vattn::AttendRequest request;
+    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/false, request));
+    vattn::Selection list;
+    VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/true, list));
+    return batch->impl->Select(request, list, stream);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,84 @@
+#include "api/calls.h"
+
+#include <algorithm>
+
+namespace vattn::api {
+namespace {
+
+thread_local std::string last_error_text;
+thread_local const char* last_error = "";  // into last_error_text, or a text that needs no memory
+
+}  // namespace
+
+vattn_code Fail(vattn_code code, const char* text) noexcept {
+  try {
+    last_error_text = text;
+    last_error = last_error_text.c_str();
+  } catch (const std::bad_alloc&) {
+    last_error = "the system refused memory, also for the text of this error";
+  }
+  return code;
+}
+
+absl::Status NotNull(const char* name, const void* pointer) {
+  return pointer != nullptr ? absl::OkStatus() : InvalidArgumentError(name, " is NULL, must be given");
+}
+
+absl::Status Usable(const vattn_runtime* runtime) {
+  return NotNull("runtime", runtime);
+}
+
+absl::Status Usable(const vattn_batch* batch) {
+  VATTN_RETURN_IF_ERROR(NotNull("batch", batch));
+  if (batch->impl->runtime().closed()) return InvalidArgumentError("batch outlived its runtime, may only be destroyed");
+  return absl::OkStatus();
+}
+
+absl::Status CheckStructSize(size_t size) {
+  if (size >= sizeof(size_t) && size <= 4096) return absl::OkStatus();
+  return OutOfRangeError("struct_size", size, sizeof(size_t), 4096);
+}
+
+absl::Status CheckLayer(const Runtime& runtime, int32_t layer) {
+  const int32_t layers = runtime.options().num_layers;
+  if (layer < 0 || layer >= layers) return OutOfRangeError("layer", layer, 0, layers - 1);
+  if (runtime.kv_heads(layer) == 0) {
+    return InvalidArgumentError("layer is ", layer, ", which layer_kv_heads leaves out, must be one that it keeps");
+  }
+  return absl::OkStatus();
+}
+
+Use::Use(const vattn_sequence* sequence) {
+  status_ = NotNull("sequence", sequence);
+  if (!status_.ok()) return;
+  impl_ = sequence->impl.get();
+  if (impl_->runtime().closed()) {
+    status_ = InvalidArgumentError("sequence outlived its runtime, may only be destroyed");
+    return;
+  }
+  lock_ = std::unique_lock<std::mutex>(impl_->use());
+  impl_->Touch();
+}
+
+absl::Status GiveText(const std::string& text, char* buffer, size_t size, size_t* needed) {
+  VATTN_RETURN_IF_ERROR(NotNull("needed", needed));
+  if (buffer == nullptr && size > 0) return InvalidArgumentError("buffer is NULL with size ", size, ", must be given");
+  *needed = text.size();
+  if (size > 0) {
+    const size_t count = std::min(size - 1, text.size());
+    std::copy_n(text.data(), count, buffer);
+    buffer[count] = '\0';
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace vattn::api
+
+extern "C" {
+
+const char* vattn_last_error(void) { return vattn::api::last_error; }
+const char* vattn_code_name(int32_t code) { return vattn::CodeName(static_cast<vattn::Code>(code)); }
+const char* vattn_version(void) { return VATTN_VERSION_TEXT; }
+const char* vattn_build_info(void) { return VATTN_BUILD_TEXT; }
+
+}  // extern "C"

@@ -1,0 +1,84 @@
+// What the calls of the C API share: handles, and how what comes out of a body becomes a code. Nothing
+// thrown leaves.
+#ifndef VATTN_API_CALLS_H_
+#define VATTN_API_CALLS_H_
+
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "api/structs.h"
+#include "api/vattn.h"
+#include "runtime/batch.h"
+#include "runtime/runtime.h"
+#include "runtime/sequence.h"
+#include "runtime/status.h"
+
+struct vattn_runtime {
+  std::shared_ptr<vattn::Runtime> impl;
+  vattn_log_function log;
+  void* log_user;
+};
+struct vattn_sequence {
+  std::unique_ptr<vattn::Sequence> impl;
+};
+struct vattn_batch {
+  std::unique_ptr<vattn::Batch> impl;
+};
+
+namespace vattn::api {
+
+// Notes the text for vattn_last_error.
+vattn_code Fail(vattn_code code, const char* text) noexcept;
+
+// Runs a body that returns absl::Status and translates whatever comes out of it.
+template <class F>
+vattn_code Guard(F&& body) noexcept {
+  try {
+    const absl::Status status = body();
+    if (status.ok()) return VATTN_OK;
+    return Fail(static_cast<vattn_code>(CodeOf(status)), std::string(status.message()).c_str());
+  } catch (const std::bad_alloc&) {
+    return Fail(VATTN_OUT_OF_MEMORY, "the system refused memory");
+  } catch (const std::exception& error) {
+    return Fail(VATTN_INTERNAL, error.what());
+  } catch (...) {
+    return Fail(VATTN_INTERNAL, "unknown exception");
+  }
+}
+
+absl::Status NotNull(const char* name, const void* pointer);
+absl::Status Usable(const vattn_runtime* runtime);
+absl::Status Usable(const vattn_batch* batch);
+absl::Status CheckStructSize(size_t size);
+absl::Status CheckLayer(const Runtime& runtime, int32_t layer);
+
+// A sequence for the length of a call, during which it is not spilled.
+class Use {
+ public:
+  explicit Use(const vattn_sequence* sequence);
+  const absl::Status& status() const { return status_; }
+  // OK if the sequence may be used and is awake now.
+  absl::Status Awake() const { return status_.ok() ? impl_->Wake() : status_; }
+
+ private:
+  absl::Status status_;
+  Sequence* impl_ = nullptr;
+  std::unique_lock<std::mutex> lock_;
+};
+
+// As much of a text as the buffer takes, and how much there is.
+absl::Status GiveText(const std::string& text, char* buffer, size_t size, size_t* needed);
+
+template <class T>
+void InitStruct(T* value, size_t size, const T& defaults) {
+  if (value != nullptr) Export(defaults, value, size);
+}
+
+}  // namespace vattn::api
+
+#endif  // VATTN_API_CALLS_H_
