@@ -72,9 +72,7 @@ void AddCalibrateCommand(CLI::App* app, const CommandLine& command) {
       "calibrate", "Make a model profile from recorded queries, for prompts that come without any");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  sub->add_option("--trace", arguments->trace, "The recording (vattn-trace-1)")
-      ->required()
-      ->type_name("FILE");
+  AddTrace(sub, &arguments->trace);
   sub->add_option("--out", arguments->out, "The profile (vattn-profile-1)")
       ->required()
       ->type_name("FILE");

@@ -157,14 +157,11 @@ void AddCompareCommand(CLI::App* app, const CommandLine& command) {
       "compare", "Bytes over PCIe for the same error: verified against top-k with a uniform sample");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  sub->add_option("--trace", arguments->trace, "The recording (vattn-trace-1)")->required()->type_name("FILE");
+  AddTrace(sub, &arguments->trace);
   arguments->options.Add(sub);
-  sub->add_option("--seeds", arguments->seeds, "Runs of each line, with consecutive seeds")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 1000000).description(""));
+  AddSeeds(sub, "Runs of each line, with consecutive seeds", &arguments->seeds);
   AddLayers(sub, &arguments->layers);
-  sub->add_option("--steps", arguments->steps, "Only the first steps (all)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+  AddSteps(sub, &arguments->steps);
   sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
   sub->callback([arguments, &command] { RunCompare(*arguments, command); });
 }

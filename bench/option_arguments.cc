@@ -23,6 +23,23 @@ CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& ch
       ->type_name(names);
 }
 
+void AddTrace(CLI::App* app, std::string* trace) {
+  app->add_option("--trace", *trace, "The recording (vattn-trace-1)")
+      ->required()
+      ->type_name("FILE");
+}
+
+void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds) {
+  app->add_option("--seeds", *seeds, help)
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1000000).description(""));
+}
+
+void AddSteps(CLI::App* app, int64_t* steps) {
+  app->add_option("--steps", *steps, "Only the first steps (all)")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+}
+
 void AddLayers(CLI::App* app, std::vector<int32_t>* layers) {
   app->add_option("--layers", *layers, "Layers by place in the file, as 0,2 (all)")
       ->delimiter(',')

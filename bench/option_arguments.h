@@ -18,6 +18,15 @@ namespace vattn::bench {
 CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& choices,
                        const std::string& help, int32_t* value);
 
+// --trace, which must be given.
+void AddTrace(CLI::App* app, std::string* trace);
+
+// --seeds: how many, from --seed on.
+void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds);
+
+// --steps; 0, if it was not given: all.
+void AddSteps(CLI::App* app, int64_t* steps);
+
 // --layers, and after parsing those that it names: all, if it was not given.
 void AddLayers(CLI::App* app, std::vector<int32_t>* layers);
 std::vector<int32_t> ResolveLayers(const Trace& trace, const std::vector<int32_t>& given);

@@ -270,12 +270,9 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
   sub->add_option("--trace", arguments->trace, "The recording")->type_name("FILE");
   arguments->options.AddPolicies(sub);
   arguments->options.Add(sub);
-  sub->add_option("--seeds", arguments->seeds, "Runs, with consecutive seeds")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 1000000).description(""));
+  AddSeeds(sub, "Runs, with consecutive seeds", &arguments->seeds);
   AddLayers(sub, &arguments->layers);
-  sub->add_option("--steps", arguments->steps, "Only the first steps (all)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+  AddSteps(sub, &arguments->steps);
   AddChoice(sub, "--calibration", CalibrationChoices(),
             "What the index is calibrated on: the recorded prompt queries, a profile, nothing "
             "(prompt)",

@@ -117,9 +117,7 @@ void AddTailsCommand(CLI::App* app, const CommandLine& command) {
       "tails", "What could stand in for rows that are not drawn: error, certificate, bytes");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  sub->add_option("--trace", arguments->trace, "The recording (vattn-trace-1)")
-      ->required()
-      ->type_name("FILE");
+  AddTrace(sub, &arguments->trace);
   arguments->options.Add(sub);
   sub->add_option("--rows", arguments->rows, "Expected rows of a draw, as a share of the middle")
       ->capture_default_str()
@@ -128,8 +126,7 @@ void AddTailsCommand(CLI::App* app, const CommandLine& command) {
       ->capture_default_str()
       ->check(CLI::Range(1, 1000000).description(""));
   AddLayers(sub, &arguments->layers);
-  sub->add_option("--steps", arguments->steps, "Only the first steps (all)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+  AddSteps(sub, &arguments->steps);
   sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
   sub->callback([arguments, &command] { RunTails(*arguments, command); });
 }

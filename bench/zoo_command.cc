@@ -158,7 +158,7 @@ void AddZooCommand(CLI::App* app, const CommandLine& command) {
   CLI::App* sub = app->add_subcommand("zoo", "Every kind of index on a recording: how well it predicts, what it costs");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  sub->add_option("--trace", arguments->trace, "The recording (vattn-trace-1)")->required()->type_name("FILE");
+  AddTrace(sub, &arguments->trace);
   arguments->options.Add(sub);
   for (const char* const own : {"--index", "--index-bytes"}) sub->remove_option(sub->get_option(own));
   sub->add_option("--only", arguments->only, "Indices by their names in the table, as balanced-32,page (all)")
@@ -166,12 +166,9 @@ void AddZooCommand(CLI::App* app, const CommandLine& command) {
       ->type_name("LIST");
   sub->add_option("--sign-maps", arguments->sign_maps, "Adds sign-learned, with these maps (vattn-sign-1)")
       ->type_name("FILE");
-  sub->add_option("--seeds", arguments->seeds, "Runs, with consecutive seeds")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 1000000).description(""));
+  AddSeeds(sub, "Runs, with consecutive seeds", &arguments->seeds);
   AddLayers(sub, &arguments->layers);
-  sub->add_option("--steps", arguments->steps, "Only the first steps (all)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+  AddSteps(sub, &arguments->steps);
   sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
   sub->callback([arguments, &command] { RunZoo(*arguments, command); });
 }
