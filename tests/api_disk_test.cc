@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tests/attention_model.h"
+#include "tests/owned_prefix.h"
 
 namespace vattn::test {
 namespace {
@@ -39,15 +40,6 @@ class ApiDiskTest : public testing::Test {
     ExpectExact(call, 0, rows);
   }
 
-  static vattn_prefix PrefixOf(const std::string& salt, const std::vector<int32_t>& tokens) {
-    vattn_prefix prefix = Init<vattn_prefix>();
-    prefix.salt = salt.data();
-    prefix.salt_bytes = salt.size();
-    prefix.tokens = tokens.data();
-    prefix.num_tokens = static_cast<int64_t>(tokens.size());
-    return prefix;
-  }
-
   std::mt19937_64 engine_{5};
   const std::string folder_;
   vattn_options options_;
@@ -65,14 +57,14 @@ TEST_F(ApiDiskTest, SequencesBeginFromStoredPrefixes) {
     AppendRows(sequence, kShape, 0, rows);
     Rows longer = rows;
     ExpectStep(runtime, sequence, longer);  // its index is fixed and its middle coded
-    sequence.SavePrefix(PrefixOf(salt, tokens));
+    sequence.SavePrefix(OwnedPrefix(salt, tokens));
     ExpectStep(runtime, sequence, longer);
     EXPECT_EQ(runtime.Stats().prefixes_stored, 1u);
   }
   Runtime runtime(options_);
   tokens[1100] = -1;
   int64_t shared = 0;
-  Sequence begun = Sequence::Begin(runtime, PrefixOf(salt, tokens), &shared, 9);
+  Sequence begun = Sequence::Begin(runtime, OwnedPrefix(salt, tokens), &shared, 9);
   ASSERT_EQ(shared, 1100);
   ASSERT_EQ(begun.Length(0), 1100);
   rows.Truncate(kShape, 1100);
@@ -83,7 +75,7 @@ TEST_F(ApiDiskTest, SequencesBeginFromStoredPrefixes) {
   EXPECT_EQ(runtime.ForgetPrefixes("another tenant"), 0);
   EXPECT_EQ(runtime.ForgetPrefixes(salt), 1);
   vattn_sequence* none = nullptr;
-  const vattn_prefix prefix = PrefixOf(salt, tokens);
+  const OwnedPrefix prefix(salt, tokens);
   EXPECT_EQ(vattn_prefix_restore(runtime.get(), &prefix, 0, &shared, &none), VATTN_NOT_FOUND);
 }
 

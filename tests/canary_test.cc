@@ -16,6 +16,7 @@
 
 #include "tests/attention_model.h"
 #include "tests/backend.h"
+#include "tests/owned_prefix.h"
 
 namespace vattn::test {
 namespace {
@@ -202,13 +203,7 @@ TEST_P(CanaryTest, OfAGoneTenantReachesNoFile) {
   Sequence restored = Sequence::Restore(runtime, folder_ / "saved6");
   save(restored);
   restored.Hibernate(folder_ / "asleep");
-  const std::vector<int32_t> ids(270, 5);
-  vattn_prefix prefix = Init<vattn_prefix>();
-  prefix.salt = "b";
-  prefix.salt_bytes = 1;
-  prefix.tokens = ids.data();
-  prefix.num_tokens = static_cast<int64_t>(ids.size());
-  sequence.SavePrefix(prefix);
+  sequence.SavePrefix(OwnedPrefix("b", std::vector<int32_t>(270, 5)));
   ExpectNoCanaryInFiles(files + 2);
 }
 

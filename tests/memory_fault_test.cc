@@ -227,12 +227,7 @@ TEST_F(MemoryFaultTest, Spill) {
 }
 
 TEST_F(MemoryFaultTest, Prefixes) {
-  const std::vector<int32_t> ids(390, 3);
-  vattn_prefix prefix = Init<vattn_prefix>();
-  prefix.salt = "salt";
-  prefix.salt_bytes = 4;
-  prefix.tokens = ids.data();
-  prefix.num_tokens = static_cast<int64_t>(ids.size());
+  const OwnedPrefix prefix("salt", std::vector<int32_t>(390, 3));
   EveryFailingAllocation(
       [&] {
         runtime_.ForgetPrefixes("salt");
