@@ -90,7 +90,7 @@ struct IndexTables {
 struct HeadState {
   float log_multiplier = 0;
   float eta2 = 0;     // squared relative error of e^, with value codes
-  float rho = 0;      // realised over predicted variance
+  float rho = 0;      // quantile of realised over predicted variance
   float spread = 0;   // weighted mean |v - o|^2 of the sampled tail
   float ref = 0;      // what the last error was relative to
   float cos2 = 0;     // mean squared cosine of two sampled residuals
@@ -102,7 +102,7 @@ struct HeadState {
 struct HeadWork {
   float shift = 0;      // logarithm of the unit of all sums below
   float mass = 0;       // sum of e^ over the middle
-  float top = 0;        // largest e^ of the middle
+  float top = 0;        // ln of the largest e^ of the middle
   float log_norm = 0;   // predicted root error contribution of a token: exp(log_norm) * e^
   float floor = 0;      // defensive floor of that contribution
   float target = 0;     // variance asked for
@@ -151,6 +151,7 @@ struct Scratch {
   PackedQueries* packed = nullptr;  // [G / 8 rounded up]
   float* prepared = nullptr;     // [G][PreparedFloats()], kinds without levels
   HeadWork* head = nullptr;      // [G]
+  float* tops = nullptr;         // [G][kTopBins] blocks by their largest e^, see kernels/sampling.h
   float* log_gain = nullptr;     // [G] of Inclusion
   float* floor = nullptr;        // [G]
   float* state = nullptr;        // [segments][G][dim_v + 3] softmax states

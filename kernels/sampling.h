@@ -11,9 +11,12 @@
 namespace vattn {
 
 constexpr float kDefensive = .1f;  // floor of a token's contribution, of the mean
-// The plan aims below epsilon by this factor; a pilot past it: what a first draw takes too much cannot be
+// The plan aims below epsilon by this factor, for a variance that a head exceeds in so many of its steps (rho): a
+// second look takes as long as the first. A pilot aims past epsilon: what a first draw takes too much cannot be
 // given back, what it lacks a second look adds by the knowledge of the first.
 constexpr float kMargin = .9f, kPilotMargin = 1.25f;
+constexpr float kExceeded = .1f, kPilotExceeded = .5f;
+constexpr float kRhoStep = .3f;  // of ln rho
 constexpr float kLikelyRef = .7f;  // of the predicted scale: a plan counts on no larger reference
 constexpr int kPlanRounds = 12;    // of the fixed point on a part of the tiles, at most
 constexpr float kClose = .3f;      // |ln| of the worst head's variance over its target that ends them
@@ -34,7 +37,7 @@ constexpr int64_t kLeastTail = 8;      // sampled tokens that a variance is judg
 constexpr float kTailGrowth = 4;       // of inclusion probabilities when there are fewer
 constexpr float kLeastGrowth = 1.05f, kLargestGrowth = 64;
 constexpr int kGrowthHalvings = 14;
-constexpr float kLeastRho = .3f, kMostRho = 5;  // of one step
+constexpr float kFirstRho = 1.5f, kLeastRho = .3f, kMostRho = 8;
 constexpr float kLeastOthers = 1e-3f;  // of the denominator
 constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
 constexpr double kMostCancelled = 1e3;  // mass of value codes over the true one, of which rounding is 1e-7
@@ -86,7 +89,7 @@ VATTN_HD inline float PredictedScale(const IndexTables& index, const HeadWork& w
 // A head without a history starts from the value statistics of its index and the scale of this step.
 VATTN_HD inline void StartHead(const Promise& promise, const IndexTables& index, float scale, HeadState& state) {
   state.eta2 = .2f;
-  state.rho = 1;
+  state.rho = kFirstRho;
   const float unit = ValueUnit(index);
   state.spread = IsFinite(index.value_spread) ? Max(index.value_spread, 1e-12f * unit) : unit;
   state.ref = Max(promise.norm_floor, .25f) * scale;
@@ -110,16 +113,29 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
   state.started = 1;
 }
 
-// Variance of the middle's largest token, were it drawn for this head alone. A part of the tiles may leave
-// it out, and then takes a head that looks for one token for one that needs none.
-VATTN_HD inline float TopVariance(const HeadWork& work, const HeadState& state) {
-  const float weight = std::exp(work.log_norm + work.shift + .5f * state.log_multiplier) * work.top;
-  return weight < 1 ? weight * (1 - weight) * std::exp(-state.log_multiplier) : 0;
+// Blocks of the middle by their largest e^: bin 0 holds those within a width of the largest of all, the next one
+// those within another, and so on. What is below the last bin is left to the sample of tiles.
+constexpr int kTopBins = 32;
+constexpr float kTopBinWidth = .5f;  // nats
+VATTN_HD inline int TopBin(const HeadWork& work, float shift) {
+  const float below = (work.shift + work.top - shift) * (1 / kTopBinWidth);
+  return below < kTopBins ? static_cast<int>(Max(below, 0.f)) : kTopBins;
 }
 
-// One round of the fixed point for one head, after work.predicted; returns ln(predicted / target).
-VATTN_HD inline float MoveMultiplier(float tiny, const HeadWork& work, HeadState& state) {
-  const float ratio = std::log((Max(work.predicted, TopVariance(work, state)) + tiny) / work.target);
+// Variance of the largest tokens of the `blocks` blocks in bin `bin`, were they drawn for this head alone. A part
+// of the tiles leaves most of them out, and then takes a head that looks for few tokens for one that needs
+// none.
+VATTN_HD inline float TopVariance(int bin, float blocks, const HeadWork& work, const HeadState& state) {
+  const float below = (static_cast<float>(bin) + (bin == 0 ? 0.f : .5f)) * kTopBinWidth;
+  const float weight = std::exp(work.log_norm + work.shift + work.top - below + .5f * state.log_multiplier);
+  return weight < 1 ? blocks * weight * (1 - weight) * std::exp(-state.log_multiplier) : 0;
+}
+
+// One round of the fixed point for one head, after work.predicted, of the sample, and `tops`, the sum of
+// TopVariance over the bins; returns ln(predicted / target). Sampled largest tokens count twice: an
+// even factor on all multipliers is taken back by the scale.
+VATTN_HD inline float MoveMultiplier(float tiny, float tops, const HeadWork& work, HeadState& state) {
+  const float ratio = std::log((work.predicted + tops + tiny) / work.target);
   const float low = -std::log(work.target) - 20;
   const float move = Max(Min(kExponent * ratio, 3.f), -3.f);
   state.log_multiplier = Max(low, state.log_multiplier + move);
@@ -235,17 +251,20 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
   // difference of rows and codes; and what codes say alone, of rows that were not drawn, is not the answer.
   // What is not finite never passes.
   const bool cancelled = sums.coded > kMostCancelled * double{work.denominator};
-  const bool unseen = sums.coded > 0 && std::abs(work.unseen) > kMostUnseen * work.denominator;
+  const bool unseen = std::abs(work.unseen) > kMostUnseen * work.denominator;
   const bool judged = !cancelled && !unseen && (exact || (tail >= kLeastTail && work.ref >= kLeastRef));
   const float bound = exact ? 0 : work.z * std::sqrt(work.variance) / work.ref;
   work.bound = judged && IsFinite(bound + output_norm2) ? bound : HUGE_VALF;
 }
 
-// What the planned draw taught: rho and z. After the certificate of the first look.
+// What the planned draw taught: rho and z. After the certificate of the first look. rho follows the quantile of
+// the ratio that a share kExceeded of the steps is above: heads whose variance is hard to predict get room,
+// others need none.
 VATTN_HD inline void LearnHead(const Promise& promise, const IndexTables& index, const HeadWork& work,
                                HeadState& state) {
   const float ratio = work.variance / (work.predicted + kTiny * ValueUnit(index));
-  state.rho += .1f * (Max(Min(ratio, kMostRho), kLeastRho) - state.rho);
+  const float move = (ratio > state.rho ? 1.f : 0.f) - (promise.pilot ? kPilotExceeded : kExceeded);
+  state.rho = Max(Min(state.rho * std::exp(kRhoStep * move), kMostRho), kLeastRho);
   state.z += .3f * (Widening(promise, 1, work.few) * QuantileAt(promise, 1, work.cos2) - state.z);
 }
 

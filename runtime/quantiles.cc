@@ -8,7 +8,7 @@
 namespace vattn {
 namespace {
 
-constexpr double kFirstShare = .4, kSecondShare = .4;
+constexpr double kFirstShare = .7, kSecondShare = .2;
 constexpr double kPilotShare = .05, kAfterPilotShare = .85;
 constexpr double kMaxRank = 1024;  // 1 / rank of bin 0
 

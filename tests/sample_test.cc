@@ -5,10 +5,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <random>
 #include <set>
 #include <tuple>
 #include <vector>
 
+#include "kernels/cpu/decode.h"
+#include "kernels/cpu/plan.h"
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"
@@ -250,7 +253,6 @@ INSTANTIATE_TEST_SUITE_P(Groups, SampleTest,
                          testing::Combine(testing::Values(1, 2, 3, 4, 6, 8, 16),
                                           testing::ValuesIn(SimdTargets())));
 
-// The share of draws that hold a token is its inclusion probability.
 // A plan is for the scale of values that this step sees, however large the last step's reference was: a sink
 // without a value that takes 98 % of the attention leaves a fiftieth of the mean |v|^2.
 TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
@@ -268,9 +270,9 @@ TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
     return work.target;
   };
   const auto expected = [&](float ref) { return std::pow(kMargin * promise.epsilon * ref / 1.5f, 2.f); };
-  // First steps: norm_floor rms|v|.
-  EXPECT_NEAR(target(0, false) / expected(.5f * std::sqrt(.08f)), 1, 1e-5);
-  EXPECT_NEAR(target(3.92f, false) / expected(.5f * 2), 1, 1e-5);
+  // First steps: norm_floor rms|v|, and room for what history does not know yet.
+  EXPECT_NEAR(target(0, false) * kFirstRho / expected(.5f * std::sqrt(.08f)), 1, 1e-5);
+  EXPECT_NEAR(target(3.92f, false) * kFirstRho / expected(.5f * 2), 1, 1e-5);
   // Later ones: the last reference, at most .7 rms|v|.
   EXPECT_NEAR(target(0, true) / expected(.7f * std::sqrt(.08f)), 1, 1e-5);
   EXPECT_NEAR(target(3.92f, true) / expected(1), 1, 1e-5);
@@ -278,6 +280,68 @@ TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
   EXPECT_NEAR(target(HUGE_VALF, true) / expected(1), 1, 1e-5);
 }
 
+// rho settles where one step in ten has a larger ratio, a pilot's where one in two has: here ratios are
+// exponential, whose quantiles are ln 10 and ln 2.
+TEST(PlanTest, LearnsTheRatioThatOneStepInTenExceeds) {
+  std::vector<float> quantile((kQuantileBins + 1) * kMaxLooks, 1.5f);
+  for (const bool pilot : {false, true}) {
+    Promise promise;
+    promise.quantile = reinterpret_cast<const float(*)[kQuantileBins + 1]>(quantile.data());
+    promise.pilot = pilot;
+    std::mt19937_64 random(7);
+    std::exponential_distribution<double> ratio;
+    HeadState state{.rho = kFirstRho, .z = 1.5f};
+    HeadWork work;
+    work.predicted = 1;
+    int above = 0;
+    constexpr int kSteps = 20000;
+    for (int i = 0; i < kSteps; ++i) {
+      work.variance = static_cast<float>(ratio(random));
+      above += work.variance > state.rho;
+      LearnHead(promise, IndexTables{}, work, state);
+    }
+    EXPECT_NEAR(above / double{kSteps}, pilot ? .5 : .1, .01);
+    // NaN and infinity move it as far as any other ratio.
+    for (const float odd : {NAN, INFINITY}) {
+      work.variance = odd;
+      LearnHead(promise, IndexTables{}, work, state);
+      EXPECT_TRUE(state.rho >= kLeastRho && state.rho <= kMostRho);
+    }
+  }
+}
+
+// Each block's heavy token lies in a tile that the sample of the plan leaves out: the blocks' largest e^ tell.
+// Where they count for nothing, the last pass finds 16 times the variance asked for, or more.
+TEST(PlanTest, SeesHeavyTokensOutsideItsTiles) {
+  GroupFixture f({.q_heads = 2, .tokens = 65536 + 256, .middle_begin = 256, .middle_end = 65536});
+  f.BuildIndex();
+  f.Scan();
+  Scratch& w = f.group.scratch;
+  const int64_t middle = f.group.middle_end - f.group.middle_begin, blocks = NumBlocks(f.group);
+  const int stride = PlanStride(middle), phase = static_cast<int>(f.group.step % stride);
+  ASSERT_GT(stride, 8);
+  f.promise.epsilon = .3f;
+  const auto put = [&](int64_t b, int g, int64_t i, float e) {
+    w.estimate[(b * 2 + g) * kBlockTokens + i] = HalfBits(e);
+  };
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t heavy = (phase + b + stride / 2) % stride % (kBlockTokens / kTileTokens) * kTileTokens;
+    for (int g = 0; g < 2; ++g) {
+      for (int64_t i = 0; i < kBlockTokens; ++i) put(b, g, i, i == heavy + g ? 1.f : 1e-4f);
+      w.shift[b * 2 + g] = 5;
+      w.mass[b * 2 + g] = 1 + 255e-4f;
+    }
+  }
+  float* states = w.work;
+  AttendFixed(f.storage, f.group, states, {});
+  SumEstimates(f.storage, f.group, states);
+  const Plan plan = MakePlan(f.storage, f.promise, f.group, {});
+  EXPECT_GT(plan.inclusion.scale, .6f);
+  EXPECT_LT(plan.inclusion.scale, 1.5f);
+  EXPECT_GT(plan.expected, 20);
+}
+
+// The share of draws that hold a token is its inclusion probability.
 TEST(InclusionTest, FrequenciesAreTheProbabilities) {
   GroupFixture f({.q_heads = 2, .tokens = 500, .middle_begin = 16, .middle_end = 336});
   f.BuildIndex();

@@ -26,6 +26,25 @@ void Predict(const Group& group, Plan& plan, int stride, int phase, Stream strea
   }
 }
 
+// Blocks by their largest e^, to scratch.tops. After SumEstimates.
+void CountTops(const Group& group) {
+  const Scratch& w = group.scratch;
+  std::fill(w.tops, w.tops + group.q_heads * kTopBins, 0.f);
+  for (int64_t i = 0; i < NumBlocks(group) * group.q_heads; ++i) {
+    const int g = static_cast<int>(i % group.q_heads), bin = TopBin(w.head[g], w.shift[i]);
+    if (bin < kTopBins) w.tops[g * kTopBins + bin] += 1;
+  }
+}
+
+// Variance of the blocks' largest tokens under the multiplier in group.state.
+float PredictTops(const Group& group, int g) {
+  float sum = 0;
+  for (int bin = 0; bin < kTopBins; ++bin) {
+    sum += TopVariance(bin, group.scratch.tops[g * kTopBins + bin], group.scratch.head[g], group.state[g]);
+  }
+  return sum;
+}
+
 }  // namespace
 
 void SumEstimates(const Storage& s, const Group& group, const float* states) {
@@ -44,7 +63,7 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
     HeadWork& work = w.head[g];
     work.shift = shift;
     work.mass = static_cast<float>(mass);
-    work.top = std::exp(top - shift);
+    work.top = top - shift;
     const float unit = std::exp(fixed.max() - shift);
     work.denominator = work.mass + fixed.denominator() * unit;
     work.fixed_norm2 = fixed.value_norm2() * unit;
@@ -58,6 +77,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   for (int g = 0; g < heads; ++g) {
     PlanHead(s.value_bits > 0, promise, group.index, n, group.state[g], w.head[g]);
   }
+  CountTops(group);
   Plan plan{.inclusion = {.log_gain = w.log_gain, .floor = w.floor, .scale = 1}};
   const float tiny = kTiny * ValueUnit(group.index);
   const int stride = PlanStride(group.middle_end - group.middle_begin);
@@ -65,7 +85,9 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   for (int round = 0; round < kPlanRounds; ++round) {
     Predict(group, plan, stride, phase, stream);
     float worst = -100;
-    for (int g = 0; g < heads; ++g) worst = std::max(worst, MoveMultiplier(tiny, w.head[g], group.state[g]));
+    for (int g = 0; g < heads; ++g) {
+      worst = std::max(worst, MoveMultiplier(tiny, PredictTops(group, g), w.head[g], group.state[g]));
+    }
     if (std::abs(worst) < kClose) break;
   }
   Predict(group, plan, 1, 0, stream);

@@ -1,6 +1,7 @@
 // Carves a group's working memory from one range; the sizes are stated once, here.
 #include "kernels/cpu/softmax.h"
 #include "kernels/params.h"
+#include "kernels/sampling.h"
 
 namespace vattn {
 namespace {
@@ -54,6 +55,7 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_he
   w.packed = c.Take<PackedQueries>((heads + 7) / 8);
   w.prepared = c.Take<float>(heads * PreparedFloats(s));
   w.head = c.Take<HeadWork>(heads);
+  w.tops = c.Take<float>(heads * kTopBins);
   w.log_gain = c.Take<float>(heads);
   w.floor = c.Take<float>(heads);
   w.state = c.Take<float>((n / kDenseSegment + 2) * heads * cpu::StateFloats(s.row.dim_v));

@@ -10,7 +10,7 @@ constexpr int kPredictThreads = 128;
 constexpr int kPredictWarps = kPredictThreads / kWarp;
 
 template <int kHeads>
-__device__ void FindPlan(Team<kHeads>& team) {
+__device__ void FindPlan(Team<kHeads>& team, int* tops) {
   const int heads = team.heads(), tid = threadIdx.x;
   const int stride = PlanStride(team.middle());
   const int phase = static_cast<int>(team.group.step % static_cast<uint64_t>(stride));
@@ -26,13 +26,14 @@ __device__ void FindPlan(Team<kHeads>& team) {
              team.shared.head[h]);
   }
   __syncthreads();
+  CountTops(team, tops);
   if (heads <= kHeads) {
     Sample<kHeads> sample;
     sample.stride = stride;
     sample.Load(team, phase);
-    FindMultipliers(team, [&] { sample.Predict(team); });
+    FindMultipliers(team, tops, [&] { sample.Predict(team); });
   } else {
-    FindMultipliers(team, [&] { PredictSample(team, 1.f, stride, phase); });
+    FindMultipliers(team, tops, [&] { PredictSample(team, 1.f, stride, phase); });
   }
   SetGains(team);
   for (int h = tid; h < heads; h += kThreads) {
@@ -47,11 +48,12 @@ __device__ void FindPlan(Team<kHeads>& team) {
 template <int kHeads>
 __global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant__ DecodeParams p) {
   __shared__ TeamShared<kHeads> shared;
+  extern __shared__ int tops[];  // [G][kTopBins]
   if (static_cast<int>(blockIdx.x) >= p.header->num_groups) return;
   const DeviceGroup& group = p.groups[blockIdx.x];
   if (group.tokens == 0 || group.middle_end == group.middle_begin) return;
   Team<kHeads> team{p, group, shared, nullptr, 0, 1};
-  FindPlan(team);
+  FindPlan(team, tops);
 }
 
 template <int kHeads>
@@ -77,16 +79,21 @@ int LaunchPredict(const DecodeParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <int kHeads>
+int LaunchPlan(const DecodeParams& p, cudaStream_t stream) {
+  const auto kernel = PlanKernel<kHeads>;
+  const int bytes = p.q_heads * kTopBins * static_cast<int>(sizeof(int));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<p.most_groups, kThreads, bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 int PlanDraw(const DecodeParams& p, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  if (p.q_heads <= 4) {
-    PlanKernel<4><<<p.most_groups, kThreads, 0, s>>>(p);  // on the caller's stream
-  } else {
-    PlanKernel<8><<<p.most_groups, kThreads, 0, s>>>(p);  // on the caller's stream
-  }
-  return cudaGetLastError();
+  return p.q_heads <= 4 ? LaunchPlan<4>(p, s) : LaunchPlan<8>(p, s);
 }
 
 int Predict(const DecodeParams& p, Stream stream) {

@@ -89,11 +89,28 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
     HeadWork& work = team.shared.head[h];
     work.shift = shift;
     work.mass = static_cast<float>(mass);
-    work.top = expf(top - shift);
+    work.top = top - shift;
     work.denominator = static_cast<float>(mass + sum);
     work.fixed_norm2 = static_cast<float>(norm2);
   }
   team.parity ^= 1;
+  __syncthreads();
+}
+
+// Blocks by their largest e^, to tops [G][kTopBins] in shared memory. By a team of one thread block, after
+// SumEstimates.
+template <int kHeads>
+__device__ void CountTops(Team<kHeads>& team, int* tops) {
+  const int heads = team.heads();
+  const float* const shifts = team.group.scratch.shift;
+  for (int i = threadIdx.x; i < heads * kTopBins; i += kThreads) tops[i] = 0;
+  __syncthreads();
+  const int all = static_cast<int>(NumBlocks(team.group)) * heads;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < all; i += kThreads) {
+    const int h = i % heads, bin = TopBin(team.shared.head[h], shifts[i]);
+    if (bin < kTopBins) atomicAdd(tops + h * kTopBins + bin, 1);
+  }
   __syncthreads();
 }
 
@@ -198,17 +215,22 @@ struct Sample {
   }
 };
 
-// The fixed point: multipliers for which every head is expected to meet its target.
+// The fixed point: multipliers for which every head is expected to meet its target. tops: of CountTops.
 template <int kHeads, class Predict>
-__device__ void FindMultipliers(Team<kHeads>& team, Predict&& predict) {
-  const int heads = team.heads();
+__device__ void FindMultipliers(Team<kHeads>& team, const int* tops, Predict&& predict) {
+  static_assert(kTopBins == kWarp);
+  const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const float tiny = kTiny * ValueUnit(team.group.index);
   for (int round = 0; round < kPlanRounds; ++round) {
     SetGains(team);
     predict();
     TakePrediction(team);
-    for (int h = threadIdx.x; h < heads; h += kThreads) {
-      team.shared.sums[0][h] = MoveMultiplier(tiny, team.shared.head[h], team.shared.state[h]);
+    for (int h = warp; h < heads; h += kWarps) {
+      const float blocks = static_cast<float>(tops[h * kTopBins + lane]);
+      const float variance = WarpSum(TopVariance(lane, blocks, team.shared.head[h], team.shared.state[h]));
+      if (lane == 0) {
+        team.shared.sums[0][h] = MoveMultiplier(tiny, variance, team.shared.head[h], team.shared.state[h]);
+      }
     }
     __syncthreads();
     float worst = -100;
