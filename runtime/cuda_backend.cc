@@ -84,9 +84,15 @@ CudaBackend::~CudaBackend() {
 
 absl::Status CudaBackend::Hold(DeviceRange& range, const int32_t* blocks, int64_t count,
                                DeviceRange::Stretches* fresh) {
+  const std::lock_guard<std::mutex> lock(codes_mutex_);
+  return HoldLocked(range, blocks, count, fresh);
+}
+
+absl::Status CudaBackend::HoldLocked(DeviceRange& range, const int32_t* blocks, int64_t count,
+                                     DeviceRange::Stretches* fresh) {
   absl::Status status = range.Commit(blocks, count, fresh);
   if (CodeOf(status) != Code::kOutOfMemory) return status;
-  ReclaimCodes(0);
+  ReclaimLocked(0);
   status = range.Commit(blocks, count, fresh);
   if (CodeOf(status) != Code::kOutOfMemory) return status;
   return OutOfMemoryError(status.message(), ", which ", count, " blocks of ", kBlockTokens,
@@ -96,10 +102,20 @@ absl::Status CudaBackend::Hold(DeviceRange& range, const int32_t* blocks, int64_
 
 absl::Status CudaBackend::HoldCodes(const BlockId* blocks, int64_t count) {
   static_assert(sizeof(BlockId) == sizeof(int32_t));
-  return Hold(*codes_, reinterpret_cast<const int32_t*>(blocks), count, nullptr);
+  // Locked to its end: a page ahead of these blocks may be taken by others, or taken away, as soon as it is there.
+  const std::lock_guard<std::mutex> lock(codes_mutex_);
+  DeviceRange::Stretches fresh;
+  VATTN_RETURN_IF_ERROR(HoldLocked(*codes_, reinterpret_cast<const int32_t*>(blocks), count, &fresh));
+  if (fresh.empty()) return absl::OkStatus();
+  // The scan reads whole tiles, those of sinks and window too, which have no codes, before it drops their scores.
+  VATTN_RETURN_IF_ERROR(device_->Activate());
+  for (const auto& [begin, end] : fresh) {
+    VATTN_RETURN_IF_ERROR(device_->Fill(codes_->data() + begin, 0, end - begin, device_->stream()));
+  }
+  return device_->Synchronize(device_->stream());
 }
 
-void CudaBackend::ReclaimCodes(int64_t keep) {
+void CudaBackend::ReclaimLocked(int64_t keep) {
   codes_->Reclaim(keep, [this](int64_t first, int64_t end) { return AllFree(first, end); });
 }
 
@@ -107,7 +123,8 @@ void CudaBackend::LetGo(int64_t count) {
   const int64_t bytes = (let_go_ += count) * storage_.code_block_bytes;
   if (bytes <= kIdlePages * static_cast<int64_t>(pages_->page_bytes())) return;
   let_go_ = 0;
-  ReclaimCodes(kIdlePages);
+  const std::lock_guard<std::mutex> lock(codes_mutex_);
+  ReclaimLocked(kIdlePages);
   ++reclaims_;
 }
 

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 
 #include "absl/status/statusor.h"
 #include "kernels/cuda/params.h"
@@ -62,15 +63,17 @@ class CudaBackend {
 
  private:
   explicit CudaBackend(HostStore& store) : store_(store) {}
-  void ReclaimCodes(int64_t keep);
+  absl::Status HoldLocked(DeviceRange& range, const int32_t* blocks, int64_t count, DeviceRange::Stretches* fresh);
+  void ReclaimLocked(int64_t keep);
 
   HostStore& store_;
   std::unique_ptr<Device> device_;
   std::unique_ptr<DevicePages> pages_;
   std::unique_ptr<DeviceRange> codes_;
+  std::mutex codes_mutex_;  // pages of codes_ come, are filled and go one after the other
   std::atomic<uint64_t> next_batch_{1};
   std::atomic<uint64_t> reclaims_{0};
-  std::atomic<int64_t> let_go_{0};  // since the last ReclaimCodes
+  std::atomic<int64_t> let_go_{0};  // since codes were last reclaimed
   cuda::DeviceStorage storage_;
   Promise promise_;
   int64_t num_blocks_ = 0;

@@ -82,9 +82,9 @@ struct DrawFixture : GroupFixture {
     return sum;
   }
 
-  std::vector<float> Verify(int g, int look, float offset = .1f) {
+  std::vector<float> Verify(int g, int look, float offset = .1f, float unit = 1) {
     std::vector<float> o(shape.dim_v), dots(tail);
-    for (int j = 0; j < shape.dim_v; ++j) o[j] = offset + .02f * static_cast<float>(j % 9);
+    for (int j = 0; j < shape.dim_v; ++j) o[j] = unit * (offset + .02f * static_cast<float>(j % 9));
     const Scratch& w = group.scratch;
     for (int64_t t = 0; t < tail; ++t) {
       const uint32_t token = Token(static_cast<int>(w.tail[t]));
@@ -249,6 +249,24 @@ TEST(EffectiveRankTest, IsotropicResidualsHaveTheRankOfTheSpace) {
 
 // No error only when the whole middle was read; what no chance was taken with tells nothing of the
 // rest.
+// Four values of 1e-12 multiplied, or of 1e12, are none of fp32's.
+TEST(EffectiveRankTest, TheUnitOfValuesDoesNotMatter) {
+  const auto cos2 = [](float unit) {
+    DrawFixture f({.q_heads = 1});
+    for (int64_t t = 0; t < f.shape.tokens; ++t) {
+      for (int j = 0; j < f.shape.dim_v; ++j) {
+        f.SetValue(t, j, unit * static_cast<float>(f.Value(t, j)));
+      }
+    }
+    ReadDraw(f.storage, f.group, f.draw, 0, {});
+    f.Verify(0, 1, /*offset=*/0, unit);
+    return f.group.state[0].cos2;
+  };
+  const float usual = cos2(1);
+  EXPECT_GT(usual, .005f);
+  for (const float unit : {1e-12f, 1e12f}) EXPECT_NEAR(cos2(unit) / usual, 1, 1e-2) << unit;
+}
+
 TEST(CertificateTest, WithoutATailOnlyEverythingIsExact) {
   for (const int count : {703, 704}) {
     DrawFixture f(PlainShape(), 200);

@@ -63,10 +63,11 @@ float MeanCos2(const Storage& s, const Group& group, const uint32_t* places, int
   int pairs = 0;
   for (int i = 0; i < kRankDraws; ++i) {
     for (int k = 0; k < i; ++k) {
-      const float norms2 = gram[i * (kRankDraws + 1)] * gram[k * (kRankDraws + 1)];
-      if (places[i] == places[k] || norms2 == 0) continue;
-      const float dot = gram[i * kRankDraws + k];
-      sum += dot * dot / norms2;
+      const float norm2_i = gram[i * (kRankDraws + 1)], norm2_k = gram[k * (kRankDraws + 1)];
+      if (places[i] == places[k] || norm2_i == 0 || norm2_k == 0) continue;
+      // Roots first: products of four small values leave fp32.
+      const float cosine = gram[i * kRankDraws + k] / (std::sqrt(norm2_i) * std::sqrt(norm2_k));
+      sum += cosine * cosine;
       ++pairs;
     }
   }

@@ -202,8 +202,11 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
     norm_a += __shfl_xor_sync(kAllLanes, norm_a, o);
     norm_b += __shfl_xor_sync(kAllLanes, norm_b, o);
   }
-  const bool counts = pair < kPairs && tid % kShare == 0 && places[a] != places[b] && norm_a * norm_b != 0;
-  const float sum = BlockSum(counts ? dot * dot / (norm_a * norm_b) : 0.f, cosines);
+  const bool counts =
+      pair < kPairs && tid % kShare == 0 && places[a] != places[b] && norm_a != 0 && norm_b != 0;
+  // Roots first: products of four small values leave fp32.
+  const float cosine = counts ? dot / (sqrtf(norm_a) * sqrtf(norm_b)) : 0;
+  const float sum = BlockSum(cosine * cosine, cosines);
   const float count = BlockSum(counts ? 1.f : 0.f, pairs);
   __syncthreads();
   return count > 0 ? sum / count : -1;

