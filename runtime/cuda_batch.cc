@@ -332,6 +332,8 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
     absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(bytes) + kTimelineBytes);
     if (!memory.ok()) return memory.status();
     staging_ = *std::move(memory);
+    // Lists come back whole, past what the device writes of them.
+    VATTN_RETURN_IF_ERROR(d.Fill(staging_.data(), 0, static_cast<uint64_t>(bytes) + kTimelineBytes, stream));
   }
   const auto device = [&](size_t i) {
     return arrays[i].host == nullptr ? nullptr : static_cast<void*>(staging_.data() + arrays[i].at);
