@@ -270,7 +270,7 @@ typedef struct vattn_options {
   const char* sign_maps;
 
   /* 0: the first draw aims at the promise, and seldom needs a second look: the least time. 1: it is a pilot
-   * for a second one in every step: fewer rows (an eighth on recorded attention), more time (a fifth on
+   * for a second one in every step: fewer rows (a seventh on recorded attention), more time (a fifth on
    * CUDA with 1M tokens). */
   int32_t pilot;
 
