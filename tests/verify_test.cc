@@ -247,8 +247,6 @@ TEST(EffectiveRankTest, IsotropicResidualsHaveTheRankOfTheSpace) {
   EXPECT_NEAR(f.group.scratch.head[0].cos2, same + (1 - same) / 64, .03);
 }
 
-// No error only when the whole middle was read; what no chance was taken with tells nothing of the
-// rest.
 // Four values of 1e-12 multiplied, or of 1e12, are none of fp32's.
 TEST(EffectiveRankTest, TheUnitOfValuesDoesNotMatter) {
   const auto cos2 = [](float unit) {
@@ -267,6 +265,8 @@ TEST(EffectiveRankTest, TheUnitOfValuesDoesNotMatter) {
   for (const float unit : {1e-12f, 1e12f}) EXPECT_NEAR(cos2(unit) / usual, 1, 1e-2) << unit;
 }
 
+// No error only when the whole middle was read; what no chance was taken with tells nothing of the
+// rest.
 TEST(CertificateTest, WithoutATailOnlyEverythingIsExact) {
   for (const int count : {703, 704}) {
     DrawFixture f(PlainShape(), 200);

@@ -30,17 +30,21 @@ void Predict(const Group& group, Plan& plan, int stride, int phase, Stream strea
 void CountTops(const Group& group) {
   const Scratch& w = group.scratch;
   std::fill(w.tops, w.tops + group.q_heads * kTopBins, 0.f);
-  for (int64_t i = 0; i < NumBlocks(group) * group.q_heads; ++i) {
-    const int g = static_cast<int>(i % group.q_heads), bin = TopBin(w.head[g], w.shift[i]);
-    if (bin < kTopBins) w.tops[g * kTopBins + bin] += 1;
+  const float* shift = w.shift;
+  for (int64_t b = 0; b < NumBlocks(group); ++b) {
+    for (int g = 0; g < group.q_heads; ++g, ++shift) {
+      const int bin = TopBin(w.head[g], *shift);
+      if (bin < kTopBins) w.tops[g * kTopBins + bin] += 1;
+    }
   }
 }
 
 // Variance of the blocks' largest tokens under the multiplier in group.state.
 float PredictTops(const Group& group, int g) {
+  const float* tops = group.scratch.tops + g * kTopBins;
   float sum = 0;
   for (int bin = 0; bin < kTopBins; ++bin) {
-    sum += TopVariance(bin, group.scratch.tops[g * kTopBins + bin], group.scratch.head[g], group.state[g]);
+    if (tops[bin] > 0) sum += TopVariance(bin, tops[bin], group.scratch.head[g], group.state[g]);
   }
   return sum;
 }

@@ -121,7 +121,9 @@ class Forward(unittest.TestCase):
 
     def test_half_types_are_close(self):
         for device in DEVICES:
-            for dtype, most in ((torch.bfloat16, 0.05), (torch.float16, 0.03)):
+            for dtype in (torch.bfloat16, torch.float16):
+                # CUDA's products of bfloat16 round in an order of their own: 3.1 % were seen.
+                most = 0.05 if device.type == "cuda" and dtype == torch.bfloat16 else 0.03
                 with self.subTest(device=device.type, dtype=dtype), torch.no_grad():
                     model, inputs = make(llama, device, dtype), prompts((300,), device)
                     want = self.logits(model, inputs, model(**inputs).past_key_values, 8, 0)
