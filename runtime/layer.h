@@ -9,7 +9,7 @@
 
 #include "memory/device.h"
 #include "memory/host_store.h"
-#include "runtime/hot_set.h"
+#include "runtime/cpu/hot_set.h"
 #include "runtime/index.h"
 
 namespace vattn {

@@ -1,4 +1,4 @@
-#include "runtime/hot_set.h"
+#include "runtime/cpu/hot_set.h"
 
 #include <gtest/gtest.h>
 

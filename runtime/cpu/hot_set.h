@@ -1,7 +1,7 @@
 // Which rows of one (sequence, layer, KV head) are in the hot set. Bookkeeping alone: no byte moves
 // here. Least recently used rows leave first.
-#ifndef VATTN_RUNTIME_HOT_SET_H_
-#define VATTN_RUNTIME_HOT_SET_H_
+#ifndef VATTN_RUNTIME_CPU_HOT_SET_H_
+#define VATTN_RUNTIME_CPU_HOT_SET_H_
 
 #include <cstdint>
 #include <vector>
@@ -50,4 +50,4 @@ class HotSet {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_HOT_SET_H_
+#endif  // VATTN_RUNTIME_CPU_HOT_SET_H_
