@@ -9,7 +9,7 @@
 #include "absl/status/statusor.h"
 #include "memory/virtual_range.h"
 #include "runtime/attend_request.h"
-#include "runtime/cuda_batch.h"
+#include "runtime/cuda/batch.h"
 #include "runtime/runtime.h"
 
 namespace vattn {

@@ -15,7 +15,7 @@
 #include "kernels/ops.h"
 #include "memory/host_store.h"
 #include "memory/transfer_queue.h"
-#include "runtime/cuda_backend.h"
+#include "runtime/cuda/backend.h"
 #include "runtime/options.h"
 #include "runtime/profile.h"
 #include "runtime/sign_maps.h"

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "runtime/cuda_sequence.h"
+#include "runtime/cuda/sequence.h"
 #include "runtime/disk.h"
 #include "runtime/layer.h"
 #include "runtime/runtime.h"

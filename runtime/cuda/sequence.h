@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/cuda/launch.h"
-#include "runtime/cuda_backend.h"
+#include "runtime/cuda/backend.h"
 
 namespace vattn {
 

@@ -1,4 +1,4 @@
-#include "runtime/cuda_batch.h"
+#include "runtime/cuda/batch.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include "runtime/cuda_sequence.h"
+#include "runtime/cuda/sequence.h"
 
 #include <algorithm>
 

@@ -8,7 +8,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cuda/launch.h"
 #include "runtime/attend_request.h"
-#include "runtime/cuda_backend.h"
+#include "runtime/cuda/backend.h"
 
 namespace vattn {
 

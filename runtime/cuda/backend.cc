@@ -1,4 +1,4 @@
-#include "runtime/cuda_backend.h"
+#include "runtime/cuda/backend.h"
 
 #include "kernels/cuda/launch.h"
 
