@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "memory/status.h"
-#include "runtime/disk.h"
+#include "runtime/files/disk.h"
 #include "runtime/kept_prefixes.h"
 
 namespace vattn {

@@ -6,10 +6,10 @@
 
 #include "memory/status.h"
 #include "runtime/quantiles.h"
-#include "runtime/disk.h"
+#include "runtime/files/disk.h"
 #include "runtime/kept_prefixes.h"
 #include "runtime/sequence.h"
-#include "runtime/sequence_file.h"
+#include "runtime/files/sequence_file.h"
 
 namespace vattn {
 namespace {

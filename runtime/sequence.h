@@ -11,7 +11,7 @@
 
 #include "absl/status/statusor.h"
 #include "runtime/cuda/sequence.h"
-#include "runtime/disk.h"
+#include "runtime/files/disk.h"
 #include "runtime/layer.h"
 #include "runtime/runtime.h"
 

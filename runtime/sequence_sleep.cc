@@ -3,9 +3,9 @@
 
 #include "absl/cleanup/cleanup.h"
 #include "memory/status.h"
-#include "runtime/disk.h"
+#include "runtime/files/disk.h"
+#include "runtime/files/sequence_file.h"
 #include "runtime/sequence.h"
-#include "runtime/sequence_file.h"
 
 namespace vattn {
 namespace {

@@ -45,7 +45,7 @@ void CompareSteps(Twins& twins, float query_sigma, int steps) {
   ExpectAlike(tally);
 }
 
-// Payloads of a saved sequence, and the types of its records (runtime/sequence_file.h).
+// Payloads of a saved sequence, and the types of its records (runtime/files/sequence_file.h).
 struct Saved {
   explicit Saved(const std::filesystem::path& path) {
     std::ifstream file(path, std::ios::binary);

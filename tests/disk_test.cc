@@ -1,5 +1,5 @@
 // The disk of a runtime: stored prefixes, spilled sequences, ownership, damage.
-#include "runtime/disk.h"
+#include "runtime/files/disk.h"
 
 #include <fcntl.h>
 #include <sys/wait.h>

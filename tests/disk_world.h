@@ -16,7 +16,7 @@
 
 #include "memory/file_ops.h"
 #include "memory/status.h"
-#include "runtime/disk.h"
+#include "runtime/files/disk.h"
 #include "runtime/prefixes.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"

@@ -14,9 +14,9 @@
 #include "memory/checksum.h"
 #include "memory/status.h"
 #include "runtime/batch.h"
+#include "runtime/files/sequence_file.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
-#include "runtime/sequence_file.h"
 #include "tests/fuzz/input.h"
 
 namespace vattn::test {

@@ -1,4 +1,4 @@
-#include "runtime/sequence_file.h"
+#include "runtime/files/sequence_file.h"
 
 #include <cstring>
 #include <span>

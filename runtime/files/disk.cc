@@ -1,4 +1,4 @@
-#include "runtime/disk.h"
+#include "runtime/files/disk.h"
 
 #include <algorithm>
 #include <new>
@@ -7,8 +7,8 @@
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "memory/status.h"
+#include "runtime/files/sequence_file.h"
 #include "runtime/sequence.h"
-#include "runtime/sequence_file.h"
 
 namespace vattn {
 namespace {

@@ -1,6 +1,6 @@
 // The directory that a runtime owns: spilled sequences, and prefixes that outlive the process.
-#ifndef VATTN_RUNTIME_DISK_H_
-#define VATTN_RUNTIME_DISK_H_
+#ifndef VATTN_RUNTIME_FILES_DISK_H_
+#define VATTN_RUNTIME_FILES_DISK_H_
 
 #include <cstdint>
 #include <functional>
@@ -101,4 +101,4 @@ class Disk {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_DISK_H_
+#endif  // VATTN_RUNTIME_FILES_DISK_H_

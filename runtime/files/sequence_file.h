@@ -1,6 +1,6 @@
 // Saved sequences: what their files hold, and what can be asked of one without a sequence.
-#ifndef VATTN_RUNTIME_SEQUENCE_FILE_H_
-#define VATTN_RUNTIME_SEQUENCE_FILE_H_
+#ifndef VATTN_RUNTIME_FILES_SEQUENCE_FILE_H_
+#define VATTN_RUNTIME_FILES_SEQUENCE_FILE_H_
 
 #include <cstdint>
 #include <memory>
@@ -52,4 +52,4 @@ absl::StatusOr<StoredPrefix> ReadPrefix(SnapshotReader& reader, const std::strin
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_SEQUENCE_FILE_H_
+#endif  // VATTN_RUNTIME_FILES_SEQUENCE_FILE_H_
