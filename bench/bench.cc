@@ -6,7 +6,7 @@
 
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/encode.h"
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 #include "runtime/options.h"
 #include "runtime/quantiles.h"
 

@@ -10,7 +10,7 @@
 #include "memory/device.h"
 #include "memory/host_store.h"
 #include "runtime/cpu/hot_set.h"
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 
 namespace vattn {
 

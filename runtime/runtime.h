@@ -16,9 +16,9 @@
 #include "memory/host_store.h"
 #include "memory/transfer_queue.h"
 #include "runtime/cuda/backend.h"
+#include "runtime/index/profile.h"
+#include "runtime/index/sign_maps.h"
 #include "runtime/options.h"
-#include "runtime/profile.h"
-#include "runtime/sign_maps.h"
 #include "runtime/stats.h"
 
 namespace vattn {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "kernels/params.h"
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 
 namespace vattn {
 

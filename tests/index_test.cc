@@ -1,4 +1,4 @@
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "runtime/profile.h"
+#include "runtime/index/profile.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

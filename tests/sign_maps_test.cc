@@ -1,4 +1,4 @@
-#include "runtime/sign_maps.h"
+#include "runtime/index/sign_maps.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

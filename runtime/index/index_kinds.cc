@@ -1,4 +1,4 @@
-#include "runtime/index_kinds.h"
+#include "runtime/index/index_kinds.h"
 
 #include <Eigen/Cholesky>
 #include <algorithm>

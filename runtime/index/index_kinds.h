@@ -1,11 +1,11 @@
 // Tables of the kinds of index beside the balanced one (ALGORITHM 3, PEERS 3).
-#ifndef VATTN_RUNTIME_INDEX_KINDS_H_
-#define VATTN_RUNTIME_INDEX_KINDS_H_
+#ifndef VATTN_RUNTIME_INDEX_INDEX_KINDS_H_
+#define VATTN_RUNTIME_INDEX_INDEX_KINDS_H_
 
 #include <Eigen/Core>
 #include <cstdint>
 
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 
 namespace vattn {
 
@@ -33,4 +33,4 @@ void FillCentroids(const Storage& storage, const KeySample& sample, float* centr
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_INDEX_KINDS_H_
+#endif  // VATTN_RUNTIME_INDEX_INDEX_KINDS_H_

@@ -1,4 +1,4 @@
-#include "runtime/tensor_file.h"
+#include "runtime/index/tensor_file.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,8 +1,8 @@
-#include "runtime/sign_maps.h"
+#include "runtime/index/sign_maps.h"
 
 #include <algorithm>
 
-#include "runtime/tensor_file.h"
+#include "runtime/index/tensor_file.h"
 
 namespace vattn {
 

@@ -1,13 +1,13 @@
 // Model profiles: what an index is calibrated on when a sequence brings no queries (ALGORITHM 3).
-#ifndef VATTN_RUNTIME_PROFILE_H_
-#define VATTN_RUNTIME_PROFILE_H_
+#ifndef VATTN_RUNTIME_INDEX_PROFILE_H_
+#define VATTN_RUNTIME_INDEX_PROFILE_H_
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 #include "runtime/options.h"
 
 namespace vattn {
@@ -35,4 +35,4 @@ class Profile {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_PROFILE_H_
+#endif  // VATTN_RUNTIME_INDEX_PROFILE_H_

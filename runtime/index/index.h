@@ -1,6 +1,6 @@
 // The index of one (sequence, layer, KV head): calibration and frozen tables (ALGORITHM 3).
-#ifndef VATTN_RUNTIME_INDEX_H_
-#define VATTN_RUNTIME_INDEX_H_
+#ifndef VATTN_RUNTIME_INDEX_INDEX_H_
+#define VATTN_RUNTIME_INDEX_INDEX_H_
 
 #include <cstdint>
 #include <memory>
@@ -70,4 +70,4 @@ class Index {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_INDEX_H_
+#endif  // VATTN_RUNTIME_INDEX_INDEX_H_

@@ -1,11 +1,11 @@
-#include "runtime/profile.h"
+#include "runtime/index/profile.h"
 
 #include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <utility>
 
-#include "runtime/tensor_file.h"
+#include "runtime/index/tensor_file.h"
 
 namespace vattn {
 namespace {

@@ -1,12 +1,12 @@
 // Learned maps of VATTN_INDEX_SIGN, the same for all sequences of a runtime (HashAttention, PEERS 3).
-#ifndef VATTN_RUNTIME_SIGN_MAPS_H_
-#define VATTN_RUNTIME_SIGN_MAPS_H_
+#ifndef VATTN_RUNTIME_INDEX_SIGN_MAPS_H_
+#define VATTN_RUNTIME_INDEX_SIGN_MAPS_H_
 
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 #include "runtime/options.h"
 
 namespace vattn {
@@ -29,4 +29,4 @@ class SignMaps {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_SIGN_MAPS_H_
+#endif  // VATTN_RUNTIME_INDEX_SIGN_MAPS_H_

@@ -1,4 +1,4 @@
-#include "runtime/index.h"
+#include "runtime/index/index.h"
 
 #include <Eigen/Cholesky>
 #include <Eigen/Dense>
@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "runtime/index_kinds.h"
+#include "runtime/index/index_kinds.h"
 
 namespace vattn {
 namespace {

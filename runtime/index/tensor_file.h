@@ -1,6 +1,6 @@
 // Reader of the library's own small safetensors files: profiles and learned maps.
-#ifndef VATTN_RUNTIME_TENSOR_FILE_H_
-#define VATTN_RUNTIME_TENSOR_FILE_H_
+#ifndef VATTN_RUNTIME_INDEX_TENSOR_FILE_H_
+#define VATTN_RUNTIME_INDEX_TENSOR_FILE_H_
 
 #include <cstdint>
 #include <fstream>
@@ -55,4 +55,4 @@ class TensorFile {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_TENSOR_FILE_H_
+#endif  // VATTN_RUNTIME_INDEX_TENSOR_FILE_H_
