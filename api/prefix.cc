@@ -4,7 +4,7 @@
 
 #include "api/calls.h"
 #include "api/sequence_params.h"
-#include "runtime/prefixes.h"
+#include "runtime/prefix/tiers.h"
 
 static_assert(static_cast<int>(vattn::PrefixTier::kDisk) == VATTN_TIER_DISK);
 

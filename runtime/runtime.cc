@@ -7,7 +7,7 @@
 #include "memory/status.h"
 #include "runtime/quantiles.h"
 #include "runtime/files/disk.h"
-#include "runtime/kept_prefixes.h"
+#include "runtime/prefix/memory.h"
 #include "runtime/sequence.h"
 #include "runtime/files/sequence_file.h"
 

@@ -17,7 +17,7 @@
 #include "memory/file_ops.h"
 #include "memory/status.h"
 #include "runtime/files/disk.h"
-#include "runtime/prefixes.h"
+#include "runtime/prefix/tiers.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
 

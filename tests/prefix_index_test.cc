@@ -1,4 +1,4 @@
-#include "runtime/prefix_index.h"
+#include "runtime/prefix/lookup.h"
 
 #include <gtest/gtest.h>
 
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime/prefix.h"
+#include "runtime/prefix/prefix.h"
 
 namespace vattn {
 namespace {

@@ -13,8 +13,8 @@
 #include "memory/owned_directory.h"
 #include "memory/transfer_queue.h"
 #include "runtime/options.h"
-#include "runtime/prefix.h"
-#include "runtime/prefix_index.h"
+#include "runtime/prefix/lookup.h"
+#include "runtime/prefix/prefix.h"
 #include "runtime/stats.h"
 
 namespace vattn {

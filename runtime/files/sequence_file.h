@@ -8,7 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "memory/snapshot.h"
-#include "runtime/prefix.h"
+#include "runtime/prefix/prefix.h"
 #include "runtime/runtime.h"
 
 namespace vattn {

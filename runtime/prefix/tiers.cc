@@ -1,10 +1,10 @@
-#include "runtime/prefixes.h"
+#include "runtime/prefix/tiers.h"
 
 #include <utility>
 
 #include "memory/status.h"
 #include "runtime/files/disk.h"
-#include "runtime/kept_prefixes.h"
+#include "runtime/prefix/memory.h"
 
 namespace vattn {
 

@@ -1,4 +1,4 @@
-#include "runtime/kept_prefixes.h"
+#include "runtime/prefix/memory.h"
 
 #include <algorithm>
 #include <utility>

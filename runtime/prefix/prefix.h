@@ -1,6 +1,6 @@
 // What a stored prefix is found by.
-#ifndef VATTN_RUNTIME_PREFIX_H_
-#define VATTN_RUNTIME_PREFIX_H_
+#ifndef VATTN_RUNTIME_PREFIX_PREFIX_H_
+#define VATTN_RUNTIME_PREFIX_PREFIX_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -46,4 +46,4 @@ inline absl::Status NoSuchPrefixError(const Prefix& prefix) {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_PREFIX_H_
+#endif  // VATTN_RUNTIME_PREFIX_PREFIX_H_

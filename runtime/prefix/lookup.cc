@@ -1,4 +1,4 @@
-#include "runtime/prefix_index.h"
+#include "runtime/prefix/lookup.h"
 
 #include <algorithm>
 #include <utility>

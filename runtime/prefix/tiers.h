@@ -1,13 +1,13 @@
 // Stored prefixes, wherever they are: kept in the host pool, or files of the runtime's directory.
-#ifndef VATTN_RUNTIME_PREFIXES_H_
-#define VATTN_RUNTIME_PREFIXES_H_
+#ifndef VATTN_RUNTIME_PREFIX_TIERS_H_
+#define VATTN_RUNTIME_PREFIX_TIERS_H_
 
 #include <cstdint>
 #include <memory>
 #include <string>
 
 #include "absl/status/statusor.h"
-#include "runtime/prefix.h"
+#include "runtime/prefix/prefix.h"
 #include "runtime/sequence.h"
 
 namespace vattn {
@@ -27,4 +27,4 @@ absl::Status ForgetPrefixes(Runtime& runtime, const std::string& salt, int64_t* 
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_PREFIXES_H_
+#endif  // VATTN_RUNTIME_PREFIX_TIERS_H_

@@ -1,6 +1,6 @@
 // Which file, or what else has a name, holds which prefix: bookkeeping, without files.
-#ifndef VATTN_RUNTIME_PREFIX_INDEX_H_
-#define VATTN_RUNTIME_PREFIX_INDEX_H_
+#ifndef VATTN_RUNTIME_PREFIX_LOOKUP_H_
+#define VATTN_RUNTIME_PREFIX_LOOKUP_H_
 
 #include <cstdint>
 #include <map>
@@ -62,4 +62,4 @@ class PrefixIndex {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_PREFIX_INDEX_H_
+#endif  // VATTN_RUNTIME_PREFIX_LOOKUP_H_

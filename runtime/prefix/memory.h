@@ -1,6 +1,6 @@
 // Prefixes kept in the host pool: shared blocks, found by digests, given back when room is wanted.
-#ifndef VATTN_RUNTIME_KEPT_PREFIXES_H_
-#define VATTN_RUNTIME_KEPT_PREFIXES_H_
+#ifndef VATTN_RUNTIME_PREFIX_MEMORY_H_
+#define VATTN_RUNTIME_PREFIX_MEMORY_H_
 
 #include <cstdint>
 #include <map>
@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "runtime/layer.h"
-#include "runtime/prefix.h"
-#include "runtime/prefix_index.h"
+#include "runtime/prefix/lookup.h"
+#include "runtime/prefix/prefix.h"
 #include "runtime/stats.h"
 
 namespace vattn {
@@ -67,4 +67,4 @@ class KeptPrefixes {
 
 }  // namespace vattn
 
-#endif  // VATTN_RUNTIME_KEPT_PREFIXES_H_
+#endif  // VATTN_RUNTIME_PREFIX_MEMORY_H_
