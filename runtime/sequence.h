@@ -69,7 +69,7 @@ class Sequence {
   int64_t reserve_tokens() const { return reserve_tokens_; }
   absl::Status BuildIndex();
 
-  // Files: sequence_sleep.cc and sequence_file.cc.
+  // Files: sequence_sleep.cc and files/sequence_file.cc.
   absl::Status Save(const std::string& path);
   // options.id 0: that of the file.
   static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime, const std::string& path,
