@@ -1,12 +1,12 @@
-// The hostile inputs of tests/hostile_inputs.h as recordings, so that what runs on recorded attention
+// The hostile inputs of bench/hostile_inputs.h as recordings, so that what runs on recorded attention
 // runs on them.
 #ifndef VATTN_BENCH_HOSTILE_TRACE_H_
 #define VATTN_BENCH_HOSTILE_TRACE_H_
 
 #include <vector>
 
+#include "bench/hostile_inputs.h"
 #include "bench/trace.h"
-#include "tests/hostile_inputs.h"
 
 namespace vattn::bench {
 

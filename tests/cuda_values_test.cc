@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "bench/hostile_inputs.h"
 #include "tests/cuda_calls.h"
 #include "tests/cuda_twins.h"
-#include "tests/hostile_inputs.h"
 
 namespace vattn::test {
 namespace {

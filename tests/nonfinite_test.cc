@@ -10,7 +10,7 @@
 
 #include "api/vattn.h"
 #include "bench/handles.h"
-#include "tests/hostile_inputs.h"
+#include "bench/hostile_inputs.h"
 
 namespace vattn::test {
 namespace {

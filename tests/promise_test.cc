@@ -12,8 +12,8 @@
 
 #include "api/vattn.h"
 #include "bench/handles.h"
+#include "bench/hostile_inputs.h"
 #include "bench/statistics.h"
-#include "tests/hostile_inputs.h"
 
 namespace vattn::test {
 namespace {

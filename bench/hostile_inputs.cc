@@ -1,4 +1,4 @@
-#include "tests/hostile_inputs.h"
+#include "bench/hostile_inputs.h"
 
 #include <algorithm>
 #include <cmath>
