@@ -8,7 +8,7 @@
 #include <cstring>
 #include <new>
 
-#include "bench/parallel.h"
+#include "bench/cli/parallel.h"
 
 namespace vattn::bench {
 namespace {

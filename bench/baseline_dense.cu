@@ -3,9 +3,9 @@
 
 #include "bench/baseline_data.h"
 #include "bench/baseline_plan.h"
+#include "bench/cli/statistics.h"
 #include "bench/cuda_baselines.h"
 #include "bench/cuda_timing.h"
-#include "bench/statistics.h"
 
 namespace vattn::bench {
 namespace {

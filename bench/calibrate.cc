@@ -3,7 +3,7 @@
 #include <charconv>
 #include <nlohmann/json.hpp>
 
-#include "bench/dtype.h"
+#include "bench/cli/dtype.h"
 
 namespace vattn::bench {
 namespace {

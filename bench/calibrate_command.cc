@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "bench/calibrate.h"
-#include "bench/failure.h"
-#include "bench/option_arguments.h"
-#include "bench/text.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/option_arguments.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
+#include "bench/cli/statistics.h"
+#include "bench/cli/text.h"
 #include "bench/report.h"
-#include "bench/statistics.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

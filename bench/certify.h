@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/json.h"
-#include "bench/progress.h"
+#include "bench/cli/json.h"
+#include "bench/cli/progress.h"
 #include "bench/reference.h"
 #include "bench/replay.h"
 #include "bench/trace.h"

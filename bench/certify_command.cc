@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <numeric>
 
-#include "bench/text.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "bench/certify.h"
-#include "bench/environment.h"
+#include "bench/cli/environment.h"
 
 namespace vattn::bench {
 

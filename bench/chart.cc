@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "bench/text.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {

@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
-#include "bench/failure.h"
-#include "bench/parallel.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/parallel.h"
 
 namespace vattn::bench {
 

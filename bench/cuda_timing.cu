@@ -2,9 +2,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "bench/cli/statistics.h"
 #include "bench/cuda_memory.h"
 #include "bench/cuda_timing.h"
-#include "bench/statistics.h"
 
 namespace vattn::bench {
 namespace {

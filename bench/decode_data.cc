@@ -6,8 +6,8 @@
 #include <random>
 #include <string>
 
-#include "bench/dtype.h"
-#include "bench/failure.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/failure.h"
 
 namespace vattn::bench {
 namespace {

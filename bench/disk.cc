@@ -9,8 +9,8 @@
 #include <numeric>
 #include <random>
 
-#include "bench/failure.h"
-#include "bench/handles.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
 #include "bench/session.h"
 
 namespace vattn::bench {

@@ -6,12 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/statistics.h"
+#include "bench/cli/text.h"
 #include "bench/disk.h"
-#include "bench/failure.h"
-#include "bench/handles.h"
 #include "bench/replay.h"
-#include "bench/statistics.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "bench/progress.h"
+#include "bench/cli/progress.h"
 
 namespace vattn::bench {
 

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "bench/failure.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/text.h"
 #include "bench/gather.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

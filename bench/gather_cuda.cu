@@ -6,11 +6,11 @@
 #include <functional>
 #include <random>
 
+#include "bench/cli/statistics.h"
 #include "bench/cuda_memory.h"
 #include "bench/cuda_timing.h"
 #include "bench/gather.h"
 #include "bench/gather_walks.h"
-#include "bench/statistics.h"
 #include "kernels/cuda/gather.h"
 
 namespace vattn::bench {

@@ -1,4 +1,4 @@
-#include "bench/failure.h"
+#include "bench/cli/failure.h"
 #include "bench/gather.h"
 
 namespace vattn::bench {

@@ -7,12 +7,12 @@
 #include <string>
 #include <vector>
 
-#include "bench/failure.h"
-#include "bench/handles.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/option_arguments.h"
+#include "bench/cli/text.h"
 #include "bench/match.h"
-#include "bench/option_arguments.h"
 #include "bench/report.h"
-#include "bench/text.h"
 #include "bench/trace_views.h"
 
 namespace vattn::bench {

@@ -9,11 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "bench/failure.h"
-#include "bench/progress.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/progress.h"
+#include "bench/cli/statistics.h"
+#include "bench/cli/text.h"
 #include "bench/report.h"
-#include "bench/statistics.h"
-#include "bench/text.h"
 #include "memory/status.h"
 #include "runtime/batch.h"
 #include "runtime/sequence.h"

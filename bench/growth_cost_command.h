@@ -4,7 +4,7 @@
 
 #include <CLI/CLI.hpp>
 
-#include "bench/environment.h"
+#include "bench/cli/environment.h"
 
 namespace vattn::bench {
 

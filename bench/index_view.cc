@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "bench/failure.h"
+#include "bench/cli/failure.h"
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/scan.h"
 #include "kernels/sampling.h"

@@ -3,9 +3,9 @@
 #include <cmath>
 #include <limits>
 
+#include "bench/cli/settings.h"
+#include "bench/cli/text.h"
 #include "bench/report.h"
-#include "bench/settings.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

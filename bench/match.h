@@ -3,7 +3,7 @@
 #ifndef VATTN_BENCH_MATCH_H_
 #define VATTN_BENCH_MATCH_H_
 
-#include "bench/progress.h"
+#include "bench/cli/progress.h"
 #include "bench/replay.h"
 
 namespace vattn::bench {

@@ -1,8 +1,8 @@
 #include "bench/plot.h"
 
 #include "bench/chart.h"
-#include "bench/settings.h"
-#include "bench/text.h"
+#include "bench/cli/settings.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <utility>
 
-#include "bench/dtype.h"
-#include "bench/parallel.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/parallel.h"
 
 namespace vattn::bench {
 namespace {

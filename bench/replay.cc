@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "bench/handles.h"
+#include "bench/cli/handles.h"
 #include "bench/session.h"
 
 namespace vattn::bench {

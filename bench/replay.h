@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/progress.h"
+#include "bench/cli/progress.h"
 #include "bench/reference.h"
 #include "bench/trace.h"
 

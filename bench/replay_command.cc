@@ -9,14 +9,14 @@
 #include <vector>
 
 #include "bench/certify_command.h"
-#include "bench/failure.h"
-#include "bench/handles.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/option_arguments.h"
+#include "bench/cli/text.h"
 #include "bench/hostile_trace.h"
 #include "bench/match.h"
-#include "bench/option_arguments.h"
 #include "bench/plot.h"
 #include "bench/report.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

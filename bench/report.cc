@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "bench/settings.h"
-#include "bench/statistics.h"
-#include "bench/text.h"
+#include "bench/cli/settings.h"
+#include "bench/cli/statistics.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "bench/json.h"
+#include "bench/cli/json.h"
 #include "bench/replay.h"
 
 namespace vattn::bench {

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "bench/dtype.h"
+#include "bench/cli/dtype.h"
 
 namespace vattn::bench {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <utility>
 
-#include "bench/dtype.h"
+#include "bench/cli/dtype.h"
 
 namespace vattn::bench {
 namespace {

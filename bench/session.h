@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/handles.h"
+#include "bench/cli/handles.h"
 #include "bench/reused_scores.h"
 #include "bench/trace.h"
 

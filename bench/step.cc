@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <chrono>
 
-#include "bench/dtype.h"
-#include "bench/environment.h"
-#include "bench/handles.h"
-#include "bench/statistics.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/environment.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/statistics.h"
 #include "bench/step_prompt.h"
 
 namespace vattn::bench {

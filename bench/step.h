@@ -7,8 +7,8 @@
 
 #include "api/vattn.h"
 #include "bench/bandwidth.h"
+#include "bench/cli/progress.h"
 #include "bench/decode_data.h"
-#include "bench/progress.h"
 
 namespace vattn::bench {
 

@@ -5,11 +5,11 @@
 #include <functional>
 
 #include "api/vattn.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/text.h"
 #include "bench/cuda_baselines.h"
 #include "bench/cuda_memory.h"
-#include "bench/failure.h"
 #include "bench/step_baselines.h"
-#include "bench/text.h"
 #include "bench/watchdog.h"
 
 namespace vattn::bench {

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "bench/cli/progress.h"
 #include "bench/decode_data.h"
-#include "bench/progress.h"
 
 namespace vattn::bench {
 

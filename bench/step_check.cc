@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "api/vattn.h"
-#include "bench/dtype.h"
-#include "bench/parallel.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/parallel.h"
 
 namespace vattn::bench {
 namespace {

@@ -9,13 +9,13 @@
 #include <string>
 #include <vector>
 
-#include "bench/failure.h"
-#include "bench/handles.h"
-#include "bench/option_arguments.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/option_arguments.h"
+#include "bench/cli/text.h"
 #include "bench/step.h"
 #include "bench/step_cuda.h"
 #include "bench/step_cuda_command.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

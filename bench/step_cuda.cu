@@ -5,11 +5,11 @@
 #include <utility>
 #include <vector>
 
+#include "bench/cli/handles.h"
+#include "bench/cli/statistics.h"
 #include "bench/cuda_baselines.h"
 #include "bench/cuda_memory.h"
 #include "bench/cuda_timing.h"
-#include "bench/handles.h"
-#include "bench/statistics.h"
 #include "bench/step_cuda.h"
 #include "bench/step_prompt.h"
 #include "bench/step_record.h"

@@ -8,8 +8,8 @@
 #include <string>
 
 #include "api/vattn.h"
+#include "bench/cli/progress.h"
 #include "bench/decode_data.h"
-#include "bench/progress.h"
 #include "bench/step_check.h"
 
 namespace vattn::bench {

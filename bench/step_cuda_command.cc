@@ -5,14 +5,14 @@
 #include <limits>
 #include <memory>
 
-#include "bench/failure.h"
-#include "bench/handles.h"
-#include "bench/progress.h"
-#include "bench/settings.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/progress.h"
+#include "bench/cli/settings.h"
+#include "bench/cli/text.h"
 #include "bench/step.h"
 #include "bench/step_baselines.h"
 #include "bench/step_cuda_report.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "api/vattn.h"
+#include "bench/cli/environment.h"
 #include "bench/decode_data.h"
-#include "bench/environment.h"
 #include "bench/step_cuda.h"
 #include "bench/trace.h"
 

@@ -1,4 +1,4 @@
-#include "bench/failure.h"
+#include "bench/cli/failure.h"
 #include "bench/step_baselines.h"
 #include "bench/step_cuda.h"
 

@@ -4,10 +4,10 @@
 #include <cmath>
 #include <numeric>
 
-#include "bench/handles.h"
-#include "bench/settings.h"
-#include "bench/statistics.h"
-#include "bench/text.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/settings.h"
+#include "bench/cli/statistics.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {

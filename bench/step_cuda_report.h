@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "api/vattn.h"
+#include "bench/cli/json.h"
 #include "bench/decode_data.h"
-#include "bench/json.h"
 #include "bench/step_baselines.h"
 #include "bench/step_cuda.h"
 

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "bench/dtype.h"
-#include "bench/handles.h"
-#include "bench/parallel.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/parallel.h"
 
 namespace vattn::bench {
 namespace {

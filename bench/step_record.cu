@@ -2,10 +2,10 @@
 #include <string>
 #include <utility>
 
-#include "bench/dtype.h"
-#include "bench/failure.h"
-#include "bench/handles.h"
-#include "bench/statistics.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/statistics.h"
 #include "bench/step_record.h"
 
 namespace vattn::bench {

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "api/vattn.h"
+#include "bench/cli/progress.h"
 #include "bench/cuda_memory.h"
 #include "bench/decode_data.h"
-#include "bench/progress.h"
 #include "bench/step_check.h"
 #include "bench/step_cuda.h"
 #include "bench/step_prompt.h"

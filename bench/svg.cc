@@ -1,6 +1,6 @@
 #include "bench/svg.h"
 
-#include "bench/text.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {

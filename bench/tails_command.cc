@@ -7,14 +7,14 @@
 #include <string>
 #include <vector>
 
-#include "bench/option_arguments.h"
-#include "bench/progress.h"
+#include "bench/cli/option_arguments.h"
+#include "bench/cli/progress.h"
+#include "bench/cli/settings.h"
+#include "bench/cli/statistics.h"
+#include "bench/cli/text.h"
 #include "bench/replay.h"
 #include "bench/report.h"
-#include "bench/settings.h"
-#include "bench/statistics.h"
 #include "bench/tails_measure.h"
-#include "bench/text.h"
 
 namespace vattn::bench {
 namespace {

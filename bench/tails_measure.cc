@@ -8,8 +8,8 @@
 #include <span>
 #include <utility>
 
-#include "bench/dtype.h"
-#include "bench/failure.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/failure.h"
 #include "bench/index_view.h"
 #include "bench/tail_tables.h"
 #include "bench/tail_terms.h"

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/progress.h"
+#include "bench/cli/progress.h"
 #include "bench/trace.h"
 
 namespace vattn::bench {

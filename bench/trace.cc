@@ -9,8 +9,8 @@
 #include <sstream>
 #include <system_error>
 
-#include "bench/dtype.h"
-#include "bench/failure.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/failure.h"
 
 namespace vattn::bench {
 namespace {

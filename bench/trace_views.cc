@@ -4,8 +4,8 @@
 #include <functional>
 #include <string>
 
-#include "bench/dtype.h"
-#include "bench/failure.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/failure.h"
 
 namespace vattn::bench {
 namespace {

@@ -6,15 +6,15 @@
 #include <string>
 #include <vector>
 
-#include "bench/failure.h"
-#include "bench/handles.h"
-#include "bench/option_arguments.h"
-#include "bench/progress.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/option_arguments.h"
+#include "bench/cli/progress.h"
+#include "bench/cli/settings.h"
+#include "bench/cli/statistics.h"
+#include "bench/cli/text.h"
 #include "bench/replay.h"
 #include "bench/report.h"
-#include "bench/settings.h"
-#include "bench/statistics.h"
-#include "bench/text.h"
 #include "bench/zoo_scan.h"
 
 namespace vattn::bench {

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "api/vattn.hpp"
-#include "bench/dtype.h"
-#include "bench/environment.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/environment.h"
 
 namespace vattn::bench {
 namespace {

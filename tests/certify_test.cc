@@ -7,8 +7,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "bench/cli/statistics.h"
 #include "bench/hostile_trace.h"
-#include "bench/statistics.h"
 #include "bench/trace_views.h"
 
 namespace vattn::bench {

@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "bench/environment.h"
-#include "bench/text.h"
+#include "bench/cli/environment.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {

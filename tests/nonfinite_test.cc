@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/handles.h"
+#include "bench/cli/handles.h"
 #include "bench/hostile_inputs.h"
 
 namespace vattn::test {

@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/handles.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/statistics.h"
 #include "bench/hostile_inputs.h"
-#include "bench/statistics.h"
 
 namespace vattn::test {
 namespace {

@@ -6,10 +6,10 @@
 #include <string>
 
 #include "api/vattn.h"
+#include "bench/cli/statistics.h"
 #include "bench/reference.h"
 #include "bench/replay.h"
 #include "bench/report.h"
-#include "bench/statistics.h"
 #include "bench/trace.h"
 
 namespace vattn::bench {

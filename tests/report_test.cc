@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "bench/statistics.h"
+#include "bench/cli/statistics.h"
 
 namespace vattn::bench {
 namespace {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "bench/statistics.h"
+#include "bench/cli/statistics.h"
 
 namespace vattn::test {
 namespace {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/dtype.h"
+#include "bench/cli/dtype.h"
 #include "bench/step_prompt.h"
 
 namespace vattn::bench {

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/progress.h"
+#include "bench/cli/progress.h"
+#include "bench/cli/statistics.h"
 #include "bench/replay.h"
-#include "bench/statistics.h"
 #include "bench/tail_tables.h"
 #include "bench/tails_measure.h"
 #include "kernels/sampling.h"

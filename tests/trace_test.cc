@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/dtype.h"
-#include "bench/failure.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/failure.h"
 
 namespace vattn::bench {
 namespace {

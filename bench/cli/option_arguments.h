@@ -1,6 +1,6 @@
 // The library's options as command line arguments, shared by the subcommands.
-#ifndef VATTN_BENCH_OPTION_ARGUMENTS_H_
-#define VATTN_BENCH_OPTION_ARGUMENTS_H_
+#ifndef VATTN_BENCH_CLI_OPTION_ARGUMENTS_H_
+#define VATTN_BENCH_CLI_OPTION_ARGUMENTS_H_
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/settings.h"
+#include "bench/cli/settings.h"
 #include "bench/trace.h"
 
 namespace vattn::bench {
@@ -57,4 +57,4 @@ class OptionArguments {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_OPTION_ARGUMENTS_H_
+#endif  // VATTN_BENCH_CLI_OPTION_ARGUMENTS_H_

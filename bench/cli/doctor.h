@@ -1,10 +1,10 @@
 // `vattn doctor`: what this machine offers.
-#ifndef VATTN_BENCH_DOCTOR_H_
-#define VATTN_BENCH_DOCTOR_H_
+#ifndef VATTN_BENCH_CLI_DOCTOR_H_
+#define VATTN_BENCH_CLI_DOCTOR_H_
 
 #include <CLI/CLI.hpp>
 
-#include "bench/environment.h"
+#include "bench/cli/environment.h"
 
 namespace vattn::bench {
 
@@ -12,4 +12,4 @@ void AddDoctorCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_DOCTOR_H_
+#endif  // VATTN_BENCH_CLI_DOCTOR_H_

@@ -1,7 +1,7 @@
 // How the command line reports what went wrong. The tools throw (CLI11 and nlohmann-json do as
 // well) and main turns the exception into a text and an exit code.
-#ifndef VATTN_BENCH_FAILURE_H_
-#define VATTN_BENCH_FAILURE_H_
+#ifndef VATTN_BENCH_CLI_FAILURE_H_
+#define VATTN_BENCH_CLI_FAILURE_H_
 
 #include <stdexcept>
 #include <string>
@@ -20,4 +20,4 @@ class UsageError : public std::runtime_error {  // exit code 2: the command line
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_FAILURE_H_
+#endif  // VATTN_BENCH_CLI_FAILURE_H_

@@ -1,6 +1,6 @@
 // Element types of traces and runtimes, to and from float.
-#ifndef VATTN_BENCH_DTYPE_H_
-#define VATTN_BENCH_DTYPE_H_
+#ifndef VATTN_BENCH_CLI_DTYPE_H_
+#define VATTN_BENCH_CLI_DTYPE_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -19,4 +19,4 @@ void FromFloat(int32_t dtype, const float* from, size_t count, void* to);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_DTYPE_H_
+#endif  // VATTN_BENCH_CLI_DTYPE_H_

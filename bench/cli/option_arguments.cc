@@ -1,8 +1,8 @@
-#include "bench/option_arguments.h"
+#include "bench/cli/option_arguments.h"
 
 #include <numeric>
 
-#include "bench/failure.h"
+#include "bench/cli/failure.h"
 
 namespace vattn::bench {
 

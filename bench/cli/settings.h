@@ -1,6 +1,6 @@
 // Names of the library's choices on the command line and in JSON, and settings in words.
-#ifndef VATTN_BENCH_SETTINGS_H_
-#define VATTN_BENCH_SETTINGS_H_
+#ifndef VATTN_BENCH_CLI_SETTINGS_H_
+#define VATTN_BENCH_CLI_SETTINGS_H_
 
 #include <cstdint>
 #include <string>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/json.h"
+#include "bench/cli/json.h"
 
 namespace vattn::bench {
 
@@ -33,4 +33,4 @@ std::string DescribeCodes(const vattn_options& options);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_SETTINGS_H_
+#endif  // VATTN_BENCH_CLI_SETTINGS_H_

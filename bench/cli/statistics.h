@@ -1,6 +1,6 @@
 // The few statistics that the reports are made of.
-#ifndef VATTN_BENCH_STATISTICS_H_
-#define VATTN_BENCH_STATISTICS_H_
+#ifndef VATTN_BENCH_CLI_STATISTICS_H_
+#define VATTN_BENCH_CLI_STATISTICS_H_
 
 #include <cstdint>
 #include <vector>
@@ -25,4 +25,4 @@ double Sharpness(const std::vector<double>& errors, double epsilon, double delta
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STATISTICS_H_
+#endif  // VATTN_BENCH_CLI_STATISTICS_H_

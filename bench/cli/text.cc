@@ -1,4 +1,4 @@
-#include "bench/text.h"
+#include "bench/cli/text.h"
 
 #include <algorithm>
 #include <charconv>

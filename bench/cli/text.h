@@ -1,6 +1,6 @@
 // Numbers as text, and markdown tables.
-#ifndef VATTN_BENCH_TEXT_H_
-#define VATTN_BENCH_TEXT_H_
+#ifndef VATTN_BENCH_CLI_TEXT_H_
+#define VATTN_BENCH_CLI_TEXT_H_
 
 #include <cstdint>
 #include <string>
@@ -25,4 +25,4 @@ std::string MarkdownTable(const std::vector<std::vector<std::string>>& rows);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_TEXT_H_
+#endif  // VATTN_BENCH_CLI_TEXT_H_

@@ -1,9 +1,9 @@
-#include "bench/handles.h"
+#include "bench/cli/handles.h"
 
 #include <string>
 
-#include "bench/dtype.h"
-#include "bench/failure.h"
+#include "bench/cli/dtype.h"
+#include "bench/cli/failure.h"
 
 namespace vattn::bench {
 

@@ -1,4 +1,4 @@
-#include "bench/dtype.h"
+#include "bench/cli/dtype.h"
 
 #include <bit>
 #include <cstring>

@@ -1,13 +1,13 @@
-#include "bench/doctor.h"
+#include "bench/cli/doctor.h"
 
 #include <cstdio>
 #include <memory>
 #include <string>
 
 #include "api/vattn.h"
-#include "bench/failure.h"
-#include "bench/handles.h"
-#include "bench/json.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/handles.h"
+#include "bench/cli/json.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,6 +1,6 @@
 // Threads for the tools' own work. The library brings its own.
-#ifndef VATTN_BENCH_PARALLEL_H_
-#define VATTN_BENCH_PARALLEL_H_
+#ifndef VATTN_BENCH_CLI_PARALLEL_H_
+#define VATTN_BENCH_CLI_PARALLEL_H_
 
 #include <atomic>
 #include <cstdint>
@@ -37,4 +37,4 @@ void ParallelFor(int num_threads, int64_t count, Body&& body) {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_PARALLEL_H_
+#endif  // VATTN_BENCH_CLI_PARALLEL_H_

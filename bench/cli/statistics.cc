@@ -1,4 +1,4 @@
-#include "bench/statistics.h"
+#include "bench/cli/statistics.h"
 
 #include <algorithm>
 #include <boost/math/special_functions/beta.hpp>

@@ -1,6 +1,6 @@
-#include "bench/settings.h"
+#include "bench/cli/settings.h"
 
-#include "bench/text.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 

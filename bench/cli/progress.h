@@ -1,6 +1,6 @@
 // One line on stderr that is rewritten in place; nothing at all when stderr is no terminal.
-#ifndef VATTN_BENCH_PROGRESS_H_
-#define VATTN_BENCH_PROGRESS_H_
+#ifndef VATTN_BENCH_CLI_PROGRESS_H_
+#define VATTN_BENCH_CLI_PROGRESS_H_
 
 #include <unistd.h>
 
@@ -37,4 +37,4 @@ class Progress {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_PROGRESS_H_
+#endif  // VATTN_BENCH_CLI_PROGRESS_H_

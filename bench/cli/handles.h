@@ -1,6 +1,6 @@
 // Owners of the C API's handles, and its codes as exceptions.
-#ifndef VATTN_BENCH_HANDLES_H_
-#define VATTN_BENCH_HANDLES_H_
+#ifndef VATTN_BENCH_CLI_HANDLES_H_
+#define VATTN_BENCH_CLI_HANDLES_H_
 
 #include <cstdint>
 #include <memory>
@@ -35,4 +35,4 @@ int64_t RowBytes(const vattn_options& options);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_HANDLES_H_
+#endif  // VATTN_BENCH_CLI_HANDLES_H_

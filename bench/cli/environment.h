@@ -1,12 +1,12 @@
 // What a result depends on beside its settings, captured in every JSON file.
-#ifndef VATTN_BENCH_ENVIRONMENT_H_
-#define VATTN_BENCH_ENVIRONMENT_H_
+#ifndef VATTN_BENCH_CLI_ENVIRONMENT_H_
+#define VATTN_BENCH_CLI_ENVIRONMENT_H_
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "bench/json.h"
+#include "bench/cli/json.h"
 
 namespace vattn::bench {
 
@@ -43,4 +43,4 @@ void WriteFile(const std::string& path, const std::string& text);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_ENVIRONMENT_H_
+#endif  // VATTN_BENCH_CLI_ENVIRONMENT_H_

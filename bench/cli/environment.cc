@@ -1,4 +1,4 @@
-#include "bench/environment.h"
+#include "bench/cli/environment.h"
 
 #include <sched.h>
 #include <sys/utsname.h>
@@ -8,8 +8,8 @@
 #include <fstream>
 
 #include "api/vattn.h"
-#include "bench/failure.h"
-#include "bench/text.h"
+#include "bench/cli/failure.h"
+#include "bench/cli/text.h"
 
 namespace vattn::bench {
 namespace {
