@@ -10,9 +10,9 @@
 #include "api/vattn.h"
 #include "bench/cli/json.h"
 #include "bench/cli/progress.h"
-#include "bench/reference.h"
 #include "bench/replay.h"
-#include "bench/trace.h"
+#include "bench/trace/reference.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 

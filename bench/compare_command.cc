@@ -11,7 +11,7 @@
 #include "bench/cli/text.h"
 #include "bench/match.h"
 #include "bench/report.h"
-#include "bench/trace_views.h"
+#include "bench/trace/trace_views.h"
 
 namespace vattn::bench {
 namespace {

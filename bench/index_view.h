@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
 

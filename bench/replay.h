@@ -7,8 +7,8 @@
 
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
-#include "bench/reference.h"
-#include "bench/trace.h"
+#include "bench/trace/reference.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 

@@ -13,10 +13,10 @@
 #include "bench/cli/handles.h"
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
-#include "bench/hostile_trace.h"
 #include "bench/match.h"
 #include "bench/plot.h"
 #include "bench/report.h"
+#include "bench/trace/hostile_trace.h"
 
 namespace vattn::bench {
 namespace {

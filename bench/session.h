@@ -11,8 +11,8 @@
 
 #include "api/vattn.h"
 #include "bench/cli/handles.h"
-#include "bench/reused_scores.h"
-#include "bench/trace.h"
+#include "bench/trace/reused_scores.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 

@@ -8,7 +8,7 @@
 #include "api/vattn.h"
 #include "bench/bandwidth.h"
 #include "bench/cli/progress.h"
-#include "bench/decode_data.h"
+#include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
 

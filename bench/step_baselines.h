@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bench/cli/progress.h"
-#include "bench/decode_data.h"
+#include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "bench/decode_data.h"
+#include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
 

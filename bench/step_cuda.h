@@ -9,8 +9,8 @@
 
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
-#include "bench/decode_data.h"
 #include "bench/step_check.h"
+#include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
 

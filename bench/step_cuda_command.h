@@ -8,9 +8,9 @@
 
 #include "api/vattn.h"
 #include "bench/cli/environment.h"
-#include "bench/decode_data.h"
 #include "bench/step_cuda.h"
-#include "bench/trace.h"
+#include "bench/trace/decode_data.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 

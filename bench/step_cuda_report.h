@@ -8,9 +8,9 @@
 
 #include "api/vattn.h"
 #include "bench/cli/json.h"
-#include "bench/decode_data.h"
 #include "bench/step_baselines.h"
 #include "bench/step_cuda.h"
+#include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
 

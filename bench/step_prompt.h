@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/decode_data.h"
+#include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
 

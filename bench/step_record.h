@@ -11,10 +11,10 @@
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
 #include "bench/cuda_memory.h"
-#include "bench/decode_data.h"
 #include "bench/step_check.h"
 #include "bench/step_cuda.h"
 #include "bench/step_prompt.h"
+#include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
 

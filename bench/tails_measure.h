@@ -8,7 +8,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 

@@ -5,7 +5,6 @@
 #include <exception>
 
 #include "api/vattn.h"
-#include "bench/calibrate_command.h"
 #include "bench/cli/doctor.h"
 #include "bench/cli/environment.h"
 #include "bench/cli/failure.h"
@@ -17,6 +16,7 @@
 #include "bench/replay_command.h"
 #include "bench/step_command.h"
 #include "bench/tails_command.h"
+#include "bench/trace/calibrate_command.h"
 #include "bench/zoo_command.h"
 
 int main(int argc, char** argv) {

@@ -8,7 +8,7 @@
 #include <span>
 
 #include "bench/index_view.h"
-#include "bench/reused_scores.h"
+#include "bench/trace/reused_scores.h"
 #include "kernels/cpu/scan.h"
 
 namespace vattn::bench {

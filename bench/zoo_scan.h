@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 

@@ -8,8 +8,8 @@
 #include <cstring>
 
 #include "bench/cli/statistics.h"
-#include "bench/hostile_trace.h"
-#include "bench/trace_views.h"
+#include "bench/trace/hostile_trace.h"
+#include "bench/trace/trace_views.h"
 
 namespace vattn::bench {
 namespace {

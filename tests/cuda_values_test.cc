@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "bench/hostile_inputs.h"
+#include "bench/trace/hostile_inputs.h"
 #include "tests/cuda_calls.h"
 #include "tests/cuda_twins.h"
 

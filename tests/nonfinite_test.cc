@@ -10,7 +10,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/handles.h"
-#include "bench/hostile_inputs.h"
+#include "bench/trace/hostile_inputs.h"
 
 namespace vattn::test {
 namespace {

@@ -13,7 +13,7 @@
 #include "api/vattn.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/statistics.h"
-#include "bench/hostile_inputs.h"
+#include "bench/trace/hostile_inputs.h"
 
 namespace vattn::test {
 namespace {

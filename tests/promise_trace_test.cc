@@ -7,10 +7,10 @@
 
 #include "api/vattn.h"
 #include "bench/cli/statistics.h"
-#include "bench/reference.h"
 #include "bench/replay.h"
 #include "bench/report.h"
-#include "bench/trace.h"
+#include "bench/trace/reference.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/settings.h"
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 

@@ -1,4 +1,4 @@
-#include "bench/hostile_inputs.h"
+#include "bench/trace/hostile_inputs.h"
 
 #include <algorithm>
 #include <cmath>

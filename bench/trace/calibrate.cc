@@ -1,4 +1,4 @@
-#include "bench/calibrate.h"
+#include "bench/trace/calibrate.h"
 
 #include <charconv>
 #include <nlohmann/json.hpp>

@@ -1,13 +1,13 @@
 // External scores of a recording as PillarAttn gets them (SparseSpec, PEERS 3): every kStride steps a full
 // pass leaves its exact scores, which the steps up to and including the next full pass predict with.
-#ifndef VATTN_BENCH_REUSED_SCORES_H_
-#define VATTN_BENCH_REUSED_SCORES_H_
+#ifndef VATTN_BENCH_TRACE_REUSED_SCORES_H_
+#define VATTN_BENCH_TRACE_REUSED_SCORES_H_
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 
@@ -33,4 +33,4 @@ class ReusedScores {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_REUSED_SCORES_H_
+#endif  // VATTN_BENCH_TRACE_REUSED_SCORES_H_

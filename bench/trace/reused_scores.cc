@@ -1,4 +1,4 @@
-#include "bench/reused_scores.h"
+#include "bench/trace/reused_scores.h"
 
 #include <cmath>
 

@@ -1,11 +1,11 @@
 // Recordings made of a recording.
-#ifndef VATTN_BENCH_TRACE_VIEWS_H_
-#define VATTN_BENCH_TRACE_VIEWS_H_
+#ifndef VATTN_BENCH_TRACE_TRACE_VIEWS_H_
+#define VATTN_BENCH_TRACE_TRACE_VIEWS_H_
 
 #include <cstdint>
 #include <span>
 
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 
@@ -19,4 +19,4 @@ Trace Shorten(const Trace& trace, std::span<const int32_t> layers, int64_t promp
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_TRACE_VIEWS_H_
+#endif  // VATTN_BENCH_TRACE_TRACE_VIEWS_H_

@@ -1,7 +1,7 @@
 // Attention inputs made to break a sampled answer (RELIABILITY 7): one query against one context,
 // with the logits chosen exactly.
-#ifndef VATTN_BENCH_HOSTILE_INPUTS_H_
-#define VATTN_BENCH_HOSTILE_INPUTS_H_
+#ifndef VATTN_BENCH_TRACE_HOSTILE_INPUTS_H_
+#define VATTN_BENCH_TRACE_HOSTILE_INPUTS_H_
 
 #include <cstdint>
 #include <string>
@@ -41,4 +41,4 @@ Exact ExactAttention(const HostileInput& input, const std::vector<float>& query)
 
 }  // namespace vattn::test
 
-#endif  // VATTN_BENCH_HOSTILE_INPUTS_H_
+#endif  // VATTN_BENCH_TRACE_HOSTILE_INPUTS_H_

@@ -1,4 +1,4 @@
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 #include <algorithm>
 #include <charconv>

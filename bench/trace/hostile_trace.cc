@@ -1,4 +1,4 @@
-#include "bench/hostile_trace.h"
+#include "bench/trace/hostile_trace.h"
 
 #include <cstring>
 

@@ -1,4 +1,4 @@
-#include "bench/reference.h"
+#include "bench/trace/reference.h"
 
 #include <algorithm>
 #include <cmath>

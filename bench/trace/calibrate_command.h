@@ -1,6 +1,6 @@
 // `vattn calibrate`: a model profile from the queries of a recorded trace.
-#ifndef VATTN_BENCH_CALIBRATE_COMMAND_H_
-#define VATTN_BENCH_CALIBRATE_COMMAND_H_
+#ifndef VATTN_BENCH_TRACE_CALIBRATE_COMMAND_H_
+#define VATTN_BENCH_TRACE_CALIBRATE_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddCalibrateCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CALIBRATE_COMMAND_H_
+#endif  // VATTN_BENCH_TRACE_CALIBRATE_COMMAND_H_

@@ -5,8 +5,8 @@
 // in F32, F16 or BF16 and metadata `prompt_tokens`: step t sees tokens 0 .. prompt_tokens + t
 // inclusive. Metadata `format`, if there, says vattn-trace-1; `layers`, if there, names the model
 // layers that were recorded ("16" or "0,8,16").
-#ifndef VATTN_BENCH_TRACE_H_
-#define VATTN_BENCH_TRACE_H_
+#ifndef VATTN_BENCH_TRACE_TRACE_H_
+#define VATTN_BENCH_TRACE_TRACE_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -42,4 +42,4 @@ Trace ReadTrace(const std::string& path);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_TRACE_H_
+#endif  // VATTN_BENCH_TRACE_TRACE_H_

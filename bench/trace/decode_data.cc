@@ -1,4 +1,4 @@
-#include "bench/decode_data.h"
+#include "bench/trace/decode_data.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,12 +1,12 @@
-// The hostile inputs of bench/hostile_inputs.h as recordings, so that what runs on recorded attention
+// The hostile inputs of bench/trace/hostile_inputs.h as recordings, so that what runs on recorded attention
 // runs on them.
-#ifndef VATTN_BENCH_HOSTILE_TRACE_H_
-#define VATTN_BENCH_HOSTILE_TRACE_H_
+#ifndef VATTN_BENCH_TRACE_HOSTILE_TRACE_H_
+#define VATTN_BENCH_TRACE_HOSTILE_TRACE_H_
 
 #include <vector>
 
-#include "bench/hostile_inputs.h"
-#include "bench/trace.h"
+#include "bench/trace/hostile_inputs.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 
@@ -18,4 +18,4 @@ std::vector<Trace> HostileTraces(int64_t steps);  // where the promise must hold
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_HOSTILE_TRACE_H_
+#endif  // VATTN_BENCH_TRACE_HOSTILE_TRACE_H_

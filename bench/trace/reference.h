@@ -1,13 +1,13 @@
 // Exact attention in float64 for every (layer, query head, step) of a trace: what errors are
 // measured against.
-#ifndef VATTN_BENCH_REFERENCE_H_
-#define VATTN_BENCH_REFERENCE_H_
+#ifndef VATTN_BENCH_TRACE_REFERENCE_H_
+#define VATTN_BENCH_TRACE_REFERENCE_H_
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 
@@ -36,4 +36,4 @@ double DistanceToReference(const Reference& reference, int64_t index, const floa
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_REFERENCE_H_
+#endif  // VATTN_BENCH_TRACE_REFERENCE_H_

@@ -1,4 +1,4 @@
-#include "bench/calibrate_command.h"
+#include "bench/trace/calibrate_command.h"
 
 #include <cmath>
 #include <cstdio>
@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "bench/calibrate.h"
 #include "bench/cli/failure.h"
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
+#include "bench/trace/calibrate.h"
 
 namespace vattn::bench {
 namespace {

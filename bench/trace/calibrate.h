@@ -1,13 +1,13 @@
 // Model profiles from recorded queries (`vattn-profile-1`, see vattn_options.profile).
-#ifndef VATTN_BENCH_CALIBRATE_H_
-#define VATTN_BENCH_CALIBRATE_H_
+#ifndef VATTN_BENCH_TRACE_CALIBRATE_H_
+#define VATTN_BENCH_TRACE_CALIBRATE_H_
 
 #include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 
@@ -23,4 +23,4 @@ std::string ProfileFile(const Trace& trace, std::span<const int32_t> layers, flo
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CALIBRATE_H_
+#endif  // VATTN_BENCH_TRACE_CALIBRATE_H_

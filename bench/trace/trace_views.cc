@@ -1,4 +1,4 @@
-#include "bench/trace_views.h"
+#include "bench/trace/trace_views.h"
 
 #include <algorithm>
 #include <functional>

@@ -1,12 +1,12 @@
 // Sequences of any length for `vattn step`: a recorded trace lengthened, or made up.
-#ifndef VATTN_BENCH_DECODE_DATA_H_
-#define VATTN_BENCH_DECODE_DATA_H_
+#ifndef VATTN_BENCH_TRACE_DECODE_DATA_H_
+#define VATTN_BENCH_TRACE_DECODE_DATA_H_
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "bench/trace.h"
+#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 
@@ -50,4 +50,4 @@ std::unique_ptr<DecodeData> MakeSynthetic(const DecodeShape& shape, uint64_t see
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_DECODE_DATA_H_
+#endif  // VATTN_BENCH_TRACE_DECODE_DATA_H_
