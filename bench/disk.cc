@@ -11,7 +11,7 @@
 
 #include "bench/cli/failure.h"
 #include "bench/cli/handles.h"
-#include "bench/session.h"
+#include "bench/replay/session.h"
 
 namespace vattn::bench {
 namespace {

@@ -11,7 +11,7 @@
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
 #include "bench/disk.h"
-#include "bench/replay.h"
+#include "bench/replay/replay.h"
 
 namespace vattn::bench {
 namespace {

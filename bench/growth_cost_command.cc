@@ -13,7 +13,7 @@
 #include "bench/cli/progress.h"
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
-#include "bench/report.h"
+#include "bench/replay/report.h"
 #include "memory/status.h"
 #include "runtime/batch.h"
 #include "runtime/sequence.h"

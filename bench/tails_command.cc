@@ -12,8 +12,8 @@
 #include "bench/cli/settings.h"
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
-#include "bench/replay.h"
-#include "bench/report.h"
+#include "bench/replay/replay.h"
+#include "bench/replay/report.h"
 #include "bench/tails_measure.h"
 
 namespace vattn::bench {

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "bench/disk.h"
-#include "bench/replay.h"
+#include "bench/replay/replay.h"
 
 namespace vattn::bench {
 namespace {

@@ -7,8 +7,8 @@
 
 #include "api/vattn.h"
 #include "bench/cli/statistics.h"
-#include "bench/replay.h"
-#include "bench/report.h"
+#include "bench/replay/replay.h"
+#include "bench/replay/report.h"
 #include "bench/trace/reference.h"
 #include "bench/trace/trace.h"
 

@@ -1,4 +1,4 @@
-#include "bench/report.h"
+#include "bench/replay/report.h"
 
 #include <gtest/gtest.h>
 

@@ -15,7 +15,7 @@
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
 #include "bench/cli/statistics.h"
-#include "bench/replay.h"
+#include "bench/replay/replay.h"
 #include "bench/tail_tables.h"
 #include "bench/tails_measure.h"
 #include "kernels/sampling.h"

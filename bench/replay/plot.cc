@@ -1,8 +1,8 @@
-#include "bench/plot.h"
+#include "bench/replay/plot.h"
 
-#include "bench/chart.h"
 #include "bench/cli/settings.h"
 #include "bench/cli/text.h"
+#include "bench/replay/chart.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,12 +1,12 @@
 // `vattn replay --certify`: coverage of the promise over a grid of epsilon and delta.
-#ifndef VATTN_BENCH_CERTIFY_COMMAND_H_
-#define VATTN_BENCH_CERTIFY_COMMAND_H_
+#ifndef VATTN_BENCH_REPLAY_CERTIFY_COMMAND_H_
+#define VATTN_BENCH_REPLAY_CERTIFY_COMMAND_H_
 
 #include <string>
 #include <vector>
 
-#include "bench/certify.h"
 #include "bench/cli/environment.h"
+#include "bench/replay/certify.h"
 
 namespace vattn::bench {
 
@@ -23,4 +23,4 @@ void RunCertify(const CertifyJob& job, const std::string& json, const CommandLin
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CERTIFY_COMMAND_H_
+#endif  // VATTN_BENCH_REPLAY_CERTIFY_COMMAND_H_

@@ -1,6 +1,6 @@
 // `vattn compare`: rows over PCIe at equal error, against top-k with a uniform sample, factor by factor.
-#ifndef VATTN_BENCH_COMPARE_COMMAND_H_
-#define VATTN_BENCH_COMPARE_COMMAND_H_
+#ifndef VATTN_BENCH_REPLAY_COMPARE_COMMAND_H_
+#define VATTN_BENCH_REPLAY_COMPARE_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddCompareCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_COMPARE_COMMAND_H_
+#endif  // VATTN_BENCH_REPLAY_COMPARE_COMMAND_H_

@@ -1,4 +1,4 @@
-#include "bench/chart.h"
+#include "bench/replay/chart.h"
 
 #include <algorithm>
 #include <cmath>

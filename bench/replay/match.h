@@ -1,10 +1,10 @@
 // What the other policies need for the error that the verified policy has: the settings with which
 // their 95th percentile of the error comes down to a target while the fewest rows are read.
-#ifndef VATTN_BENCH_MATCH_H_
-#define VATTN_BENCH_MATCH_H_
+#ifndef VATTN_BENCH_REPLAY_MATCH_H_
+#define VATTN_BENCH_REPLAY_MATCH_H_
 
 #include "bench/cli/progress.h"
-#include "bench/replay.h"
+#include "bench/replay/replay.h"
 
 namespace vattn::bench {
 
@@ -22,4 +22,4 @@ vattn_options MatchTopKUniform(const Trace& trace, const ReplayPlan& plan,
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_MATCH_H_
+#endif  // VATTN_BENCH_REPLAY_MATCH_H_

@@ -1,6 +1,6 @@
 // A minimal SVG writer: shapes in, text out.
-#ifndef VATTN_BENCH_SVG_H_
-#define VATTN_BENCH_SVG_H_
+#ifndef VATTN_BENCH_REPLAY_SVG_H_
+#define VATTN_BENCH_REPLAY_SVG_H_
 
 #include <string>
 #include <vector>
@@ -37,4 +37,4 @@ class Svg {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_SVG_H_
+#endif  // VATTN_BENCH_REPLAY_SVG_H_

@@ -1,14 +1,14 @@
 // The picture of a replay: how error and selected share lie over layers and heads, and what each
 // policy's error costs.
-#ifndef VATTN_BENCH_PLOT_H_
-#define VATTN_BENCH_PLOT_H_
+#ifndef VATTN_BENCH_REPLAY_PLOT_H_
+#define VATTN_BENCH_REPLAY_PLOT_H_
 
 #include <string>
 #include <vector>
 
 #include "bench/cli/progress.h"
-#include "bench/replay.h"
-#include "bench/report.h"
+#include "bench/replay/replay.h"
+#include "bench/replay/report.h"
 
 namespace vattn::bench {
 
@@ -33,4 +33,4 @@ std::string PlotReplay(const std::string& title, const std::string& subtitle, co
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_PLOT_H_
+#endif  // VATTN_BENCH_REPLAY_PLOT_H_

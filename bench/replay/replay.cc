@@ -1,10 +1,10 @@
-#include "bench/replay.h"
+#include "bench/replay/replay.h"
 
 #include <algorithm>
 #include <optional>
 
 #include "bench/cli/handles.h"
-#include "bench/session.h"
+#include "bench/replay/session.h"
 
 namespace vattn::bench {
 namespace {

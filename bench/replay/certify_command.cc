@@ -1,4 +1,4 @@
-#include "bench/certify_command.h"
+#include "bench/replay/certify_command.h"
 
 #include <cstdio>
 #include <numeric>

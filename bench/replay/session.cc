@@ -1,4 +1,4 @@
-#include "bench/session.h"
+#include "bench/replay/session.h"
 
 #include <chrono>
 #include <cstring>

@@ -1,6 +1,6 @@
 // `vattn growth`: rows that each policy needs for the same promise against the length of the context.
-#ifndef VATTN_BENCH_GROWTH_COMMAND_H_
-#define VATTN_BENCH_GROWTH_COMMAND_H_
+#ifndef VATTN_BENCH_REPLAY_GROWTH_COMMAND_H_
+#define VATTN_BENCH_REPLAY_GROWTH_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddGrowthCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_GROWTH_COMMAND_H_
+#endif  // VATTN_BENCH_REPLAY_GROWTH_COMMAND_H_

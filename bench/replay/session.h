@@ -1,6 +1,6 @@
 // One sequence of one runtime that is fed from a trace, a step at a time.
-#ifndef VATTN_BENCH_SESSION_H_
-#define VATTN_BENCH_SESSION_H_
+#ifndef VATTN_BENCH_REPLAY_SESSION_H_
+#define VATTN_BENCH_REPLAY_SESSION_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -65,4 +65,4 @@ class Session {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_SESSION_H_
+#endif  // VATTN_BENCH_REPLAY_SESSION_H_

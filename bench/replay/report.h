@@ -1,7 +1,7 @@
 // Observations boiled down to the figures that vattn is judged by (ALGORITHM 9), as JSON and as a
 // markdown table.
-#ifndef VATTN_BENCH_REPORT_H_
-#define VATTN_BENCH_REPORT_H_
+#ifndef VATTN_BENCH_REPLAY_REPORT_H_
+#define VATTN_BENCH_REPLAY_REPORT_H_
 
 #include <cstdint>
 #include <limits>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bench/cli/json.h"
-#include "bench/replay.h"
+#include "bench/replay/replay.h"
 
 namespace vattn::bench {
 
@@ -58,4 +58,4 @@ std::string RunTable(const std::vector<const Run*>& runs);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_REPORT_H_
+#endif  // VATTN_BENCH_REPLAY_REPORT_H_

@@ -1,11 +1,11 @@
-#include "bench/match.h"
+#include "bench/replay/match.h"
 
 #include <cmath>
 #include <limits>
 
 #include "bench/cli/settings.h"
 #include "bench/cli/text.h"
-#include "bench/report.h"
+#include "bench/replay/report.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,7 +1,7 @@
 // Coverage of the promise, by layer and query head: how often a result that is flagged VERIFIED is off by
 // more than epsilon, with exact upper bounds on that probability (RELIABILITY 7).
-#ifndef VATTN_BENCH_CERTIFY_H_
-#define VATTN_BENCH_CERTIFY_H_
+#ifndef VATTN_BENCH_REPLAY_CERTIFY_H_
+#define VATTN_BENCH_REPLAY_CERTIFY_H_
 
 #include <cstdint>
 #include <string>
@@ -10,7 +10,7 @@
 #include "api/vattn.h"
 #include "bench/cli/json.h"
 #include "bench/cli/progress.h"
-#include "bench/replay.h"
+#include "bench/replay/replay.h"
 #include "bench/trace/reference.h"
 #include "bench/trace/trace.h"
 
@@ -58,4 +58,4 @@ Json CoverageJson(const Coverage& coverage);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CERTIFY_H_
+#endif  // VATTN_BENCH_REPLAY_CERTIFY_H_

@@ -1,11 +1,11 @@
 // A chart: a frame with two axes, and data drawn in its coordinates.
-#ifndef VATTN_BENCH_CHART_H_
-#define VATTN_BENCH_CHART_H_
+#ifndef VATTN_BENCH_REPLAY_CHART_H_
+#define VATTN_BENCH_REPLAY_CHART_H_
 
 #include <string>
 #include <vector>
 
-#include "bench/svg.h"
+#include "bench/replay/svg.h"
 
 namespace vattn::bench {
 
@@ -56,4 +56,4 @@ class Chart {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CHART_H_
+#endif  // VATTN_BENCH_REPLAY_CHART_H_

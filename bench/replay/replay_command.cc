@@ -1,4 +1,4 @@
-#include "bench/replay_command.h"
+#include "bench/replay/replay_command.h"
 
 #include <cstdio>
 #include <deque>
@@ -8,14 +8,14 @@
 #include <string>
 #include <vector>
 
-#include "bench/certify_command.h"
 #include "bench/cli/failure.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
-#include "bench/match.h"
-#include "bench/plot.h"
-#include "bench/report.h"
+#include "bench/replay/certify_command.h"
+#include "bench/replay/match.h"
+#include "bench/replay/plot.h"
+#include "bench/replay/report.h"
 #include "bench/trace/hostile_trace.h"
 
 namespace vattn::bench {

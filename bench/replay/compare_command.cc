@@ -1,4 +1,4 @@
-#include "bench/compare_command.h"
+#include "bench/replay/compare_command.h"
 
 #include <cstdio>
 #include <memory>
@@ -9,8 +9,8 @@
 #include "bench/cli/handles.h"
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
-#include "bench/match.h"
-#include "bench/report.h"
+#include "bench/replay/match.h"
+#include "bench/replay/report.h"
 #include "bench/trace/trace_views.h"
 
 namespace vattn::bench {

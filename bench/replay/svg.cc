@@ -1,4 +1,4 @@
-#include "bench/svg.h"
+#include "bench/replay/svg.h"
 
 #include "bench/cli/text.h"
 

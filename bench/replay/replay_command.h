@@ -1,6 +1,6 @@
 // `vattn replay`: a recorded trace through one policy, or several side by side.
-#ifndef VATTN_BENCH_REPLAY_COMMAND_H_
-#define VATTN_BENCH_REPLAY_COMMAND_H_
+#ifndef VATTN_BENCH_REPLAY_REPLAY_COMMAND_H_
+#define VATTN_BENCH_REPLAY_REPLAY_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_REPLAY_COMMAND_H_
+#endif  // VATTN_BENCH_REPLAY_REPLAY_COMMAND_H_

@@ -1,6 +1,6 @@
 // Runs one configuration over a recorded trace through the C API and writes down what came out.
-#ifndef VATTN_BENCH_REPLAY_H_
-#define VATTN_BENCH_REPLAY_H_
+#ifndef VATTN_BENCH_REPLAY_REPLAY_H_
+#define VATTN_BENCH_REPLAY_REPLAY_H_
 
 #include <cstdint>
 #include <vector>
@@ -53,4 +53,4 @@ Observations Replay(const Trace& trace, const ReplayPlan& plan, const vattn_opti
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_REPLAY_H_
+#endif  // VATTN_BENCH_REPLAY_REPLAY_H_

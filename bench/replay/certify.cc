@@ -1,10 +1,10 @@
-#include "bench/certify.h"
+#include "bench/replay/certify.h"
 
 #include <algorithm>
 
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
-#include "bench/report.h"
+#include "bench/replay/report.h"
 
 namespace vattn::bench {
 namespace {

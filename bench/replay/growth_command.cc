@@ -1,4 +1,4 @@
-#include "bench/growth_command.h"
+#include "bench/replay/growth_command.h"
 
 #include <cmath>
 #include <cstdio>
@@ -11,8 +11,8 @@
 #include "bench/cli/handles.h"
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
-#include "bench/match.h"
-#include "bench/report.h"
+#include "bench/replay/match.h"
+#include "bench/replay/report.h"
 #include "bench/trace/trace_views.h"
 
 namespace vattn::bench {
