@@ -14,7 +14,7 @@
 #include "bench/replay/compare_command.h"
 #include "bench/replay/growth_command.h"
 #include "bench/replay/replay_command.h"
-#include "bench/step_command.h"
+#include "bench/step/step_command.h"
 #include "bench/tails_command.h"
 #include "bench/trace/calibrate_command.h"
 #include "bench/zoo_command.h"

@@ -1,4 +1,4 @@
-#include "bench/step_check.h"
+#include "bench/step/step_check.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/dtype.h"
-#include "bench/step_prompt.h"
+#include "bench/step/step_prompt.h"
 
 namespace vattn::bench {
 namespace {

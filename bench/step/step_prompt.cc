@@ -1,4 +1,4 @@
-#include "bench/step_prompt.h"
+#include "bench/step/step_prompt.h"
 
 #include <algorithm>
 

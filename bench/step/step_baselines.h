@@ -1,7 +1,7 @@
 // What `vattn step` sets beside a decode step on a CUDA device: the baselines of cuda_baselines.h
 // for the same shape. Plain C++.
-#ifndef VATTN_BENCH_STEP_BASELINES_H_
-#define VATTN_BENCH_STEP_BASELINES_H_
+#ifndef VATTN_BENCH_STEP_STEP_BASELINES_H_
+#define VATTN_BENCH_STEP_STEP_BASELINES_H_
 
 #include <cmath>
 #include <cstdint>
@@ -34,4 +34,4 @@ StepBaselines MeasureStepBaselines(const DecodeShape& shape, const StepBaselineP
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_BASELINES_H_
+#endif  // VATTN_BENCH_STEP_STEP_BASELINES_H_

@@ -1,4 +1,4 @@
-#include "bench/bandwidth.h"
+#include "bench/step/bandwidth.h"
 
 #include <sys/mman.h>
 

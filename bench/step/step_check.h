@@ -1,6 +1,6 @@
 // Answers of decode steps against exact attention in float64 over the same rows.
-#ifndef VATTN_BENCH_STEP_CHECK_H_
-#define VATTN_BENCH_STEP_CHECK_H_
+#ifndef VATTN_BENCH_STEP_STEP_CHECK_H_
+#define VATTN_BENCH_STEP_STEP_CHECK_H_
 
 #include <cstdint>
 #include <vector>
@@ -35,4 +35,4 @@ void CheckAnswers(const DecodeShape& shape, const DecodeData& data, const HeadPl
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_CHECK_H_
+#endif  // VATTN_BENCH_STEP_STEP_CHECK_H_

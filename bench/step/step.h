@@ -1,13 +1,13 @@
 // Decode steps on long sequences, policy verified against dense, for `vattn step`.
-#ifndef VATTN_BENCH_STEP_H_
-#define VATTN_BENCH_STEP_H_
+#ifndef VATTN_BENCH_STEP_STEP_H_
+#define VATTN_BENCH_STEP_STEP_H_
 
 #include <cstdint>
 #include <vector>
 
 #include "api/vattn.h"
-#include "bench/bandwidth.h"
 #include "bench/cli/progress.h"
+#include "bench/step/bandwidth.h"
 #include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
@@ -33,4 +33,4 @@ void SetShape(const DecodeShape& shape, int64_t steps, vattn_options* options);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_H_
+#endif  // VATTN_BENCH_STEP_STEP_H_

@@ -1,7 +1,7 @@
 // What decode steps on a CUDA device reported, and the arrays that they report in. For .cu files
 // only.
-#ifndef VATTN_BENCH_STEP_RECORD_H_
-#define VATTN_BENCH_STEP_RECORD_H_
+#ifndef VATTN_BENCH_STEP_STEP_RECORD_H_
+#define VATTN_BENCH_STEP_STEP_RECORD_H_
 
 #include <array>
 #include <cstddef>
@@ -11,9 +11,9 @@
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
 #include "bench/cuda_memory.h"
-#include "bench/step_check.h"
-#include "bench/step_cuda.h"
-#include "bench/step_prompt.h"
+#include "bench/step/step_check.h"
+#include "bench/step/step_cuda.h"
+#include "bench/step/step_prompt.h"
 #include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
@@ -62,4 +62,4 @@ class StepRecord {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_RECORD_H_
+#endif  // VATTN_BENCH_STEP_STEP_RECORD_H_

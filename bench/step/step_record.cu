@@ -6,7 +6,7 @@
 #include "bench/cli/failure.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/statistics.h"
-#include "bench/step_record.h"
+#include "bench/step/step_record.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,7 +1,7 @@
 // Decode steps on a CUDA device, for `vattn step`: all arrays on the device, the attention of a
 // step replayed as a CUDA graph. Plain C++.
-#ifndef VATTN_BENCH_STEP_CUDA_H_
-#define VATTN_BENCH_STEP_CUDA_H_
+#ifndef VATTN_BENCH_STEP_STEP_CUDA_H_
+#define VATTN_BENCH_STEP_STEP_CUDA_H_
 
 #include <array>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
-#include "bench/step_check.h"
+#include "bench/step/step_check.h"
 #include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
@@ -66,4 +66,4 @@ DeviceStepFigures MeasureDeviceStep(const DecodeShape& shape, const DecodeData& 
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_CUDA_H_
+#endif  // VATTN_BENCH_STEP_STEP_CUDA_H_

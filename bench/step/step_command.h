@@ -1,6 +1,6 @@
 // `vattn step`: how long a decode step takes, by length of the sequence.
-#ifndef VATTN_BENCH_STEP_COMMAND_H_
-#define VATTN_BENCH_STEP_COMMAND_H_
+#ifndef VATTN_BENCH_STEP_STEP_COMMAND_H_
+#define VATTN_BENCH_STEP_STEP_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddStepCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_COMMAND_H_
+#endif  // VATTN_BENCH_STEP_STEP_COMMAND_H_

@@ -10,9 +10,9 @@
 #include "bench/cuda_baselines.h"
 #include "bench/cuda_memory.h"
 #include "bench/cuda_timing.h"
-#include "bench/step_cuda.h"
-#include "bench/step_prompt.h"
-#include "bench/step_record.h"
+#include "bench/step/step_cuda.h"
+#include "bench/step/step_prompt.h"
+#include "bench/step/step_record.h"
 #include "bench/watchdog.h"
 
 namespace vattn::bench {

@@ -1,6 +1,6 @@
 // How fast this machine reads memory: what dense attention on a CPU is measured against.
-#ifndef VATTN_BENCH_BANDWIDTH_H_
-#define VATTN_BENCH_BANDWIDTH_H_
+#ifndef VATTN_BENCH_STEP_BANDWIDTH_H_
+#define VATTN_BENCH_STEP_BANDWIDTH_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -31,4 +31,4 @@ class ReadBuffer {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_BANDWIDTH_H_
+#endif  // VATTN_BENCH_STEP_BANDWIDTH_H_

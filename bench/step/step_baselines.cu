@@ -9,7 +9,7 @@
 #include "bench/cli/text.h"
 #include "bench/cuda_baselines.h"
 #include "bench/cuda_memory.h"
-#include "bench/step_baselines.h"
+#include "bench/step/step_baselines.h"
 #include "bench/watchdog.h"
 
 namespace vattn::bench {

@@ -1,6 +1,6 @@
 // What the sequences of `vattn step` are fed with: prompts, and the arrays of every step.
-#ifndef VATTN_BENCH_STEP_PROMPT_H_
-#define VATTN_BENCH_STEP_PROMPT_H_
+#ifndef VATTN_BENCH_STEP_STEP_PROMPT_H_
+#define VATTN_BENCH_STEP_STEP_PROMPT_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -35,4 +35,4 @@ std::vector<LayerInputs> MakeInputs(const DecodeShape& shape, const DecodeData& 
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_PROMPT_H_
+#endif  // VATTN_BENCH_STEP_STEP_PROMPT_H_

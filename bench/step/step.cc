@@ -1,4 +1,4 @@
-#include "bench/step.h"
+#include "bench/step/step.h"
 
 #include <algorithm>
 #include <chrono>
@@ -7,7 +7,7 @@
 #include "bench/cli/environment.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/statistics.h"
-#include "bench/step_prompt.h"
+#include "bench/step/step_prompt.h"
 
 namespace vattn::bench {
 namespace {

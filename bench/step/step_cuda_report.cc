@@ -1,4 +1,4 @@
-#include "bench/step_cuda_report.h"
+#include "bench/step/step_cuda_report.h"
 
 #include <algorithm>
 #include <cmath>

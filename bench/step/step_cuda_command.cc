@@ -1,4 +1,4 @@
-#include "bench/step_cuda_command.h"
+#include "bench/step/step_cuda_command.h"
 
 #include <cstdio>
 #include <exception>
@@ -10,9 +10,9 @@
 #include "bench/cli/progress.h"
 #include "bench/cli/settings.h"
 #include "bench/cli/text.h"
-#include "bench/step.h"
-#include "bench/step_baselines.h"
-#include "bench/step_cuda_report.h"
+#include "bench/step/step.h"
+#include "bench/step/step_baselines.h"
+#include "bench/step/step_cuda_report.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,6 +1,6 @@
 #include "bench/cli/failure.h"
-#include "bench/step_baselines.h"
-#include "bench/step_cuda.h"
+#include "bench/step/step_baselines.h"
+#include "bench/step/step_cuda.h"
 
 namespace vattn::bench {
 

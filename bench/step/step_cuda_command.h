@@ -1,6 +1,6 @@
 // `vattn step` on a CUDA device: one line for each length and batch.
-#ifndef VATTN_BENCH_STEP_CUDA_COMMAND_H_
-#define VATTN_BENCH_STEP_CUDA_COMMAND_H_
+#ifndef VATTN_BENCH_STEP_STEP_CUDA_COMMAND_H_
+#define VATTN_BENCH_STEP_STEP_CUDA_COMMAND_H_
 
 #include <cstdint>
 #include <string>
@@ -8,7 +8,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/environment.h"
-#include "bench/step_cuda.h"
+#include "bench/step/step_cuda.h"
 #include "bench/trace/decode_data.h"
 #include "bench/trace/trace.h"
 
@@ -33,4 +33,4 @@ void RunDeviceStep(const DeviceStepArguments& arguments, const Trace* trace,
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_CUDA_COMMAND_H_
+#endif  // VATTN_BENCH_STEP_STEP_CUDA_COMMAND_H_

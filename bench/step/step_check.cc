@@ -1,4 +1,4 @@
-#include "bench/step_check.h"
+#include "bench/step/step_check.h"
 
 #include <algorithm>
 #include <cmath>

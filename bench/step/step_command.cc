@@ -1,4 +1,4 @@
-#include "bench/step_command.h"
+#include "bench/step/step_command.h"
 
 #include <unistd.h>
 
@@ -13,9 +13,9 @@
 #include "bench/cli/handles.h"
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
-#include "bench/step.h"
-#include "bench/step_cuda.h"
-#include "bench/step_cuda_command.h"
+#include "bench/step/step.h"
+#include "bench/step/step_cuda.h"
+#include "bench/step/step_cuda_command.h"
 
 namespace vattn::bench {
 namespace {

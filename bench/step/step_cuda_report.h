@@ -1,6 +1,6 @@
 // What `vattn step` says of decode steps on a CUDA device.
-#ifndef VATTN_BENCH_STEP_CUDA_REPORT_H_
-#define VATTN_BENCH_STEP_CUDA_REPORT_H_
+#ifndef VATTN_BENCH_STEP_STEP_CUDA_REPORT_H_
+#define VATTN_BENCH_STEP_STEP_CUDA_REPORT_H_
 
 #include <cstdint>
 #include <string>
@@ -8,8 +8,8 @@
 
 #include "api/vattn.h"
 #include "bench/cli/json.h"
-#include "bench/step_baselines.h"
-#include "bench/step_cuda.h"
+#include "bench/step/step_baselines.h"
+#include "bench/step/step_cuda.h"
 #include "bench/trace/decode_data.h"
 
 namespace vattn::bench {
@@ -35,4 +35,4 @@ std::string LineName(const DeviceStepLine& line);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_STEP_CUDA_REPORT_H_
+#endif  // VATTN_BENCH_STEP_STEP_CUDA_REPORT_H_
