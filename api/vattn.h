@@ -616,6 +616,11 @@ typedef struct vattn_stats {
   uint64_t prefixes_kept;      /* put there */
   uint64_t kept_evictions;     /* let go for room */
   uint64_t kept_hits;          /* of prefix_hits: from the host pool */
+  uint64_t segments_learnt;    /* parts of indices learnt from their tokens, over layers */
+  uint64_t index_floods;       /* of them learnt early, because new tokens were unlike those before */
+  uint64_t segments_recoded;   /* parts coded again because the queries had drifted */
+  uint64_t outliers;           /* tokens coded as outliers: they are read in every step */
+  uint64_t heads_noisy;        /* of heads_dense and heads_best_effort: codes too coarse for the query */
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,

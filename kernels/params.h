@@ -86,6 +86,14 @@ struct IndexTables {
   float value_limit = 0;
 };
 
+// A run of blocks whose keys were coded by the same tables. An index grows by segments: keys that come later have
+// another mean, and vary in other directions, than those from which the first tables were made.
+constexpr int kMaxSegments = 64;
+struct IndexSegment {
+  int64_t first_block = 0;  // block number in the sequence; the segment ends where the next one begins
+  IndexTables tables;
+};
+
 // Controller state of one query head, carried from step to step (ALGORITHM 4).
 struct HeadState {
   float log_multiplier = 0;
@@ -148,8 +156,10 @@ struct Scratch {
   const uint8_t** row = nullptr; // [n] rows of selected
   uint32_t* tail = nullptr;      // [n] places in the list of those with pi < 1
   float* query = nullptr;        // [G][dim_k] scaled
-  PackedQueries* packed = nullptr;  // [G / 8 rounded up]
+  PackedQueries* packed = nullptr;  // [segments][packed_stride]
+  int32_t packed_stride = 0;     // G / 8 rounded up
   float* prepared = nullptr;     // [G][PreparedFloats()], kinds without levels
+  float* noise = nullptr;        // [segments][G] standard deviation of s - s^ that the codes lead to
   HeadWork* head = nullptr;      // [G]
   float* tops = nullptr;         // [G][kTopBins] blocks by their largest e^, see kernels/sampling.h
   float* log_gain = nullptr;     // [G] of Inclusion
@@ -168,7 +178,9 @@ struct Group {
   int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
   int32_t q_heads = 0;       // G
   int32_t out_dtype = 0;     // DType
-  IndexTables index;
+  IndexTables index;         // of the first segment; values are coded with its tables in every segment
+  const IndexSegment* segments = nullptr;  // [num_segments] by first block; none: all is coded with `index`
+  int32_t num_segments = 0;
   HeadState* state = nullptr;  // [G]
   RandomKey key;
   uint64_t step = 0;
@@ -206,6 +218,7 @@ struct EncodeParams {
   const int32_t* blocks = nullptr;
   int64_t begin = 0;
   int64_t end = 0;
+  uint64_t* outliers = nullptr;  // if not null, the outliers among them are added here, atomically
 };
 
 struct DecodeParams {
@@ -233,6 +246,17 @@ struct SelectParams {
   Group* groups = nullptr;
   int32_t num_groups = 0;
 };
+
+// Segments of the index as kernels see them: at least one.
+VATTN_HD inline int NumSegments(int num_segments) { return num_segments > 0 ? num_segments : 1; }
+VATTN_HD inline int SegmentOf(const IndexSegment* segments, int num_segments, int64_t block) {
+  int k = 0;
+  while (k + 1 < num_segments && segments[k + 1].first_block <= block) ++k;
+  return k;
+}
+inline const IndexTables& TablesOf(const Group& group, int segment) {
+  return group.num_segments > 0 ? group.segments[segment].tables : group.index;
+}
 
 // Floats of a query head in Scratch::prepared. kPage: its positive elements, its negative ones; kPooled:
 // itself, with their offset in Scratch::packed; kClusters: the score of each centroid.

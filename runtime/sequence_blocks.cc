@@ -172,6 +172,8 @@ absl::Status Sequence::Truncate(int64_t tokens) {
     if (layer.tokens <= tokens) continue;
     layer.coded = CodedOf(layer, tokens);
     layer.coded_on_device = std::min(layer.coded_on_device, layer.coded);
+    layer.segments = SegmentsOf(layer.segments, layer.coded);
+    UpdateSegments(layer);
     AddTokens(l, tokens - layer.tokens);
     layer.stale_tail = true;
     for (HeadGroup& group : layer.groups) {

@@ -1,6 +1,7 @@
 #include "kernels/cpu/encode.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -176,6 +177,20 @@ void MarkHugeValues(const Storage& s, const IndexTables& index, const float* val
   }
 }
 
+void CountMarked(const CodeLayout& code, const uint8_t* tile, uint64_t* outliers) {
+  uint64_t marked = 0;
+  for (int t = 0; t < kTileTokens; ++t) {
+    uint32_t any = 0;
+    for (int w = 0; w < code.words(); ++w) {
+      uint32_t word;
+      std::memcpy(&word, tile + (w * kTileTokens + t) * 4, 4);
+      any |= word;
+    }
+    marked += any == 0;
+  }
+  if (marked > 0) std::atomic_ref<uint64_t>(*outliers).fetch_add(marked, std::memory_order_relaxed);
+}
+
 // Packs one tile's transformed keys x [16][padded] into words of 4-dimension runs.
 void PackTile(const CodeLayout& code, const float* x, int padded, uint8_t* out) {
   int dim = 0, word = 0;
@@ -231,6 +246,7 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   LoadRows({.rows = rows, .count = kTileTokens, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
            values);
   if (marks) MarkHugeValues(s, p.index, values, tile);
+  if (marks && p.outliers != nullptr) CountMarked(s.code, tile, p.outliers);
   if (s.value_bits == 0) return;
   uint8_t* codes = reinterpret_cast<uint8_t*>(block) + s.block.value_codes;
   for (int t = 0; t < kTileTokens; ++t) {
@@ -247,14 +263,36 @@ void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys,
   PackTile(s.code, x, padded, tile);
 }
 
+namespace {
+
+// Coordinates of a tile's keys [16][dim_k]: of the code, x [16][padded_dims], and the others, rest [16][padded_rest].
+void TransformTile(const Storage& s, const IndexTables& index, const float* keys, float* x, float* rest) {
+  const int padded_rest = s.code.padded_rest(s.row.dim_k);
+  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, s.code.padded_dims(), x);
+  if (padded_rest > 0) HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
+}
+
+}  // namespace
+
 void EncodeBalanced(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
   alignas(64) float x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
   const int padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(s.row.dim_k);
-  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, padded, x);
-  if (padded_rest > 0) HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
+  TransformTile(s, index, keys, x, rest);
   PackTile(s.code, x, padded, tile);
   for (int t = 0; t < kTileTokens; ++t) {
     if (!(Residual2(s, index, x + t * padded, rest + t * padded_rest) <= index.residual_limit)) Mark(s.code, t, tile);
+  }
+}
+
+void SquaredResiduals(const Storage& s, const IndexTables& index, const float* keys, int64_t count, float* out) {
+  alignas(64) float tile[kTileTokens * kMaxDim], x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
+  const int dim = s.row.dim_k, padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(dim);
+  for (int64_t i = 0; i < count; i += kTileTokens) {
+    const int n = static_cast<int>(std::min<int64_t>(kTileTokens, count - i));
+    std::copy_n(keys + i * dim, n * dim, tile);
+    std::fill(tile + n * dim, tile + kTileTokens * dim, 0.f);
+    TransformTile(s, index, tile, x, rest);
+    for (int t = 0; t < n; ++t) out[i + t] = Residual2(s, index, x + t * padded, rest + t * padded_rest);
   }
 }
 

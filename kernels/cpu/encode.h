@@ -15,6 +15,9 @@ void EncodeLevels(const Storage& storage, const IndexTables& index, const float*
 // The same, with tokens marked whose key the code misrepresents (IndexTables::residual_limit).
 void EncodeBalanced(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
 
+// Squared code errors of centred keys [count][dim_k], as EncodeBalanced compares them with residual_limit.
+void SquaredResiduals(const Storage& storage, const IndexTables& index, const float* keys, int64_t count, float* out);
+
 // The value code of a token.
 inline const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t token) {
   return reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +

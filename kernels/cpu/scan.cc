@@ -303,13 +303,18 @@ Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
 
 }  // namespace
 
-void PackQueries(const Storage& s, Group& group) {
+namespace {
+
+// Queries in the coordinates of one segment's codes.
+void PackSegment(const Storage& s, const Group& group, int segment) {
+  const IndexTables& index = TablesOf(group, segment);
+  PackedQueries* const packed = group.scratch.packed + int64_t{segment} * group.scratch.packed_stride;
   const uint8_t* rows[kMaxCodeDims + 1];
   const int dims = s.code.dims(), dim_k = s.row.dim_k;
   for (int j = 0; j < dims; ++j) {
-    rows[j] = reinterpret_cast<const uint8_t*>(group.index.project + int64_t{j} * dim_k);
+    rows[j] = reinterpret_cast<const uint8_t*>(index.project + int64_t{j} * dim_k);
   }
-  rows[dims] = reinterpret_cast<const uint8_t*>(group.index.center);
+  rows[dims] = reinterpret_cast<const uint8_t*>(index.center);
   const RowList list{.rows = rows, .count = dims + 1, .offset = 0, .dim = dim_k, .dtype = DType::kF32};
   float y[8 * (kMaxCodeDims + 1)];
   for (int g = 0; g < group.q_heads; g += 8) {
@@ -319,21 +324,29 @@ void PackQueries(const Storage& s, Group& group) {
       const float* at = y + h * (kMaxCodeDims + 1);
       if (s.code.dims1 > 0) {
         const float norm = QueryNorm(s, group, g + h);
-        PackSigns(s.code, at, group.index.slope * norm, at[dims] + group.index.intercept * norm,
-                  group.scratch.packed[g / 8], h);
+        PackSigns(s.code, at, index.slope * norm, at[dims] + index.intercept * norm, packed[g / 8], h);
       } else {
-        PackHead(s.code, at, at[dims], group.scratch.packed[g / 8], h);
+        PackHead(s.code, at, at[dims], packed[g / 8], h);
       }
     }
   }
 }
 
+}  // namespace
+
+void PackQueries(const Storage& s, Group& group) {
+  for (int k = 0; k < NumSegments(group.num_segments); ++k) PackSegment(s, group, k);
+}
+
 void ScoreLevels(const Storage& s, const Group& group, const BlockPart& part, float* scores) {
   const uint8_t* codes = CodesOf(s, group, part.block);
+  const PackedQueries* const packed =
+      group.scratch.packed +
+      int64_t{SegmentOf(group.segments, group.num_segments, part.block)} * group.scratch.packed_stride;
   for (int g = 0; g < group.q_heads; g += 8) {
     const bool fetch = g == 0 && part.soon >= 0;
     HWY_DYNAMIC_DISPATCH(ScoreCodes)
-    (codes, s.code, group.scratch.packed[g / 8], std::min(8, group.q_heads - g), part.begin / kTileTokens,
+    (codes, s.code, packed[g / 8], std::min(8, group.q_heads - g), part.begin / kTileTokens,
      part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon) : nullptr, scores + int64_t{g} * kBlockTokens);
   }
 }

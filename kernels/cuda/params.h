@@ -89,7 +89,9 @@ struct DeviceGroup {
   const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
   std::byte* fixed = nullptr;       // [sinks + ring_tokens][row_bytes]
   HeadState* state = nullptr;       // [G]
-  IndexTables index;
+  IndexTables index;                // of the first segment; values are coded with its tables in every segment
+  const IndexSegment* segments = nullptr;  // [num_segments]
+  int32_t num_segments = 0;
   RandomKey key;
   int32_t slot = 0, kv_head = 0;    // of the batch; says where queries and outputs are
   int64_t tokens = 0;               // with the step's new token; 0: nobody sits here

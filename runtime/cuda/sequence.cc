@@ -35,6 +35,10 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
                       static_cast<uint64_t>(s.host.row.row_bytes));
   if (!memory.ok()) return memory.status();
   made->fixed_ = *std::move(memory);
+  memory = d.Allocate(static_cast<uint64_t>(made->groups_) * kMaxSegments * sizeof(IndexSegment));
+  if (!memory.ok()) return memory.status();
+  made->segments_ = *std::move(memory);
+  made->segments_sent_.resize(static_cast<size_t>(made->groups_));
   std::vector<HeadState> host;
   for (int l = 0; l < layers; ++l) {
     for (const HeadGroup& group : sequence.layer(l).groups) {
@@ -52,6 +56,10 @@ const int32_t* CudaSequence::blocks(int layer, int head) const {
 
 HeadState* CudaSequence::state(int layer, int head) const {
   return states_.as<HeadState>() + states_before_[layer] + int64_t{head} * q_per_kv_[layer];
+}
+
+const IndexSegment* CudaSequence::segments(int layer, int head) const {
+  return segments_.as<IndexSegment>() + (first_[layer] + head) * int64_t{kMaxSegments};
 }
 
 std::byte* CudaSequence::fixed(int layer, int head) const {
@@ -115,14 +123,29 @@ absl::Status CudaSequence::SendTables(Sequence& sequence, DeviceStream stream) {
 
 absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) {
   Device& d = backend_.device();
+  std::vector<IndexSegment> segments;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
-    for (HeadGroup& group : sequence.layer(l).groups) {
-      if (!group.index || group.device_index) continue;
-      absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(group.index->bytes()));
-      if (!memory.ok()) return memory.status();
-      VATTN_RETURN_IF_ERROR(d.Copy(memory->data(), group.index->floats().data(),
-                                   static_cast<uint64_t>(group.index->bytes()), stream));
-      group.device_index = std::make_shared<DeviceMemory>(*std::move(memory));
+    const Layer& layer = sequence.layer(l);
+    for (size_t h = 0; h < layer.groups.size(); ++h) {
+      HeadGroup& group = sequence.layer(l).groups[h];
+      bool changed = !segments_sent_[first_[l] + h];
+      segments.clear();
+      for (size_t k = 0; k < group.tables.size(); ++k) {
+        SegmentTables& tables = group.tables[k];
+        if (!tables.on_device) {
+          const uint64_t bytes = static_cast<uint64_t>(tables.index->bytes());
+          absl::StatusOr<DeviceMemory> memory = d.Allocate(bytes);
+          if (!memory.ok()) return memory.status();
+          VATTN_RETURN_IF_ERROR(d.Copy(memory->data(), tables.index->floats().data(), bytes, stream));
+          tables.on_device = std::make_shared<DeviceMemory>(*std::move(memory));
+          changed = true;
+        }
+        segments.push_back({layer.segments[k].first_block, tables.DeviceTables()});
+      }
+      if (!changed || segments.empty()) continue;
+      VATTN_RETURN_IF_ERROR(d.Copy(const_cast<IndexSegment*>(this->segments(l, static_cast<int>(h))), segments.data(),
+                                   segments.size() * sizeof(IndexSegment), stream));
+      segments_sent_[first_[l] + h] = true;
     }
   }
   return absl::OkStatus();
@@ -165,10 +188,10 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
     Layer& layer = sequence.layer(l);
     const int64_t begin = std::max<int64_t>(layer.coded_on_device, s.sinks);
     for (int h = 0; h < static_cast<int>(layer.groups.size()); ++h) {
-      if (layer.coded > begin) {
-        encode.push_back({blocks(l, h), layer.groups[h].DeviceTables(), begin, layer.coded});
-        most = std::max(most, layer.coded - begin);
-      }
+      ForSegments(layer, begin, layer.coded, [&](size_t k, int64_t from, int64_t to) {
+        encode.push_back({blocks(l, h), layer.groups[h].tables[k].DeviceTables(), from, to});
+        most = std::max(most, to - from);
+      });
       if (!fixed_loaded_ && layer.tokens > 0) fixed.push_back({blocks(l, h), this->fixed(l, h), layer.tokens});
     }
     layer.coded_on_device = layer.coded;

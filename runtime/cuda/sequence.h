@@ -34,6 +34,7 @@ class CudaSequence {
   const int32_t* blocks(int layer, int head) const;
   HeadState* state(int layer, int head) const;
   std::byte* fixed(int layer, int head) const;
+  const IndexSegment* segments(int layer, int head) const;
 
  private:
   explicit CudaSequence(CudaBackend& backend) : backend_(backend) {}
@@ -54,6 +55,8 @@ class CudaSequence {
   DeviceMemory tables_;           // int32_t [groups][table_blocks]
   DeviceMemory states_;           // HeadState
   DeviceMemory fixed_;            // [groups][sinks + ring][row_bytes]
+  DeviceMemory segments_;         // IndexSegment [groups][kMaxSegments]
+  std::vector<bool> segments_sent_;  // [groups] at least once
   DeviceMemory items_;            // of the last Send
   bool fixed_loaded_ = false;
   bool busy_ = false;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/cpu/encode.h"
 #include "runtime/index/index_kinds.h"
 
 namespace vattn {
@@ -237,6 +238,32 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   rest[1] = static_cast<float>(norm2 - v_mean.squaredNorm());
   rest[2] = static_cast<float>(norm2);
   if (s.code.kind == IndexKind::kBalanced) rest[4] = ValueLimit(v.rowwise().squaredNorm().array());
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+std::shared_ptr<const Index> Index::Recentre(const Storage& s, const Index& base, const float* keys,
+                                             const float* values, int64_t count, double* flooded) {
+  std::vector<float> floats = base.floats_;
+  RowMajor k = Eigen::Map<const RowMajor>(keys, count, s.row.dim_k);
+  const Eigen::RowVectorXf mean = k.cast<double>().colwise().mean().cast<float>();
+  std::copy_n(mean.data(), s.row.dim_k, floats.data());
+  k.rowwise() -= mean;
+  Eigen::ArrayXf residual2(count);
+  const IndexTables tables = base.TablesAt(floats.data());
+  cpu::SquaredResiduals(s, tables, k.data(), count, residual2.data());
+  *flooded = static_cast<double>((!(residual2 <= tables.residual_limit)).cast<int>().sum()) / static_cast<double>(count);
+  const Eigen::Map<const RowMajor> v(values, count, s.row.dim_v);
+  const Eigen::ArrayXf norm2 = v.rowwise().squaredNorm().array();
+  float* const limits = floats.data() + floats.size() - 2;
+  if (residual2.allFinite()) limits[0] = std::max(limits[0], QuantileOf(residual2, kMarkedQuantile));
+  if (norm2.allFinite()) limits[1] = std::max(limits[1], QuantileOf(norm2, kMarkedQuantile));
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+std::shared_ptr<const Index> Index::WithValuesOf(const Storage& s, const Index& first) const {
+  std::vector<float> floats = floats_;
+  const int64_t at = tables().value_mean - floats_.data();
+  std::copy_n(first.floats_.data() + at, 2 * s.row.dim_v + 1, floats.data() + at);  // and the mean squared residual
   return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
 }
 

@@ -48,6 +48,13 @@ class Index {
   // then C_q is the identity. For kPage every 16 rows, from the first on, are a tile.
   static std::shared_ptr<const Index> Make(const Storage& storage, const float* keys, const float* values,
                                            int64_t count, const QueryMoment& moment, SignMap map = {});
+  // The tables of `base` about the mean of other keys [count][dim_k], with limits that make as few outliers of them
+  // and of the values [count][dim_v] as of those that base was made from. kBalanced. *flooded: the share of these
+  // keys that the limits of base would make outliers.
+  static std::shared_ptr<const Index> Recentre(const Storage& storage, const Index& base, const float* keys,
+                                               const float* values, int64_t count, double* flooded);
+  // The same with the tables of `first` for the codes of values.
+  std::shared_ptr<const Index> WithValuesOf(const Storage& storage, const Index& first) const;
   // The same tables again, from `floats()` of an index of the same shape.
   static std::shared_ptr<const Index> FromFloats(const Storage& storage, std::vector<float> floats);
   static int64_t NumFloats(const Storage& storage);
