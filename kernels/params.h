@@ -159,7 +159,10 @@ struct Scratch {
   PackedQueries* packed = nullptr;  // [segments][packed_stride]
   int32_t packed_stride = 0;     // G / 8 rounded up
   float* prepared = nullptr;     // [G][PreparedFloats()], kinds without levels
-  float* noise = nullptr;        // [segments][G] standard deviation of s - s^ that the codes lead to
+  // Of kBalanced, else null: by segment and head [segments][G] the standard deviation of s - s^ that codes lead to,
+  // and the ln e^ from which on a token is always drawn.
+  float* noise = nullptr;
+  float* sure = nullptr;
   HeadWork* head = nullptr;      // [G]
   float* tops = nullptr;         // [G][kTopBins] blocks by their largest e^, see kernels/sampling.h
   float* log_gain = nullptr;     // [G] of Inclusion

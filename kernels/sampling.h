@@ -30,6 +30,11 @@ constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
 constexpr float kMarkedScore = -3e38f, kMarkedEstimate = -0x1p-24f;
 constexpr float kMarkedWeight2 = 1e30f;  // drawn with probability 1, in the first draw
 
+// What was not drawn must not hold much, and codes may undervalue it: a token is drawn with probability 1 if, were
+// its score higher than predicted by kNoiseDeviations standard deviations of the codes' error, it could move the
+// answer by kHarmful of what epsilon allows.
+constexpr float kNoiseDeviations = 4, kHarmful = .25f;
+
 constexpr int kRankDraws = 16;         // residuals whose angles are measured, drawn by their share of V
 constexpr float kRankMemory = .75f;    // of cos2 from step to step
 constexpr float kTargetMargin = .98f;  // growth aims below epsilon by this factor
@@ -111,6 +116,13 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
   work.target = Max(root * root / state.rho, 1.17549435e-38f);
   if (state.started == 0) state.log_multiplier = -std::log(work.target);
   state.started = 1;
+}
+
+// ln e^ from which on a head draws a token with probability 1; noise: standard deviation of s - s^ of its segment.
+// After PlanHead.
+VATTN_HD inline float SureScore(const Promise& promise, float noise, const HeadState& state, const HeadWork& work) {
+  const float score = std::log(kHarmful * promise.epsilon * state.ref) - work.log_norm - kNoiseDeviations * noise;
+  return IsFinite(score) ? score : -HUGE_VALF;  // nothing is known: everything is read
 }
 
 // Blocks of the middle by their largest e^: bin 0 holds those within a width of the largest of all, the next one

@@ -39,6 +39,17 @@ void CountTops(const Group& group) {
   }
 }
 
+// scratch.sure of every segment and head.
+void FindSure(const Promise& promise, const Group& group) {
+  const Scratch& w = group.scratch;
+  for (int k = 0; k < NumSegments(group.num_segments); ++k) {
+    for (int g = 0; g < group.q_heads; ++g) {
+      const int at = k * group.q_heads + g;
+      w.sure[at] = SureScore(promise, w.noise[at], group.state[g], w.head[g]);
+    }
+  }
+}
+
 // Variance of the blocks' largest tokens under the multiplier in group.state.
 float PredictTops(const Group& group, int g) {
   const float* tops = group.scratch.tops + g * kTopBins;
@@ -83,6 +94,10 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   }
   CountTops(group);
   Plan plan{.inclusion = {.log_gain = w.log_gain, .floor = w.floor, .scale = 1}};
+  if (w.sure != nullptr) {
+    FindSure(promise, group);
+    plan.inclusion.sure = w.sure;
+  }
   const float tiny = kTiny * ValueUnit(group.index);
   const int stride = PlanStride(group.middle_end - group.middle_begin);
   const int phase = static_cast<int>(group.step % static_cast<uint64_t>(stride));
