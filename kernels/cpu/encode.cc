@@ -148,19 +148,27 @@ uint8_t Level(float x, int bits) {
   return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
 }
 
-// Squared residual of a key from its coordinates x [dims] of the code and rest [dim_k - dims]. Plain sums in
-// this order on every backend.
-float Residual2(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
+// The errors that IndexTables limits of a key with coordinates x [dims] of the code and rest [dim_k - dims]. Plain
+// sums in this order on every backend.
+CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
   const int dims = s.code.dims();
-  float residual2 = 0;
+  CodeErrors errors;
+  const auto add = [&](int j, float r2) {
+    errors.residual2 += r2;
+    errors.noise2 += index.weight[j] * r2;
+  };
   for (int j = 0; j < dims; ++j) {
     const float half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
     const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;  // NaN: any, r is NaN
     const float r = (x[j] - level) * index.step[j];
-    residual2 += r * r;
+    add(j, r * r);
   }
-  for (int j = dims; j < s.row.dim_k; ++j) residual2 += rest[j - dims] * rest[j - dims];
-  return residual2;
+  for (int j = dims; j < s.row.dim_k; ++j) add(j, rest[j - dims] * rest[j - dims]);
+  return errors;
+}
+
+bool CodeTells(const IndexTables& index, const CodeErrors& errors) {
+  return errors.residual2 <= index.residual_limit && errors.noise2 <= index.noise_limit;  // NaN: no
 }
 
 // A code of all 0 marks a token.
@@ -280,11 +288,11 @@ void EncodeBalanced(const Storage& s, const IndexTables& index, const float* key
   TransformTile(s, index, keys, x, rest);
   PackTile(s.code, x, padded, tile);
   for (int t = 0; t < kTileTokens; ++t) {
-    if (!(Residual2(s, index, x + t * padded, rest + t * padded_rest) <= index.residual_limit)) Mark(s.code, t, tile);
+    if (!CodeTells(index, ErrorsOf(s, index, x + t * padded, rest + t * padded_rest))) Mark(s.code, t, tile);
   }
 }
 
-void SquaredResiduals(const Storage& s, const IndexTables& index, const float* keys, int64_t count, float* out) {
+void FindCodeErrors(const Storage& s, const IndexTables& index, const float* keys, int64_t count, CodeErrors* out) {
   alignas(64) float tile[kTileTokens * kMaxDim], x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
   const int dim = s.row.dim_k, padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(dim);
   for (int64_t i = 0; i < count; i += kTileTokens) {
@@ -292,7 +300,7 @@ void SquaredResiduals(const Storage& s, const IndexTables& index, const float* k
     std::copy_n(keys + i * dim, n * dim, tile);
     std::fill(tile + n * dim, tile + kTileTokens * dim, 0.f);
     TransformTile(s, index, tile, x, rest);
-    for (int t = 0; t < n; ++t) out[i + t] = Residual2(s, index, x + t * padded, rest + t * padded_rest);
+    for (int t = 0; t < n; ++t) out[i + t] = ErrorsOf(s, index, x + t * padded, rest + t * padded_rest);
   }
 }
 
