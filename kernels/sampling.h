@@ -33,7 +33,7 @@ constexpr float kMarkedWeight2 = 1e30f;  // drawn with probability 1, in the fir
 // What was not drawn must not hold much, and codes may undervalue it: a token is drawn with probability 1 if, were
 // its score higher than predicted by kNoiseDeviations standard deviations of the codes' error, it could move the
 // answer by kHarmful of what epsilon allows.
-constexpr float kNoiseDeviations = 4, kHarmful = .25f;
+constexpr float kNoiseDeviations = 3, kHarmful = .25f;
 
 constexpr int kRankDraws = 16;         // residuals whose angles are measured, drawn by their share of V
 constexpr float kRankMemory = .75f;    // of cos2 from step to step
@@ -121,7 +121,8 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
 // ln e^ from which on a head draws a token with probability 1; noise: standard deviation of s - s^ of its segment.
 // After PlanHead.
 VATTN_HD inline float SureScore(const Promise& promise, float noise, const HeadState& state, const HeadWork& work) {
-  const float score = std::log(kHarmful * promise.epsilon * state.ref) - work.log_norm - kNoiseDeviations * noise;
+  const float score = std::log(kHarmful * promise.epsilon * state.ref) - work.log_norm -
+                      (kNoiseDeviations + promise.normal_quantile) * noise;
   return IsFinite(score) ? score : -HUGE_VALF;  // nothing is known: everything is read
 }
 

@@ -17,7 +17,7 @@ using Matrix = Eigen::MatrixXd;
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr double kKeyRidge = 1e-4;  // of the mean diagonal
-constexpr double kQueryRidge = 1e-2;
+constexpr double kQueryRidge = .3;
 constexpr double kOutlierQuantile = .99975;
 // Tokens are marked whose squared residual is above the mean by kHidden and by so many standard deviations, or whose
 // expected squared score error is so many times the mean; but at most this share of the sample by either rule. So
