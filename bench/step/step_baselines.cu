@@ -5,9 +5,9 @@
 #include <functional>
 
 #include "api/vattn.h"
+#include "bench/baselines/cuda_baselines.h"
 #include "bench/cli/failure.h"
 #include "bench/cli/text.h"
-#include "bench/cuda_baselines.h"
 #include "bench/cuda_memory.h"
 #include "bench/step/step_baselines.h"
 #include "bench/watchdog.h"

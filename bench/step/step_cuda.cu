@@ -5,9 +5,9 @@
 #include <utility>
 #include <vector>
 
+#include "bench/baselines/cuda_baselines.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/statistics.h"
-#include "bench/cuda_baselines.h"
 #include "bench/cuda_memory.h"
 #include "bench/cuda_timing.h"
 #include "bench/step/step_cuda.h"

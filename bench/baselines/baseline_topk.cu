@@ -4,10 +4,10 @@
 #include <random>
 #include <unordered_set>
 
-#include "bench/baseline_data.h"
-#include "bench/baseline_hot_set.h"
-#include "bench/baseline_plan.h"
-#include "bench/cuda_baselines.h"
+#include "bench/baselines/baseline_data.h"
+#include "bench/baselines/baseline_hot_set.h"
+#include "bench/baselines/baseline_plan.h"
+#include "bench/baselines/cuda_baselines.h"
 #include "bench/cuda_timing.h"
 
 namespace vattn::bench {

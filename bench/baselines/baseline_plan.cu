@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "bench/baseline_data.h"
-#include "bench/baseline_plan.h"
+#include "bench/baselines/baseline_data.h"
+#include "bench/baselines/baseline_plan.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,6 +1,6 @@
 // The HiSparse-style hot set on the device: resolve and fetch in one kernel. For .cu files only.
-#ifndef VATTN_BENCH_BASELINE_HOT_SET_H_
-#define VATTN_BENCH_BASELINE_HOT_SET_H_
+#ifndef VATTN_BENCH_BASELINES_BASELINE_HOT_SET_H_
+#define VATTN_BENCH_BASELINES_BASELINE_HOT_SET_H_
 
 #include <cuda_runtime_api.h>
 
@@ -29,4 +29,4 @@ int ResolveAndFetch(const HotSetParams& params, cudaStream_t stream);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_BASELINE_HOT_SET_H_
+#endif  // VATTN_BENCH_BASELINES_BASELINE_HOT_SET_H_

@@ -2,8 +2,8 @@
 // memory, the same streamed from the host, and a hot set with fetch before attention. Rows are
 // bf16, K then V of one token and KV head. Calls block; a failing CUDA call throws Failure. Plain
 // C++.
-#ifndef VATTN_BENCH_CUDA_BASELINES_H_
-#define VATTN_BENCH_CUDA_BASELINES_H_
+#ifndef VATTN_BENCH_BASELINES_CUDA_BASELINES_H_
+#define VATTN_BENCH_BASELINES_CUDA_BASELINES_H_
 
 #include <cstdint>
 #include <memory>
@@ -86,4 +86,4 @@ double DeviceCopyGbps();
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CUDA_BASELINES_H_
+#endif  // VATTN_BENCH_BASELINES_CUDA_BASELINES_H_

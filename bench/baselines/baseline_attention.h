@@ -1,7 +1,7 @@
 // Exact attention of one query token over rows in device memory, for the baselines: split over many
 // thread blocks (items), whose softmax states are merged by a second kernel. For .cu files only.
-#ifndef VATTN_BENCH_BASELINE_ATTENTION_H_
-#define VATTN_BENCH_BASELINE_ATTENTION_H_
+#ifndef VATTN_BENCH_BASELINES_BASELINE_ATTENTION_H_
+#define VATTN_BENCH_BASELINES_BASELINE_ATTENTION_H_
 
 #include <cuda_runtime_api.h>
 
@@ -49,4 +49,4 @@ int MergeItems(const MergeParams& params, cudaStream_t stream);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_BASELINE_ATTENTION_H_
+#endif  // VATTN_BENCH_BASELINES_BASELINE_ATTENTION_H_

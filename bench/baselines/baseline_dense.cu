@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <numeric>
 
-#include "bench/baseline_data.h"
-#include "bench/baseline_plan.h"
+#include "bench/baselines/baseline_data.h"
+#include "bench/baselines/baseline_plan.h"
+#include "bench/baselines/cuda_baselines.h"
 #include "bench/cli/statistics.h"
-#include "bench/cuda_baselines.h"
 #include "bench/cuda_timing.h"
 
 namespace vattn::bench {

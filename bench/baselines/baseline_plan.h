@@ -1,13 +1,13 @@
 // One attention call of a baseline over all its units: items, queries, states, outputs; and the
 // same in float64. For .cu files only.
-#ifndef VATTN_BENCH_BASELINE_PLAN_H_
-#define VATTN_BENCH_BASELINE_PLAN_H_
+#ifndef VATTN_BENCH_BASELINES_BASELINE_PLAN_H_
+#define VATTN_BENCH_BASELINES_BASELINE_PLAN_H_
 
 #include <cstdint>
 #include <functional>
 #include <vector>
 
-#include "bench/baseline_attention.h"
+#include "bench/baselines/baseline_attention.h"
 #include "bench/cuda_memory.h"
 
 namespace vattn::bench {
@@ -46,4 +46,4 @@ int32_t ItemTokens(int64_t rows);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_BASELINE_PLAN_H_
+#endif  // VATTN_BENCH_BASELINES_BASELINE_PLAN_H_

@@ -1,4 +1,4 @@
-#include "bench/baseline_hot_set.h"
+#include "bench/baselines/baseline_hot_set.h"
 
 namespace vattn::bench {
 namespace {

@@ -9,7 +9,7 @@
 // K of the next tile is loaded as soon as this tile's is used up, and so is V.
 #include <cmath>
 
-#include "bench/baseline_attention.h"
+#include "bench/baselines/baseline_attention.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,7 +1,7 @@
 // Rows of the baselines: bf16 numbers of either sign, .5 <= |x| < 2, the same on host and device.
 // For .cu files only.
-#ifndef VATTN_BENCH_BASELINE_DATA_H_
-#define VATTN_BENCH_BASELINE_DATA_H_
+#ifndef VATTN_BENCH_BASELINES_BASELINE_DATA_H_
+#define VATTN_BENCH_BASELINES_BASELINE_DATA_H_
 
 #include <cuda_runtime_api.h>
 
@@ -31,4 +31,4 @@ inline float FromBf16(uint16_t bits) {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_BASELINE_DATA_H_
+#endif  // VATTN_BENCH_BASELINES_BASELINE_DATA_H_
