@@ -7,8 +7,8 @@
 #include <random>
 
 #include "bench/cli/statistics.h"
-#include "bench/cuda_memory.h"
-#include "bench/cuda_timing.h"
+#include "bench/cuda/cuda_memory.h"
+#include "bench/cuda/cuda_timing.h"
 #include "bench/gather.h"
 #include "bench/gather_walks.h"
 #include "kernels/cuda/gather.h"

@@ -5,7 +5,7 @@
 #include "bench/baselines/baseline_plan.h"
 #include "bench/baselines/cuda_baselines.h"
 #include "bench/cli/statistics.h"
-#include "bench/cuda_timing.h"
+#include "bench/cuda/cuda_timing.h"
 
 namespace vattn::bench {
 namespace {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bench/baselines/baseline_attention.h"
-#include "bench/cuda_memory.h"
+#include "bench/cuda/cuda_memory.h"
 
 namespace vattn::bench {
 

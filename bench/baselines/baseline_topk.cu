@@ -8,7 +8,7 @@
 #include "bench/baselines/baseline_hot_set.h"
 #include "bench/baselines/baseline_plan.h"
 #include "bench/baselines/cuda_baselines.h"
-#include "bench/cuda_timing.h"
+#include "bench/cuda/cuda_timing.h"
 
 namespace vattn::bench {
 namespace {

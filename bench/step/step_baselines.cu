@@ -8,9 +8,9 @@
 #include "bench/baselines/cuda_baselines.h"
 #include "bench/cli/failure.h"
 #include "bench/cli/text.h"
-#include "bench/cuda_memory.h"
+#include "bench/cuda/cuda_memory.h"
+#include "bench/cuda/watchdog.h"
 #include "bench/step/step_baselines.h"
-#include "bench/watchdog.h"
 
 namespace vattn::bench {
 namespace {

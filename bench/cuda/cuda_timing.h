@@ -1,6 +1,6 @@
 // Device time of work on a stream, without the time that the host takes to enqueue it.
-#ifndef VATTN_BENCH_CUDA_TIMING_H_
-#define VATTN_BENCH_CUDA_TIMING_H_
+#ifndef VATTN_BENCH_CUDA_CUDA_TIMING_H_
+#define VATTN_BENCH_CUDA_CUDA_TIMING_H_
 
 #include <cuda_runtime_api.h>
 
@@ -45,4 +45,4 @@ double MedianMicroseconds(int repetitions, cudaStream_t stream,
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CUDA_TIMING_H_
+#endif  // VATTN_BENCH_CUDA_CUDA_TIMING_H_

@@ -1,6 +1,6 @@
 // Ends the program when a device does not come back: waits for it cannot be broken off otherwise.
-#ifndef VATTN_BENCH_WATCHDOG_H_
-#define VATTN_BENCH_WATCHDOG_H_
+#ifndef VATTN_BENCH_CUDA_WATCHDOG_H_
+#define VATTN_BENCH_CUDA_WATCHDOG_H_
 
 #include <chrono>
 #include <condition_variable>
@@ -53,4 +53,4 @@ class Watchdog {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_WATCHDOG_H_
+#endif  // VATTN_BENCH_CUDA_WATCHDOG_H_

@@ -1,7 +1,7 @@
 // Owners of device and registered host memory for the tools, and CUDA's error codes as exceptions.
 // For .cu files only.
-#ifndef VATTN_BENCH_CUDA_MEMORY_H_
-#define VATTN_BENCH_CUDA_MEMORY_H_
+#ifndef VATTN_BENCH_CUDA_CUDA_MEMORY_H_
+#define VATTN_BENCH_CUDA_CUDA_MEMORY_H_
 
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -103,4 +103,4 @@ class HostRegion {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_CUDA_MEMORY_H_
+#endif  // VATTN_BENCH_CUDA_CUDA_MEMORY_H_

@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "bench/cli/statistics.h"
-#include "bench/cuda_memory.h"
-#include "bench/cuda_timing.h"
+#include "bench/cuda/cuda_memory.h"
+#include "bench/cuda/cuda_timing.h"
 
 namespace vattn::bench {
 namespace {
