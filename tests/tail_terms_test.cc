@@ -1,5 +1,5 @@
 // Tail terms against a float64 reference: unbiased, certified, and exact once everything is drawn.
-#include "bench/tail_terms.h"
+#include "bench/inside/tail_terms.h"
 
 #include <gtest/gtest.h>
 
@@ -15,9 +15,9 @@
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
 #include "bench/cli/statistics.h"
+#include "bench/inside/tail_tables.h"
+#include "bench/inside/tails_measure.h"
 #include "bench/replay/replay.h"
-#include "bench/tail_tables.h"
-#include "bench/tails_measure.h"
 #include "kernels/sampling.h"
 #include "runtime/quantiles.h"
 

@@ -1,4 +1,4 @@
-#include "bench/index_view.h"
+#include "bench/inside/index_view.h"
 
 #include <utility>
 

@@ -1,7 +1,7 @@
 // How well and how fast an index predicts the scores of a recording: the library's own index and scan, looked
 // into.
-#ifndef VATTN_BENCH_ZOO_SCAN_H_
-#define VATTN_BENCH_ZOO_SCAN_H_
+#ifndef VATTN_BENCH_INSIDE_ZOO_SCAN_H_
+#define VATTN_BENCH_INSIDE_ZOO_SCAN_H_
 
 #include <cstdint>
 #include <vector>
@@ -29,4 +29,4 @@ ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers, 
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_ZOO_SCAN_H_
+#endif  // VATTN_BENCH_INSIDE_ZOO_SCAN_H_

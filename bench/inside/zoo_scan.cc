@@ -1,4 +1,4 @@
-#include "bench/zoo_scan.h"
+#include "bench/inside/zoo_scan.h"
 
 #include <algorithm>
 #include <chrono>
@@ -7,7 +7,7 @@
 #include <numeric>
 #include <span>
 
-#include "bench/index_view.h"
+#include "bench/inside/index_view.h"
 #include "bench/trace/reused_scores.h"
 #include "kernels/cpu/scan.h"
 

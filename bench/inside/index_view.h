@@ -1,7 +1,7 @@
 // The library's own index of a recording's prompt, looked into: what it predicts for a step's
 // queries.
-#ifndef VATTN_BENCH_INDEX_VIEW_H_
-#define VATTN_BENCH_INDEX_VIEW_H_
+#ifndef VATTN_BENCH_INSIDE_INDEX_VIEW_H_
+#define VATTN_BENCH_INSIDE_INDEX_VIEW_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -53,4 +53,4 @@ class IndexView {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_INDEX_VIEW_H_
+#endif  // VATTN_BENCH_INSIDE_INDEX_VIEW_H_

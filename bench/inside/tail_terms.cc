@@ -1,4 +1,4 @@
-#include "bench/tail_terms.h"
+#include "bench/inside/tail_terms.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include "bench/tail_tables.h"
+#include "bench/inside/tail_tables.h"
 
 #include <algorithm>
 #include <cmath>

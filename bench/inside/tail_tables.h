@@ -1,6 +1,6 @@
 // What the tail terms put in the place of values: tables made from the middle of a KV head.
-#ifndef VATTN_BENCH_TAIL_TABLES_H_
-#define VATTN_BENCH_TAIL_TABLES_H_
+#ifndef VATTN_BENCH_INSIDE_TAIL_TABLES_H_
+#define VATTN_BENCH_INSIDE_TAIL_TABLES_H_
 
 #include <cstdint>
 #include <vector>
@@ -29,4 +29,4 @@ std::vector<double> LinearGuess(const float* q, const float* keys, int64_t dim,
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_TAIL_TABLES_H_
+#endif  // VATTN_BENCH_INSIDE_TAIL_TABLES_H_

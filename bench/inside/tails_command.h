@@ -1,6 +1,6 @@
 // The command `vattn tails`: what could stand in for rows that are not drawn, on one recording.
-#ifndef VATTN_BENCH_TAILS_COMMAND_H_
-#define VATTN_BENCH_TAILS_COMMAND_H_
+#ifndef VATTN_BENCH_INSIDE_TAILS_COMMAND_H_
+#define VATTN_BENCH_INSIDE_TAILS_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddTailsCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_TAILS_COMMAND_H_
+#endif  // VATTN_BENCH_INSIDE_TAILS_COMMAND_H_

@@ -1,4 +1,4 @@
-#include "bench/growth_cost_command.h"
+#include "bench/inside/growth_cost_command.h"
 
 #include <algorithm>
 #include <chrono>

@@ -1,4 +1,4 @@
-#include "bench/tails_command.h"
+#include "bench/inside/tails_command.h"
 
 #include <algorithm>
 #include <array>
@@ -12,9 +12,9 @@
 #include "bench/cli/settings.h"
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
+#include "bench/inside/tails_measure.h"
 #include "bench/replay/replay.h"
 #include "bench/replay/report.h"
-#include "bench/tails_measure.h"
 
 namespace vattn::bench {
 namespace {

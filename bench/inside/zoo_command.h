@@ -1,6 +1,6 @@
 // The command `vattn zoo`: every kind of index on one recording.
-#ifndef VATTN_BENCH_ZOO_COMMAND_H_
-#define VATTN_BENCH_ZOO_COMMAND_H_
+#ifndef VATTN_BENCH_INSIDE_ZOO_COMMAND_H_
+#define VATTN_BENCH_INSIDE_ZOO_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddZooCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_ZOO_COMMAND_H_
+#endif  // VATTN_BENCH_INSIDE_ZOO_COMMAND_H_

@@ -1,4 +1,4 @@
-#include "bench/tails_measure.h"
+#include "bench/inside/tails_measure.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,9 +10,9 @@
 
 #include "bench/cli/dtype.h"
 #include "bench/cli/failure.h"
-#include "bench/index_view.h"
-#include "bench/tail_tables.h"
-#include "bench/tail_terms.h"
+#include "bench/inside/index_view.h"
+#include "bench/inside/tail_tables.h"
+#include "bench/inside/tail_terms.h"
 #include "kernels/cpu/encode.h"
 
 namespace vattn::bench {

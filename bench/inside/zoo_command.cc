@@ -1,4 +1,4 @@
-#include "bench/zoo_command.h"
+#include "bench/inside/zoo_command.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -13,9 +13,9 @@
 #include "bench/cli/settings.h"
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
+#include "bench/inside/zoo_scan.h"
 #include "bench/replay/replay.h"
 #include "bench/replay/report.h"
-#include "bench/zoo_scan.h"
 
 namespace vattn::bench {
 namespace {

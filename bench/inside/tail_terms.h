@@ -1,8 +1,8 @@
 // Tail terms (ALGORITHM 8) as difference estimators: something stands in for every row of the
 // middle, and the drawn rows correct it. Sums in float64; the certificate is the library's
 // (kernels/sampling.h).
-#ifndef VATTN_BENCH_TAIL_TERMS_H_
-#define VATTN_BENCH_TAIL_TERMS_H_
+#ifndef VATTN_BENCH_INSIDE_TAIL_TERMS_H_
+#define VATTN_BENCH_INSIDE_TAIL_TERMS_H_
 
 #include <cstdint>
 #include <vector>
@@ -93,4 +93,4 @@ class TailEstimator {
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_TAIL_TERMS_H_
+#endif  // VATTN_BENCH_INSIDE_TAIL_TERMS_H_

@@ -1,6 +1,6 @@
 // Every tail term on a recording, over draws of the same rows.
-#ifndef VATTN_BENCH_TAILS_MEASURE_H_
-#define VATTN_BENCH_TAILS_MEASURE_H_
+#ifndef VATTN_BENCH_INSIDE_TAILS_MEASURE_H_
+#define VATTN_BENCH_INSIDE_TAILS_MEASURE_H_
 
 #include <array>
 #include <cstdint>
@@ -35,4 +35,4 @@ std::array<TailFigures, kTails> MeasureTails(const Trace& trace, const TailPlan&
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_TAILS_MEASURE_H_
+#endif  // VATTN_BENCH_INSIDE_TAILS_MEASURE_H_
