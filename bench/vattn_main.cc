@@ -9,7 +9,7 @@
 #include "bench/cli/environment.h"
 #include "bench/cli/failure.h"
 #include "bench/disk_command.h"
-#include "bench/gather_command.h"
+#include "bench/gather/gather_command.h"
 #include "bench/inside/growth_cost_command.h"
 #include "bench/inside/tails_command.h"
 #include "bench/inside/zoo_command.h"

@@ -9,9 +9,9 @@
 #include "bench/cli/statistics.h"
 #include "bench/cuda/cuda_memory.h"
 #include "bench/cuda/cuda_timing.h"
-#include "bench/gather.h"
-#include "bench/gather_walks.h"
-#include "kernels/cuda/gather.h"
+#include "bench/gather/gather.h"
+#include "bench/gather/gather_walks.h"
+#include "bench/gather/rows.h"
 
 namespace vattn::bench {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/gather.h"
+#include "bench/gather/rows.h"
 
 namespace vattn::cuda {
 namespace {

@@ -1,7 +1,7 @@
-// Other ways to walk a list of rows, to compare kernels/cuda/gather.h with; and the pattern that
+// Other ways to walk a list of rows, to compare bench/gather/rows.h with; and the pattern that
 // tells whether the right rows arrived. Device pointers, enqueued on a stream, a cudaError_t value.
-#ifndef VATTN_BENCH_GATHER_WALKS_H_
-#define VATTN_BENCH_GATHER_WALKS_H_
+#ifndef VATTN_BENCH_GATHER_GATHER_WALKS_H_
+#define VATTN_BENCH_GATHER_GATHER_WALKS_H_
 
 #include <cstdint>
 
@@ -35,4 +35,4 @@ int CountWrongWords(const RowList& list, uint64_t region, unsigned long long* wr
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_GATHER_WALKS_H_
+#endif  // VATTN_BENCH_GATHER_GATHER_WALKS_H_

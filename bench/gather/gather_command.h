@@ -1,6 +1,6 @@
 // `vattn gather`: how fast scattered rows of host memory reach the device.
-#ifndef VATTN_BENCH_GATHER_COMMAND_H_
-#define VATTN_BENCH_GATHER_COMMAND_H_
+#ifndef VATTN_BENCH_GATHER_GATHER_COMMAND_H_
+#define VATTN_BENCH_GATHER_GATHER_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddGatherCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_GATHER_COMMAND_H_
+#endif  // VATTN_BENCH_GATHER_GATHER_COMMAND_H_

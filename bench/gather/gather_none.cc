@@ -1,5 +1,5 @@
 #include "bench/cli/failure.h"
-#include "bench/gather.h"
+#include "bench/gather/gather.h"
 
 namespace vattn::bench {
 

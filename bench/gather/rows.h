@@ -1,6 +1,6 @@
 // Rows of host memory to device memory, by few thread blocks and bulk copies.
-#ifndef VATTN_KERNELS_CUDA_GATHER_H_
-#define VATTN_KERNELS_CUDA_GATHER_H_
+#ifndef VATTN_BENCH_GATHER_ROWS_H_
+#define VATTN_BENCH_GATHER_ROWS_H_
 
 #include <cstdint>
 
@@ -30,4 +30,4 @@ int Gather(const GatherParams& params, CUstream_st* stream);
 
 }  // namespace vattn::cuda
 
-#endif  // VATTN_KERNELS_CUDA_GATHER_H_
+#endif  // VATTN_BENCH_GATHER_ROWS_H_

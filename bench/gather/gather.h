@@ -1,6 +1,6 @@
 // How fast scattered rows of host memory reach the device, for `vattn gather`.
-#ifndef VATTN_BENCH_GATHER_H_
-#define VATTN_BENCH_GATHER_H_
+#ifndef VATTN_BENCH_GATHER_GATHER_H_
+#define VATTN_BENCH_GATHER_GATHER_H_
 
 #include <cstdint>
 #include <string>
@@ -54,4 +54,4 @@ GatherFigures MeasureGather(const GatherShape& shape, Progress* progress);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_GATHER_H_
+#endif  // VATTN_BENCH_GATHER_GATHER_H_

@@ -1,4 +1,4 @@
-#include "bench/gather_command.h"
+#include "bench/gather/gather_command.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -8,7 +8,7 @@
 
 #include "bench/cli/failure.h"
 #include "bench/cli/text.h"
-#include "bench/gather.h"
+#include "bench/gather/gather.h"
 
 namespace vattn::bench {
 namespace {

@@ -1,6 +1,6 @@
 #include <cuda_runtime_api.h>
 
-#include "bench/gather_walks.h"
+#include "bench/gather/gather_walks.h"
 
 namespace vattn::bench {
 namespace {
