@@ -8,7 +8,7 @@
 #include "bench/cli/doctor.h"
 #include "bench/cli/environment.h"
 #include "bench/cli/failure.h"
-#include "bench/disk_command.h"
+#include "bench/disk/disk_command.h"
 #include "bench/gather/gather_command.h"
 #include "bench/inside/growth_cost_command.h"
 #include "bench/inside/tails_command.h"

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <string>
 
-#include "bench/disk.h"
+#include "bench/disk/disk.h"
 #include "bench/replay/replay.h"
 
 namespace vattn::bench {

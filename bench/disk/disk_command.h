@@ -1,6 +1,6 @@
 // `vattn disk`: how fast sequences go to files and come back.
-#ifndef VATTN_BENCH_DISK_COMMAND_H_
-#define VATTN_BENCH_DISK_COMMAND_H_
+#ifndef VATTN_BENCH_DISK_DISK_COMMAND_H_
+#define VATTN_BENCH_DISK_DISK_COMMAND_H_
 
 #include <CLI/CLI.hpp>
 
@@ -12,4 +12,4 @@ void AddDiskCommand(CLI::App* app, const CommandLine& command);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_DISK_COMMAND_H_
+#endif  // VATTN_BENCH_DISK_DISK_COMMAND_H_

@@ -1,4 +1,4 @@
-#include "bench/disk_command.h"
+#include "bench/disk/disk_command.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -10,7 +10,7 @@
 #include "bench/cli/handles.h"
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
-#include "bench/disk.h"
+#include "bench/disk/disk.h"
 #include "bench/replay/replay.h"
 
 namespace vattn::bench {
@@ -20,7 +20,7 @@ constexpr char kNotes[] =
     "A sequence of random rows (4 layers, 8 KV heads, head_dim 128, bf16) is restored and saved, by\n"
     "turns, in a pool whose pages are there already. A save ends when the file is durable; a restore\n"
     "begins with a file that the page cache was asked to forget, and checks every byte. Rates are of\n"
-    "the file's bytes. bench/disk_fio.sh puts fio's beside them.\n"
+    "the file's bytes. bench/disk/disk_fio.sh puts fio's beside them.\n"
     "With --trace a recording is decoded beside a sequence that was saved halfway and restored, and\n"
     "the answers are compared to the bit; nothing is timed.";
 

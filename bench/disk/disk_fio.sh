@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Save and restore beside fio on the same file system, at equal size, block size and depth, by turns.
-#   bench/disk_fio.sh [DIR [SIZE_MIB [BLOCK_KIB [DEPTH [ROUNDS]]]]]     needs fio and build/vattn
+#   bench/disk/disk_fio.sh [DIR [SIZE_MIB [BLOCK_KIB [DEPTH [ROUNDS]]]]]     needs fio and build/vattn
 # fio writes a new file past the page cache and syncs it once, as a save does, and reads it again.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 // How fast sequences go to files and come back, and whether attention is the same afterwards.
-#ifndef VATTN_BENCH_DISK_H_
-#define VATTN_BENCH_DISK_H_
+#ifndef VATTN_BENCH_DISK_DISK_H_
+#define VATTN_BENCH_DISK_DISK_H_
 
 #include <cstdint>
 #include <string>
@@ -48,4 +48,4 @@ RestoredFigures CompareRestored(const Trace& trace, const vattn_options& options
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_DISK_H_
+#endif  // VATTN_BENCH_DISK_DISK_H_

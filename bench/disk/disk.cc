@@ -1,4 +1,4 @@
-#include "bench/disk.h"
+#include "bench/disk/disk.h"
 
 #include <fcntl.h>
 #include <unistd.h>
