@@ -1,5 +1,5 @@
 // Coding of tokens that leave the window. GB/s are of keys read.
-#include "bench/bench.h"
+#include "bench/ops/bench.h"
 #include "kernels/cpu/encode.h"
 
 namespace vattn::bench {

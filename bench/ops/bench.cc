@@ -1,4 +1,4 @@
-#include "bench/bench.h"
+#include "bench/ops/bench.h"
 
 #include <algorithm>
 #include <cstring>

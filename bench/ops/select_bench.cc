@@ -1,5 +1,5 @@
 // Plan and draw over scanned estimates. GB/s are of estimates read, once a pass over them.
-#include "bench/bench.h"
+#include "bench/ops/bench.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/scan.h"

@@ -1,5 +1,5 @@
 // Attention: every row, and one step of the sampled policy as a whole. GB/s are of rows read.
-#include "bench/bench.h"
+#include "bench/ops/bench.h"
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/draw.h"

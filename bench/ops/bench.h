@@ -1,7 +1,7 @@
 // Axes and data of the benchmarks of single operations: one group (one KV head and its query heads)
 // of one sequence, on one thread.
-#ifndef VATTN_BENCH_BENCH_H_
-#define VATTN_BENCH_BENCH_H_
+#ifndef VATTN_BENCH_OPS_BENCH_H_
+#define VATTN_BENCH_OPS_BENCH_H_
 
 #include <benchmark/benchmark.h>
 
@@ -67,4 +67,4 @@ void SetRates(benchmark::State& state, double bytes, double tokens);
 
 }  // namespace vattn::bench
 
-#endif  // VATTN_BENCH_BENCH_H_
+#endif  // VATTN_BENCH_OPS_BENCH_H_

@@ -1,5 +1,5 @@
 // Scan of the index: predicted scores of the whole middle. GB/s are of codes read.
-#include "bench/bench.h"
+#include "bench/ops/bench.h"
 #include "kernels/cpu/scan.h"
 
 namespace vattn::bench {
