@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "tests/disk_world.h"
-#include "tests/fault_file_ops.h"
-#include "tests/snapshot_files.h"
+#include "tests/memory/fault_file_ops.h"
+#include "tests/memory/snapshot_files.h"
 
 namespace vattn {
 namespace {
@@ -72,7 +72,7 @@ class DiskFaultTest : public testing::TestWithParam<bool> {
     const int64_t descriptors = OpenDescriptors();
     for (const int error : {EIO, ENOSPC, EINTR}) {
       for (const bool for_ever : {false, true}) {
-        if (error == EINTR && for_ever) continue;  // tests/snapshot_fault_test.cc: waits end
+        if (error == EINTR && for_ever) continue;  // tests/memory/snapshot_fault_test.cc: waits end
         int64_t refused = 0;
         for (int64_t n = 1;; ++n) {
           SCOPED_TRACE(testing::Message() << std::strerror(error) << " at call " << n

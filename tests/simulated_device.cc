@@ -7,7 +7,7 @@
 
 #include "memory/page_ops.h"
 #include "memory/status.h"
-#include "tests/host_pages.h"
+#include "tests/memory/host_pages.h"
 
 namespace vattn::test {
 namespace {

@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <string>
 
-#include "tests/host_pages.h"
+#include "tests/memory/host_pages.h"
 #include "tests/simulated_world.h"
 
 namespace vattn::test {

@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "memory/status.h"
-#include "tests/host_pages.h"
+#include "tests/memory/host_pages.h"
 
 namespace vattn::test {
 namespace {

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "memory/snapshot.h"
-#include "tests/fault_file_ops.h"
-#include "tests/snapshot_files.h"
+#include "tests/memory/fault_file_ops.h"
+#include "tests/memory/snapshot_files.h"
 
 namespace vattn {
 namespace {

@@ -1,6 +1,6 @@
 // A FileOps table over the system's that fails on demand. One set of faults per process.
-#ifndef VATTN_TESTS_FAULT_FILE_OPS_H_
-#define VATTN_TESTS_FAULT_FILE_OPS_H_
+#ifndef VATTN_TESTS_MEMORY_FAULT_FILE_OPS_H_
+#define VATTN_TESTS_MEMORY_FAULT_FILE_OPS_H_
 
 #include <gtest/gtest.h>
 
@@ -160,4 +160,4 @@ inline constexpr FileOps kFaultFileOps = {
 
 }  // namespace vattn
 
-#endif  // VATTN_TESTS_FAULT_FILE_OPS_H_
+#endif  // VATTN_TESTS_MEMORY_FAULT_FILE_OPS_H_

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "memory/virtual_range.h"
-#include "tests/snapshot_files.h"
+#include "tests/memory/snapshot_files.h"
 
 namespace vattn {
 namespace {

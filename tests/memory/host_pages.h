@@ -1,7 +1,7 @@
 // Pages of this process in the place of a device's: addresses without a page fault when they are touched, and a
 // page is full of kUnset bytes when it is mapped.
-#ifndef VATTN_TESTS_HOST_PAGES_H_
-#define VATTN_TESTS_HOST_PAGES_H_
+#ifndef VATTN_TESTS_MEMORY_HOST_PAGES_H_
+#define VATTN_TESTS_MEMORY_HOST_PAGES_H_
 
 #include <atomic>
 #include <cstdint>
@@ -25,4 +25,4 @@ extern HostPages host_pages;
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_HOST_PAGES_H_
+#endif  // VATTN_TESTS_MEMORY_HOST_PAGES_H_

@@ -1,6 +1,6 @@
 // A scratch directory and small snapshots for the tests of memory/snapshot.h.
-#ifndef VATTN_TESTS_SNAPSHOT_FILES_H_
-#define VATTN_TESTS_SNAPSHOT_FILES_H_
+#ifndef VATTN_TESTS_MEMORY_SNAPSHOT_FILES_H_
+#define VATTN_TESTS_MEMORY_SNAPSHOT_FILES_H_
 
 #include <gtest/gtest.h>
 
@@ -90,4 +90,4 @@ inline void WriteFile(const std::string& path, const std::string& bytes) {
 
 }  // namespace vattn
 
-#endif  // VATTN_TESTS_SNAPSHOT_FILES_H_
+#endif  // VATTN_TESTS_MEMORY_SNAPSHOT_FILES_H_

@@ -1,4 +1,4 @@
-#include "tests/host_pages.h"
+#include "tests/memory/host_pages.h"
 
 #include <sys/mman.h>
 

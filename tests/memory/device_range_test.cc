@@ -14,7 +14,7 @@
 
 #include "memory/device.h"
 #include "memory/status.h"
-#include "tests/host_pages.h"
+#include "tests/memory/host_pages.h"
 
 namespace vattn {
 namespace {
