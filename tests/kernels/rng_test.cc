@@ -10,7 +10,7 @@
 
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/scan.h"
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn {
 namespace {

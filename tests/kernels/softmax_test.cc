@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {

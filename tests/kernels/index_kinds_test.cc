@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels/cpu/scan.h"
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {

@@ -8,7 +8,7 @@
 
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/workers.h"
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {

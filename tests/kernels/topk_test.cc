@@ -9,7 +9,7 @@
 
 #include "kernels/cpu/decode.h"
 #include "kernels/sampling.h"
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {

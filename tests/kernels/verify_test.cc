@@ -12,7 +12,7 @@
 #include "kernels/cpu/draw.h"
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/scan.h"
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {

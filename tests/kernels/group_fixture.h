@@ -1,7 +1,7 @@
 // A group of query heads over a fake host pool, and plain float64 definitions to hold operations
 // to.
-#ifndef VATTN_TESTS_GROUP_FIXTURE_H_
-#define VATTN_TESTS_GROUP_FIXTURE_H_
+#ifndef VATTN_TESTS_KERNELS_GROUP_FIXTURE_H_
+#define VATTN_TESTS_KERNELS_GROUP_FIXTURE_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -118,4 +118,4 @@ double DecodedValue(const GroupFixture& fixture, int64_t token, int j);
 
 }  // namespace vattn
 
-#endif  // VATTN_TESTS_GROUP_FIXTURE_H_
+#endif  // VATTN_TESTS_KERNELS_GROUP_FIXTURE_H_

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu/workers.h"
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {

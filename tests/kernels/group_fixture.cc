@@ -1,4 +1,4 @@
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 #include <hwy/highway.h>
 

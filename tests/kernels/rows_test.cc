@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {

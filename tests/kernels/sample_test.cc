@@ -15,7 +15,7 @@
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"
-#include "tests/group_fixture.h"
+#include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
 namespace {
