@@ -6,8 +6,8 @@
 // Operations are those of kernels/cuda/launch.h (simulated_launch.cc) and run whole. Attention is exact and is read
 // through the device's own tables, ring, hot set, codes and controller states: any of them that is stale, or a
 // buffer that was used again too early, changes the answer.
-#ifndef VATTN_TESTS_SIMULATED_DEVICE_H_
-#define VATTN_TESTS_SIMULATED_DEVICE_H_
+#ifndef VATTN_TESTS_RUNTIME_SIMULATED_DEVICE_H_
+#define VATTN_TESTS_RUNTIME_SIMULATED_DEVICE_H_
 
 #include <cstdint>
 #include <deque>
@@ -88,4 +88,4 @@ class Simulation {
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_SIMULATED_DEVICE_H_
+#endif  // VATTN_TESTS_RUNTIME_SIMULATED_DEVICE_H_

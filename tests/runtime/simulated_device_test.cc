@@ -5,7 +5,7 @@
 #include <string>
 
 #include "tests/memory/host_pages.h"
-#include "tests/simulated_world.h"
+#include "tests/runtime/simulated_world.h"
 
 namespace vattn::test {
 namespace {

@@ -12,7 +12,7 @@
 
 #include "runtime/attend_request.h"
 #include "runtime/batch.h"
-#include "tests/disk_world.h"
+#include "tests/runtime/disk_world.h"
 
 namespace {
 

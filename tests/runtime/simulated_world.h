@@ -1,7 +1,7 @@
 // Sequences and batches on a simulated device beside a model of what they hold: random operations, with every
 // answer against exact attention over the model's rows.
-#ifndef VATTN_TESTS_SIMULATED_WORLD_H_
-#define VATTN_TESTS_SIMULATED_WORLD_H_
+#ifndef VATTN_TESTS_RUNTIME_SIMULATED_WORLD_H_
+#define VATTN_TESTS_RUNTIME_SIMULATED_WORLD_H_
 
 #include <array>
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 #include "runtime/batch.h"
 #include "runtime/sequence.h"
-#include "tests/simulated_device.h"
+#include "tests/runtime/simulated_device.h"
 
 namespace vattn::test {
 
@@ -95,4 +95,4 @@ class SimulatedWorld {
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_SIMULATED_WORLD_H_
+#endif  // VATTN_TESTS_RUNTIME_SIMULATED_WORLD_H_

@@ -1,4 +1,4 @@
-#include "tests/simulated_world.h"
+#include "tests/runtime/simulated_world.h"
 
 #include <algorithm>
 #include <limits>

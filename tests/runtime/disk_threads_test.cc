@@ -3,7 +3,7 @@
 #include <mutex>
 #include <thread>
 
-#include "tests/disk_world.h"
+#include "tests/runtime/disk_world.h"
 
 namespace vattn {
 namespace {

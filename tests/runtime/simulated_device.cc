@@ -1,4 +1,4 @@
-#include "tests/simulated_device.h"
+#include "tests/runtime/simulated_device.h"
 
 #include <cstdlib>
 #include <cstring>

@@ -7,7 +7,7 @@
 
 #include <fstream>
 
-#include "tests/disk_world.h"
+#include "tests/runtime/disk_world.h"
 
 namespace vattn {
 namespace {

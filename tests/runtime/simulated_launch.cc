@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "kernels/cuda/launch.h"
-#include "tests/simulated_device.h"
+#include "tests/runtime/simulated_device.h"
 
 namespace vattn::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // A small runtime over a scratch directory, its sequences, and what they hold, for the tests of
 // files and of the disk.
-#ifndef VATTN_TESTS_DISK_WORLD_H_
-#define VATTN_TESTS_DISK_WORLD_H_
+#ifndef VATTN_TESTS_RUNTIME_DISK_WORLD_H_
+#define VATTN_TESTS_RUNTIME_DISK_WORLD_H_
 
 #include <gtest/gtest.h>
 
@@ -138,4 +138,4 @@ inline Prefix MakePrefix(const std::string& salt, int64_t tokens, int32_t first 
 
 }  // namespace vattn
 
-#endif  // VATTN_TESTS_DISK_WORLD_H_
+#endif  // VATTN_TESTS_RUNTIME_DISK_WORLD_H_

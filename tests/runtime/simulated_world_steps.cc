@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "tests/simulated_world.h"
+#include "tests/runtime/simulated_world.h"
 
 namespace vattn::test {
 namespace {

@@ -6,9 +6,9 @@
 #include <iterator>
 #include <utility>
 
-#include "tests/disk_world.h"
 #include "tests/memory/fault_file_ops.h"
 #include "tests/memory/snapshot_files.h"
+#include "tests/runtime/disk_world.h"
 
 namespace vattn {
 namespace {
