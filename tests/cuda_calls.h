@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "tests/attention_model.h"
+#include "tests/api/attention_model.h"
 
 namespace vattn::test {
 

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "tests/attention_model.h"
+#include "tests/api/attention_model.h"
 
 namespace vattn::test {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "tests/attention_model.h"
+#include "tests/api/attention_model.h"
 
 namespace vattn::test {
 

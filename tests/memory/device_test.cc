@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "memory/status.h"
-#include "tests/attention_model.h"
+#include "tests/api/attention_model.h"
 
 namespace vattn {
 namespace {
