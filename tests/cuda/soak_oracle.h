@@ -1,6 +1,6 @@
 // What an endurance run holds answers to: float64 attention, head by head.
-#ifndef VATTN_TESTS_SOAK_ORACLE_H_
-#define VATTN_TESTS_SOAK_ORACLE_H_
+#ifndef VATTN_TESTS_CUDA_SOAK_ORACLE_H_
+#define VATTN_TESTS_CUDA_SOAK_ORACLE_H_
 
 #include <cstdint>
 #include <string>
@@ -35,4 +35,4 @@ class SoakOracle {
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_SOAK_ORACLE_H_
+#endif  // VATTN_TESTS_CUDA_SOAK_ORACLE_H_

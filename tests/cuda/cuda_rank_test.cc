@@ -1,7 +1,7 @@
 // Ranking on CUDA, bit for bit: the best by score and the first by random number, exactly as many
 // as asked for, ties to the lower token, whatever the number of thread blocks; and the lists made
 // of them.
-#include "tests/cuda_rank.h"
+#include "tests/cuda/cuda_rank.h"
 
 #include <gtest/gtest.h>
 
@@ -12,7 +12,7 @@
 #include <random>
 #include <string>
 
-#include "tests/cuda_calls.h"
+#include "tests/cuda/cuda_calls.h"
 
 namespace vattn::test {
 namespace {

@@ -4,8 +4,8 @@
 // Draws are equal but for rounding. Sums are taken in another order, so a token whose random number
 // is next to its inclusion probability may change sides; and where a query's 8-bit level rounds the
 // other way, which is rare, all weights of its group move by a little.
-#ifndef VATTN_TESTS_CUDA_TWINS_H_
-#define VATTN_TESTS_CUDA_TWINS_H_
+#ifndef VATTN_TESTS_CUDA_CUDA_TWINS_H_
+#define VATTN_TESTS_CUDA_CUDA_TWINS_H_
 
 #include <cstdint>
 #include <random>
@@ -99,4 +99,4 @@ void CompareSelected(Twins& twins, Lists& lists, float query_sigma, bool with_we
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_CUDA_TWINS_H_
+#endif  // VATTN_TESTS_CUDA_CUDA_TWINS_H_

@@ -1,4 +1,4 @@
-#include "tests/soak_oracle.h"
+#include "tests/cuda/soak_oracle.h"
 
 #include <algorithm>
 #include <cmath>

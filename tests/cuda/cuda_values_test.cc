@@ -1,4 +1,4 @@
-// Value codes on CUDA against the CPU backend, beyond tests/cuda_parity_test.cc: where the index
+// Value codes on CUDA against the CPU backend, beyond tests/cuda/cuda_parity_test.cc: where the index
 // misjudges rows, so that further looks, rows taken as exact and new draws must agree; and with
 // codes that reached the device from a fork or a file.
 #include <gtest/gtest.h>
@@ -11,13 +11,13 @@
 #include <vector>
 
 #include "bench/trace/hostile_inputs.h"
-#include "tests/cuda_calls.h"
-#include "tests/cuda_twins.h"
+#include "tests/cuda/cuda_calls.h"
+#include "tests/cuda/cuda_twins.h"
 
 namespace vattn::test {
 namespace {
 
-// Share of heads that may part ways, as in tests/cuda_twins.cc: the order of sums moves a token
+// Share of heads that may part ways, as in tests/cuda/cuda_twins.cc: the order of sums moves a token
 // over the border now and then, and a token moves all heads of its group.
 constexpr double kMostApart = .25;
 constexpr int kSlots = 2, kSteps = 3;

@@ -1,5 +1,5 @@
 // The CUDA backend against the CPU backend: the same options, ids, rows and queries on both give
-// the same draws, verdicts, outputs and saved bytes (tests/cuda_twins.h says how nearly).
+// the same draws, verdicts, outputs and saved bytes (tests/cuda/cuda_twins.h says how nearly).
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -11,8 +11,8 @@
 
 #include "kernels/params.h"
 #include "memory/snapshot.h"
-#include "tests/cuda_calls.h"
-#include "tests/cuda_twins.h"
+#include "tests/cuda/cuda_calls.h"
+#include "tests/cuda/cuda_twins.h"
 
 namespace vattn::test {
 namespace {

@@ -1,6 +1,6 @@
 // What tests hold on a CUDA device. Failures of CUDA throw.
-#ifndef VATTN_TESTS_CUDA_CALLS_H_
-#define VATTN_TESTS_CUDA_CALLS_H_
+#ifndef VATTN_TESTS_CUDA_CUDA_CALLS_H_
+#define VATTN_TESTS_CUDA_CUDA_CALLS_H_
 
 #include <cuda_runtime_api.h>
 
@@ -71,4 +71,4 @@ class DeviceCall {
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_CUDA_CALLS_H_
+#endif  // VATTN_TESTS_CUDA_CUDA_CALLS_H_

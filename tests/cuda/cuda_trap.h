@@ -1,6 +1,6 @@
 // A kernel that ends a CUDA context.
-#ifndef VATTN_TESTS_CUDA_TRAP_H_
-#define VATTN_TESTS_CUDA_TRAP_H_
+#ifndef VATTN_TESTS_CUDA_CUDA_TRAP_H_
+#define VATTN_TESTS_CUDA_CUDA_TRAP_H_
 
 #include <cuda_runtime_api.h>
 
@@ -11,4 +11,4 @@ cudaError_t TrapDevice(cudaStream_t stream);
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_CUDA_TRAP_H_
+#endif  // VATTN_TESTS_CUDA_CUDA_TRAP_H_

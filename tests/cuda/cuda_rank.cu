@@ -5,7 +5,7 @@
 #include <string>
 
 #include "kernels/cuda/rank.cuh"
-#include "tests/cuda_rank.h"
+#include "tests/cuda/cuda_rank.h"
 
 namespace vattn::test {
 namespace {

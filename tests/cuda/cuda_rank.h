@@ -1,7 +1,7 @@
 // The ranking part of the top-k policies on CUDA (kernels/cuda/rank.cuh) by itself, on given
 // scores.
-#ifndef VATTN_TESTS_CUDA_RANK_H_
-#define VATTN_TESTS_CUDA_RANK_H_
+#ifndef VATTN_TESTS_CUDA_CUDA_RANK_H_
+#define VATTN_TESTS_CUDA_CUDA_RANK_H_
 
 #include <cstdint>
 #include <vector>
@@ -35,4 +35,4 @@ RankOutput RankOnDevice(const RankInput& input);
 
 }  // namespace vattn::test
 
-#endif  // VATTN_TESTS_CUDA_RANK_H_
+#endif  // VATTN_TESTS_CUDA_CUDA_RANK_H_

@@ -8,8 +8,8 @@
 #include <filesystem>
 #include <string>
 
-#include "tests/cuda_calls.h"
-#include "tests/cuda_trap.h"
+#include "tests/cuda/cuda_calls.h"
+#include "tests/cuda/cuda_trap.h"
 
 namespace vattn::test {
 namespace {

@@ -1,4 +1,4 @@
-#include "tests/cuda_twins.h"
+#include "tests/cuda/cuda_twins.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "tests/cuda_trap.h"
+#include "tests/cuda/cuda_trap.h"
 
 namespace vattn::test {
 namespace {

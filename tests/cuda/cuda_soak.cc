@@ -13,8 +13,8 @@
 #include <memory>
 #include <string>
 
-#include "tests/cuda_calls.h"
-#include "tests/soak_oracle.h"
+#include "tests/cuda/cuda_calls.h"
+#include "tests/cuda/soak_oracle.h"
 
 namespace vattn::test {
 namespace {

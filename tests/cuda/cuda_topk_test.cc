@@ -1,6 +1,6 @@
 // The baseline policies on CUDA against the CPU backend, which is the definition. On rows whose
 // scores are exact whatever the order of sums, and full of ties, both choose the very same tokens;
-// on other rows a token at the border may change sides (tests/cuda_twins.h).
+// on other rows a token at the border may change sides (tests/cuda/cuda_twins.h).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 #include <cstdio>
 #include <string>
 
-#include "tests/cuda_calls.h"
-#include "tests/cuda_twins.h"
+#include "tests/cuda/cuda_calls.h"
+#include "tests/cuda/cuda_twins.h"
 
 namespace vattn::test {
 namespace {

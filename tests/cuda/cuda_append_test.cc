@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "tests/cuda_calls.h"
+#include "tests/cuda/cuda_calls.h"
 
 namespace vattn::test {
 namespace {

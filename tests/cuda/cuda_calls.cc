@@ -1,4 +1,4 @@
-#include "tests/cuda_calls.h"
+#include "tests/cuda/cuda_calls.h"
 
 #include <iterator>
 #include <stdexcept>

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <string>
 
-#include "tests/cuda_calls.h"
+#include "tests/cuda/cuda_calls.h"
 
 namespace vattn::test {
 namespace {
