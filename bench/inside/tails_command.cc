@@ -15,6 +15,7 @@
 #include "bench/inside/tails_measure.h"
 #include "bench/replay/replay.h"
 #include "bench/replay/report.h"
+#include "bench/trace/trace_arguments.h"
 
 namespace vattn::bench {
 namespace {

@@ -16,6 +16,7 @@
 #include "bench/inside/zoo_scan.h"
 #include "bench/replay/replay.h"
 #include "bench/replay/report.h"
+#include "bench/trace/trace_arguments.h"
 
 namespace vattn::bench {
 namespace {
