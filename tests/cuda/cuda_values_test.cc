@@ -1,6 +1,6 @@
-// Value codes on CUDA against the CPU backend, beyond tests/cuda/cuda_parity_test.cc: where the index
-// misjudges rows, so that further looks, rows taken as exact and new draws must agree; and with
-// codes that reached the device from a fork or a file.
+// Value codes on CUDA against the CPU backend, beyond tests/cuda/cuda_parity_test.cc: where the
+// index misjudges rows, so that further looks, rows taken as exact and new draws must agree; and
+// with codes that reached the device from a fork or a file.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -17,8 +17,8 @@
 namespace vattn::test {
 namespace {
 
-// Share of heads that may part ways, as in tests/cuda/cuda_twins.cc: the order of sums moves a token
-// over the border now and then, and a token moves all heads of its group.
+// Share of heads that may part ways, as in tests/cuda/cuda_twins.cc: the order of sums moves a
+// token over the border now and then, and a token moves all heads of its group.
 constexpr double kMostApart = .25;
 constexpr int kSlots = 2, kSteps = 3;
 
