@@ -63,9 +63,12 @@ struct Storage {
 
 // The frozen index of one (sequence, layer, KV head); ALGORITHM 3. Code dimension j of a key k is
 // clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q) * level.
-// With kBalanced a token that the codes misrepresent is marked, by a code of all 0, and always read: its key is off
-// by more than residual_limit, squared and in units in which calibration keys have variance 1 in every
-// direction, or its |v|^2 is over value_limit, which no score can tell.
+// kBalanced writes a key as center + sum over dim_k directions of a coordinate times the direction's vector, so
+// that calibration keys have variance 1 in each; the first `dims` coordinates are coded. A token that the codes
+// misrepresent is marked, by a code of all 0, and always read: with r_j the error of coordinate j (of one without
+// code: the coordinate), sum r_j^2 is over residual_limit, or sum weight_j r_j^2, the squared error of its score
+// that the queries known when the index was made let expect, is over noise_limit, or its |v|^2, which no score can
+// tell, is over value_limit.
 struct IndexTables {
   const float* center = nullptr;      // [dim_k] mean key
   const float* encode = nullptr;      // [dim_k][padded_dims]
@@ -73,6 +76,10 @@ struct IndexTables {
   const float* centroids = nullptr;   // [centroids][dim_k] less the center
   const float* step = nullptr;        // [dims] width of a level in those units; kBalanced, as rest and limits
   const float* rest = nullptr;        // [dim_k][padded_rest] the other directions, see geometry.h
+  const float* weight = nullptr;      // [dim_k] mean squared part of a query in each direction
+  // [dim_k][dim_k] the directions' vectors, each times the root mean square of r_j over calibration tokens that are
+  // not marked: sum over j of (q . noise_j)^2 is the variance of the score errors of a scaled query over tokens.
+  const float* noise = nullptr;
   const float* value_mean = nullptr;  // [dim_v], with value codes
   const float* value_step = nullptr;  // [dim_v] distance of two levels
   float value_residual = 0;           // mean |v - v^|^2
@@ -83,6 +90,7 @@ struct IndexTables {
   float slope = 1;
   float intercept = 0;
   float residual_limit = 0;
+  float noise_limit = 0;
   float value_limit = 0;
 };
 

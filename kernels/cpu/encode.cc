@@ -147,19 +147,23 @@ uint8_t Level(float x, int bits) {
   return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
 }
 
-// Squared residual of a key from its coordinates x [dims] of the code and rest [dim_k - dims]. Plain sums in
-// this order on every backend.
-float Residual2(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
+// Whether the limits of IndexTables on r_j hold for a key with coordinates x [dims] of the code and rest
+// [dim_k - dims]. Plain sums in this order on every backend.
+bool CodeTells(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
   const int dims = s.code.dims();
-  float residual2 = 0;
+  float residual2 = 0, noise2 = 0;
+  const auto add = [&](int j, float r2) {
+    residual2 += r2;
+    noise2 += index.weight[j] * r2;
+  };
   for (int j = 0; j < dims; ++j) {
     const float half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
     const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;  // NaN: any, r is NaN
     const float r = (x[j] - level) * index.step[j];
-    residual2 += r * r;
+    add(j, r * r);
   }
-  for (int j = dims; j < s.row.dim_k; ++j) residual2 += rest[j - dims] * rest[j - dims];
-  return residual2;
+  for (int j = dims; j < s.row.dim_k; ++j) add(j, rest[j - dims] * rest[j - dims]);
+  return residual2 <= index.residual_limit && noise2 <= index.noise_limit;  // NaN: no
 }
 
 // A code of all 0 marks a token.
@@ -254,7 +258,7 @@ void EncodeBalanced(const Storage& s, const IndexTables& index, const float* key
   if (padded_rest > 0) HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
   PackTile(s.code, x, padded, tile);
   for (int t = 0; t < kTileTokens; ++t) {
-    if (!(Residual2(s, index, x + t * padded, rest + t * padded_rest) <= index.residual_limit)) Mark(s.code, t, tile);
+    if (!CodeTells(s, index, x + t * padded, rest + t * padded_rest)) Mark(s.code, t, tile);
   }
 }
 

@@ -12,7 +12,7 @@ void Encode(const EncodeParams& params, Stream stream);
 
 // Codes of one tile of centred keys [16][dim_k], of a layout with levels (kernels/geometry.h).
 void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
-// The same, with tokens marked whose key the code misrepresents (IndexTables::residual_limit).
+// The same, with tokens marked whose key the code misrepresents (IndexTables).
 void EncodeBalanced(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
 
 // The value code of a token.

@@ -76,7 +76,7 @@ bool Parse(const std::vector<std::byte>& bytes, const Storage& s, LoadedGroup& g
 }  // namespace
 
 uint64_t LayoutOf(const Options& o, const Storage& s) {
-  std::string text = absl::StrCat("vattn-sequence-2 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
+  std::string text = absl::StrCat("vattn-sequence-3 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
                                   o.head_dim_k, " v ", o.head_dim_v, " dtype ", o.dtype, " shared ", o.shared_kv,
                                   " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
   absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ", s.value_bits, " block ",

@@ -63,8 +63,8 @@ class Index {
 
   int dim_k_, dim_v_;
   CodeLayout code_;
-  // center, encode, project, centroids, with kBalanced step and rest, value mean, value step, then residual,
-  // spread, norm2 of values and, of kinds that are fitted, slope and intercept, of kBalanced the limits.
+  // center, encode, project, centroids, with kBalanced step, rest, weight and noise, value mean, value step, then
+  // residual, spread, norm2 of values and, of kinds that are fitted, slope and intercept, of kBalanced the limits.
   std::vector<float> floats_;
 };
 
