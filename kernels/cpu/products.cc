@@ -79,7 +79,7 @@ void DotWeights(const float* rows, int64_t count, int dim, const float* weight, 
   for (int64_t i = 0; i < count; ++i, rows += dim) {
     auto sum = hn::Zero(d);
     for (int j = 0; j < dim; j += kLanes) sum = hn::MulAdd(hn::LoadU(d, weight + j), hn::LoadU(d, rows + j), sum);
-    out[i] = hn::ReduceSum(d, sum);
+    out[i] = hn::GetLane(hn::SumOfLanes(d, sum));
   }
 }
 
