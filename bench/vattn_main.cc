@@ -8,16 +8,16 @@
 #include "bench/cli/doctor.h"
 #include "bench/cli/environment.h"
 #include "bench/cli/failure.h"
-#include "bench/disk_command.h"
-#include "bench/gather_command.h"
-#include "bench/growth_cost_command.h"
+#include "bench/disk/disk_command.h"
+#include "bench/gather/gather_command.h"
+#include "bench/inside/growth_cost_command.h"
+#include "bench/inside/tails_command.h"
+#include "bench/inside/zoo_command.h"
 #include "bench/replay/compare_command.h"
 #include "bench/replay/growth_command.h"
 #include "bench/replay/replay_command.h"
 #include "bench/step/step_command.h"
-#include "bench/tails_command.h"
 #include "bench/trace/calibrate_command.h"
-#include "bench/zoo_command.h"
 
 int main(int argc, char** argv) {
   using vattn::bench::CommandLine;

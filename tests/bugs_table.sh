@@ -13,9 +13,9 @@ for number in $(seq 49); do
 done
 for name in $(grep -E '^\| [0-9]' BUGS.md | grep -oE '`[A-Za-z_/]+(\.[A-Za-z0-9]+)?[ `]' | tr -d '` ' | sort -u); do
   case $name in
-    *.*) files=$(grep -lE "^TEST(_F|_P)?\(${name%.*}, *${name#*.}\)" ./*_test.cc) ;;
+    *.*) files=$(grep -rlE --include='*_test.cc' "^TEST(_F|_P)?\(${name%.*}, *${name#*.}\)" .) ;;
     BlockId) continue ;;
-    *) files=$(ls "$name.cc" 2>/dev/null) ;;
+    *) files=$(find . -path "*/$name.cc") ;;
   esac
   [ -n "$files" ] || fail "$name does not exist"
   for file in $files; do

@@ -1,7 +1,5 @@
 #include "bench/cli/option_arguments.h"
 
-#include <numeric>
-
 #include "bench/cli/failure.h"
 
 namespace vattn::bench {
@@ -44,20 +42,6 @@ void AddLayers(CLI::App* app, std::vector<int32_t>* layers) {
   app->add_option("--layers", *layers, "Layers by place in the file, as 0,2 (all)")
       ->delimiter(',')
       ->type_name("LIST");
-}
-
-std::vector<int32_t> ResolveLayers(const Trace& trace, const std::vector<int32_t>& given) {
-  std::vector<int32_t> layers = given;
-  if (layers.empty()) {
-    layers.resize(trace.layers);
-    std::iota(layers.begin(), layers.end(), 0);
-  }
-  for (const int32_t layer : layers) {
-    if (layer >= 0 && layer < trace.layers) continue;
-    throw UsageError("--layers: " + std::to_string(layer) + ", the trace has " +
-                     std::to_string(trace.layers) + ", counted from 0");
-  }
-  return layers;
 }
 
 void OptionArguments::Add(CLI::App* app) {

@@ -10,7 +10,6 @@
 
 #include "api/vattn.h"
 #include "bench/cli/settings.h"
-#include "bench/trace/trace.h"
 
 namespace vattn::bench {
 
@@ -27,9 +26,8 @@ void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds);
 // --steps; 0, if it was not given: all.
 void AddSteps(CLI::App* app, int64_t* steps);
 
-// --layers, and after parsing those that it names: all, if it was not given.
+// --layers; empty, if it was not given: all (ResolveLayers of bench/trace/trace_arguments.h).
 void AddLayers(CLI::App* app, std::vector<int32_t>* layers);
-std::vector<int32_t> ResolveLayers(const Trace& trace, const std::vector<int32_t>& given);
 
 class OptionArguments {
  public:

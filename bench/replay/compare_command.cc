@@ -11,6 +11,7 @@
 #include "bench/cli/text.h"
 #include "bench/replay/match.h"
 #include "bench/replay/report.h"
+#include "bench/trace/trace_arguments.h"
 #include "bench/trace/trace_views.h"
 
 namespace vattn::bench {

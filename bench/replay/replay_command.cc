@@ -17,6 +17,7 @@
 #include "bench/replay/plot.h"
 #include "bench/replay/report.h"
 #include "bench/trace/hostile_trace.h"
+#include "bench/trace/trace_arguments.h"
 
 namespace vattn::bench {
 namespace {

@@ -5,12 +5,12 @@
 #include <functional>
 
 #include "api/vattn.h"
+#include "bench/baselines/cuda_baselines.h"
 #include "bench/cli/failure.h"
 #include "bench/cli/text.h"
-#include "bench/cuda_baselines.h"
-#include "bench/cuda_memory.h"
+#include "bench/cuda/cuda_memory.h"
+#include "bench/cuda/watchdog.h"
 #include "bench/step/step_baselines.h"
-#include "bench/watchdog.h"
 
 namespace vattn::bench {
 namespace {

@@ -5,15 +5,15 @@
 #include <utility>
 #include <vector>
 
+#include "bench/baselines/cuda_baselines.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/statistics.h"
-#include "bench/cuda_baselines.h"
-#include "bench/cuda_memory.h"
-#include "bench/cuda_timing.h"
+#include "bench/cuda/cuda_memory.h"
+#include "bench/cuda/cuda_timing.h"
+#include "bench/cuda/watchdog.h"
 #include "bench/step/step_cuda.h"
 #include "bench/step/step_prompt.h"
 #include "bench/step/step_record.h"
-#include "bench/watchdog.h"
 
 namespace vattn::bench {
 namespace {

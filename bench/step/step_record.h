@@ -10,7 +10,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/progress.h"
-#include "bench/cuda_memory.h"
+#include "bench/cuda/cuda_memory.h"
 #include "bench/step/step_check.h"
 #include "bench/step/step_cuda.h"
 #include "bench/step/step_prompt.h"

@@ -10,6 +10,7 @@
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
 #include "bench/trace/calibrate.h"
+#include "bench/trace/trace_arguments.h"
 
 namespace vattn::bench {
 namespace {

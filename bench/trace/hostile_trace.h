@@ -1,5 +1,5 @@
-// The hostile inputs of bench/trace/hostile_inputs.h as recordings, so that what runs on recorded attention
-// runs on them.
+// The hostile inputs of bench/trace/hostile_inputs.h as recordings, so that what runs on recorded
+// attention runs on them.
 #ifndef VATTN_BENCH_TRACE_HOSTILE_TRACE_H_
 #define VATTN_BENCH_TRACE_HOSTILE_TRACE_H_
 

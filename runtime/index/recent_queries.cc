@@ -15,7 +15,7 @@ void RecentQueries::Add(const float* queries, int64_t count) {
 void RecentQueries::MoveTo(QueryMoment& moment, int group) {
   if (steps_ == 0) return;
   const int64_t kept = std::min<int64_t>(steps_, kRecentQueries);
-  moment.Add(queries_.data(), kept * group, group);
+  moment.Add(queries_.data(), kept * group, steps_ * kRecentEvery);
   queries_.clear();
   steps_ = 0;
 }

@@ -1,10 +1,10 @@
-// Sequences of calls of the C API against a model of every row (tests/pool_world.h): the bytes
+// Sequences of calls of the C API against a model of every row (tests/api/pool_world.h): the bytes
 // choose what is called with what.
 #include <filesystem>
 #include <stdexcept>
 
+#include "tests/api/pool_world.h"
 #include "tests/fuzz/input.h"
-#include "tests/pool_world.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using vattn::test::PoolWorld;

@@ -1,0 +1,145 @@
+// Steps of a simulated world, and what their answers must be.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "tests/runtime/simulated_world.h"
+
+namespace vattn::test {
+namespace {
+
+constexpr float kNothing = std::numeric_limits<float>::quiet_NaN();
+
+}  // namespace
+
+void SimulatedWorld::NewBatch(int b) {
+  std::fill(std::begin(seats_[b]), std::end(seats_[b]), nullptr);
+  for (Graph& graph : graphs_) graph.operations.clear();
+  batches_[b].reset();
+  batches_[b] = std::make_unique<Batch>(runtime_, kSlots);
+}
+
+void SimulatedWorld::Step(int b) {
+  bool any = false;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    Twin*& twin = seats_[b][slot];
+    if (twin != nullptr && twin->size() == 0) {
+      Done(batches_[b]->Clear(slot), "clear");
+      twin = nullptr;
+    }
+    any |= twin != nullptr;
+  }
+  if (!any) return Sit(b);
+  // Batch 0 is an engine's, on a stream that seldom changes; batch 1 has its arrays in plain memory.
+  if (Below(20) == 0) std::swap(streams_[0], streams_[1]);
+  const bool staged = b == 1;
+  const DeviceStream stream = staged ? nullptr : streams_[0];
+  const int new_tokens = Below(8) == 0 ? 0 : 1;
+  if (!Done(batches_[b]->BeginStep(new_tokens, stream), "begin step")) return;
+  for (int layer = 0; layer < kLayers; ++layer) {
+    Attend(b, layer, new_tokens, stream, staged);
+    // In the middle of a step some wait for the device, and some go.
+    if (Below(40) == 0) Destroy();
+    Twin* const twin = Below(12) == 0 ? AnyTwin() : nullptr;
+    if (twin != nullptr) Done(twin->sequence->Pull(), "pull");
+  }
+  for (Twin* twin : seats_[b]) {
+    if (twin != nullptr) ++twin->attended;
+  }
+}
+
+std::vector<float> SimulatedWorld::Attention(const Twin& twin, int layer, int q_head, const float* q) const {
+  const std::vector<Row>& rows = twin.rows[layer][q_head * kKvHeads / kQHeads];
+  const double scale = runtime_->storage().scale;
+  double mass = 0;
+  std::vector<double> sum(kDim);
+  for (const Row& row : rows) {
+    double score = 0;
+    for (int c = 0; c < kDim; ++c) score += double{q[c]} * row.k[c];
+    const double weight = std::exp(score * scale);
+    mass += weight;
+    for (int c = 0; c < kDim; ++c) sum[c] += weight * row.v[c];
+  }
+  std::vector<float> out;
+  for (const double x : sum) out.push_back(static_cast<float>(x / mass));
+  return out;
+}
+
+void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream stream, bool staged) {
+  constexpr size_t kQ = kSlots * kQHeads * kDim, kKv = kSlots * kKvHeads * kDim, kErrors = kSlots * kQHeads;
+  std::vector<float> in(kQ + 2 * kKv);
+  for (float& x : in) x = normal_(random_);
+  Answers answers;
+  answers.expected.assign(kQ + kErrors, kNothing);
+  answers.what = absl::StrCat("batch ", b, ", layer ", layer);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    Twin* const twin = seats_[b][slot];
+    if (twin == nullptr) continue;
+    for (int h = 0; h < kKvHeads && new_tokens == 1; ++h) {
+      const float* const k = in.data() + kQ + (slot * kKvHeads + h) * kDim;
+      Row row;
+      std::copy_n(k, kDim, row.k.begin());
+      std::copy_n(k + kKv, kDim, row.v.begin());
+      twin->rows[layer][h].push_back(row);
+    }
+    for (int h = 0; h < kQHeads; ++h) {
+      const size_t head = static_cast<size_t>(slot) * kQHeads + h;
+      const std::vector<float> out = Attention(*twin, layer, h, in.data() + head * kDim);
+      std::copy(out.begin(), out.end(), answers.expected.begin() + static_cast<std::ptrdiff_t>(head * kDim));
+      answers.expected[kQ + head] = static_cast<float>(twin->attended);
+    }
+    absl::StrAppend(&answers.what, ", slot ", slot, ": ", twin->size(), " tokens");
+  }
+  const auto request = [&](float* base, float* out) {
+    return AttendRequest{.layer = layer,
+                         .q = base,
+                         .k_new = new_tokens == 0 ? nullptr : base + kQ,
+                         .v_new = new_tokens == 0 ? nullptr : base + kQ + kKv,
+                         .out = out,
+                         .error = out + kQ};
+  };
+  if (staged) {
+    std::vector<float> out(answers.expected.size());
+    if (Done(batches_[b]->Attend(request(in.data(), out.data()), stream), "attend")) Compare(answers, out.data());
+    return;
+  }
+  Device& device = runtime_->cuda()->device();
+  const uint64_t in_bytes = in.size() * sizeof(float), out_bytes = answers.expected.size() * sizeof(float);
+  Graph& graph = graphs_[layer];
+  const bool replay = new_tokens == 1 && Below(3) > 0;
+  DeviceMemory& memory = replay ? graph.memory : answers.memory;
+  if (memory.data() == nullptr) memory = *device.Allocate(in_bytes + out_bytes);
+  answers.pinned = *device.AllocatePinned(out_bytes);
+  answers.stream = stream;
+  float* const base = memory.as<float>();
+  Done(device.Copy(base, in.data(), in_bytes, stream), "copy");
+  if (!replay || graph.operations.empty()) {
+    if (replay) simulation_.BeginCapture();
+    Done(batches_[b]->Attend(request(base, base + in.size()), stream), "attend");
+    if (replay) graph.operations = simulation_.EndCapture();
+  }
+  for (size_t i = 0; replay && i < graph.operations.size(); ++i) simulation_.Enqueue(stream, graph.operations[i]);
+  Done(device.Copy(answers.pinned.data(), base + in.size(), out_bytes, stream), "copy");
+  pending_.push_back(std::move(answers));
+}
+
+void SimulatedWorld::Check() {
+  for (const Answers& answers : pending_) {
+    Done(runtime_->cuda()->device().Synchronize(answers.stream), "synchronize");
+    Compare(answers, answers.pinned.as<float>());
+  }
+  pending_.clear();
+}
+
+void SimulatedWorld::Compare(const Answers& answers, const float* got) {
+  ++answers_;
+  for (size_t i = 0; i < answers.expected.size(); ++i) {
+    const float expected = answers.expected[i];
+    if (std::isnan(expected) || std::abs(got[i] - expected) <= 1e-4f) continue;
+    return Wrong(absl::StrCat(answers.what, ": number ", i, " is ", got[i], ", must be ", expected));
+  }
+}
+
+}  // namespace vattn::test
