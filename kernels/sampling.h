@@ -265,6 +265,8 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
   // What is not finite never passes.
   const bool cancelled = sums.coded > kMostCancelled * double{work.denominator};
   const bool unseen = std::abs(work.unseen) > kMostUnseen * work.denominator;
+  // The estimate is longer than the answer by its own error: E |o'|^2 = |o|^2 + V. NaN stays.
+  work.ref = Max(work.least_ref, std::sqrt(Max(output_norm2 - work.variance, 0.f)));
   const bool judged = !cancelled && !unseen && (exact || (tail >= kLeastTail && work.ref >= kLeastRef));
   const float bound = exact ? 0 : work.z * std::sqrt(work.variance) / work.ref;
   work.bound = judged && IsFinite(bound + output_norm2) ? bound : HUGE_VALF;
