@@ -227,7 +227,9 @@ void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
     if (!provisional) ++runtime_->counters().index_floods;
   }
   if (!provisional) made = Learn(l, begin, end);
-  if (!provisional) ++runtime_->counters().segments_learnt;
+  Counters& counters = runtime_->counters();
+  counters.segments_learnt += !provisional;
+  counters.segments_recoded += begin < layer.coded;
   if (!replaces) {
     // A provisional segment that ends here stays as it is.
     if (!layer.segments.empty()) layer.segments.back().provisional = false;

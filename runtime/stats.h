@@ -25,7 +25,7 @@ namespace vattn {
   X(looks, "counter", "Draws made, over KV heads")                                           \
   X(segments_learnt, "counter", "Segments of indices learnt from their tokens, over layers")  \
   X(index_floods, "counter", "Segments learnt early because new tokens were unlike the old")  \
-  X(segments_recoded, "counter", "Segments coded again because queries had drifted")         \
+  X(segments_recoded, "counter", "Segments whose tokens were coded again by new tables")     \
   X(outliers, "counter", "Tokens coded as outliers, which are read in every step")           \
   X(heads_noisy, "counter", "Query heads not verified because codes are too coarse for them") \
   X(full_refusals, "counter", "Calls refused because the host pool or a quota was full")     \
