@@ -199,8 +199,8 @@ typedef struct vattn_options {
 
   /* Index and value codes. */
   int32_t index; /* vattn_index */
-  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. Indices whose size
-   * follows from head_dim_k ignore it. */
+  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. 0, the default: a quarter of
+   * head_dim_k, but 32 to 64, with balanced, else 32. Indices whose size follows from head_dim_k ignore it. */
   int32_t index_bytes;
   /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device too. */
   int32_t value_bits;

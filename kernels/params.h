@@ -209,6 +209,7 @@ struct Group {
   int64_t selected = 0;    // middle rows read: scratch.token[0..selected), unless all_read
   bool all_read = false;   // the whole middle was read
   int32_t looks = 0;
+  bool noisy = false;      // codes are too coarse for the queries: nothing was verified
   Scratch scratch;
 };
 

@@ -332,6 +332,7 @@ void Batch::Account(const AttendRequest& r) {
     if (r.fetched != nullptr) r.fetched[at] = static_cast<int32_t>(misses);
     if (r.looks != nullptr) r.looks[at] = group.looks;
     if (r.middle != nullptr) r.middle[at] = n;
+    if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.q_heads);
     if (RecentPlace(group.step) >= 0) KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
     for (int g = 0; g < group.q_heads; ++g) {
       const size_t head = static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;

@@ -34,7 +34,7 @@ class Text {
     rows.Add(kShape, k, Gaussian(engine_, VATTN_F32, count * kShape.kv_heads * kShape.dim_v, 1));
   }
   void FillQueries(Call& call) {
-    call.q = Gaussian(engine_, VATTN_F32, static_cast<int64_t>(call.q.size()), 0.15f);
+    call.q = Gaussian(engine_, VATTN_F32, int64_t{kShape.q_heads} * kShape.dim_k, 0.15f);
     for (size_t i = 0; i < call.q.size(); ++i) {
       if (i % kShape.dim_k < kHot) call.q[i] *= 12;
     }
