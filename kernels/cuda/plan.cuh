@@ -114,6 +114,18 @@ __device__ void CountTops(Team<kHeads>& team, int* tops) {
   __syncthreads();
 }
 
+// scratch.sure of every segment of the index and head. By a team of one thread block, after PlanHead.
+template <int kHeads>
+__device__ void FindSure(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  const int heads = team.heads(), all = w.sure == nullptr ? 0 : IndexSegments(team.group) * heads;
+  for (int i = threadIdx.x; i < all; i += kThreads) {
+    const int h = i % heads;
+    w.sure[i] = SureScore(team.p.promise, w.noise[i], team.shared.state[h], team.shared.head[h]);
+  }
+  __syncthreads();
+}
+
 // Gains and floors of the multipliers in shared.state.
 template <int kHeads>
 __device__ void SetGains(Team<kHeads>& team) {
@@ -157,16 +169,18 @@ struct Sample {
       const int64_t item = (int64_t{i} / 2 * kThreads + threadIdx.x) / (kTileTokens / 2);
       const auto [b, tile] = SampledTile(stride, phase, item);
       const bool in = item < items && b < blocks;
+      const float* const sure = SureScores(w, SegmentAt(team.group, FirstBlock(team.group) + b), heads);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float2 pair = make_float2(0, 0);
         if (in && h < heads) {
+          const float shift = w.shift[b * heads + h], limit = SureEstimate(sure, h, shift);
           const uint16_t* at = w.estimate + (b * heads + h) * kBlockTokens + tile * kTileTokens + threadIdx.x % 8 * 2;
           pair = __half22float2(*reinterpret_cast<const __half2*>(at));
-          const float unit = expf(w.shift[b * heads + h] - team.shared.head[h].shift);
-          // What underflows here still has its floor.
-          if (pair.x > 0) pair.x = fmaxf(pair.x * unit, 1e-37f);
-          if (pair.y > 0) pair.y = fmaxf(pair.y * unit, 1e-37f);
+          const float unit = expf(shift - team.shared.head[h].shift);
+          // What underflows here still has its floor. A sure token's estimate counts no more than a marked one's.
+          if (pair.x > 0) pair.x = pair.x >= limit ? kMarkedEstimate : fmaxf(pair.x * unit, 1e-37f);
+          if (pair.y > 0) pair.y = pair.y >= limit ? kMarkedEstimate : fmaxf(pair.y * unit, 1e-37f);
         }
         e[h][i] = pair.x, e[h][i + 1] = pair.y;
       }
@@ -186,7 +200,7 @@ struct Sample {
     for (int i = 0; i < kTokens; ++i) {
       float weight2 = 0;
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) AddWeight(e[h][i], gain[h], floor[h], weight2);
+      for (int h = 0; h < kHeads; ++h) AddWeight(e[h][i], gain[h], floor[h], HUGE_VALF, weight2);
       if (e[0][i] == 0) continue;
       const float excess = Excess(weight2, 1.f, expected);
 #pragma unroll
