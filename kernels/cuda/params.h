@@ -94,7 +94,7 @@ struct DeviceGroup {
   IndexTables index;                // of the first segment; values are coded with its tables in every segment
   const IndexSegment* segments = nullptr;  // [num_segments]
   int32_t num_segments = 0;
-  std::byte* recent = nullptr;      // [G][dim_k] in the row dtype: where the step's queries are kept; null: they are not
+  std::byte* recent = nullptr;      // [G][dim_k] where the step's queries go, in the row dtype; null: nowhere
   RandomKey key;
   int32_t slot = 0, kv_head = 0;    // of the batch; says where queries and outputs are
   int64_t tokens = 0;               // with the step's new token; 0: nobody sits here

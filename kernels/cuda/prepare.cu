@@ -86,11 +86,31 @@ __device__ float NoiseOf(const IndexTables& index, int dims, int uncoded, const 
   return sqrtf(WarpSum(sum));
 }
 
+// Sums over the warp of a number a head in each lane, in the order of WarpSum: lanes 4 h to 4 h + 3 get that of head h.
+__device__ float SumHeads(float (&x)[kPackHeads]) {
+  static_assert(4 * kPackHeads == kWarp);
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = kPackHeads / 2; half > 0; half /= 2) {
+    const bool upper = (lane & 4 * half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, sent, 4 * half);
+    }
+  }
+  float sum = x[0];
+  sum += __shfl_xor_sync(kAllLanes, sum, 2);
+  sum += __shfl_xor_sync(kAllLanes, sum, 1);
+  return sum;
+}
+
 // Products of a query that its packing in one segment of the index takes.
 VATTN_HD inline int PackRows(const Storage& s) {
   const int dims = s.code.dims8 + s.code.dims4 + s.code.dims2 + s.code.dims1;
   return (s.code.kind == IndexKind::kBalanced ? s.row.dim_k : dims) + 1;
 }
+
 // Queries q [kPackHeads][dim] of heads [first, first + heads) in the coordinates of one segment's codes. y: shared
 // memory, [kPackHeads][PackRows]. Holds barriers.
 __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segment, int first, int heads, int q_heads,
@@ -109,11 +129,8 @@ __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segm
 #pragma unroll
       for (int h = 0; h < kPackHeads; ++h) sum[h] = fmaf(x, q[h * dim + c], sum[h]);
     }
-#pragma unroll
-    for (int h = 0; h < kPackHeads; ++h) {
-      sum[h] = WarpSum(sum[h]);
-      if (lane == 0) y[h * rows + j] = sum[h];
-    }
+    const float own = SumHeads(sum);
+    if (lane % 4 == 0) y[lane / 4 * rows + j] = own;
   }
   __syncthreads();
   // Heads that are not there are packed as zeros.
