@@ -115,7 +115,7 @@ struct StepHeader {
 struct DeviceCounters {
   unsigned long long verdicts[4];
   unsigned long long middle, selected, fetched, looks;
-  unsigned long long outliers;
+  unsigned long long outliers, noisy;
 };
 
 // How the answer kernel is launched: teams of thread blocks, a group's each.

@@ -15,6 +15,7 @@ struct Plan {
   float expected = 0;     // tokens drawn
   float bound = 0;        // candidates are kept up to this scale
   bool feasible = true;   // false: more than max_selected_share of the middle would be needed
+  bool noisy = false;     // that many tokens are sure already: what codes leave out could hold anything
 };
 
 // A sum in the unit exp(most), and another one added to it.
@@ -254,7 +255,37 @@ __device__ void FindMultipliers(Team<kHeads>& team, const int* tops, Predict&& p
   }
 }
 
-// Scale of the first draw, after the passes of plan.cu: to be called by every block of the team.
+// True if heads that are not verified are answered by reading everything.
+template <int kHeads>
+__device__ bool ReadsWhole(const Team<kHeads>& team) {
+  return team.p.promise.on_unverified == OnUnverified::kDense && team.p.task == Task::kDecode;
+}
+
+// The number of tokens that are drawn with probability 1 whatever the multipliers are. Candidates are to be listed
+// anew after it.
+template <int kHeads>
+__device__ float CountSure(Team<kHeads>& team, Randomness randomness) {
+  __syncthreads();
+  for (int h = threadIdx.x; h < team.heads(); h += kThreads) {
+    team.shared.log_gain[h] = -INFINITY;
+    team.shared.floor[h] = 0;
+  }
+  PredictAll(team, 1.f, 1.f, randomness);
+  const float count = static_cast<float>(team.shared.total[team.heads()]);
+  SetGains(team);
+  return count;
+}
+
+// Leaves sure tokens to chance. Every thread block of the team writes the same, and sees what it wrote.
+template <int kHeads>
+__device__ void ForgetSure(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  for (int i = threadIdx.x; i < IndexSegments(team.group) * team.heads(); i += kThreads) w.sure[i] = HUGE_VALF;
+  __syncthreads();
+}
+
+// Scale of the first draw, after the passes of plan.cu: to be called by every block of the team. A noisy plan of a
+// group that is read whole for it goes no further.
 template <int kHeads>
 __device__ Plan FinishPlan(Team<kHeads>& team) {
   const Promise& promise = team.p.promise;
@@ -274,15 +305,17 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
   plan.feasible = plan.expected * scale <= most;
   __syncthreads();
   if (!plan.feasible) {
+    plan.noisy = team.group.scratch.sure != nullptr && CountSure(team, randomness) > most;
+    if (plan.noisy && ReadsWhole(team)) return plan;
+    if (plan.noisy) ForgetSure(team);
     // Probabilities capped at 1 do not fall with the scale, so it goes down in several steps.
-    int round = 0;
-    do {
-      plan.scale *= most / plan.expected;
+    for (int round = 0;; ++round) {
       plan.bound = plan.scale;
       PredictAll(team, plan.scale, plan.bound, randomness);
       plan.expected = TakePrediction(team);
-    } while (plan.expected > 1.05f * most && ++round < kPlanRounds);
-    return plan;
+      if (!(plan.expected > 1.05f * most) || round == kPlanRounds) return plan;
+      plan.scale *= most / plan.expected;
+    }
   }
   plan.expected *= scale;
   plan.scale = scale;
