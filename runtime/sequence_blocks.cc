@@ -59,6 +59,7 @@ void Sequence::Settle() {
 
 absl::StatusOr<SharedLayers> Sequence::Share(int64_t tokens) {
   VATTN_RETURN_IF_ERROR(Pull());
+  if (cuda_) VATTN_RETURN_IF_ERROR(cuda_->ReadQueries(*this));
   // What was the sequence's own is to be copied before it is written again.
   if (reserve_tokens_ > 0) VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, kAllTokens, tokens)));
   const absl::Cleanup settle = [this] { Settle(); };

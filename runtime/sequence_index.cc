@@ -122,6 +122,8 @@ absl::Status Sequence::BuildIndex() {
 absl::Status Sequence::OpenStep(int new_tokens) { return MakeRoomAndCode(new_tokens); }
 
 void Sequence::TakeRecentQueries() {
+  // What a lost device had is left out; the calls that follow report it.
+  if (cuda_) cuda_->ReadQueries(*this).IgnoreError();
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     for (HeadGroup& group : layers_[l].groups) {
       if (group.recent.empty()) continue;

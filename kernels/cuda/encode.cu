@@ -85,6 +85,10 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
       }
       marked[t] = !(residual2 <= item.index.residual_limit && noise2 <= item.index.noise_limit &&
                     norm2 <= item.index.value_limit);
+      const unsigned outliers = __ballot_sync((1u << kTileTokens) - 1, marked[t]);
+      if (t == 0 && outliers != 0 && item.outliers != nullptr) {
+        atomicAdd(item.outliers, static_cast<unsigned long long>(__popc(outliers)));
+      }
     }
     __syncthreads();
     const int64_t block = item.blocks[token / kBlockTokens], at = token % kBlockTokens / kTileTokens * words * 64;

@@ -214,6 +214,7 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
       g.ring_begin = std::max<int64_t>(0, tokens - backend_.storage().ring_tokens);
       g.first_block = scanned;
       g.step = f.sequence->step() + static_cast<uint64_t>(steps);
+      g.recent = f.sequence->cuda()->recent(l, h, g.step);
       if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
       memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(), RoundUp(tokens, kScratchTokens), group_size, answer_[l].team,
                                    memory, g.scratch);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/rows.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -39,6 +40,15 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
   if (!memory.ok()) return memory.status();
   made->segments_ = *std::move(memory);
   made->segments_sent_.resize(static_cast<size_t>(made->groups_));
+  made->read_step_ = made->passed_step_ = sequence.step();
+  if (s.host.code.kind == IndexKind::kBalanced) {
+    const uint64_t bytes = static_cast<uint64_t>(states) * kRecentQueries * static_cast<uint64_t>(made->query_bytes());
+    memory = d.Allocate(bytes);
+    if (!memory.ok()) return memory.status();
+    made->recent_ = *std::move(memory);
+    // Of a step that was opened and never attended, zeros are read.
+    VATTN_RETURN_IF_ERROR(d.Fill(made->recent_.data(), 0, bytes, d.stream()));
+  }
   std::vector<HeadState> host;
   for (int l = 0; l < layers; ++l) {
     for (const HeadGroup& group : sequence.layer(l).groups) {
@@ -60,6 +70,18 @@ HeadState* CudaSequence::state(int layer, int head) const {
 
 const IndexSegment* CudaSequence::segments(int layer, int head) const {
   return segments_.as<IndexSegment>() + (first_[layer] + head) * int64_t{kMaxSegments};
+}
+
+int64_t CudaSequence::query_bytes() const {
+  const RowLayout& row = backend_.storage().host.row;
+  return int64_t{row.dim_k} * ElementBytes(row.dtype);
+}
+
+std::byte* CudaSequence::recent(int layer, int head, uint64_t step) const {
+  const int place = RecentPlace(step);
+  if (place < 0 || recent_.size() == 0) return nullptr;
+  const int64_t heads = q_per_kv_[layer];
+  return recent_.data() + ((states_before_[layer] + head * heads) * kRecentQueries + place * heads) * query_bytes();
 }
 
 std::byte* CudaSequence::fixed(int layer, int head) const {
@@ -189,7 +211,8 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
     const int64_t begin = std::max<int64_t>(layer.coded_on_device, s.sinks);
     for (int h = 0; h < static_cast<int>(layer.groups.size()); ++h) {
       ForSegments(layer, begin, layer.coded, [&](size_t k, int64_t from, int64_t to) {
-        encode.push_back({blocks(l, h), layer.groups[h].tables[k].DeviceTables(), from, to});
+        encode.push_back(
+            {blocks(l, h), layer.groups[h].tables[k].DeviceTables(), from, to, &backend_.counters()->outliers});
         most = std::max(most, to - from);
       });
       if (!fixed_loaded_ && layer.tokens > 0) fixed.push_back({blocks(l, h), this->fixed(l, h), layer.tokens});
@@ -227,7 +250,43 @@ absl::Status CudaSequence::Pull(Sequence& sequence, bool in_step) {
       at += group.states.size();
     }
   }
+  passed_step_ = sequence.step() - (in_step ? 1 : 0);
   busy_ = in_step;
+  return absl::OkStatus();
+}
+
+absl::Status CudaSequence::ReadQueries(Sequence& sequence) {
+  std::vector<uint64_t> steps;  // whose queries were kept
+  for (uint64_t step = read_step_ + 1; step <= passed_step_; ++step) {
+    if (RecentPlace(step) >= 0) steps.push_back(step);
+  }
+  if (recent_.size() == 0 || steps.empty()) return absl::OkStatus();
+  Device& d = backend_.device();
+  const Storage& s = backend_.storage().host;
+  std::vector<std::byte> ring(recent_.size());
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  VATTN_RETURN_IF_ERROR(d.Copy(ring.data(), recent_.data(), ring.size(), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
+  std::vector<float> queries;
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    const int64_t count = int64_t{q_per_kv_[l]} * s.row.dim_k;
+    queries.resize(static_cast<size_t>(count));
+    for (int h = 0; h < static_cast<int>(sequence.layer(l).groups.size()); ++h) {
+      RecentQueries& to = sequence.layer(l).groups[h].recent;
+      for (size_t i = 0; i < steps.size(); ++i) {
+        if (i + kRecentQueries < steps.size()) {
+          to.Add(nullptr, 0);  // later ones have taken its place: it counts alone
+          continue;
+        }
+        const uint8_t* row = reinterpret_cast<const uint8_t*>(ring.data() + (recent(l, h, steps[i]) - recent_.data()));
+        cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype},
+                      queries.data());
+        for (float& x : queries) x *= s.scale;
+        to.Add(queries.data(), count);
+      }
+    }
+  }
+  read_step_ = passed_step_;
   return absl::OkStatus();
 }
 
