@@ -158,14 +158,13 @@ TEST(IndexTest, NoiseAndWeightsPredictScoreErrors) {
     double measured = 0, predicted = 0, expected = 0;
     for (int i = 0; i < 400; i += 8) {
       const float* q = &queries[i * dim];
+      const int dims = s.code.dims();
       for (int j = 0; j < dim; ++j) {
-        double part = 0, square = 0;
-        for (int c = 0; c < dim; ++c) {
-          part += static_cast<double>(q[c]) * t.noise[j * dim + c];
-          square += static_cast<double>(t.noise[j * dim + c]) * t.noise[j * dim + c];
-        }
-        predicted += part * part;
-        ASSERT_GT(square, 0);
+        const float* const row = j < dims ? t.project + j * dim : t.noise + (j - dims) * dim;
+        double part = 0;
+        for (int c = 0; c < dim; ++c) part += static_cast<double>(q[c]) * row[c];
+        predicted += (j < dims ? t.level_noise2[j] : 1) * part * part;
+        if (j < dims) ASSERT_GT(t.level_noise2[j], 0);
       }
       for (int k = 1500; k < 3000; ++k) {  // keys that the index has not seen
         double error = Exact(dim, t, q, &keys[k * dim]);
