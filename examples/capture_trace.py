@@ -114,6 +114,10 @@ def parse_arguments():
                    help="of the saved tensors (default: %(default)s)")
     p.add_argument("--engine", choices=("auto", "numpy", "torch"), default="auto",
                    help="auto takes torch where installed (default: %(default)s)")
+    p.add_argument("--no-loss", action="store_true",
+                   help="stop behind the last layer that is saved: half the time for layers of the first "
+                        "half, but no loss says whether the model was read rightly. Only where all tokens "
+                        "are known")
     p.add_argument("--seed", type=int, default=0,
                    help="order of the default text's files and functions, the pairs' numbers "
                         "(default: %(default)s)")
@@ -243,15 +247,18 @@ def capture(args):
     tokenizer = gguf_tokenizer.make_tokenizer(reader)
     prompt, forced, description, question = prompt_text.build(args, tokenizer)
 
-    progress = Progress("load", config.layers)
-    model = gguf_model.Model(reader, config, engine, args.tokens + args.steps, progress.tick)
+    if args.no_loss and not forced:
+        raise ValueError("--no-loss: the model chooses tokens, which takes all of its layers")
+    depth = max(layers) + 1 if args.no_loss else config.layers
+    progress = Progress("load", depth)
+    model = gguf_model.Model(reader, config, engine, args.tokens + args.steps, depth, progress.tick)
     m = args.q_prompt
     recorder = QueryRecorder(layers, q_heads, args.tokens - m, m + args.steps, config.head_dim)
     # Tokens that are known are read at once: the model sees the same as token by token.
     known = prompt + (forced or [])
     progress = Progress("prefill", model.chunks(len(known)))
     hidden = model.forward(known, 0, recorder, progress.tick)[-max(m, 2):]
-    loss = model.loss(hidden[:-1], known[1 - len(hidden):])
+    loss = None if args.no_loss else model.loss(hidden[:-1], known[1 - len(hidden):])
     read = forced or decode(model, hidden, args.tokens, args.steps, tokenizer.control, recorder)
 
     tensors = {"k": model.k[layers][:, kv_heads], "v": model.v[layers][:, kv_heads],
@@ -262,12 +269,13 @@ def capture(args):
         "text": description, "question": question,
         "decode": "teacher-forced" if forced else "greedy",
         "decoded_text": tokenizer.decode(read[:MOST_DECODED]),
-        "prompt_loss": f"{loss:.3f}", "seed": str(args.seed), "tokenizer": tokenizer.name,
+        "prompt_loss": "not measured" if loss is None else f"{loss:.3f}", "seed": str(args.seed), "tokenizer": tokenizer.name,
         "engine": engine.name, "tool": f"capture_trace {VERSION}"}
     size = write_safetensors(args.out, tensors, metadata, DTYPES[args.dtype])
     print(f"model    {config.name}, engine {engine.name}\n"
           f"text     {description}: {args.tokens} prompt tokens, {args.steps} steps\n"
-          f"loss     {loss:.3f} nats per token over the last {len(hidden) - 1} that were given\n"
+          f"loss     {metadata['prompt_loss']}, nats per token over the last {len(hidden) - 1} that were "
+          "given\n"
           f"decoded  {metadata['decode']}: {metadata['decoded_text']!r}\n"
           f"written  {args.out}: layers {metadata['layers']}, KV heads {metadata['kv_heads']}, "
           f"{size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")

@@ -142,17 +142,19 @@ class Model:
     MORE_NORMS = ("attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm")
     EMBEDDING = "token_embd.weight"
 
-    def __init__(self, reader, config, engine, capacity, on_block=lambda: None):
-        """Dequantises every weight; `on_block` is called after each layer."""
+    def __init__(self, reader, config, engine, capacity, depth, on_block=lambda: None):
+        """Dequantises the weights of the first `depth` layers; `on_block` is called after each. Logits need
+        all of them.
+        """
         self.config, self.engine = config, engine
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._blocks = []
-        for layer in range(config.layers):
+        for layer in range(depth):
             self._blocks.append(self._load_block(f"blk.{layer}."))
             on_block()
         self._output_norm = self._array("output_norm.weight")
         head = "output.weight" if "output.weight" in self._tensors else self.EMBEDDING
-        self._head = engine.weight(self._array(head))
+        self._head = engine.weight(self._array(head)) if depth == config.layers else None
         self._frequencies = frequencies(config.rope_base, config.head_dim) / config.rope_factor
         if "rope_freqs.weight" in self._tensors:
             self._frequencies /= self._array("rope_freqs.weight")
@@ -160,7 +162,7 @@ class Model:
         gemma = config.arch == "gemma3"
         self._embedding_scale = np.float32(np.sqrt(config.width) if gemma else 1)
         self._activate = gelu if gemma else silu
-        shape = (config.layers, config.kv_heads, capacity, config.head_dim)
+        shape = (depth, config.kv_heads, capacity, config.head_dim)
         self.k = np.empty(shape, np.float32)     # post-RoPE
         self.v = np.empty(shape, np.float32)
 
@@ -173,7 +175,7 @@ class Model:
         rows = self._tensor(self.EMBEDDING)
         x = np.require(dequantize(rows.data[ids], rows.tensor_type), np.float32, "W")
         x *= self._embedding_scale
-        for layer in range(self.config.layers):
+        for layer in range(len(self._blocks)):
             for low in range(0, len(ids), self.engine.chunk):
                 part = slice(low, low + self.engine.chunk)
                 x[part] = self._block(layer, x[part], first + low, on_queries)
@@ -182,7 +184,7 @@ class Model:
 
     def chunks(self, n):
         """How often forward() calls on_chunk for n tokens."""
-        return self.config.layers * -(-n // self.engine.chunk)
+        return len(self._blocks) * -(-n // self.engine.chunk)
 
     def logits(self, hidden):
         """hidden [m, width] -> [m, vocabulary]."""

@@ -77,10 +77,10 @@ record() {
         --parts code "prose=$licences/GFDL-1.3" "german=$texts/de.txt" "french=$texts/fr.txt" json hex \
         base64 notice csv code ;;
     qwen_turns16k)
-      capture "$1" --model "$models/qwen2.5-coder.gguf" --layers 5,16,22 --steps 15872 --content turns \
+      capture "$1" --model "$models/qwen2.5-coder.gguf" --layers 5,11,16 --no-loss --steps 15872 --content turns \
         --parts code "prose=$licences/GFDL-1.3" json "german=$texts/de.txt" code ;;
     qwen_answer16k)
-      capture "$1" --model "$models/qwen2.5-coder.gguf" --layers 5,16,22 --steps 16384 \
+      capture "$1" --model "$models/qwen2.5-coder.gguf" --layers 5,11,16 --no-loss --steps 16384 \
         --content answer --parts topics ;;
     *) echo "record_growth.sh: $1 is none of $all" >&2; exit 2 ;;
   esac
