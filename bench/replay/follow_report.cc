@@ -1,6 +1,7 @@
 #include "bench/replay/follow_report.h"
 
-#include <algorithm>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "bench/cli/statistics.h"
