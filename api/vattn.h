@@ -361,7 +361,7 @@ typedef struct vattn_append_params {
   const void* k;
   const void* v;
   /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k], post-RoPE
-   * and unscaled. They calibrate the index (ALGORITHM 3): pass those of the last 512 prompt tokens. */
+   * and unscaled. They calibrate the index (ALGORITHM 3): pass the whole prompt's; 512 of a call are read. */
   const void* q;
   /* Strides in elements; 0: contiguous as above. The head dimension itself is contiguous. */
   int64_t k_token_stride, k_head_stride;

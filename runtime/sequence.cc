@@ -12,7 +12,7 @@
 namespace vattn {
 namespace {
 
-constexpr int64_t kCalibrationTokens = 8192;  // keys that an index is made from, at most
+constexpr int64_t kCalibrationTokens = 2048;  // keys that an index is made from, at most
 
 // Rows of `count` tokens as fp32: of every `stride` runs of `run` tokens from `first` on, one. Which one is
 // random (always the same for i): a text with a period would show a regular walk a fraction of its keys.
@@ -183,14 +183,16 @@ absl::Status Sequence::AddQueries(const AppendRequest& r, std::vector<std::uniqu
     const HeadGroup& heads = layers_[r.layer].groups[g];
     if (heads.index) continue;
     moments[g] = heads.moment ? std::make_unique<QueryMoment>(*heads.moment) : std::make_unique<QueryMoment>(dim);
-    std::vector<float> queries(static_cast<size_t>(r.num_queries) * group * dim);
-    for (int64_t i = 0; i < int64_t{r.num_queries} * group; ++i) {
-      const int64_t at = i / group * r.q_token_stride + (static_cast<int64_t>(g) * group + i % group) * r.q_head_stride;
+    const int64_t picks = QueryMoment::NumPicks(r.num_queries, group);
+    std::vector<float> queries(static_cast<size_t>(picks * dim));
+    for (int64_t i = 0; i < picks; ++i) {
+      const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group);
+      const int64_t at = pick.token * r.q_token_stride + (static_cast<int64_t>(g) * group + pick.head) * r.q_head_stride;
       const uint8_t* row = q + at * element;
       cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype}, queries.data() + i * dim);
     }
     for (float& x : queries) x *= s.scale;
-    moments[g]->Add(queries.data(), int64_t{r.num_queries} * group, group);
+    moments[g]->Add(queries.data(), picks, r.num_queries);
   }
   return absl::OkStatus();
 }

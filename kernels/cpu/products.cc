@@ -53,7 +53,9 @@ void AddProduct(const float* a, int64_t a_row, int64_t a_column, const float* b,
     for (int64_t j = 0; j < n; j += kPanel) {
       for (int t = 0; t < depth; ++t) std::memcpy(panel + t * kPanel, b + (k + t) * n + j, kPanel * sizeof(float));
       int64_t i = 0;
-      for (; i + kRows <= m; i += kRows) AddPanel<kRows>(left + i * a_row, a_row, a_column, panel, depth, c + i * n + j, n);
+      for (; i + kRows <= m; i += kRows) {
+        AddPanel<kRows>(left + i * a_row, a_row, a_column, panel, depth, c + i * n + j, n);
+      }
       for (; i < m; ++i) AddPanel<1>(left + i * a_row, a_row, a_column, panel, depth, c + i * n + j, n);
     }
   }
@@ -79,7 +81,7 @@ void DotWeights(const float* rows, int64_t count, int dim, const float* weight, 
   for (int64_t i = 0; i < count; ++i, rows += dim) {
     auto sum = hn::Zero(d);
     for (int j = 0; j < dim; j += kLanes) sum = hn::MulAdd(hn::LoadU(d, weight + j), hn::LoadU(d, rows + j), sum);
-    out[i] = hn::ReduceSum(d, sum);
+    out[i] = hn::GetLane(hn::SumOfLanes(d, sum));
   }
 }
 

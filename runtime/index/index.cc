@@ -15,7 +15,8 @@ namespace {
 using Matrix = Eigen::MatrixXd;
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr double kHalfLife = 512;     // query tokens
+constexpr int64_t kMostPicks = 512;
+const double kMostWeight = 8192 / std::log(2.);  // tokens: each more then fades the others by 1 / kMostWeight
 // Tokens are marked whose |v|^2 is over so many times its mean and above this quantile of the sample.
 constexpr double kHugeValue = 16, kMarkedQuantile = .9975;
 
@@ -112,12 +113,22 @@ void FillScores(const Storage& s, const RowMajor& centred, const Matrix& keys, c
 
 }  // namespace
 
-void QueryMoment::Add(const float* queries, int64_t count, int group) {
+int64_t QueryMoment::NumPicks(int64_t tokens, int group) { return std::min(tokens * group, kMostPicks); }
+
+QueryMoment::Pick QueryMoment::PickAt(int64_t i, int64_t tokens, int group) {
+  return {i * tokens / NumPicks(tokens, group), static_cast<int>(i % group)};
+}
+
+void QueryMoment::Add(const float* queries, int64_t count, int64_t tokens) {
+  const Matrix mean = Moment(queries, count, dim_);
+  if (!mean.allFinite()) return;
   if (sum_.empty()) sum_.assign(static_cast<size_t>(dim_) * dim_, 0.0);
   Eigen::Map<Matrix> sum(sum_.data(), dim_, dim_);
-  const double keep = std::exp2(-static_cast<double>(count) / group / kHalfLife);
-  sum = keep * sum + static_cast<double>(count) * Moment(queries, count, dim_);
-  weight_ = keep * weight_ + static_cast<double>(count);
+  sum += static_cast<double>(tokens) * mean;
+  weight_ += static_cast<double>(tokens);
+  if (weight_ <= kMostWeight) return;
+  sum *= kMostWeight / weight_;
+  weight_ = kMostWeight;
 }
 
 QueryMoment QueryMoment::FromMean(int dim, std::vector<double> mean) {

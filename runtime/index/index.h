@@ -10,13 +10,23 @@
 
 namespace vattn {
 
-// Second moment of the queries that read one KV head: what C_q is made of.
+// Second moment of the queries that read one KV head: what C_q is made of. Every token's queries count alike, until
+// there are so many tokens that older ones fade with a half-life of 8,192.
 class QueryMoment {
  public:
+  // Of the queries of many tokens, [tokens][group], this many evenly spread ones are enough.
+  static int64_t NumPicks(int64_t tokens, int group);
+  struct Pick {
+    int64_t token;
+    int head;
+  };
+  // REQUIRES 0 <= i < NumPicks(tokens, group). All heads in turn.
+  static Pick PickAt(int64_t i, int64_t tokens, int group);
+
   explicit QueryMoment(int dim) : dim_(dim) {}
 
-  // queries [count][dim], scaled. Older queries fade: those of the last 512 tokens weigh most.
-  void Add(const float* queries, int64_t count, int group);
+  // queries [count][dim], scaled, that speak for so many tokens. Left out if they are not finite.
+  void Add(const float* queries, int64_t count, int64_t tokens);
   // As from one query, whose q q^T is mean [dim][dim].
   static QueryMoment FromMean(int dim, std::vector<double> mean);
   bool empty() const { return weight_ == 0; }
@@ -30,7 +40,7 @@ class QueryMoment {
 
  private:
   int dim_;
-  double weight_ = 0;
+  double weight_ = 0;         // tokens
   std::vector<double> sum_;  // [dim][dim], empty until the first Add
 };
 

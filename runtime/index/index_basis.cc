@@ -16,8 +16,8 @@ namespace {
 using Matrix = Eigen::MatrixXd;
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr double kKeyRidge = 1e-4;  // of the mean diagonal
-constexpr double kQueryRidge = 1e-2;
+// Of the mean diagonal. That of queries is for those of a step, which are not the calibration's.
+constexpr double kKeyRidge = 1e-4, kQueryRidge = .3;
 constexpr double kOutlierQuantile = .99975;
 // Tokens are marked whose squared residual is above the mean by kHidden and by so many standard deviations, or whose
 // expected squared score error is so many times the mean; but at most this share of the sample by either rule. So
@@ -41,7 +41,8 @@ double LevelWidth(const CodeLayout& code, int j, const float* x, int64_t stride,
     const float size = std::abs(x[static_cast<int64_t>(i) * stride]);
     sizes[i] = std::isfinite(size) ? size : 0;
   }
-  const auto outlier = sizes.begin() + static_cast<std::ptrdiff_t>(kOutlierQuantile * static_cast<double>(sizes.size() - 1));
+  const double last = static_cast<double>(sizes.size() - 1);
+  const auto outlier = sizes.begin() + static_cast<std::ptrdiff_t>(kOutlierQuantile * last);
   std::nth_element(sizes.begin(), outlier, sizes.end());
   return std::max(gaussian, *outlier / (j < code.dims8 ? 64. : 8.));
 }
