@@ -20,9 +20,10 @@ using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::Row
 constexpr double kKeyRidge = 1e-4, kQueryRidge = .3;
 constexpr double kOutlierQuantile = .99975;
 // Tokens are marked whose squared residual is above the mean by kHidden and by so many standard deviations, or whose
-// expected squared score error is so many times the mean; but at most this share of the sample by either rule. So
-// 8 standard deviations of a direction do not hide in the others.
-constexpr double kHidden = 64, kHiddenDeviations = 6, kNoisy = 16, kMarkedShare = .00125;
+// expected squared score error is over kHarmful (of one nat, which no token's weight is hidden by) and so many times
+// the mean; but at most this share of the sample by either rule. So 8 standard deviations of a direction do not hide
+// in the others, and a coordinate that just misses the last level marks nothing.
+constexpr double kHidden = 64, kHiddenDeviations = 6, kHarmful = 1, kNoisy = 16, kMarkedShare = .00125;
 
 void AddRidge(Matrix& m, double share) { m.diagonal().array() += share * m.diagonal().mean() + 1e-12; }
 
@@ -110,7 +111,7 @@ void FillBasis(const CodeLayout& code, const KeySample& sample, Matrix keys, Mat
   *out.residual_limit = Limit(residual2, [](double mean, double deviation) {
     return mean + std::max(kHidden, kHiddenDeviations * deviation);
   });
-  *out.noise_limit = Limit(noise2, [](double mean, double) { return kNoisy * mean; });
+  *out.noise_limit = Limit(noise2, [](double mean, double) { return std::max(kHarmful, kNoisy * mean); });
   Eigen::VectorXd mean2 = Eigen::VectorXd::Zero(dim);
   int64_t told = 0;
   for (int64_t i = 0; i < sample.count; ++i) {
