@@ -5,7 +5,7 @@ import pathlib
 import re
 import unittest
 
-from vattn import _attend, _runtime, _structs
+from vattn import _attend, _options, _runtime, _structs, _version
 
 HEADER = pathlib.Path(__file__).parents[2] / "api" / "vattn.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
@@ -98,7 +98,22 @@ class Header(unittest.TestCase):
             )
             self.assertIs(returned, expected, name)
             given = [] if parameters.strip() == "void" else parameters.split(",")
-            self.assertEqual(len(arguments), len(given), name)
+            names = [re.findall(r"\w+", parameter)[-1] for parameter in given]
+            self.assertEqual(list(arguments), names, name)
+            for parameter, kind in zip(given, arguments.values()):
+                declared = re.fullmatch(r"\s*(\w+)\s+\w+", parameter)  # no pointer
+                if declared is not None:
+                    self.assertIs(kind, TYPES[declared.group(1)], f"{name}: {parameter}")
+
+    def test_options(self):
+        names = [name for name, _ in _structs.Options._fields_]
+        shown = [name for name in names if name not in ("struct_size", "log", "log_user")]
+        self.assertEqual(sorted(_options.ResolvedOptions.__annotations__), sorted(shown))
+        self.assertEqual(sorted(_options.Options.__annotations__), sorted([*shown, "preset"]))
+
+    def test_version(self):
+        parts = re.findall(r"#define VATTN_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", TEXT)
+        self.assertEqual(_version.__version__, ".".join(parts))
 
     def test_stats(self):
         for struct, shown in (

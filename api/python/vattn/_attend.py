@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from . import _structs as c
 from ._arrays import Array, View, empty_like, view
-from ._library import invalid, struct
+from ._errors import invalid
+from ._library import struct
 from ._runtime import DTYPE_NAMES, Runtime
 
 TIMELINE_MARKS = 8  # VATTN_TIMELINE_MARKS
