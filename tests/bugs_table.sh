@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# bugs_table.sh BUILD: BUGS.md has each of its 49 lines once, each names a test or says why none can
+# bugs_table.sh BUILD: BUGS.md has lines numbered from 1 on, each once, each names a test or says why none can
 # apply, and the tests named exist and belong to a program that ctest of BUILD runs (those of cuda_ are
 # built with CUDA alone; cuda_soak is run by hand). Run in tests/.
 set -u
 run=$(ctest -N --test-dir "$1" | sed -nE 's/^ *Test +#[0-9]+: //p')
 bad=0
 fail() { echo "BUGS.md: $*"; bad=1; }
-for number in $(seq 49); do
+rows=$(grep -cE '^\| [0-9]+ \|' BUGS.md)
+[ "$rows" -ge 51 ] || fail "it has $rows lines, must have 51 or more"
+for number in $(seq "$rows"); do
   line=$(grep -E "^\| $number \|" BUGS.md)
   [ "$(grep -c . <<<"$line")" = 1 ] || fail "line $number is not there once"
   grep -qE '`|Cannot apply' <<<"$line" || fail "line $number names no test"
+done
+for name in $(grep -E '^\| [0-9]' BUGS.md | grep -oE '`[A-Za-z]+\.test_[a-z0-9_]+`' | tr -d '`' | sort -u); do
+  # The test may stand in a class that this one derives from.
+  grep -qE "^class ${name%.*}\(" python/*_test.py && grep -qE "^    def ${name#*.}\(" python/*_test.py ||
+    fail "$name does not exist"
 done
 for name in $(grep -E '^\| [0-9]' BUGS.md | grep -oE '`[A-Za-z_/]+(\.[A-Za-z0-9]+)?[ `]' | tr -d '` ' | sort -u); do
   case $name in

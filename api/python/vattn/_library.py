@@ -32,7 +32,7 @@ def _load() -> Any:
         raise ImportError(
             f"libvattn cannot be loaded: {error}. It is looked for in VATTN_LIBRARY (a path), in "
             f"{pathlib.Path(__file__).parent} and where the system keeps libraries; "
-            "pip install ./api/python builds it."
+            "`pip install .` in vattn's sources builds it."
         ) from None
     version = _function(library, path, "vattn_version", ctypes.c_char_p, [])().decode(
         errors="replace"

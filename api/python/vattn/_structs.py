@@ -9,21 +9,23 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uin
 from typing import Any
 
 from ._arguments import number, path, whole
+
+# Every name of the header is one of this module.
 from ._enums import (
-    Admission,
-    Backend,
-    Bound,
-    DType,
-    Index,
-    Io,
-    LogLevel,
-    Norm,
-    OnUnverified,
-    Policy,
-    Status,
-    Target,
-    Tier,
-    Verdict,
+    Admission as Admission,
+    Backend as Backend,
+    Bound as Bound,
+    DType as DType,
+    Index as Index,
+    Io as Io,
+    LogLevel as LogLevel,
+    Norm as Norm,
+    OnUnverified as OnUnverified,
+    Policy as Policy,
+    Status as Status,
+    Target as Target,
+    Tier as Tier,
+    Verdict as Verdict,
 )
 
 LOG_FUNCTION = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
@@ -63,7 +65,7 @@ def fit(value: Any, name: str, kind: Any) -> Any:
         return whole(value, name, *_RANGES[kind])
     if kind is c_float:
         return number(value, name)
-    if kind is c_char_p and value is not None:
+    if kind is c_char_p:
         return path(value, name)
     return value
 
@@ -77,7 +79,11 @@ class Struct(ctypes.Structure):
         cls._kinds = dict(cls._fields_)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, fit(value, name, self._kinds[name]))
+        kind = self._kinds[name]
+        absent = (
+            value is None and kind is c_char_p
+        )  # NULL: options that name a file may be left out
+        super().__setattr__(name, None if absent else fit(value, name, kind))
 
     def point(self, name: str, address: int, owner: Any) -> None:
         """Sets a pointer to memory that `owner` keeps as long as the struct lives."""
