@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 import vattn
-from fixture import OPTIONS, Fixture, rows
+from fixture import OPTIONS, Fixture
 
 FIRST_64 = 2**64
 
@@ -203,7 +203,7 @@ class Refused(Fixture):
                 self.refused(text, vattn.Runtime, **OPTIONS | options)
 
     def test_no_whole_number_wraps(self):
-        """Each argument of each call, a multiple of 2^32 or 2^64 off a legal value, and as a float."""
+        """Each argument of each call, off a legal value by 2^32 or 2^64, and of other types."""
         runtime = self.runtime()
         sequence, k, v = self.filled(runtime, 600)
         batch = runtime.batch(1)
@@ -273,6 +273,13 @@ class Refused(Fixture):
         for other in (None, runtime, 1):
             self.refused("sequence is .*, must be a Sequence", batch.set, 0, other)
         self.refused("report has no 'errors', must be one of lse", batch.report, 0, k, "errors")
+        step = {"q": k[:1, :1].repeat(6, 1), "k_new": k[:1], "v_new": k[:1]}
+        for other in ("lse", ["lse"], {"lse": k}, 1):
+            self.refused("report is .*, must be a Report", batch.attend, 0, **step, report=other)
+            for call in (batch.select, batch.attend_selected):
+                self.refused(
+                    "selection is .*, must be a Selection", call, 0, **step, selection=other
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who owns a handle: copies, pickles, use after close, collection, errors on their way elsewhere."""
+"""Who owns a handle: copies, pickles, use after close, collection; errors that are pickled."""
 
 import copy
 import gc
@@ -159,7 +159,7 @@ class Closed(Fixture):
 
 class Collected(Fixture):
     def test_a_cycle_is_freed_in_an_order_that_the_library_allows(self):
-        """A runtime and its sequences in one cycle, as a log function that knows its owner makes it."""
+        """A runtime and its sequences in one cycle, as by a log function that knows its owner."""
 
         class Engine:
             def __init__(self):

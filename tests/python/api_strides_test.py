@@ -4,7 +4,7 @@ import unittest
 
 import numpy as np
 import vattn
-from fixture import DIM, KV_HEADS, Q_HEADS, Fixture, attend, queries, relative_error, rows
+from fixture import DIM, KV_HEADS, Fixture, attend, queries, relative_error, rows
 
 TOKENS = 400
 
@@ -23,7 +23,7 @@ class Bare:
 
 
 def strided(dtype=np.float32):
-    """Name -> rows [TOKENS, KV_HEADS, DIM] whose strides are 0, negative or none of C's in some way."""
+    """Name -> rows [TOKENS, KV_HEADS, DIM] whose strides are 0, negative or otherwise odd."""
     rng = np.random.default_rng(1)
 
     def random(*shape):

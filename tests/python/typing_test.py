@@ -1,4 +1,4 @@
-"""What a type checker says to users of the package: right calls pass, wrong ones do not. Needs mypy."""
+"""What mypy says to users of the package: right calls pass, wrong ones do not."""
 
 import os
 import pathlib

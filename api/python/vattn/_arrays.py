@@ -1,6 +1,6 @@
 """Arrays of numpy, torch and everything that speaks DLPack or __cuda_array_interface__, by address.
 
-Nothing is copied, but for what `spaced_view` says: a `View` is the address of the caller's own memory.
+A `View` is the address of the caller's own memory; only `spaced_view` may copy.
 """
 
 import ctypes
@@ -87,7 +87,7 @@ def view(array: Array, name: str) -> View:
 def spaced_view(array: Array, name: str, dimensions: int) -> View:
     """The memory of `array`, or of a copy, with strides over 0 along the first dimensions.
 
-    A stride of 0 (broadcast) cannot be said in C, where it means "contiguous", nor can a negative one.
+    A stride of 0 (broadcast) cannot be said in C, where it means "contiguous", nor can one below.
     """
     given = view(array, name)
     if all(
@@ -149,8 +149,8 @@ def _view_interface(array: Any, interface: dict[str, Any], name: str, on_device:
     fields = getattr(getattr(array, "dtype", None), "names", None)
     if dtype is None or typestr[0] == ">" or fields is not None:
         raise invalid(
-            f"{name} has elements of type {fields or typestr}, must be float32, float16, bfloat16 (or "
-            "uint16 that holds it), int32, int64 or uint64 in little-endian order"
+            f"{name} has elements of type {fields or typestr}, must be float32, float16, bfloat16 "
+            "(or uint16 that holds it), int32, int64 or uint64 in little-endian order"
         )
     shape = tuple(interface["shape"])
     size = BYTES[dtype]

@@ -5,9 +5,10 @@ import sys
 from typing import Any
 
 from . import _structs as c
+from ._arguments import shown, whole
 from ._arrays import Array, empty_like, stream_handle
 from ._attend import REPORT, AttendCall, Report, Selection, report_shapes
-from ._arguments import shown, whole
+from ._enums import Backend
 from ._errors import invalid
 from ._handle import Child
 from ._library import call
@@ -63,7 +64,7 @@ class Batch(Child):
         changed, no step is open, the sequences stay usable.
         """
         handle = None
-        if self.runtime._options["backend"] == c.Backend.CUDA:
+        if self.runtime._options["backend"] == Backend.CUDA:
             torch = sys.modules.get("torch")
             if stream is None:
                 stream = torch.cuda.current_stream(self.runtime._options["device"]) if torch else 0

@@ -14,7 +14,7 @@ class Error(Exception):
         self.text = text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default an exception is made anew from its message alone, which is not what __init__ takes.
+        # By default an exception is made anew from its message alone, which __init__ does not take.
         return type(self), (self.status, self.text), self.__dict__
 
 

@@ -69,7 +69,7 @@ class Handle:
 
 
 class Child(Handle):
-    """A handle that belongs to a runtime, which closes it at the latest when it is closed itself."""
+    """A handle that belongs to a runtime, which closes it when it is closed itself."""
 
     _destroy = ""
 

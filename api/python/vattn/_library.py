@@ -1,4 +1,4 @@
-"""Finds and loads libvattn, checks what its calls are given, and turns its codes into exceptions."""
+"""Finds and loads libvattn, checks what calls are given, and turns its codes into exceptions."""
 
 import ctypes
 import ctypes.util

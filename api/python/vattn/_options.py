@@ -123,7 +123,7 @@ class Options(TypedDict, total=False):
 
 
 class ResolvedOptions(TypedDict):
-    """The options in force, every default resolved: `Runtime(**runtime.options)` is the same again."""
+    """The options in force, every default resolved: Runtime(**options) has the same again."""
 
     num_layers: int
     num_q_heads: int

@@ -3,11 +3,12 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from . import _structs as c
 from ._arguments import choice, salt_bytes, shown, whole
 from ._arrays import Array, View, view
+from ._enums import Backend, DType, LogLevel, Tier
 from ._errors import invalid
 from ._handle import Handle
 from ._library import LIBRARY, call, made, struct, text
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from ._batch import Batch
     from ._sequence import Sequence
 
-LogFunction = Callable[[c.LogLevel, str], None]
+LogFunction = Callable[[LogLevel, str], None]
 
-AnyTier = c.Tier | Literal["auto", "memory", "disk"]
+AnyTier = Tier | Literal["auto", "memory", "disk"]
 
-DTYPE_NAMES = {c.DType.F32: "f32", c.DType.F16: "f16", c.DType.BF16: "bf16"}
+DTYPE_NAMES = {DType.F32: "f32", DType.F16: "f16", DType.BF16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def prefix_of(salt: bytes, tokens: Array, tier: AnyTier) -> c.Prefix:
     value.salt_bytes = len(given)
     value.point("tokens", ids.pointer, ids)
     value.num_tokens = ids.shape[0]
-    value.tier = choice(tier, "tier", c.Tier)
+    value.tier = choice(tier, "tier", Tier)
     return value
 
 
@@ -121,9 +122,9 @@ class Runtime(Handle):
         Runtime(num_layers=28, num_q_heads=12, num_kv_heads=2, head_dim_k=128, head_dim_v=128,
                 dtype="bf16", policy="verified", epsilon=.1, delta=.05, host_bytes=4 << 30)
 
-    `dtype` may be one of torch or numpy, paths may be None. `Runtime(**runtime.options)` has the same
-    options. `log` is called as log(level, message) on the thread of the call that caused the line.
-    Raises InvalidArgumentError, OutOfMemoryError, NotSupportedError or Error.
+    `dtype` may be one of torch or numpy, paths may be None. `Runtime(**runtime.options)` has the
+    same options. `log` is called as log(level, message) on the thread of the call that caused the
+    line. Raises InvalidArgumentError, OutOfMemoryError, NotSupportedError or Error.
     """
 
     _instead = {
@@ -137,7 +138,7 @@ class Runtime(Handle):
             if not callable(log):
                 raise invalid(f"log is {shown(log)}, must be a function of level and message")
             self._log = c.LOG_FUNCTION(
-                lambda _, level, message: log(c.LogLevel(level), message.decode(errors="replace"))
+                lambda _, level, message: log(LogLevel(level), message.decode(errors="replace"))
             )
             chosen.log = self._log
         super().__init__(made("vattn_runtime_create", ctypes.byref(chosen)))
@@ -151,11 +152,10 @@ class Runtime(Handle):
     def __repr__(self) -> str:
         if self.closed:
             return "<vattn.Runtime, closed>"
-        options = self._options
+        o = self._options
         return (
-            f"<vattn.Runtime on {options['backend'].name.lower()}, num_layers {options['num_layers']}, "
-            f"dtype {DTYPE_NAMES[options['dtype']]}, "
-            f"policy {options['policy'].name.lower()}>"
+            f"<vattn.Runtime on {o['backend'].name.lower()}, num_layers {o['num_layers']}, "
+            f"dtype {DTYPE_NAMES[o['dtype']]}, policy {o['policy'].name.lower()}>"
         )
 
     @property
@@ -196,7 +196,7 @@ class Runtime(Handle):
         id: int = 0,
         reserve_tokens: int = 0,
         tenant: int = 0,
-        tier: AnyTier = c.Tier.AUTO,
+        tier: AnyTier = Tier.AUTO,
     ) -> tuple["Sequence", int]:
         """A new sequence that begins with what a stored prefix has in common with `tokens`.
 
@@ -265,7 +265,7 @@ class Runtime(Handle):
     def check_place(self, array: View, name: str) -> None:
         """Refuses device memory that this runtime cannot reach."""
         options = self._options
-        if array.device >= 0 and options["backend"] != c.Backend.CUDA:
+        if array.device >= 0 and options["backend"] != Backend.CUDA:
             raise invalid(
                 f"{name} is on cuda:{array.device}, must be in host memory: the runtime's backend "
                 "is cpu"

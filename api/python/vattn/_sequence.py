@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from . import _structs as c
 from ._arrays import Array, View, spaced_view
+from ._enums import Tier
 from ._errors import Error, invalid
 from ._handle import Child
 from ._library import call, made, struct
@@ -46,8 +47,8 @@ class Sequence(Child):
         k [tokens, kv_heads, head_dim_k], post-RoPE, and v [tokens, kv_heads, head_dim_v] in the
         runtime's dtype; v is left out with shared_kv. q [queries, q_heads, head_dim_k], post-RoPE
         and unscaled, are the queries of the last tokens of k: they calibrate the index; the last
-        512 of the prompt will do. The last dimension is contiguous, the others have any strides; arrays of
-        numpy and torch that are broadcast or reversed along these are copied first. On
+        512 of the prompt will do. The last dimension is contiguous, the others have any strides;
+        arrays of numpy and torch that are broadcast or reversed along these are copied first. On
         CUDA k and v, and q apart from them, may be in device memory: of torch's tensors the current
         stream is waited for, of others what writes them must have ended. FullError: nothing was
         added and the sequence goes on as before.
@@ -71,7 +72,7 @@ class Sequence(Child):
         for name, array in given.items():
             setattr(params, name, array.pointer)
             for stride, extent, kind in zip(array.strides, array.shape, ("token", "head")):
-                # An extent of 1 has no stride: 0 is "contiguous" in C, never taken for one of an array.
+                # In C 0 is "contiguous". An extent of 1 may have any stride in numpy, even below 0.
                 setattr(params, f"{name}_{kind}_stride", stride if extent > 1 else 0)
             _wait(array)
         call("vattn_append", self.handle, ctypes.byref(params))
@@ -122,13 +123,14 @@ class Sequence(Child):
         """Writes rows, codes and tables to a file that appears whole or not at all."""
         call("vattn_sequence_save", self.handle, path)
 
-    def save_prefix(self, salt: bytes, tokens: Array, tier: AnyTier = c.Tier.AUTO) -> None:
+    def save_prefix(self, salt: bytes, tokens: Array, tier: AnyTier = Tier.AUTO) -> None:
         """Stores the sequence's first tokens in the runtime's disk_path, or in the host pool.
 
         The pool serves where there is no disk_path, or with tier MEMORY: blocks are shared, and
-        let go, those unused for longest first, when room is wanted. tokens [tokens] int32 are their ids, for which the caller vouches. The salt, 1 to 4096
-        bytes, names the model with its weights and position encoding, and the tenant: only calls
-        with the same one find the prefix. FullError if disk_bytes, or the pool, has no room.
+        let go, those unused for longest first, when room is wanted. tokens [tokens] int32 are
+        their ids, for which the caller vouches. The salt, 1 to 4096 bytes, names the model with its
+        weights and position encoding, and the tenant: only calls with the same one find the prefix.
+        FullError if disk_bytes, or the pool, has no room.
         """
         prefix = prefix_of(salt, tokens, tier)
         call("vattn_prefix_save", self.handle, ctypes.byref(prefix))

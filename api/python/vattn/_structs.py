@@ -9,24 +9,8 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uin
 from typing import Any
 
 from ._arguments import number, path, whole
-
-# Every name of the header is one of this module.
-from ._enums import (
-    Admission as Admission,
-    Backend as Backend,
-    Bound as Bound,
-    DType as DType,
-    Index as Index,
-    Io as Io,
-    LogLevel as LogLevel,
-    Norm as Norm,
-    OnUnverified as OnUnverified,
-    Policy as Policy,
-    Status as Status,
-    Target as Target,
-    Tier as Tier,
-    Verdict as Verdict,
-)
+from ._enums import Status
+from ._enums import Verdict as Verdict  # for vattn.transformers
 
 LOG_FUNCTION = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 
@@ -60,7 +44,7 @@ _RANGES = {
 
 
 def fit(value: Any, name: str, kind: Any) -> Any:
-    """What C is given for an argument or a field; refused by name if it would not be `value` there."""
+    """What C is given for an argument or a field; refused by name if it is not `value` there."""
     if kind in _RANGES:
         return whole(value, name, *_RANGES[kind])
     if kind is c_float:
