@@ -16,8 +16,8 @@ _DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 
 
 def shown(value: Any) -> str:
-    """A value for an error text, cut if it is long."""
-    text = repr(value)
+    """A value for an error text: in one line, cut if it is long."""
+    text = " ".join(repr(value).splitlines())
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
