@@ -1,6 +1,7 @@
 """The package over tensors of torch: the same memory, the current stream, the CPU and CUDA."""
 
 import unittest
+import warnings
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class Tensors:
             batch.begin_step()
             out = batch.attend(0, self.tensor(self.q), new_k, new_v)
             seen = [torch.cat([x, y]).cpu().numpy() for x, y in zip(given, (new_k, new_v))]
-            self.assertLess(relative_error(out[0].cpu().numpy(), attend(self.q[0], *seen)), 1e-5)
+            self.assertLess(relative_error(out[0].cpu().numpy(), attend(self.q[0], *seen)), 1e-4)
         batch.begin_step()
         with self.assertRaisesRegex(vattn.InvalidArgumentError, "k_new .* must be contiguous"):
             batch.attend(0, self.tensor(self.q), new_k[:, :1].expand_as(new_k), new_v)
@@ -128,11 +129,13 @@ class Tensors:
         q, k, v = map(self.tensor, (self.q, self.new_k, self.new_v))
         lazy = torch._neg_view(q)
         self.assertTrue(lazy.is_neg())
+        with warnings.catch_warnings(action="ignore"):  # that masked tensors are a prototype
+            masked = torch.masked.masked_tensor(q, q > 0)
         batch.begin_step()
         for tensor, text in (
             (lazy, "q is a negated view"),
             (q.to_sparse(), "q is a torch.sparse_coo"),
-            (torch.masked.masked_tensor(q, q > 0), "q is a masked tensor"),
+            (masked, "q is a masked tensor"),
         ):
             with self.assertRaisesRegex(vattn.InvalidArgumentError, text):
                 batch.attend(0, tensor, k, v)
