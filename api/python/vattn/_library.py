@@ -6,8 +6,9 @@ import os
 import pathlib
 from typing import Any
 
+from ._enums import Status
 from ._errors import error_of
-from ._structs import FUNCTIONS, Status, fit
+from ._structs import FUNCTIONS, fit
 from ._version import __version__
 
 VERSION = __version__.rsplit(".", 1)[0]  # of the C API that this package speaks: major.minor

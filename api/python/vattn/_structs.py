@@ -60,7 +60,7 @@ class Struct(ctypes.Structure):
     _kinds: dict[str, Any]
 
     def __init_subclass__(cls) -> None:
-        cls._kinds = dict(cls._fields_)
+        cls._kinds = {field[0]: field[1] for field in cls._fields_}
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = self._kinds[name]
