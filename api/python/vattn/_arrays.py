@@ -108,10 +108,10 @@ def spaced_view(array: Array, name: str, dimensions: int) -> View:
 
 
 def _view_torch(tensor: Any, name: str) -> View:
-    torch = sys.modules["torch"]
     dtype = _TORCH.get(str(tensor.dtype))
     if dtype is None:
         raise invalid(f"{name} has elements of {tensor.dtype}, must be one of {', '.join(_TORCH)}")
+    torch = sys.modules["torch"]
     if tensor.requires_grad and torch.is_grad_enabled():
         raise invalid(
             f"{name} requires grad, must not: there is no gradient through vattn. Call it under "

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
         | numpy.dtype[Any]
         | type[numpy.floating[Any]]
     )
+else:
+    AnyDType = Any
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -68,7 +70,7 @@ class Options(TypedDict, total=False):
     num_kv_heads: SupportsIndex
     head_dim_k: SupportsIndex
     head_dim_v: SupportsIndex
-    dtype: "AnyDType"
+    dtype: AnyDType
     shared_kv: SupportsIndex
     softmax_scale: SupportsFloat
     layer_kv_heads: Iterable[SupportsIndex] | None  # None: every layer has num_kv_heads

@@ -141,10 +141,9 @@ class Runtime(Handle):
                 lambda _, level, message: log(LogLevel(level), message.decode(errors="replace"))
             )
             chosen.log = self._log
+        # Its children by handle: how each is destroyed.
+        self._open: dict[int, Callable[[int], None]] = {}
         super().__init__(made("vattn_runtime_create", ctypes.byref(chosen)))
-        self._open: dict[
-            int, Callable[[int], None]
-        ] = {}  # its children by handle: how each is destroyed
         chosen = struct(c.Options, "vattn_options_init")
         call("vattn_runtime_options", self.handle, ctypes.byref(chosen))
         self._options = resolved(chosen)
