@@ -192,9 +192,15 @@ class VattnCache(Cache):
             self._last, self._before = -1, {}
 
     def check_done(self) -> None:
-        """After a call that returned: raises if a layer took keys and did not attend with them."""
+        """After a call that returned: raises if a layer took keys and did not attend with them, or
+        if a layer that should have took none."""
         if self.store.pending is not None:
             raise keys_lost(self.store.pending)
+        if self._last >= 0:
+            raise RuntimeError(
+                f"layer {self._keyed[self._keyed.index(self._last) + 1]} of the cache was given no "
+                "keys: this model does not keep the layers that its config tells of"
+            )
 
     # ------------------------------------------------------------------ between calls
 

@@ -35,7 +35,7 @@ def before_forward(
     if args:
         names = list(inspect.signature(module.forward).parameters)
         given = dict(zip(names, args)) | kwargs
-    if given.get("output_attentions"):
+    if given.get("output_attentions", getattr(module.config, "output_attentions", False)):
         raise ValueError(
             "output_attentions is True, must be left out: vattn has no attention weights to hand "
             "out (the wrapped model's `generate` runs such calls on the model's own attention)"

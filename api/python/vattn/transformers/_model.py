@@ -104,7 +104,8 @@ class OffloadedModel:
             inputs, kwargs = None, dict(inputs) | kwargs
         if isinstance(generation_config, torch.Tensor):
             raise TypeError("generation_config is a Tensor: give attention_mask by its name")
-        kwargs["generation_config"] = generation_config
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
         cache = self._given_cache(kwargs)
         ids = _one_of(inputs, kwargs.pop("input_ids", None))
         if ids is not None:
@@ -116,11 +117,11 @@ class OffloadedModel:
             cache = self.cache(self._new_tokens(kwargs))
         self.last_cache = cache
         cache.settle()
-        if cache.get_seq_length():
-            self._continue(cache, kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if self.model.generation_config.cache_implementation is not None:
-            kwargs["cache_implementation"] = None
+        held = self._continue(cache, kwargs) if cache.get_seq_length() else 0
+        rows = self._prompt(kwargs)
+        cache.real_from = held + (1 if rows is None else rows.shape[1])
+        if self._setting("cache_implementation", kwargs) is not None:
+            kwargs["cache_implementation"] = None  # the model's habit, which a cache replaces
         cache.last_logits_do = True
         try:
             with running():
@@ -135,10 +136,11 @@ class OffloadedModel:
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """A setting of `generate`: an argument, or in the config given, or in the model's."""
+        value = kwargs.get(name)
         for place in (kwargs.get("generation_config"), self.model.generation_config):
-            if kwargs.get(name) is None and place is not None:
-                kwargs = {name: getattr(place, name, None)} | {"generation_config": None}
-        return kwargs.get(name)
+            if value is None and place is not None:
+                value = getattr(place, name, None)
+        return value
 
     def _given_cache(self, kwargs: dict[str, Any]) -> VattnCache | None:
         given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
@@ -150,7 +152,8 @@ class OffloadedModel:
         return caches[0] if caches else None
 
     def _needs_own_attention(self, kwargs: dict[str, Any]) -> bool:
-        if self._setting("output_attentions", kwargs):
+        asked = getattr(self.model.config, "output_attentions", False)
+        if self._setting("output_attentions", kwargs) or asked:
             reason = "output_attentions is True, and vattn has no attention weights to hand out"
         elif self._setting("use_cache", kwargs) is False and kwargs.get("inputs_embeds") is None:
             reason = "use_cache is False, which leaves no KV to offload"
@@ -158,7 +161,7 @@ class OffloadedModel:
             return False
         warnings.warn(
             f"{reason}: this call runs on the model's own attention, with nothing offloaded",
-            stacklevel=5,
+            stacklevel=4,
         )
         return True
 
@@ -179,7 +182,9 @@ class OffloadedModel:
             if value:
                 shown = type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
                 raise NotImplementedError(f"{name} is {shown}, must be left out: {reason}")
-        mask = kwargs.get("attention_mask")
+        rows, mask = self._prompt(kwargs), kwargs.get("attention_mask")
+        if rows is not None and 0 in rows.shape[:2]:
+            raise ValueError(f"the prompt is {list(rows.shape)}, must have a row and a token")
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
             raise ValueError(
                 "attention_mask has padding after the last token: pad on the left "
@@ -201,9 +206,10 @@ class OffloadedModel:
             new = length if ids is None else length - ids.shape[1]
         return max(1, int(new if new is not None else max(1024, prompt // 8)))
 
-    def _continue(self, cache: VattnCache, kwargs: dict[str, Any]) -> None:
+    def _continue(self, cache: VattnCache, kwargs: dict[str, Any]) -> int:
         """Brings a cache that holds tokens and the arguments together: what the two have in common
-        stays, at least one token is left to read."""
+        stays, at least one token is left to read. Returns how many tokens come before the first
+        that the arguments have."""
         history, rows = cache.history, self._prompt(kwargs)
         assert history is not None
         if rows is None:
@@ -234,15 +240,13 @@ class OffloadedModel:
                 cache.crop(min(agree, rows.shape[1] - 1, held) - held)
             except RuntimeError:  # layers of transformers that cannot go back: all is read again
                 cache.reset()
-        if cache.get_seq_length() == 0:
-            return
-        cache.real_from = held + rows.shape[1] if new_alone else rows.shape[1]
         if (new_alone or kwargs.get("inputs_embeds") is not None) and mask is not None:
             wanted = mask[:, :held].bool().repeat_interleave(repeats, 0)
             if not torch.equal(wanted.to(history.real.device), history.real):
                 raise ValueError(
                     "attention_mask differs from the one that the cache's tokens were read with"
                 )
+        return held if new_alone else 0
 
     def _mask_of(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The mask that transformers takes ids to have when none is given: pad tokens are padding,

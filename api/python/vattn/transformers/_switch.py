@@ -50,7 +50,8 @@ class Switch:
     def _restore(self, model: Any) -> None:
         # Another attention that was set meanwhile is left alone.
         if _attention.NAME in _implementations(model).values():
-            model.set_attn_implementation(self._before)
+            one = len(set(self._before.values())) == 1
+            model.set_attn_implementation(self._before[""] if one else self._before)
         if self._window is not None:
             self._config.sliding_window = self._window
 
