@@ -107,9 +107,11 @@ class OffloadedModel:
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         cache = self._given_cache(kwargs)
-        ids = _one_of(inputs, kwargs.pop("input_ids", None))
-        if ids is not None:
-            kwargs["input_ids"] = ids
+        if inputs is not None:
+            name = getattr(self.model, "main_input_name", "input_ids")
+            if kwargs.get(name) is not None:
+                raise ValueError(f"inputs and {name} are both given, must be one of them")
+            kwargs[name] = inputs
         if self._needs_own_attention(kwargs):
             return self._generate_stock(cache, kwargs)
         self._refuse(kwargs)
@@ -282,12 +284,6 @@ class OffloadedModel:
 
     def __reduce__(self) -> Any:
         raise TypeError("an OffloadedModel cannot be pickled or copied: offload the copy instead")
-
-
-def _one_of(inputs: torch.Tensor | None, ids: torch.Tensor | None) -> torch.Tensor | None:
-    if inputs is not None and ids is not None:
-        raise ValueError("inputs and input_ids are both given, must be one of them")
-    return ids if inputs is None else inputs
 
 
 def offload(model: PreTrainedModel, **options: Any) -> OffloadedModel:
