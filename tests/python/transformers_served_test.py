@@ -8,8 +8,6 @@ import vattn.transformers
 from small_models import DEVICES, GREEDY, SHAPE, offload, prompts
 
 CPU = DEVICES[0]
-# Sizes alone: families differ in which arguments they take.
-SIZES = {name: SHAPE[name] for name in SHAPE if name != "num_key_value_heads"}
 WIDE = SHAPE | {"num_hidden_layers": 3}
 GPT2 = {
     "vocab_size": 89,
