@@ -74,11 +74,14 @@ class Served(unittest.TestCase):
             "laurel_rank": 8,
             "activation_sparsity_pattern": [0, 0, 0],
         }
+        capped = mixed | {"attn_logit_softcapping": 2.0}
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+        latent["first_k_dense_replace"] = 3
         for text, family, config in (
-            (r"softcap \(attn_logit_softcapping is 2", "Gemma2", mixed | {"attn_logit_softcapping": 2.0}),
-            ("attention sinks", "GptOss", mixed | {"num_local_experts": 2, "num_experts_per_tok": 1}),
-            (r"latent attention \(kv_lora_rank is 32", "DeepseekV2", latent | {"first_k_dense_replace": 3}),
-            (r"latent attention \(kv_lora_rank is 32", "DeepseekV3", latent | {"first_k_dense_replace": 3}),
+            (r"softcap \(attn_logit_softcapping is 2", "Gemma2", capped),
+            ("attention sinks", "GptOss", mixed | experts),
+            (r"latent attention \(kv_lora_rank is 32", "DeepseekV2", latent),
+            (r"latent attention \(kv_lora_rank is 32", "DeepseekV3", latent),
             (r"share the KV of others \(num_kv_shared_layers is 1", "Gemma3nText", mixed | shared),
             ("differential attention", "DiffLlama", {}),
             ("lightning attention", "MiniMax", {"head_dim": 32, "num_local_experts": 2}),

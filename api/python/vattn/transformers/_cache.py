@@ -152,7 +152,8 @@ class VattnCache(Cache):
             self.history = History(rows, device)
         real = self._new_tokens(mask, rows, tokens)
         ids, self._expected = self._expected, None
-        self.history.add(ids if ids is not None and ids.shape == (rows, tokens) else None, real, tokens)
+        known = ids is not None and ids.shape == (rows, tokens)
+        self.history.add(ids if known else None, real, tokens)
         self.store.open_call(self.history, tokens, real)
 
     def _new_tokens(
@@ -338,8 +339,8 @@ class VattnCache(Cache):
 def keys_lost(layer: int) -> RuntimeError:
     """The error for a model that attends with other tensors than its cache handed out."""
     return RuntimeError(
-        f"layer {layer} has not attended through vattn: the model is not offloaded any more, or does "
-        "not hand the keys of its cache to its attention function"
+        f"layer {layer} has not attended through vattn: the model is not offloaded any more, or "
+        "does not hand the keys of its cache to its attention function"
     )
 
 

@@ -114,6 +114,6 @@ def _refuse_packed(positions: Any, mask: Any, tokens: int) -> None:
     if bool(again.any()):
         first = int(again.any(0).nonzero()[0]) + 1
         raise ValueError(
-            f"position_ids start again at token {first}: packed sequences are not served, give each "
-            "a row of its own, padded on the left"
+            f"position_ids start again at token {first}: packed sequences are not served, give "
+            "each a row of its own, padded on the left"
         )
