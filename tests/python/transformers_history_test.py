@@ -98,6 +98,7 @@ class Turns(unittest.TestCase):
         wrapped = offload(self, model, policy="dense")
         cache = wrapped.cache(200)
         head = {name: x[:, :-1] for name, x in inputs.items()}
+        head["position_ids"] = (head["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             wrapped(**head, past_key_values=cache)
         got = wrapped.generate(**inputs, past_key_values=cache, **beams)
@@ -161,16 +162,13 @@ class Masks(unittest.TestCase):
         new, wide = torch.tensor([[5], [6], [7]]), pad(mask, (0, 1), value=1)
         step = {"attention_mask": wide, "position_ids": wide.cumsum(1)[:, -1:] - 1}
         out = []
-        for wrapped in (model, offload(self, model, policy="dense")):
-            cache = DynamicCache(config=model.config) if wrapped is model else wrapped.cache()
-            if wrapped is model:
-                model.set_attn_implementation("sdpa")
-            else:
-                model.set_attn_implementation("vattn")
-            prompt = wrapped(
+        for offloaded in (False, True):
+            called = offload(self, model, policy="dense") if offloaded else model
+            cache = called.cache() if offloaded else DynamicCache(config=model.config)
+            prompt = called(
                 ids, attention_mask=mask, position_ids=places, past_key_values=cache
             ).logits
-            out.append((prompt[mask.bool()], wrapped(new, **step, past_key_values=cache).logits))
+            out.append((prompt[mask.bool()], called(new, **step, past_key_values=cache).logits))
         for got, want in zip(out[1], out[0]):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
