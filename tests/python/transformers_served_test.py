@@ -72,7 +72,7 @@ class Served(unittest.TestCase):
             "vocab_size_per_layer_input": 89,
             "hidden_size_per_layer_input": 16,
             "laurel_rank": 8,
-            "activation_sparsity_pattern": [0, 0, 0],
+            "activation_sparsity_pattern": [0.0, 0.0, 0.0],
         }
         capped = mixed | {"attn_logit_softcapping": 2.0}
         experts = {"num_local_experts": 2, "num_experts_per_tok": 1}

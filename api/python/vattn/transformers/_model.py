@@ -68,6 +68,9 @@ class OffloadedModel:
             raise RuntimeError(
                 "this offloaded model is closed: use the model itself, or offload it again"
             )
+
+    def _check_on(self) -> None:
+        self._check_open()
         if not self._switch.is_on():
             raise RuntimeError(
                 f"the model's attention was set to {self._switch.attention()!r} after it was "
@@ -83,7 +86,7 @@ class OffloadedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With cache=`cache()`: the prompt, then a token a call."""
-        self._check_open()
+        self._check_on()
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -99,7 +102,7 @@ class OffloadedModel:
         nothing offloaded and a warning. NotImplementedError: assisted decoding and other modes that
         ask for several tokens at once.
         """
-        self._check_open()
+        self._check_on()
         if isinstance(inputs, Mapping):
             inputs, kwargs = None, dict(inputs) | kwargs
         if isinstance(generation_config, torch.Tensor):

@@ -23,7 +23,7 @@ def refuse_unserved(model: Any, config: Any) -> None:
     reason = _reason(model, config)
     if reason is not None:
         raise ValueError(f"{name} has {reason}: vattn serves plain softmax attention")
-    if not any(offloaded(config)):
+    if not any(offloaded(config)) and not endless_window(config):
         kinds = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers})
         raise ValueError(
             f"{name} has no layer of plain full attention to offload: its cache layers are "
