@@ -101,6 +101,13 @@ vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens, CUstre
   });
 }
 
+vattn_code vattn_batch_abandon(vattn_batch* batch) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    return batch->impl->Abandon();
+  });
+}
+
 void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size) {
   vattn_attend_params defaults{};
   defaults.num_tokens = 1;

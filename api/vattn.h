@@ -478,7 +478,7 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
 
 /* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence, copies
  * shared tails, codes what has left the window. Every layer must have been attended in the step
- * before. FULL, or OUT_OF_MEMORY of the host or the device: nothing changed, no step is open, and the
+ * before, or that step given up (vattn_batch_abandon). FULL, or OUT_OF_MEMORY of the host or the device: nothing changed, no step is open, and the
  * sequences stay usable.
  * On CUDA the step's tables are enqueued on stream; the calls of the step must follow in its order, on
  * it or on streams that wait for it. NULL: a stream of the library, also for calls without one. With
@@ -488,6 +488,19 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
  * lengths, tables and new blocks are read on the device. */
 VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens,
                                                struct CUstream_st* stream);
+
+/* Gives the open step up, as after an error or an interrupt between two layers: whatever its layers did, each
+ * sequence has the tokens, random numbers and, on the CPU, the controller state again that it had before
+ * vattn_batch_begin_step, so that the same step answers the same when it is begun anew. What stays: an index that
+ * the step fixed, codes that it made (both are of tokens from before), the hot set and the counters. On CUDA it
+ * waits for the device, the controller state (which decides how many rows are read, not what is promised) is that
+ * of the layers attended, and a graph that is launched before the next begin answers nothing. A step is open from
+ * its begin until the next one, or until a call changes one of its sequences; all layers may have been attended.
+ * No-op without an open step. A step left half attended in any other way (vattn_batch_clear, destroy of the sequence or the batch) is
+ * given up for the sequences that leave; append, truncate, build_index, fork, save and vattn_prefix_save of a
+ * sequence in the middle of a step, and vattn_batch_set and vattn_batch_begin_step, are INVALID_ARGUMENT. (On CUDA
+ * none of that is checked: a replayed graph attends without a call.) */
+VATTN_EXPORT vattn_code vattn_batch_abandon(vattn_batch* batch);
 
 typedef struct vattn_attend_params {
   size_t struct_size;

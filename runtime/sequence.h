@@ -98,6 +98,10 @@ class Sequence {
   // One decode step, by the batch. Makes room for `new_tokens` more in every layer and codes what the
   // window then no longer holds; FULL changes nothing.
   absl::Status OpenStep(int new_tokens);
+  // Back to before OpenStep, but for what was coded and copied for it: tokens, step number, and on the CPU the
+  // controller states. Cannot fail: a reservation gets back what the step drew from it, or is ready already for
+  // the copy of a block that was shared since. On CUDA after a Pull.
+  void GiveUpStep();
   // Gives back blocks that no token lies in: room of a step that was not opened after all.
   void ReleaseSpare();
   // The middle of a layer with `tokens` tokens is [sinks, MiddleEnd(tokens)); MiddleEnd = sinks: none.
@@ -160,6 +164,10 @@ class Sequence {
   // Brings reserved_ up to so many blocks (FULL), and down to what is unmet.
   absl::Status ReserveUpTo(int64_t blocks);
   void Settle();
+  // Truncates what the host may change, with a reservation that allows it.
+  void CutTo(int64_t tokens);
+  // Refused in the middle of a decode step.
+  absl::Status CheckWhole() const;
   // True if the block goes back to the reservation when the sequence lets go of it.
   bool Returns(const HeadGroup& group, int64_t block) const;
   // Before rows are written behind the last one of a layer.
@@ -187,6 +195,8 @@ class Sequence {
   const uint64_t id_;
   std::vector<Layer> layers_;
   uint64_t step_ = 0;
+  int64_t tokens_before_step_ = 0;  // of every layer, when the last step was opened
+  std::vector<HeadState> states_before_step_;  // of all layers' groups; on CUDA not kept
   int64_t reserve_tokens_ = 0;  // what the reservation is for; kept while it hibernates
   int64_t reserved_ = 0;  // blocks promised by the pool: Unmet or more
   std::string hibernate_path_;  // empty: awake

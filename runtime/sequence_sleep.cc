@@ -26,6 +26,7 @@ absl::Status Told(Runtime& runtime, const char* what, absl::Status status) {
 absl::Status Sequence::Save(const std::string& path) { return SaveAs(path, nullptr, /*durable=*/true).status(); }
 
 absl::StatusOr<uint64_t> Sequence::SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable) {
+  VATTN_RETURN_IF_ERROR(CheckWhole());
   absl::StatusOr<uint64_t> bytes = WriteFile(path, prefix, durable);
   VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", bytes.status()));
   ++runtime_->counters().saves;
