@@ -75,7 +75,7 @@ vattn_code vattn_batch_create(vattn_runtime* runtime, int32_t slots, vattn_batch
   });
 }
 
-void vattn_batch_destroy(vattn_batch* batch) { delete batch; }
+void vattn_batch_destroy(vattn_batch* batch) { vattn::api::Destroy(batch); }
 
 vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_sequence* sequence) {
   return Guard([&]() -> absl::Status {

@@ -211,6 +211,8 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
     return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,
                                 " KV heads of the layer or the ", q_heads, " query heads");
   }
+  constexpr int64_t kMostStride = int64_t{1} << 32;  // tokens of a sequence, and to spare: places do not wrap
+  if (r.scores_stride > kMostStride) return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostStride);
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
     const int64_t end = sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "memory/save_target.h"
+#include "memory/snapshot_format.h"
 #include "runtime/cuda/sequence.h"
 #include "runtime/files/disk.h"
 #include "runtime/layer.h"
@@ -32,6 +34,12 @@ struct AppendRequest {
   int64_t k_token_stride = 0, k_head_stride = 0;
   int64_t v_token_stride = 0, v_head_stride = 0;
   int64_t q_token_stride = 0, q_head_stride = 0;
+};
+
+// What became of a file that was written.
+struct SavedFile {
+  uint64_t bytes;
+  SnapshotFileId id;  // of no other file
 };
 
 // As vattn_sequence_options.
@@ -82,9 +90,9 @@ class Sequence {
   bool HoldsBlocks() const;
   // About the bytes that Save writes, and at least nearly so many.
   uint64_t SavedBytes() const;
-  // For the disk: the bytes of a file with as many tokens as the prefix has, and a sequence of the first
-  // `tokens` of such a file, which is open.
-  absl::StatusOr<uint64_t> SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable);
+  // For the disk: a file with as many tokens as the prefix has, and a sequence of the first `tokens` of such a
+  // file, which is open.
+  absl::StatusOr<SavedFile> SaveAs(const SaveTarget& target, const StoredPrefix* prefix, bool durable);
   static absl::StatusOr<std::unique_ptr<Sequence>> FromPrefix(std::shared_ptr<Runtime> runtime,
                                                               const SequenceOptions& options, SnapshotReader& reader,
                                                               const std::string& path, int64_t tokens);
@@ -180,13 +188,13 @@ class Sequence {
   // Known to the runtime from then on.
   void Enlist() { runtime_->Enlist(this); }
 
-  absl::StatusOr<uint64_t> WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable);
+  absl::StatusOr<SavedFile> WriteFile(const SaveTarget& target, const StoredPrefix* prefix, bool durable);
   // The first `most` tokens of a file.
   absl::Status Load(SnapshotReader& reader, const std::string& path, int64_t most);
   absl::Status LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most);
   // Lets go of everything that the file at `path` has.
   // `tokens`: of each layer. Cannot fail.
-  void Sleep(std::string path, std::vector<int64_t> tokens) noexcept;
+  void Sleep(std::string path, const SnapshotFileId& file, std::vector<int64_t> tokens) noexcept;
   std::vector<int64_t> Lengths() const;
   void ForgetLoaded();
 
@@ -199,7 +207,8 @@ class Sequence {
   std::vector<HeadState> states_before_step_;  // of all layers' groups; on CUDA not kept
   int64_t reserve_tokens_ = 0;  // what the reservation is for; kept while it hibernates
   int64_t reserved_ = 0;  // blocks promised by the pool: Unmet or more
-  std::string hibernate_path_;  // empty: awake
+  std::string hibernate_path_;  // absolute; empty: awake
+  SnapshotFileId hibernate_file_{};  // what was written there: a name is no proof
   std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
   SpillFile spill_;
   std::unique_ptr<CudaSequence> cuda_;
