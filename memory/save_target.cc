@@ -34,23 +34,24 @@ absl::StatusOr<SaveTarget> FindSaveTarget(const std::string& path, const FileOps
   if (!absolute.ok()) return absolute.status();
   SaveTarget target;
   target.path = *std::move(absolute);
-  for (int links = 0;; ++links) {
-    std::string to;
-    if (ops.readlink(target.path.c_str(), &to) != 0) {
-      if (errno == EINVAL || errno == ENOENT) break;  // no link, or nothing yet
-      return SystemError("readlink", target.path, errno);
-    }
+  target.exists = ops.path_stat(target.path.c_str(), &target.like) == 0;
+  if (!target.exists && errno != ENOENT) return SystemError("stat", path, errno);
+  if (target.exists && !S_ISREG(target.like.st_mode)) {
+    return InvalidArgumentError("path is ", path, ", which is ", KindOf(target.like.st_mode),
+                                ", must be a plain file or nothing yet");
+  }
+  int links = 0;
+  for (std::string to; ops.readlink(target.path.c_str(), &to) == 0; ++links) {
     if (links == kMostLinks) return SystemError("readlink", path, ELOOP);
     target.path = !to.empty() && to[0] == '/' ? to : target.path.substr(0, target.path.rfind('/') + 1) + to;
   }
-  if (ops.path_stat(target.path.c_str(), &target.like) != 0) {
-    if (errno == ENOENT) return target;
-    return SystemError("stat", target.path, errno);
-  }
-  target.exists = true;
-  if (S_ISREG(target.like.st_mode)) return target;
-  return InvalidArgumentError("path is ", path, ", which is ", KindOf(target.like.st_mode),
-                              ", must be a plain file or nothing yet");
+  if (errno != EINVAL && errno != ENOENT) return SystemError("readlink", path, errno);  // no link, or nothing yet
+  if (links == 0 || !target.exists) return target;
+  // A link of /proc to an open file leads to it also where no path does.
+  struct stat found = {};
+  if (ops.path_stat(target.path.c_str(), &found) != 0 && errno != ENOENT) return SystemError("stat", path, errno);
+  if (found.st_dev == target.like.st_dev && found.st_ino == target.like.st_ino) return target;
+  return InvalidArgumentError("path is ", path, ", which is an open file without a name, must be a plain file or nothing yet");
 }
 
 }  // namespace vattn

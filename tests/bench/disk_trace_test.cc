@@ -25,6 +25,7 @@ TEST(DiskTraceTest, AttentionAfterARestoreIsBitIdentical) {
     const RestoredFigures figures = CompareRestored(trace, options, path);
     EXPECT_EQ(figures.answers, (trace.steps + 1) / 2 * trace.layers * trace.q_heads);
     EXPECT_EQ(figures.different, 0);
+    EXPECT_TRUE(std::filesystem::remove(path));
   }
 }
 

@@ -70,7 +70,16 @@ TEST_F(SaveTargetTest, OnlyPlainFilesAreReplaced) {
     EXPECT_EQ(ModeOf(scratch_ / name), before) << name;
   }
   EXPECT_EQ(std::filesystem::status("/dev/null").type(), std::filesystem::file_type::character);
-  EXPECT_EQ(CodeOf(sequence_->Save("/proc/self/fd/2")), Code::kInvalidArgument);
+  // Open files by their number.
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  const int nameless = open((scratch_ / "").c_str(), O_TMPFILE | O_RDWR, 0600);
+  for (const int fd : {ends[1], nameless}) {
+    if (fd < 0) continue;
+    EXPECT_EQ(CodeOf(sequence_->Save("/proc/self/fd/" + std::to_string(fd))), Code::kInvalidArgument);
+    close(fd);
+  }
+  close(ends[0]);
   EXPECT_FALSE(sequence_->hibernated());
   close(listener);
 }
