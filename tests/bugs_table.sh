@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # bugs_table.sh BUILD: BUGS.md has each of its 49 lines once, each names a test or says why none can
 # apply, and the tests named exist and belong to a program that ctest of BUILD runs (those of cuda_ are
-# built with CUDA alone; cuda_soak is run by hand). Run in tests/.
+# built with CUDA alone; cuda_soak is run by hand). Every *_test.cc of any sub-folder is such a program.
+# Run in tests/.
 set -u
 run=$(ctest -N --test-dir "$1" | sed -nE 's/^ *Test +#[0-9]+: //p')
 bad=0
@@ -23,5 +24,10 @@ for name in $(grep -E '^\| [0-9]' BUGS.md | grep -oE '`[A-Za-z_/]+(\.[A-Za-z0-9]
     case $program in cuda_* | fuzz_*) continue ;; esac
     grep -qx "$program" <<<"$run" || fail "$name is in $program, which ctest does not run"
   done
+done
+for file in $(find . -name '*_test.cc'); do
+  program=$(basename "$file" .cc)
+  case $program in cuda_*) continue ;; esac
+  grep -qx "$program" <<<"$run" || { echo "$file is no program that ctest runs"; bad=1; }
 done
 exit $bad
