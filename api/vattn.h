@@ -199,8 +199,8 @@ typedef struct vattn_options {
 
   /* Index and value codes. */
   int32_t index; /* vattn_index */
-  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. Indices whose size
-   * follows from head_dim_k ignore it. */
+  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. 0, the default: a quarter of
+   * head_dim_k, but 32 to 64, with balanced, else 32. Indices whose size follows from head_dim_k ignore it. */
   int32_t index_bytes;
   /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device too. */
   int32_t value_bits;
@@ -616,6 +616,11 @@ typedef struct vattn_stats {
   uint64_t prefixes_kept;      /* put there */
   uint64_t kept_evictions;     /* let go for room */
   uint64_t kept_hits;          /* of prefix_hits: from the host pool */
+  uint64_t segments_learnt;    /* parts of indices learnt from their tokens, over layers */
+  uint64_t index_floods;       /* of them learnt early, because new tokens were unlike those before */
+  uint64_t segments_recoded;   /* parts whose tokens were coded again by new tables */
+  uint64_t outliers;           /* tokens coded as outliers: they are read in every step */
+  uint64_t heads_noisy;        /* of heads_dense and heads_best_effort: codes too coarse for the query */
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,

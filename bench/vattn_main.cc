@@ -14,6 +14,7 @@
 #include "bench/inside/tails_command.h"
 #include "bench/inside/zoo_command.h"
 #include "bench/replay/compare_command.h"
+#include "bench/replay/follow_command.h"
 #include "bench/replay/growth_command.h"
 #include "bench/replay/replay_command.h"
 #include "bench/step/step_command.h"
@@ -36,6 +37,7 @@ int main(int argc, char** argv) {
     vattn::bench::AddZooCommand(&app, command);
     vattn::bench::AddTailsCommand(&app, command);
     vattn::bench::AddCompareCommand(&app, command);
+    vattn::bench::AddFollowCommand(&app, command);
     vattn::bench::AddGrowthCommand(&app, command);
     vattn::bench::AddGrowthCostCommand(&app, command);
     app.parse(argc, argv);

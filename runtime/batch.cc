@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "kernels/cpu/rows.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -272,7 +273,9 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group.middle_end = std::max(begin, end);
       group.q_heads = group_size;
       group.out_dtype = r.out_dtype;
-      if (heads.index) group.index = heads.index->tables();
+      group.segments = heads.segments.data();
+      group.num_segments = static_cast<int32_t>(heads.segments.size());
+      if (group.num_segments > 0) group.index = heads.segments[0].tables;
       group.state = heads.states.data();
       group.key = MakeRandomKey(o.seed, sequence->id(), static_cast<uint32_t>(r.layer), static_cast<uint32_t>(h));
       group.step = sequence->step();
@@ -294,6 +297,17 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group_head_.push_back(h);
     }
   }
+}
+
+void Batch::KeepQueries(const Group& group, HeadGroup& heads) {
+  const Storage& s = runtime_->storage();
+  if (s.code.kind != IndexKind::kBalanced) return;
+  const int64_t count = int64_t{group.q_heads} * s.row.dim_k;
+  std::vector<float> queries(static_cast<size_t>(count));
+  const uint8_t* row = static_cast<const uint8_t*>(group.q);
+  cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype}, queries.data());
+  for (float& x : queries) x *= s.scale;
+  heads.recent.Add(queries.data(), count);
 }
 
 void Batch::Account(const AttendRequest& r) {
@@ -318,6 +332,8 @@ void Batch::Account(const AttendRequest& r) {
     if (r.fetched != nullptr) r.fetched[at] = static_cast<int32_t>(misses);
     if (r.looks != nullptr) r.looks[at] = group.looks;
     if (r.middle != nullptr) r.middle[at] = n;
+    if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.q_heads);
+    if (RecentPlace(group.step) >= 0) KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
     for (int g = 0; g < group.q_heads; ++g) {
       const size_t head = static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;
       if (r.verdict != nullptr) r.verdict[head] = static_cast<int32_t>(group.verdict[g]);

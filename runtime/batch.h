@@ -17,6 +17,8 @@ namespace vattn {
 class Sequence;
 
 // Used by one thread at a time.
+struct HeadGroup;
+
 class Batch {
  public:
   Batch(std::shared_ptr<Runtime> runtime, int slots);
@@ -57,6 +59,8 @@ class Batch {
   void PrepareGroups(const AttendRequest& request);
   // Hot sets, reports and counters after an attention.
   void Account(const AttendRequest& request);
+  // Queries that the index of a KV head may be learnt from later.
+  void KeepQueries(const Group& group, HeadGroup& heads);
   // Counts the new rows in and closes the layer for this step.
   void FinishLayer(int layer);
 

@@ -138,6 +138,7 @@ StatsSnapshot Runtime::Stats() const {
     s.rows_middle = c.middle, s.rows_selected = c.selected, s.rows_fetched = c.fetched;
     s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.row.row_bytes);
     s.looks = c.looks;
+    s.outliers = c.outliers, s.heads_noisy = c.noisy;
     const PageCounts pages = cuda_->pages().counts();
     s.device_bytes_reserved = pages.reserved_bytes, s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;
     s.device_growths = pages.growths, s.device_growth_ns = pages.growth_ns;

@@ -141,7 +141,7 @@ class Sequence {
     bool copy;
   };
   bool OnDevice(const void* pointer) const;
-  // The queries of an append beside those that each group has had; null where an index is frozen.
+  // The queries of an append beside those that each group has had.
   absl::Status AddQueries(const AppendRequest& request,
                           std::vector<std::unique_ptr<QueryMoment>>& moments /* [kv_heads] */) const;
   // Lists what writing tokens [begin, end) of a layer needs.
@@ -151,8 +151,21 @@ class Sequence {
   // `count` free blocks, with memory on the device if there is one; the first `own` of the reservation. All or none.
   absl::Status TakeBlocks(int64_t own, int64_t count, BlockId* out);
   absl::Status MakeRoomAndCode(int new_tokens);
-  void CodeLayer(int l, int64_t end);
-  void FreezeIndex(int l, int64_t end);
+  // Brings the queries of the last steps into the moments.
+  void TakeRecentQueries();
+  // The first block from which on no other sequence holds the coded blocks of the last segment.
+  int64_t FirstOwnBlock(const Layer& layer) const;
+  // What codes a layer up to `end`. budget: segments that may still be made for tokens that steps brought.
+  CodingPlan PlanLayer(int l, int64_t end, int& budget) const;
+  void CodeLayer(int l, const CodingPlan& plan, int64_t end);
+  // The plan's segment of every KV head, from tokens up to `end`.
+  void MakeSegment(int l, const CodingPlan& plan, int64_t end);
+  // Tables [kv_heads] for tokens [begin, end): those of the last learnt segment about another centre ...
+  // flooded: share of the tokens that they would make outliers, of the worst KV head.
+  std::vector<std::shared_ptr<const Index>> Recentre(const Layer& layer, int64_t begin, int64_t end,
+                                                     double* flooded) const;
+  // ... and those learnt from the tokens and from all queries so far.
+  std::vector<std::shared_ptr<const Index>> Learn(int l, int64_t begin, int64_t end);
 
   // Blocks that a reservation of so many tokens still has to hold ready, once `keep_tokens` tokens are left
   // and blocks of the first `shared_tokens` are shared.

@@ -59,6 +59,7 @@ void Sequence::Settle() {
 
 absl::StatusOr<SharedLayers> Sequence::Share(int64_t tokens) {
   VATTN_RETURN_IF_ERROR(Pull());
+  if (cuda_) VATTN_RETURN_IF_ERROR(cuda_->ReadQueries(*this));
   // What was the sequence's own is to be copied before it is written again.
   if (reserve_tokens_ > 0) VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, kAllTokens, tokens)));
   const absl::Cleanup settle = [this] { Settle(); };
@@ -172,6 +173,8 @@ absl::Status Sequence::Truncate(int64_t tokens) {
     if (layer.tokens <= tokens) continue;
     layer.coded = CodedOf(layer, tokens);
     layer.coded_on_device = std::min(layer.coded_on_device, layer.coded);
+    layer.segments = SegmentsOf(layer.segments, layer.coded);
+    UpdateSegments(layer);
     AddTokens(l, tokens - layer.tokens);
     layer.stale_tail = true;
     for (HeadGroup& group : layer.groups) {

@@ -126,10 +126,11 @@ void Sequence::ForgetLoaded() {
   codes_to_load_.clear();
   for (Layer& layer : layers_) {
     layer.coded = layer.coded_on_device = 0;
+    layer.segments.clear();
+    UpdateSegments(layer);
     for (HeadGroup& group : layer.groups) {
-      group.index.reset();
-      group.device_index.reset();
       group.moment.reset();
+      group.recent = RecentQueries();
       group.hot = HotSet();
     }
   }

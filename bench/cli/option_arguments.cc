@@ -1,5 +1,7 @@
 #include "bench/cli/option_arguments.h"
 
+#include <string>
+
 #include "bench/cli/failure.h"
 
 namespace vattn::bench {
@@ -47,9 +49,9 @@ void AddLayers(CLI::App* app, std::vector<int32_t>* layers) {
 void OptionArguments::Add(CLI::App* app) {
   AddChoice(app, "--index", IndexChoices(), "How scores of the middle are predicted (balanced)",
             &options_.index);
-  app->add_option("--index-bytes", options_.index_bytes,
-                  "Bytes of code per token and KV head: 16, 32, 48 or 64")
-      ->capture_default_str();
+  app->add_option("--index-bytes", index_bytes_,
+                  "Bytes of code per token and KV head: 16, 32, 48 or 64 (" +
+                      std::to_string(options_.index_bytes) + ")");
   app->add_option("--value-bits", options_.value_bits,
                   "Bits per value element kept beside the rows: 0, 2 or 4")
       ->capture_default_str();
@@ -67,6 +69,8 @@ void OptionArguments::Add(CLI::App* app) {
                          "The first draw is a pilot for the second: fewer rows, more time");
   app->add_option("--hot-share", options_.hot_share,
                   "Share of the middle that the hot set may hold")
+      ->capture_default_str();
+  app->add_option("--refresh", options_.refresh, "1 / refresh of the random numbers are renewed a step")
       ->capture_default_str();
   app->add_option("--seed", options_.seed, "First seed; every result prints it")
       ->capture_default_str();
@@ -96,6 +100,7 @@ vattn_options OptionArguments::Resolve() const {
       throw UsageError(vattn_last_error());
     }
   }
+  if (index_bytes_) options.index_bytes = *index_bytes_;
   if (epsilon_) options.epsilon = *epsilon_;
   if (delta_) options.delta = *delta_;
   if (norm_ >= 0) options.norm = norm_;

@@ -46,11 +46,13 @@ class OptionArguments {
   vattn_options Resolve() const;
   bool epsilon_given() const { return epsilon_.has_value(); }
   bool delta_given() const { return delta_.has_value(); }
+  bool index_bytes_given() const { return index_bytes_.has_value(); }
 
  private:
   vattn_options options_;
   std::string preset_;
   std::optional<float> epsilon_, delta_;
+  std::optional<int32_t> index_bytes_;
   int32_t norm_ = -1;  // not given
 };
 

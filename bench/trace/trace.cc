@@ -256,6 +256,13 @@ const std::byte* Tensor::Row(int64_t layer, int64_t head, int64_t token) const {
   return bytes.data() + row * shape[3] * static_cast<int64_t>(ElementBytes(dtype));
 }
 
+int64_t FirstQuery(const Trace& trace) { return trace.prompt_tokens - trace.prompt_queries; }
+
+const std::byte* QueryRow(const Trace& trace, int64_t layer, int64_t q_head, int64_t position) {
+  return position < trace.prompt_tokens ? trace.q_prompt.Row(layer, q_head, position - FirstQuery(trace))
+                                        : trace.q.Row(layer, q_head, position - trace.prompt_tokens);
+}
+
 Trace ReadTrace(const std::string& path) {
   Reader reader(path);
   uint64_t data_begin = 0;

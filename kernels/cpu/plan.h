@@ -11,6 +11,7 @@ struct Plan {
   Inclusion inclusion;
   float expected = 0;  // tokens drawn
   bool feasible = true;  // false: more than max_selected_share of the middle would be needed
+  bool noisy = false;    // that many tokens are sure already: what codes leave out could hold anything
 };
 
 // Units and sums of the scan: scratch.head[h].shift, mass and denominator, given the states of the

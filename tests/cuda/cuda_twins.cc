@@ -101,6 +101,25 @@ Twins::Twins(const vattn_options& options, std::vector<Shape> layers, std::vecto
   }
 }
 
+void Twins::Append(int64_t count, MakeRows make_rows) {
+  for (int s = 0; s < slots(); ++s) {
+    for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+      if (layers_[l].kv_heads == 0 || lengths_[s] <= 0) continue;
+      const Rows rows = make_rows(layers_[l], engine, count);
+      AppendRows(cpu.sequences[s], layers_[l], l, rows);
+      AppendRows(cuda.sequences[s], layers_[l], l, rows);
+    }
+  }
+}
+
+void Twins::BuildIndices() {
+  for (Side* side : {&cpu, &cuda}) {
+    for (int s = 0; s < slots(); ++s) {
+      if (Filled(s)) side->sequences[s].BuildIndex();
+    }
+  }
+}
+
 void Twins::BeginStep() {
   cpu.batch.BeginStep(1);
   cuda.batch.BeginStep(1);

@@ -244,7 +244,7 @@ std::vector<std::vector<float>> Tables(const std::string& profile,
   EXPECT_TRUE((*sequence)->BuildIndex().ok());
   for (int layer = 0; layer < kLayers; ++layer) {
     for (const HeadGroup& group : (*sequence)->layer(layer).groups) {
-      tables.push_back(group.index->floats());
+      tables.push_back(group.tables[0].index->floats());
     }
   }
   return tables;

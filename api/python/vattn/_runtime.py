@@ -83,6 +83,11 @@ class Stats:
     prefixes_kept: int  # put there
     kept_evictions: int  # let go for room
     kept_hits: int  # of prefix_hits: from the host pool
+    segments_learnt: int  # parts of indices learnt from their tokens, over layers
+    index_floods: int  # of them learnt early, because new tokens were unlike those before
+    segments_recoded: int  # parts whose tokens were coded again by new tables
+    outliers: int  # tokens coded as outliers: they are read in every step
+    heads_noisy: int  # of heads_dense and heads_best_effort: codes too coarse for the query
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,8 @@ class StatsStruct(ctypes.Structure):
         uint64 prefix_misses prefix_damaged prefix_unread prefix_unlike
         uint64 device_bytes_reserved device_bytes_mapped device_growths device_growth_ns
         uint64 host_bytes_reserved quota_refusals
-        uint64 kept_prefixes prefixes_kept kept_evictions kept_hits""")
+        uint64 kept_prefixes prefixes_kept kept_evictions kept_hits
+        uint64 segments_learnt index_floods segments_recoded outliers heads_noisy""")
 
 
 def _text_call(*arguments: Any) -> list[Any]:
