@@ -86,6 +86,11 @@ absl::Status Sequence::Pull() {
   return cuda_ ? cuda_->Pull(*this, sits_in != nullptr && sits_in->open()) : absl::OkStatus();
 }
 
+absl::Status Sequence::CheckWhole() const {
+  const Batch* const sits_in = batch.load();
+  return sits_in != nullptr ? sits_in->CheckWhole() : absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
   std::unique_ptr<Sequence> copy(new Sequence(runtime_, {.id = id, .tenant = tenant_.number()}));
   copy->codes_to_load_ = codes_to_load_;
@@ -211,7 +216,32 @@ absl::Status Sequence::BuildIndex() {
   VATTN_RETURN_IF_ERROR((*cuda)->Flush(*this, device.stream()));
   return device.Synchronize(device.stream());
 }
-absl::Status Sequence::OpenStep(int new_tokens) { return MakeRoomAndCode(new_tokens); }
+
+absl::Status Sequence::OpenStep(int new_tokens) {
+  states_before_step_.clear();
+  for (const Layer& layer : layers_) {
+    if (layer.groups.empty()) continue;
+    tokens_before_step_ = layer.tokens;
+    if (runtime_->cuda() != nullptr) continue;
+    for (const HeadGroup& group : layer.groups) {
+      states_before_step_.insert(states_before_step_.end(), group.states.begin(), group.states.end());
+    }
+  }
+  return MakeRoomAndCode(new_tokens);
+}
+
+void Sequence::GiveUpStep() {
+  CutTo(tokens_before_step_);
+  --step_;
+  if (runtime_->cuda() != nullptr) return;
+  auto before = states_before_step_.cbegin();
+  for (Layer& layer : layers_) {
+    for (HeadGroup& group : layer.groups) {
+      std::copy_n(before, group.states.size(), group.states.begin());
+      before += static_cast<std::ptrdiff_t>(group.states.size());
+    }
+  }
+}
 
 absl::Status Sequence::MakeRoomAndCode(int new_tokens) {
   const int64_t sinks = runtime_->options().sinks;
@@ -286,7 +316,7 @@ void Sequence::FreezeIndex(int l, int64_t end) {
 }
 
 void Sequence::CountTables() {
-  int64_t bytes = sizeof(Sequence);
+  int64_t bytes = static_cast<int64_t>(sizeof(Sequence) + states_before_step_.capacity() * sizeof(HeadState));
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
       bytes += static_cast<int64_t>(sizeof(HeadGroup) + group.blocks.capacity() * sizeof(int32_t) +
