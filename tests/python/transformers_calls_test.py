@@ -76,14 +76,6 @@ class Refusals(unittest.TestCase):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         self.refused(
             ValueError,
-            "pad on the left",
-            wrapped,
-            ids,
-            mask.flip(1),
-            past_key_values=wrapped.cache(),
-        )
-        self.refused(
-            ValueError,
             "row 1 of the prompt has no token",
             wrapped,
             ids,

@@ -51,19 +51,16 @@ def attention(
         raise NotImplementedError(
             "offloaded layers need a 2D attention_mask [rows, tokens] and plain causal attention"
         )
-    tokens = query.shape[2]
+    rows, _, tokens, _ = query.shape
+    if layer.index == layer.store.order[0]:
+        layer.cache.begin(attention_mask, rows, tokens, query.device)
     if layer.tokens == 0:
-        padding = layer.store.padding(attention_mask, query.shape[0], tokens)
-        out = _prompt(module, query, key, value, padding, scaling, kwargs)
+        out = _prompt(module, query, key, value, layer.store.prompt, scaling, kwargs)
         layer.store.append(layer.index, query, key, value, scaling)
-    elif tokens == 1:
-        out = layer.store.attend(layer.index, query, key, value)
     else:
-        raise NotImplementedError(
-            f"{tokens} tokens at once after the prompt: vattn decodes one token a call "
-            "(the wrapped model's generate feeds them so)"
-        )
+        out = layer.store.attend(layer.index, query, key, value, scaling)
     layer.tokens += tokens
+    layer.cache.done(layer.index, tokens)
     return out, None
 
 
@@ -72,18 +69,18 @@ def _prompt(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    padding: list[int],
+    chosen: list[slice | torch.Tensor],
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Dense causal attention, row by row where rows are padded: no mask, no work on padding."""
-    if not any(padding):
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
     rows, heads, tokens, _ = query.shape
+    if all(isinstance(x, slice) and x.start == 0 for x in chosen):
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
     out = query.new_zeros(rows, tokens, heads, value.shape[3])
-    for row, first in enumerate(padding):
-        q, k, v = (x[row : row + 1, :, first:] for x in (query, key, value))
-        out[row, first:] = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)[
+    for row, real in enumerate(chosen):
+        q, k, v = (x[row : row + 1, :, real] for x in (query, key, value))
+        out[row, real] = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)[
             0
         ][0]
     return out

@@ -1,0 +1,106 @@
+"""vattn.transformers: which models are served, and by which name the others are refused."""
+
+import unittest
+
+import torch
+import transformers
+import vattn.transformers
+from small_models import DEVICES, GREEDY, SHAPE, offload, prompts
+
+CPU = DEVICES[0]
+WIDE = SHAPE | {"num_hidden_layers": 3}
+GPT2 = {
+    "vocab_size": 89,
+    "n_embd": 128,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 2048,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+KINDS = ["full_attention", "sliding_attention", "full_attention"]
+
+
+def build(family, **config):
+    torch.manual_seed(1)
+    made = getattr(transformers, f"{family}Config")(**config)
+    name = f"{family.removesuffix('Text')}ForCausalLM"
+    kind = getattr(transformers, name, None) or getattr(transformers, f"{family}LMHeadModel")
+    return kind(made).eval()
+
+
+class Served(unittest.TestCase):
+    def compare(self, model):
+        for lengths in ((150,), (150, 60)):
+            inputs = prompts(lengths, CPU)
+            want = model.generate(**inputs, **GREEDY).tolist()
+            with offload(self, model, policy="dense") as wrapped:
+                got = wrapped.generate(**inputs, **GREEDY).tolist()
+            self.assertEqual(got, want)
+
+    def test_a_scale_of_each_layer(self):
+        for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+            self.compare(build("GPT2", **GPT2, **{name: True}))
+        self.compare(
+            build("GPT2", **GPT2, scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False)
+        )
+        self.compare(build("Granite", **WIDE, attention_multiplier=0.4))
+
+    def test_head_dimensions_of_any_size(self):
+        for dim in (8, 20, 34, 100):
+            self.compare(build("Llama", **WIDE, head_dim=dim))
+
+    def test_a_window_longer_than_the_context(self):
+        for family in ("Phi3", "Mistral", "Starcoder2"):
+            model = build(family, **WIDE, sliding_window=2048)
+            self.compare(model)
+            self.assertEqual(model.config.sliding_window, 2048)
+
+    def test_refused_by_name(self):
+        latent = {
+            "kv_lora_rank": 32,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+        }
+        mixed = {"head_dim": 32, "sliding_window": 50, "layer_types": KINDS}
+        shared = {
+            "num_kv_shared_layers": 1,
+            "vocab_size_per_layer_input": 89,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+        }
+        capped = mixed | {"attn_logit_softcapping": 2.0}
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+        latent["first_k_dense_replace"] = 3
+        for text, family, config in (
+            (r"softcap \(attn_logit_softcapping is 2", "Gemma2", capped),
+            ("attention sinks", "GptOss", mixed | experts),
+            (r"latent attention \(kv_lora_rank is 32", "DeepseekV2", latent),
+            (r"latent attention \(kv_lora_rank is 32", "DeepseekV3", latent),
+            (r"share the KV of others \(num_kv_shared_layers is 1", "Gemma3nText", mixed | shared),
+            ("differential attention", "DiffLlama", {}),
+            ("lightning attention", "MiniMax", {"head_dim": 32, "num_local_experts": 2}),
+            ("no layer of plain full attention", "Mistral", {"sliding_window": 50}),
+            ("does not attend through transformers' AttentionInterface", "Bloom", None),
+        ):
+            with self.subTest(family=family):
+                sizes = WIDE if config is not None else {}
+                if family.startswith("Deepseek"):
+                    sizes = WIDE | {"num_key_value_heads": 4}
+                if config is None:
+                    config = {"vocab_size": 89, "hidden_size": 64, "n_layer": 2, "n_head": 2}
+                model = build(family, **sizes | config)
+                before = model.config._attn_implementation
+                with self.assertRaisesRegex(ValueError, f"{type(model).__name__}.*{text}"):
+                    vattn.transformers.offload(model)
+                self.assertEqual(model.config._attn_implementation, before)
+                self.assertNotIn("generate", vars(model))
+
+
+if __name__ == "__main__":
+    unittest.main()
