@@ -19,7 +19,8 @@ from ._sequence import Sequence
 class Batch(Child):
     """A fixed number of slots for sequences, and their decode steps. Used by one thread at a time.
 
-    A step is `begin_step`, then `attend` (or one of its relatives) once for every layer.
+    A step is `begin_step`, then `attend` (or one of its relatives) once for every layer. A step that
+    an error or KeyboardInterrupt ended half way is given up by `abandon`.
     """
 
     _destroy = "vattn_batch_destroy"
@@ -70,6 +71,15 @@ class Batch(Child):
                 stream = torch.cuda.current_stream(self.runtime._options["device"]) if torch else 0
             handle = stream_handle(stream, [])
         call("vattn_batch_begin_step", self.handle, new_tokens, handle)
+
+    def abandon(self) -> None:
+        """Gives the open step up, as after an error or KeyboardInterrupt between two layers.
+
+        Whatever its layers did, each sequence has the tokens and random numbers again that it had
+        before `begin_step`: the same step, begun anew, answers the same. Nothing is done without an
+        open step. On CUDA it waits for the device. See vattn_batch_abandon in vattn.h.
+        """
+        call("vattn_batch_abandon", self.handle)
 
     def report(self, layer: int, like: Array, *names: str) -> Report:
         """A Report with arrays for `names` (if none, all but timeline) where `like` lies."""

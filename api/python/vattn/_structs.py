@@ -280,6 +280,7 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
         Status,
         {"batch": c_void_p, "new_tokens": c_int32, "stream": c_void_p},
     ),
+    "vattn_batch_abandon": (Status, {"batch": c_void_p}),
     "vattn_attend_params_init": (None, {"params": POINTER(AttendParams), "struct_size": c_size_t}),
     "vattn_attend": (
         Status,
