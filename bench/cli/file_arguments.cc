@@ -20,8 +20,12 @@ bool SameFile(const std::string& a, const std::string& b) {
   if (there && too) return S_ISREG(one.st_mode) && one.st_dev == other.st_dev && one.st_ino == other.st_ino;
   if (there || too) return false;
   std::error_code error;
-  const std::filesystem::path first = std::filesystem::weakly_canonical(a, error);
-  return !error && first == std::filesystem::weakly_canonical(b, error) && !error;
+  const auto resolved = [&error](const std::string& path) {  // absolute first: "x" alone would stay relative
+    const std::filesystem::path whole = error ? std::filesystem::path() : std::filesystem::absolute(path, error);
+    return error ? std::filesystem::path() : std::filesystem::weakly_canonical(whole, error);
+  };
+  const std::filesystem::path first = resolved(a), second = resolved(b);
+  return !error && first == second;
 }
 
 // Why the file cannot be written, or "". What is there stays as it is; what is not is made and removed again.
