@@ -20,6 +20,7 @@ GPT2 = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+IMAGE = 4  # the id of each of an image's tokens
 KINDS = ["full_attention", "sliding_attention", "full_attention"]
 
 
@@ -29,6 +30,26 @@ def build(family, **config):
     name = f"{family.removesuffix('Text')}ForCausalLM"
     kind = getattr(transformers, name, None) or getattr(transformers, f"{family}LMHeadModel")
     return kind(made).eval()
+
+
+def with_images():
+    """A model whose mask lets the tokens of an image see each other, before and after."""
+    torch.manual_seed(1)
+    text = WIDE | {"head_dim": 32, "sliding_window": 50, "layer_types": KINDS}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    made = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=IMAGE
+    )
+    model = transformers.Gemma3ForConditionalGeneration(made).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model
 
 
 class Served(unittest.TestCase):
@@ -58,6 +79,56 @@ class Served(unittest.TestCase):
             self.compare(model)
             self.assertEqual(model.config.sliding_window, 2048)
 
+    def test_images_that_see_themselves_whole(self):
+        model = with_images()
+        for lengths in ((150,), (150, 60)):
+            inputs = prompts(lengths, CPU)
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+            for columns in (slice(-50, -46), slice(-8, -4)):
+                inputs["input_ids"][:, columns] = IMAGE
+                inputs["token_type_ids"][:, columns] = 1
+            generator = torch.Generator().manual_seed(3)
+            images = torch.randn(2 * len(lengths), 3, 16, 16, generator=generator)
+            asked = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+            want = torch.stack(model.generate(**inputs, pixel_values=images, **asked).logits)
+            causal = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+            causal = torch.stack(model.generate(**causal, pixel_values=images, **asked).logits)
+            self.assertGreater((want - causal).abs().max(), 5e-3)  # the mask counts
+            with offload(self, model, policy="dense") as wrapped:
+                got = wrapped.generate(**inputs, pixel_values=images, **asked).logits
+                torch.testing.assert_close(torch.stack(got), want, atol=5e-4, rtol=0)
+                self.assertEqual([layer.layer for layer in wrapped.stats()], [0, 2])
+
+                cache = wrapped.cache()
+                told = wrapped.generate(**inputs, pixel_values=images, cache=cache, **GREEDY)
+                more = {
+                    "input_ids": torch.cat([told, inputs["input_ids"]], 1),
+                    "attention_mask": torch.nn.functional.pad(
+                        inputs["attention_mask"], (0, 174), value=1
+                    ),
+                }
+                with self.assertRaisesRegex(NotImplementedError, "pixel_values are given after"):
+                    wrapped.generate(**more, pixel_values=images, cache=cache, **GREEDY)
+
+    def test_masks_of_pairs_of_tokens(self):
+        wrapped = offload(self, build("Llama", **WIDE), policy="dense")
+        ids = prompts((150,), CPU)["input_ids"]
+        cache = wrapped.cache()
+        whole = torch.ones(1, 1, 150, 150, dtype=torch.bool).tril()
+        new = torch.ones(1, 1, 1, 151, dtype=torch.bool)
+        with torch.no_grad():
+            with self.assertRaisesRegex(NotImplementedError, r"\[1, 1, 150, 150\], must be .rows"):
+                wrapped(ids, attention_mask=whole, cache=cache)
+            wrapped(ids, cache=cache)
+            # As a model's own mask function would hand it on: a token after the prompt sees all.
+            new.vattn_padding = None
+            wrapped(ids[:, :1], attention_mask=new, cache=cache)
+            new = torch.ones(1, 1, 1, 152, dtype=torch.bool)
+            new[..., 7], new.vattn_padding = False, None
+            with self.assertRaisesRegex(NotImplementedError, "hides tokens from a new one"):
+                wrapped(ids[:, :1], attention_mask=new, cache=cache)
+            self.assertEqual(cache.get_seq_length(), 151)
+
     def test_refused_by_name(self):
         latent = {
             "kv_lora_rank": 32,
@@ -84,12 +155,16 @@ class Served(unittest.TestCase):
             (r"latent attention \(kv_lora_rank is 32", "DeepseekV3", latent),
             (r"share the KV of others \(num_kv_shared_layers is 1", "Gemma3nText", mixed | shared),
             ("differential attention", "DiffLlama", {}),
+            (r"cross attention \(in layers \[1\]", "MllamaText", {"cross_attention_layers": [1]}),
+            ("attention by experts", "JetMoe", {"kv_channels": 32, "num_local_experts": 2}),
             ("lightning attention", "MiniMax", {"head_dim": 32, "num_local_experts": 2}),
             ("no layer of plain full attention", "Mistral", {"sliding_window": 50}),
             ("does not attend through transformers' AttentionInterface", "Bloom", None),
         ):
             with self.subTest(family=family):
                 sizes = WIDE if config is not None else {}
+                if family == "MllamaText":
+                    sizes = WIDE | {"bos_token_id": 1}
                 if family.startswith("Deepseek"):
                     sizes = WIDE | {"num_key_value_heads": 4}
                 if config is None:

@@ -17,6 +17,16 @@ _BY_TOKEN = {
     "token_type_ids": -1,
     "mm_token_type_ids": -1,
 }
+# How the arguments of a forward are called that hold images, films and sound.
+_MEDIA = (
+    "pixel_values",
+    "image_",
+    "video_",
+    "input_features",
+    "input_values",
+    "audio_",
+    "mm_encoder_outputs",
+)
 
 
 def cache_argument(function: Any) -> str:
@@ -58,6 +68,7 @@ def before_forward(
     if cache.get_seq_length() == 0:
         _refuse_packed(given.get("position_ids"), given.get("attention_mask"), tokens)
     elif tokens > 1:
+        refuse_media(given)
         keep = given.get("logits_to_keep")
         if not cache.last_logits_do and (isinstance(keep, torch.Tensor) or keep != 1):
             raise NotImplementedError(
@@ -88,6 +99,16 @@ def foreign_cache(cache: Any) -> TypeError:
         f"cache is a {type(cache).__name__}, must be made by `cache` of the wrapped model, or left "
         "out: the model is offloaded, and decodes from vattn's caches alone until `close`"
     )
+
+
+def refuse_media(given: dict[str, Any]) -> None:
+    """Refuses images, sound and the like in a call whose tokens are read one by one."""
+    for name in given:
+        if name.startswith(_MEDIA) and given[name] is not None:
+            raise NotImplementedError(
+                f"{name} are given after the prompt, must be in it: its tokens are read together, "
+                "later ones one by one (`reset` the cache, and give all from the first token on)"
+            )
 
 
 def _one(given: dict[str, Any], i: int, tokens: int) -> dict[str, Any]:

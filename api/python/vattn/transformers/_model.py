@@ -10,7 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .._runtime import Stats, check_options
 from ._cache import VattnCache
-from ._calls import cache_argument, foreign_cache
+from ._calls import cache_argument, foreign_cache, refuse_media
 from ._served import refuse_unserved
 from ._store import LayerStats
 from ._switch import running, switch_of
@@ -123,6 +123,8 @@ class OffloadedModel:
         self.last_cache = cache
         cache.settle()
         held = self._continue(cache, kwargs) if cache.get_seq_length() else 0
+        if cache.get_seq_length():
+            refuse_media(kwargs)
         rows = self._prompt(kwargs)
         cache.real_from = held + (1 if rows is None else rows.shape[1])
         if self._setting("cache_implementation", kwargs) is not None:

@@ -8,8 +8,10 @@ from transformers.cache_utils import DynamicLayer
 
 # Attention that is not one softmax over the keys that the cache was given, by config.model_type.
 _ATTENTION = {
+    "blt": "a decoder that attends to patches of bytes through a second cache",
     "diffllama": "differential attention, which attends twice with halves of the values",
     "doge": "dynamic mask attention, which adds to the logits",
+    "jetmoe": "attention by experts, to keys that are repeated after the cache took them",
     "minimax": "lightning attention with a cache class of its own",
 }
 
@@ -55,6 +57,9 @@ def _reason(model: Any, config: Any) -> str | None:
     rank = getattr(config, "kv_lora_rank", None)
     if rank is not None:
         return f"multi-head latent attention (kv_lora_rank is {rank})"
+    cross = getattr(config, "cross_attention_layers", None)
+    if cross or getattr(config, "add_cross_attention", False):
+        return f"cross attention (in layers {cross})" if cross else "cross attention"
     shared = getattr(config, "num_kv_shared_layers", None)
     if shared or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         return f"layers that share the KV of others (num_kv_shared_layers is {shared})"
