@@ -130,6 +130,18 @@ class Served(unittest.TestCase):
                 wrapped(ids[:, :1], attention_mask=new, cache=cache)
             self.assertEqual(cache.get_seq_length(), 151)
 
+    def test_what_is_no_model_is_refused(self):
+        model = build("Llama", **WIDE)
+        for other, name in (
+            (None, "NoneType"),
+            ("meta-llama", "str"),
+            (model.model, "LlamaModel"),
+            (model.lm_head, "Linear"),
+            (torch.compile(model), "OptimizedModule"),
+        ):
+            with self.assertRaisesRegex(TypeError, f"model is a {name}, must be a model of trans"):
+                vattn.transformers.offload(other)
+
     def test_refused_by_name(self):
         latent = {
             "kv_lora_rank": 32,

@@ -301,5 +301,5 @@ def offload(model: PreTrainedModel, **options: Any) -> OffloadedModel:
     the first prompt; models that are not served are refused here too, with what they have that
     vattn does not serve. Keep the result: the model is offloaded as long as it lives.
     """
-    refuse_unserved(model, model.config.get_text_config(decoder=True))
+    refuse_unserved(model)
     return OffloadedModel(model, options)

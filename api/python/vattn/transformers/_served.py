@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 # Attention that is not one softmax over the keys that the cache was given, by config.model_type.
@@ -16,10 +16,17 @@ _ATTENTION = {
 }
 
 
-def refuse_unserved(model: Any, config: Any) -> None:
-    """Raises ValueError with the name of what a model has that vattn does not serve. `config` is
-    that of the text decoder."""
+def refuse_unserved(model: Any) -> None:
+    """Raises ValueError with the name of what a model has that vattn does not serve, TypeError for
+    what is no model that generates."""
     name = type(model).__name__
+    whole = getattr(model, "config", None)
+    if not isinstance(whole, PreTrainedConfig) or not hasattr(type(model), "generate"):
+        raise TypeError(
+            f"model is a {name}, must be a model of transformers that generates, and itself (what "
+            "torch.compile returns is not)"
+        )
+    config = whole.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model, must be a decoder alone")
     reason = _reason(model, config)
