@@ -85,7 +85,7 @@ class Refusals(unittest.TestCase):
         whole = torch.ones(2, 1, 150, 150, dtype=torch.bool)
         self.refused(
             NotImplementedError,
-            "2D attention_mask",
+            r"attention_mask is \[2, 1, 150, 150\], must be \[rows, tokens\]",
             wrapped,
             ids,
             whole,
