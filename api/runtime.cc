@@ -79,11 +79,9 @@ vattn_code vattn_runtime_create_json(const char* json, vattn_runtime** out) {
 }
 
 void vattn_runtime_destroy(vattn_runtime* runtime) {
-  if (runtime == nullptr) return;
-  Guard([&] {
-    runtime->impl->Close();
-    return absl::OkStatus();
-  });
+  if (runtime == nullptr || !vattn::api::UsableHere(*runtime->impl).ok()) return;
+  const vattn::LogHold hold;
+  runtime->impl->Close();
   delete runtime;
 }
 

@@ -29,7 +29,7 @@ Batch::Batch(std::shared_ptr<Runtime> runtime, int slots)
 }
 
 Batch::~Batch() {
-  open_ = false;
+  if (cuda_) open_ = false;  // no call follows that would have to do without the sequences
   for (Sequence* sequence : slots_) {
     if (sequence != nullptr) Forget(sequence);
   }
@@ -37,6 +37,8 @@ Batch::~Batch() {
 }
 
 void Batch::Forget(Sequence* sequence) {
+  // What leaves in the middle of a step does not take half of a token along.
+  if (LayerToAttend() >= 0) sequence->GiveUpStep();
   slots_[sequence->slot] = nullptr;
   if (open_ && cuda_) cuda_->Leave(*sequence);
   sequence->slot = -1;
@@ -67,27 +69,49 @@ absl::Status Batch::Clear(int slot) {
   return absl::OkStatus();
 }
 
-absl::Status Batch::CheckStepDone() const {
+int Batch::LayerToAttend() const {
   // A replayed graph attends without a call: on CUDA the caller answers for it.
-  if (!open_ || new_tokens_ == 0 || runtime_->cuda() != nullptr) return absl::OkStatus();
-  const bool any = std::any_of(slots_.begin(), slots_.end(), [](const Sequence* s) { return s != nullptr; });
-  for (int l = 0; any && l < runtime_->options().num_layers; ++l) {
-    if (runtime_->kv_heads(l) > 0 && !attended_[l]) {
-      return InvalidArgumentError("layer ", l, " was not attended in the step before, must be, once every layer");
-    }
+  if (!open_ || new_tokens_ == 0 || runtime_->cuda() != nullptr) return -1;
+  if (std::all_of(slots_.begin(), slots_.end(), [](const Sequence* s) { return s == nullptr; })) return -1;
+  for (int l = 0; l < runtime_->options().num_layers; ++l) {
+    if (runtime_->kv_heads(l) > 0 && !attended_[l]) return l;
   }
-  return absl::OkStatus();
+  return -1;
+}
+
+absl::Status Batch::CheckWhole() const {
+  const int layer = LayerToAttend();
+  if (layer < 0) return absl::OkStatus();
+  return InvalidArgumentError("the batch has an open step that has yet to attend layer ", layer,
+                              ", must attend every layer first, or the step be given up (vattn_batch_abandon)");
 }
 
 absl::Status Batch::EndStep() {
-  VATTN_RETURN_IF_ERROR(CheckStepDone());
+  VATTN_RETURN_IF_ERROR(CheckWhole());
   open_ = false;
+  return absl::OkStatus();
+}
+
+absl::Status Batch::Abandon() {
+  if (!open_) return absl::OkStatus();
+  // On CUDA the first one waits for what was enqueued, and a lost device leaves everything as it is.
+  for (Sequence* sequence : slots_) {
+    if (sequence != nullptr) VATTN_RETURN_IF_ERROR(sequence->Pull());
+  }
+  if (cuda_) VATTN_RETURN_IF_ERROR(cuda_->LeaveAll());
+  open_ = false;
+  for (Sequence* sequence : slots_) {
+    if (sequence != nullptr) sequence->GiveUpStep();
+  }
   return absl::OkStatus();
 }
 
 absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   if (new_tokens != 0 && new_tokens != 1) return OutOfRangeError("new_tokens", new_tokens, 0, 1);
-  VATTN_RETURN_IF_ERROR(CheckStepDone());
+  if (const int layer = LayerToAttend(); layer >= 0) {
+    return InvalidArgumentError("layer ", layer, " was not attended in the step before, must be, once every layer; "
+                                "vattn_batch_abandon gives that step up");
+  }
   const int layers = runtime_->options().num_layers;
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
@@ -188,6 +212,8 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
     return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,
                                 " KV heads of the layer or the ", q_heads, " query heads");
   }
+  constexpr int64_t kMostStride = int64_t{1} << 32;  // tokens of a sequence, and to spare: places do not wrap
+  if (r.scores_stride > kMostStride) return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostStride);
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
     const int64_t end = sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);

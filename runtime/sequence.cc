@@ -57,6 +57,11 @@ absl::Status Sequence::Pull() {
   return cuda_ ? cuda_->Pull(*this, sits_in != nullptr && sits_in->open()) : absl::OkStatus();
 }
 
+absl::Status Sequence::CheckWhole() const {
+  const Batch* const sits_in = batch.load();
+  return sits_in != nullptr ? sits_in->CheckWhole() : absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
   std::unique_ptr<Sequence> copy(new Sequence(runtime_, {.id = id, .tenant = tenant_.number()}));
   copy->codes_to_load_ = codes_to_load_;
@@ -138,7 +143,7 @@ bool Sequence::OnDevice(const void* pointer) const {
 }
 
 void Sequence::CountTables() {
-  int64_t bytes = sizeof(Sequence);
+  int64_t bytes = static_cast<int64_t>(sizeof(Sequence) + states_before_step_.capacity() * sizeof(HeadState));
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
       bytes += static_cast<int64_t>(sizeof(HeadGroup) + group.blocks.capacity() * sizeof(int32_t) +

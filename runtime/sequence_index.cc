@@ -122,7 +122,31 @@ absl::Status Sequence::BuildIndex() {
   return device.Synchronize(device.stream());
 }
 
-absl::Status Sequence::OpenStep(int new_tokens) { return MakeRoomAndCode(new_tokens); }
+absl::Status Sequence::OpenStep(int new_tokens) {
+  states_before_step_.clear();
+  for (const Layer& layer : layers_) {
+    if (layer.groups.empty()) continue;
+    tokens_before_step_ = layer.tokens;
+    if (runtime_->cuda() != nullptr) continue;
+    for (const HeadGroup& group : layer.groups) {
+      states_before_step_.insert(states_before_step_.end(), group.states.begin(), group.states.end());
+    }
+  }
+  return MakeRoomAndCode(new_tokens);
+}
+
+void Sequence::GiveUpStep() {
+  CutTo(tokens_before_step_);
+  --step_;
+  if (runtime_->cuda() != nullptr) return;
+  auto before = states_before_step_.cbegin();
+  for (Layer& layer : layers_) {
+    for (HeadGroup& group : layer.groups) {
+      std::copy_n(before, group.states.size(), group.states.begin());
+      before += static_cast<std::ptrdiff_t>(group.states.size());
+    }
+  }
+}
 
 void Sequence::TakeRecentQueries() {
   // What a lost device had is left out; the calls that follow report it.

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "api/vattn.h"
+#include "bench/cli/file_arguments.h"
+#include "bench/cli/number_lists.h"
 #include "bench/cli/settings.h"
 
 namespace vattn::bench {
@@ -18,7 +20,7 @@ CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& ch
                        const std::string& help, int32_t* value);
 
 // --trace, which must be given.
-void AddTrace(CLI::App* app, std::string* trace);
+void AddTrace(FileArguments* files, std::string* trace);
 
 // --seeds: how many, from --seed on.
 void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds);

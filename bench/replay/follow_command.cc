@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bench/cli/failure.h"
+#include "bench/cli/file_arguments.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/option_arguments.h"
 #include "bench/cli/text.h"
@@ -97,7 +98,8 @@ void AddFollowCommand(CLI::App* app, const CommandLine& command) {
   const auto tokens = [&](const char* name, const char* help, int64_t* value) {
     sub->add_option(name, *value, help)->check(CLI::Range(int64_t{0}, int64_t{1} << 40).description(""));
   };
-  AddTrace(sub, &arguments->trace);
+  auto files = std::make_shared<FileArguments>(sub);
+  AddTrace(files.get(), &arguments->trace);
   tokens("--prompt", "Tokens that are not decoded (the recording's prompt)", &plan.prompt);
   tokens("--chunk", "Tokens of a chunk of the prompt (all of it)", &plan.chunk);
   tokens("--first", "Tokens of the first chunk (as the others)", &plan.first);
@@ -115,8 +117,9 @@ void AddFollowCommand(CLI::App* app, const CommandLine& command) {
   arguments->options.Add(sub);
   AddSeeds(sub, "Runs, with consecutive seeds", &plan.runs);
   AddLayers(sub, &plan.layers);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] {
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
     if (arguments->plan.every < 1 || arguments->plan.judged < 1) {
       throw UsageError("--every and --judged: 1 or more");
     }

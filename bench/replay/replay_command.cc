@@ -317,7 +317,8 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
       "Replay recorded attention (vattn-trace-1) and say how exact it was and what it cost");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  sub->add_option("--trace", arguments->trace, "The recording")->type_name("FILE");
+  auto files = std::make_shared<FileArguments>(sub);
+  files->AddInput("--trace", &arguments->trace, "The recording");
   arguments->options.AddPolicies(sub);
   arguments->options.Add(sub);
   AddSeeds(sub, "Runs, with consecutive seeds", &arguments->seeds);
@@ -327,8 +328,7 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
             "What the index is calibrated on: the recorded prompt queries, a profile, nothing "
             "(prompt)",
             &arguments->calibration);
-  sub->add_option("--profile", arguments->profile, "The profile, as vattn calibrate makes it")
-      ->type_name("FILE");
+  files->AddInput("--profile", &arguments->profile, "The profile, as vattn calibrate makes it");
   sub->add_flag("--compare", arguments->compare,
                 "Verified beside topk-uniform and topk with the same p95 error");
   sub->add_flag("--certify", arguments->certify, "Coverage of the promise, with upper bounds");
@@ -345,12 +345,13 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
   tokens("--queries", "Calibrate on the queries of so many tokens (all recorded)", &arguments->queries);
   tokens("--queries-end", "... before this token (the prompt's end)", &arguments->queries_end);
   tokens("--repeat-step", "A loop: this step's token and query --steps (200) times", &arguments->repeat_step);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->add_option(
-         "--plot", arguments->plot,
-         "Draw error and share by layer and head, and error against share for the policies")
-      ->type_name("FILE.svg");
-  sub->callback([arguments, &command] { RunReplay(*arguments, command); });
+  files->AddJson(&arguments->json);
+  files->AddOutput("--plot", &arguments->plot,
+                   "Draw error and share by layer and head, and error against share for the policies", "FILE.svg");
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunReplay(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

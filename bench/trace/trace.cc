@@ -11,6 +11,7 @@
 
 #include "bench/cli/dtype.h"
 #include "bench/cli/failure.h"
+#include "runtime/json_text.h"
 
 namespace vattn::bench {
 namespace {
@@ -68,6 +69,7 @@ nlohmann::json ReadHeader(Reader& reader, uint64_t* data_begin) {
   }
   std::string text(length, '\0');
   reader.Read(8, text.data(), length);
+  if (NestsTooDeep(text)) reader.Fail("header: nests deeper than " + std::to_string(kMaxJsonDepth) + " levels");
   nlohmann::json header = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) reader.Fail("header: not a JSON object");
   *data_begin = 8 + length;

@@ -153,6 +153,7 @@ void DecodeGroup(const Storage& s, const Promise& promise, Group& group, Stream 
   } else {
     DecodeTopK(s, promise, group, stream);
   }
+  MarkNotFinite(s, group);
 }
 
 }  // namespace

@@ -251,12 +251,25 @@ absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_t
 
 void CudaBatch::Leave(const Sequence& sequence) {
   if (std::erase_if(filled_, [&](const Filled& f) { return f.sequence == &sequence; }) == 0) return;
-  // What fails here fails again in the next call of the step. The caller's stream may be gone.
+  SendOpenTables().IgnoreError();  // what fails here fails again in the next call of the step
+}
+
+absl::Status CudaBatch::LeaveAll() {
+  const std::vector<Filled> before = filled_;
+  filled_.clear();
+  const absl::Status status = SendOpenTables();
+  if (!status.ok()) filled_ = before;
+  return status;
+}
+
+absl::Status CudaBatch::SendOpenTables() {
+  // The caller's stream may be gone.
   Device& d = backend_.device();
-  if (!d.Activate().ok() || !d.SynchronizeAll().ok()) return;
-  FillTables(0, 0);  // they count the open step already
-  if (!d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()).ok()) return;
-  d.Synchronize(d.stream()).IgnoreError();
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
+  FillTables(0, 0);  // the sequences count the open step already
+  VATTN_RETURN_IF_ERROR(d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()));
+  return d.Synchronize(d.stream());
 }
 
 absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Selection& selection,

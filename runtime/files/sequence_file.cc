@@ -164,14 +164,14 @@ uint64_t Sequence::SavedBytes() const {
   return bytes;
 }
 
-absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable) {
+absl::StatusOr<SavedFile> Sequence::WriteFile(const SaveTarget& target, const StoredPrefix* prefix, bool durable) {
   // A lost device does not keep the host's copy from being saved, with the state of the last Pull.
   const absl::Status pulled = Pull();
   if (!pulled.ok() && CodeOf(pulled) != Code::kDeviceLost) return pulled;
   TakeRecentQueries();
   const Storage& s = runtime_->storage();
   absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
-      SnapshotWriter::Create(path, LayoutOf(runtime_->options(), s), SavedBytes(), runtime_->io());
+      SnapshotWriter::Create(target, LayoutOf(runtime_->options(), s), SavedBytes(), runtime_->io());
   if (!writer.ok()) return writer.status();
   const SavedHead head{id_, step_};
   VATTN_RETURN_IF_ERROR((*writer)->Add(kHead, BytesOf(head)));
@@ -215,7 +215,7 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
     }
   }
   VATTN_RETURN_IF_ERROR((*writer)->Commit(durable));
-  return (*writer)->bytes_written();
+  return SavedFile{(*writer)->bytes_written(), (*writer)->file_id()};
 }
 
 absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int64_t most) {
