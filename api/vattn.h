@@ -86,7 +86,7 @@ typedef enum vattn_backend {
 } vattn_backend;
 
 typedef enum vattn_policy {
-  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (ALGORITHM 4 to 6) */
+  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (kernels/METHOD.md) */
   VATTN_POLICY_TOPK = 1,         /* the best topk_share of the middle by index score, no sample */
   VATTN_POLICY_TOPK_UNIFORM = 2, /* vAttention (arXiv 2510.05688): top-k plus a uniform sample */
   VATTN_POLICY_DENSE = 3         /* every row: exact */
@@ -361,7 +361,8 @@ typedef struct vattn_append_params {
   const void* k;
   const void* v;
   /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k], post-RoPE
-   * and unscaled. They calibrate the index (ALGORITHM 3): pass those of the last 512 prompt tokens. */
+   * and unscaled. They calibrate the index (kernels/METHOD.md, "Index"): pass those of all prompt tokens where they
+   * are at hand. Of each call 512, spread evenly over its tokens and heads, are used. */
   const void* q;
   /* Strides in elements; 0: contiguous as above. The head dimension itself is contiguous. */
   int64_t k_token_stride, k_head_stride;
