@@ -24,8 +24,8 @@ class Sequence(Handle):
 
         k [tokens, kv_heads, head_dim_k], post-RoPE, and v [tokens, kv_heads, head_dim_v] in the
         runtime's dtype; v is left out with shared_kv. q [queries, q_heads, head_dim_k], post-RoPE
-        and unscaled, are the queries of the last tokens of k: they calibrate the index; the last
-        512 of the prompt will do. Any strides, as long as the last dimension is contiguous. On
+        and unscaled, are the queries of the last tokens of k: they calibrate the index; pass those of
+        all tokens where they are at hand. Any strides, as long as the last dimension is contiguous. On
         CUDA k and v, and q apart from them, may be in device memory: of torch's tensors the current
         stream is waited for, of others what writes them must have ended. FullError: nothing was
         added and the sequence goes on as before.
