@@ -28,6 +28,7 @@ struct Sample {
 // for i): a text with a period would show a regular walk a fraction of its keys.
 struct Walk {
   int64_t first = 0, run = 1, stride = 1, count = 0;
+  bool others = false;  // of every stride another one than without
 
   static Walk Over(int64_t begin, int64_t end, int64_t run, int64_t most) {
     const int64_t n = end - begin, stride = (n + most - 1) / most;
@@ -35,7 +36,9 @@ struct Walk {
   }
   int64_t Token(int64_t i) const {
     const uint32_t stratum = static_cast<uint32_t>(i / run);
-    const int64_t pick = Philox({{stratum, 0, 0, 0}}, 0, 0).word[0] % static_cast<uint64_t>(stride);
+    const auto random = Philox({{stratum, 0, 0, 0}}, 0, 0);
+    int64_t pick = random.word[0] % static_cast<uint64_t>(stride);
+    if (others) pick = (pick + 1 + random.word[1] % static_cast<uint64_t>(stride - 1)) % stride;
     return first + (stratum * stride + pick) * run + i % run;
   }
 };
@@ -287,6 +290,13 @@ std::vector<std::shared_ptr<const Index>> Sequence::Learn(int l, int64_t begin, 
     const QueryMoment moment = group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
     made[g] = Index::Make(s, sample.keys.data(), sample.values.data(), sample.count, moment,
                           runtime_->LearnedMap(l, static_cast<int>(g)));
+    if (s.code.kind == IndexKind::kBalanced && walk.stride > 1) {
+      Walk others = walk;
+      others.others = true;
+      Sample held_out;
+      LoadSample(s, group.blocks, others, held_out);
+      made[g] = made[g]->WithLimitsOf(s, held_out.keys.data(), held_out.values.data(), held_out.count);
+    }
     // Values are coded alike in every segment.
     if (begin > sinks) made[g] = made[g]->WithValuesOf(s, *group.tables[0].index);
   });

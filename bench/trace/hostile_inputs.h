@@ -29,8 +29,6 @@ struct HostileInput {
 
 // The same numbers in every run. On these the promise must hold.
 std::vector<HostileInput> HostileInputs();
-// Codes say nothing of where the query points, and every token's score differs there by 2 nats.
-HostileInput BlindIndexInput();
 
 // Exact attention of a query [kHeads][kDim] in float64.
 struct Exact {

@@ -104,7 +104,6 @@ std::vector<Trace> HostileTraces(int64_t steps) {
   for (const test::HostileInput& input : test::HostileInputs()) {
     traces.push_back(HostileTrace(input, steps));
   }
-  traces.push_back(HostileTrace(test::BlindIndexInput(), steps));
   return traces;
 }
 

@@ -13,10 +13,10 @@ constexpr double kIsotropicSpreads[] = {1, 3, 5, 10, 20, 30};  // standard devia
 
 struct IsotropicInput {
   int64_t dim = 0, heads = 0, tokens = 0, calibration_tokens = 0, query_tokens = 0;
-  std::vector<float> keys, values;  // [tokens][dim], independent N(0, 1)
+  std::vector<float> keys = {}, values = {};  // [tokens][dim], independent N(0, 1)
   // [calibration_tokens or query_tokens][heads][dim], unscaled: independent N(0, spread^2), so that logits
   // q.k / sqrt(dim) have the standard deviation spread
-  std::vector<float> calibration, queries;
+  std::vector<float> calibration = {}, queries = {};
 };
 
 // The same numbers in every run. One KV head.

@@ -199,11 +199,24 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
 std::shared_ptr<const Index> Index::Recentre(const Storage& s, const Index& base, const float* keys,
                                              const float* values, int64_t count, double* flooded) {
   std::vector<float> floats = base.floats_;
+  const Eigen::Map<const RowMajor> k(keys, count, s.row.dim_k);
+  Eigen::Map<Eigen::RowVectorXf>(floats.data(), s.row.dim_k) = k.cast<double>().colwise().mean().cast<float>();
+  *flooded = base.RaiseLimits(s, keys, values, count, floats);
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+std::shared_ptr<const Index> Index::WithLimitsOf(const Storage& s, const float* keys, const float* values,
+                                                 int64_t count) const {
+  std::vector<float> floats = floats_;
+  RaiseLimits(s, keys, values, count, floats);
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+double Index::RaiseLimits(const Storage& s, const float* keys, const float* values, int64_t count,
+                          std::vector<float>& floats) const {
+  const IndexTables tables = TablesAt(floats.data());
   RowMajor k = Eigen::Map<const RowMajor>(keys, count, s.row.dim_k);
-  const Eigen::RowVectorXf mean = k.cast<double>().colwise().mean().cast<float>();
-  std::copy_n(mean.data(), s.row.dim_k, floats.data());
-  k.rowwise() -= mean;
-  const IndexTables tables = base.TablesAt(floats.data());
+  k.rowwise() -= Eigen::Map<const Eigen::RowVectorXf>(tables.center, s.row.dim_k);
   std::vector<cpu::CodeErrors> errors(static_cast<size_t>(count));
   cpu::FindCodeErrors(s, tables, k.data(), count, errors.data());
   Eigen::ArrayXf residual2(count), noise2(count);
@@ -212,7 +225,6 @@ std::shared_ptr<const Index> Index::Recentre(const Storage& s, const Index& base
     residual2(i) = errors[i].residual2, noise2(i) = errors[i].noise2;
     over += !(residual2(i) <= tables.residual_limit && noise2(i) <= tables.noise_limit);
   }
-  *flooded = static_cast<double>(over) / static_cast<double>(count);
   const Eigen::Map<const RowMajor> v(values, count, s.row.dim_v);
   float* const limits = floats.data() + floats.size() - NumScalars(s.code.kind);
   const auto raise = [](float& limit, const Eigen::ArrayXf& x) {
@@ -221,7 +233,7 @@ std::shared_ptr<const Index> Index::Recentre(const Storage& s, const Index& base
   raise(limits[0], residual2);
   raise(limits[1], noise2);
   raise(limits[2], v.rowwise().squaredNorm().array());
-  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+  return static_cast<double>(over) / static_cast<double>(count);
 }
 
 std::shared_ptr<const Index> Index::WithValuesOf(const Storage& s, const Index& first) const {

@@ -63,6 +63,10 @@ class Index {
   // keys that the limits of base would make outliers.
   static std::shared_ptr<const Index> Recentre(const Storage& storage, const Index& base, const float* keys,
                                                const float* values, int64_t count, double* flooded);
+  // The same with limits that make as few outliers of these keys and values as of those that it was made from: tables
+  // fit the keys that they were learnt from better than any others. kBalanced.
+  std::shared_ptr<const Index> WithLimitsOf(const Storage& storage, const float* keys, const float* values,
+                                            int64_t count) const;
   // The same with the tables of `first` for the codes of values.
   std::shared_ptr<const Index> WithValuesOf(const Storage& storage, const Index& first) const;
   // The same tables again, from `floats()` of an index of the same shape.
@@ -77,6 +81,10 @@ class Index {
 
  private:
   Index(const Storage& storage, std::vector<float> floats);
+  // Raises the limits in `floats`, of tables like these, to what few of these keys and values are over; returns the
+  // share of the keys that are over the limits of this index.
+  double RaiseLimits(const Storage& storage, const float* keys, const float* values, int64_t count,
+                     std::vector<float>& floats) const;
 
   int dim_k_, dim_v_;
   CodeLayout code_;

@@ -23,6 +23,7 @@ constexpr double kOutlierQuantile = .99975;
 // expected squared score error is over kLeastNoise2 (nats^2) and kNoisy times the mean; but at most this share of the
 // sample by either rule. So 8 standard deviations of a direction do not hide in the others.
 constexpr double kHidden = 64, kHiddenDeviations = 6, kNoisy = 9, kLeastNoise2 = 1, kMarkedShare = .00125;
+constexpr double kMostLeverage = .9;  // of one key on the covariance; where there are fewer keys than dimensions it is 1
 
 void AddRidge(Matrix& m, double share) { m.diagonal().array() += share * m.diagonal().mean() + 1e-12; }
 
@@ -68,6 +69,18 @@ float Limit(std::vector<float> sizes, Rule&& rule) {
   return std::max(static_cast<float>(limit), MarkedQuantile(sizes));
 }
 
+// By how much the squared error of every sampled key grows if the covariance is made without it: a key that is not in
+// the sample is farther out than one that has bent the whitening to itself, by 1 / (1 - |x|^2 / count) (Sherman and
+// Morrison's formula for a matrix less one row).
+std::vector<float> LeaveOneOut(const float* x, int64_t count, int dim) {
+  std::vector<float> factors(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const double norm2 = Eigen::Map<const Eigen::VectorXf>(x + i * dim, dim).cast<double>().squaredNorm();
+    factors[i] = static_cast<float>(1 / (1 - std::min(kMostLeverage, norm2 / static_cast<double>(count))));
+  }
+  return factors;
+}
+
 }  // namespace
 
 void FillBasis(const CodeLayout& code, const KeySample& sample, Matrix keys, Matrix queries, const BasisTables& out) {
@@ -102,7 +115,9 @@ void FillBasis(const CodeLayout& code, const KeySample& sample, Matrix keys, Mat
     }
   }
 
+  const std::vector<float> factors = LeaveOneOut(x.data(), sample.count, dim);
   cpu::SquareResiduals(code, out.step, sample.count, dim, x.data());
+  for (int64_t i = 0; i < sample.count; ++i) Eigen::Map<Eigen::VectorXf>(x.data() + i * dim, dim) *= factors[i];
   std::vector<float> residual2(sizes.size()), noise2(sizes.size());
   cpu::WeighRows(x.data(), sample.count, dim, std::vector<float>(dim, 1.f).data(), residual2.data());
   cpu::WeighRows(x.data(), sample.count, dim, out.weight, noise2.data());

@@ -146,7 +146,9 @@ TEST_P(PromiseIsotropicTest, VerifiedAnswersAreWithinTheirDelta) {
                   static_cast<int>(verified), 100. * static_cast<double>(verified) / static_cast<double>(answers), upper,
                   lower, 100 * rows / static_cast<double>(steps) / (kContext - kSinks - kWindow));
       EXPECT_LE(lower, delta) << index_bytes << " bytes, delta " << delta << ": " << failures << " of " << verified;
-      if (spread <= 1) EXPECT_GE(verified, answers * 9 / 10) << index_bytes << " bytes, delta " << delta;
+      if (spread <= 1) {
+        EXPECT_GE(verified, answers * 9 / 10) << index_bytes << " bytes, delta " << delta;
+      }
     }
   }
 }

@@ -164,7 +164,9 @@ TEST(IndexTest, NoiseAndWeightsPredictScoreErrors) {
         double part = 0;
         for (int c = 0; c < dim; ++c) part += static_cast<double>(q[c]) * row[c];
         predicted += (j < dims ? t.level_noise2[j] : 1) * part * part;
-        if (j < dims) ASSERT_GT(t.level_noise2[j], 0);
+        if (j < dims) {
+          ASSERT_GT(t.level_noise2[j], 0);
+        }
       }
       for (int k = 1500; k < 3000; ++k) {  // keys that the index has not seen
         double error = Exact(dim, t, q, &keys[k * dim]);
