@@ -83,7 +83,8 @@ class Snippets:
     def help(self, command):
         if command not in self.helps:
             shown = run([f"{self.build}/vattn", *command.split(), "--help"])
-            self.helps[command] = shown.stdout if shown.returncode == 0 else None
+            known = shown.returncode == 0 and "SUBCOMMAND" not in shown.stdout  # else that of the program
+            self.helps[command] = shown.stdout if known else None
         return self.helps[command]
 
     def command(self, where, line):
