@@ -28,7 +28,7 @@ def files_of(top):
     for folder, folders, names in os.walk(top):
         folders[:] = [f for f in folders if not f.startswith(("build", "__")) and f not in (".git", "corpus", "results")]
         for name in names:
-            if name.endswith(SUFFIXES) and not name.startswith("cited_headings"):
+            if name.endswith(SUFFIXES) and not name.startswith(("cited_headings", "snippets_test")):
                 yield os.path.relpath(os.path.join(folder, name), top)
 
 
