@@ -149,7 +149,9 @@ typedef enum vattn_tier { /* where stored prefixes are */
 
 typedef enum vattn_verdict {
   VATTN_VERDICT_EXACT = 0,      /* nothing was sampled away */
-  VATTN_VERDICT_VERIFIED = 1,   /* P(|o' - o| > epsilon * ref) <= delta */
+  /* Of a head's answers with this verdict, over steps, at most a share delta is off by more than epsilon * ref. That is
+   * no statement about a single call (kernels/METHOD.md, "Promise"). */
+  VATTN_VERDICT_VERIFIED = 1,
   VATTN_VERDICT_DENSE = 2,      /* could not be verified, so every row was read: exact */
   VATTN_VERDICT_BEST_EFFORT = 3 /* no promise: policy without one, or on_unverified = best effort */
 } vattn_verdict;
@@ -211,7 +213,7 @@ typedef struct vattn_options {
   int32_t on_unverified; /* vattn_on_unverified */
   int32_t bound;         /* vattn_bound */
   float epsilon;         /* relative error, over 0, at most 10 */
-  float delta;           /* probability of more, over 0, at most .215 */
+  float delta;           /* share of a head's answers that may be off by more, over 0, at most .215 */
   float norm_floor;      /* .5: c of VATTN_NORM_VALUE; 0 to 1 */
   int32_t max_looks;     /* 6: draws in one step before on_unverified; 1 to 8 */
 
