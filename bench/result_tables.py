@@ -129,6 +129,7 @@ def kl(of: Row, policy: str) -> float:
 
 def glance() -> str:
     replay, quality, speed = result("h100_replay_cpu"), result("quality_qwen05b_16k_agreement"), result("h100_decode_speed")
+    layers = result("h100_step_layers")
     steps = {(row["tokens"], row["batch"]): row for row in step_rows()}
     ms = {row["name"]: row for row in speed["rows"]}
 
@@ -145,6 +146,8 @@ def glance() -> str:
     rows = [
         ["Rows read, 16K tokens of code [1]", f"{percent(replay['selected_share']['mean'])} of the middle; "
          f"{percent(replay['fetched_share']['mean'])} fetched past a hot set of 5 %"],
+        ["Device memory, 28 layers of 128K tokens [2]",
+         f"{percent(layers['rows'][0]['device_bytes_of_kv'])} of what dense attention holds there"],
         ["One layer on an H100, 1 sequence [2]", times(1)],
         ["One layer on an H100, 16 sequences [2]", times(16)],
         ["A 0.5B model from Python, 32K tokens [3]", f"{number(ours['ms_a_token'], 1)} ms and "
@@ -154,11 +157,11 @@ def glance() -> str:
         ["Quality lost, 0.5B model, 16K tokens [4]", f"KL from dense {number(kl(quality, 'verified .1'), 1)}e-3 nats; "
          f"rounding alone {number(kl(quality, 'stock'), 1)}e-3; top-k with as many rows {number(kl(quality, 'topk'), 1)}e-3"],
     ]
-    return table(["what", "measured"], rows, left=2)
+    return table(["what", "measured"], rows, left=2) + "\n\n" + glance_sources()
 
 
 def glance_sources() -> str:
-    names = ("h100_replay_cpu", *STEP_FILES, "h100_decode_speed", "quality_qwen05b_16k_agreement")
+    names = ("h100_replay_cpu", "h100_step_layers", *STEP_FILES, "h100_decode_speed", "quality_qwen05b_16k_agreement")
     builds = sorted({match[0] for name in names
                      for match in re.findall(r"commit ([0-9a-f]{7})()", json.dumps(result(name)))})
     return f"Measured with commit {' and '.join(builds)}, before an index followed a growing text."
