@@ -56,6 +56,7 @@ inline Options DiskOptions(bool uring, const std::string& disk_path, int64_t blo
   options.backend = 1;
   options.num_threads = 1;
   options.exact_below = 64;
+  options.index_bytes = 32;
   options.disk_path = disk_path;
   options.io_engine = uring ? 0 : 2;
   options.io_depth = 2;
