@@ -125,11 +125,17 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   scale = std::min(scale, kMostScale);
   scale = std::max(scale, static_cast<float>(promise.min_selected) / std::max(plan.expected, 1e-6f));
   const float most = promise.max_selected_share * n;
-  plan.feasible = plan.expected * scale <= most;
-  if (!plan.feasible) {
-    plan.noisy = plan.inclusion.sure != nullptr && SureTokens(group, stream) > most;
+  // A scale below 1 takes nothing off tokens that are sure.
+  float sure = 0;
+  plan.feasible = plan.expected * (w.sure == nullptr ? scale : std::max(scale, 1.f)) <= most;
+  if (!plan.feasible && w.sure != nullptr) {
+    sure = SureTokens(group, stream);
+    plan.noisy = sure > most;
     if (plan.noisy) plan.inclusion.sure = nullptr;
     Predict(group, plan, 1, 0, stream);  // SureTokens took the place of gains and floors
+    plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
+  }
+  if (!plan.feasible) {
     // Probabilities capped at 1 do not fall with the scale, so it goes down in several steps.
     for (int round = 0; plan.expected > 1.05f * most && round < kPlanRounds; ++round) {
       plan.inclusion.scale *= most / plan.expected;
@@ -137,7 +143,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     }
     return plan;
   }
-  plan.expected *= scale;
+  plan.expected = sure + (plan.expected - sure) * scale;
   plan.inclusion.scale = scale;
   for (int g = 0; g < heads; ++g) w.head[g].predicted /= scale;
   return plan;

@@ -302,12 +302,22 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
   scale = Min(scale, kMostScale);
   scale = Max(scale, static_cast<float>(promise.min_selected) / Max(plan.expected, 1e-6f));
   const float most = promise.max_selected_share * n;
-  plan.feasible = plan.expected * scale <= most;
+  const bool any_sure = team.group.scratch.sure != nullptr;
+  // A scale below 1 takes nothing off tokens that are sure.
+  float sure = 0;
+  plan.feasible = plan.expected * (any_sure ? Max(scale, 1.f) : scale) <= most;
   __syncthreads();
-  if (!plan.feasible) {
-    plan.noisy = team.group.scratch.sure != nullptr && CountSure(team, randomness) > most;
+  if (!plan.feasible && any_sure) {
+    sure = CountSure(team, randomness);
+    plan.noisy = sure > most;
     if (plan.noisy && ReadsWhole(team)) return plan;
     if (plan.noisy) ForgetSure(team);
+    PredictAll(team, 1.f, plan.bound, randomness);  // CountSure listed candidates of its own
+    plan.expected = TakePrediction(team);
+    plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
+    __syncthreads();
+  }
+  if (!plan.feasible) {
     // Probabilities capped at 1 do not fall with the scale, so it goes down in several steps.
     for (int round = 0;; ++round) {
       plan.bound = plan.scale;
@@ -317,7 +327,7 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
       plan.scale *= most / plan.expected;
     }
   }
-  plan.expected *= scale;
+  plan.expected = sure + (plan.expected - sure) * scale;
   plan.scale = scale;
   for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.head[h].predicted /= scale;
   __syncthreads();
