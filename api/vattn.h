@@ -95,7 +95,7 @@ typedef enum vattn_backend {
 } vattn_backend;
 
 typedef enum vattn_policy {
-  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (ALGORITHM 4 to 6) */
+  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (kernels/METHOD.md) */
   VATTN_POLICY_TOPK = 1,         /* the best topk_share of the middle by index score, no sample */
   VATTN_POLICY_TOPK_UNIFORM = 2, /* vAttention (arXiv 2510.05688): top-k plus a uniform sample */
   VATTN_POLICY_DENSE = 3         /* every row: exact */
@@ -158,7 +158,9 @@ typedef enum vattn_tier { /* where stored prefixes are */
 
 typedef enum vattn_verdict {
   VATTN_VERDICT_EXACT = 0,      /* nothing was sampled away */
-  VATTN_VERDICT_VERIFIED = 1,   /* P(|o' - o| > epsilon * ref) <= delta */
+  /* Of a head's answers with this verdict, over steps, at most a share delta is off by more than epsilon * ref. That is
+   * no statement about a single call (kernels/METHOD.md, "Promise"). */
+  VATTN_VERDICT_VERIFIED = 1,
   VATTN_VERDICT_DENSE = 2,      /* could not be verified, so every row was read: exact */
   /* No promise: policy without one, or on_unverified = best effort. Also, with an infinite error, an answer on the CPU
    * backend that is not finite, from rows or queries that are not or from sums and types too small for them. */
@@ -226,7 +228,7 @@ typedef struct vattn_options {
   int32_t on_unverified; /* vattn_on_unverified */
   int32_t bound;         /* vattn_bound */
   float epsilon;         /* relative error, over 0, at most 10 */
-  float delta;           /* probability of more, over 0, at most .215 */
+  float delta;           /* share of a head's answers that may be off by more, over 0, at most .215 */
   float norm_floor;      /* .5: c of VATTN_NORM_VALUE; 0 to 1 */
   int32_t max_looks;     /* 6: draws in one step before on_unverified; 1 to 8 */
 
@@ -380,7 +382,8 @@ typedef struct vattn_append_params {
   const void* k;
   const void* v;
   /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k], post-RoPE
-   * and unscaled. They calibrate the index (ALGORITHM 3): pass those of the last 512 prompt tokens. */
+   * and unscaled. They calibrate the index (kernels/METHOD.md, "Index"): pass those of all prompt tokens where they
+   * are at hand. Of each call 512, spread evenly over its tokens and heads, are used. */
   const void* q;
   /* Strides in elements; 0: contiguous as above; VATTN_STRIDE_ZERO: 0, every token or head reads the same row, as
    * of a broadcast array. The head dimension itself is contiguous. */

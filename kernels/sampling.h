@@ -1,5 +1,5 @@
-// Scalar formulas of the plan and of the certificate (ALGORITHM 4 and 6): the same on every backend.
-// G = query heads of a group; a head's sums are in the unit exp(HeadWork::shift).
+// Scalar formulas of the plan and of the certificate (METHOD.md, "Selection" and "Certificate"): the same on every
+// backend. G = query heads of a group; a head's sums are in the unit exp(HeadWork::shift).
 #ifndef VATTN_KERNELS_SAMPLING_H_
 #define VATTN_KERNELS_SAMPLING_H_
 
@@ -175,7 +175,7 @@ struct SampleMoments {
 };
 
 // Rows to sample so that the target is met with probability 1 - delta (two-sided normal quantile z),
-// from the moments of a base sample (ALGORITHM 7): residual tokens n, exact part plus n * mean as
+// from the moments of a base sample (METHOD.md, "Policies"): residual tokens n, exact part plus n * mean as
 // denominator and numerator norm. Finite population correction, at least `base`, at most n (then it is
 // exact).
 VATTN_HD inline int64_t SampleBudget(Target target, float epsilon, float z, int64_t n, int64_t base,
@@ -222,7 +222,7 @@ VATTN_HD inline TailTerm MakeTailTerm(const TailToken& t, float denominator) {
 
 // Sums over the tail of one head.
 struct TailSums {
-  double variance = 0;  // V of ALGORITHM 6
+  double variance = 0;  // V of METHOD.md, "Certificate"
   double squares = 0;   // of its terms
   double own = 0;       // of its terms, times pi: what the middle has for sum of s_i^2, s_i = term_i pi_i
   double mass = 0;      // e / pi

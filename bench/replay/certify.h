@@ -1,5 +1,5 @@
 // Coverage of the promise, by layer and query head: how often a result that is flagged VERIFIED is off by
-// more than epsilon, with exact upper bounds on that probability (RELIABILITY 7).
+// more than epsilon, with exact upper bounds on that probability.
 #ifndef VATTN_BENCH_REPLAY_CERTIFY_H_
 #define VATTN_BENCH_REPLAY_CERTIFY_H_
 

@@ -1,4 +1,4 @@
-// Attention inputs made to break a sampled answer (RELIABILITY 7): one query against one context,
+// Attention inputs made to break a sampled answer: one query against one context,
 // with the logits chosen exactly.
 #ifndef VATTN_BENCH_TRACE_HOSTILE_INPUTS_H_
 #define VATTN_BENCH_TRACE_HOSTILE_INPUTS_H_

@@ -1,4 +1,4 @@
-// Index codes and value codes of whole tiles of tokens (ALGORITHM 3 and 5).
+// Index codes and value codes of whole tiles of tokens (METHOD.md, "Index" and "Value codes").
 #ifndef VATTN_KERNELS_CPU_ENCODE_H_
 #define VATTN_KERNELS_CPU_ENCODE_H_
 

@@ -1,4 +1,4 @@
-// The plan of a draw (ALGORITHM 4): multipliers for which every head is expected to meet its bound.
+// The plan of a draw (METHOD.md, "Selection"): multipliers for which every head is expected to meet its bound.
 #ifndef VATTN_KERNELS_CPU_PLAN_H_
 #define VATTN_KERNELS_CPU_PLAN_H_
 

@@ -1,5 +1,5 @@
 // The long loops of making an index: products over a sample of keys, and what its codes leave of them
-// (ALGORITHM 3). Everything is fp32, row-major and without gaps; dim is a multiple of 16.
+// (METHOD.md, "Index"). Everything is fp32, row-major and without gaps; dim is a multiple of 16.
 #ifndef VATTN_KERNELS_CPU_PRODUCTS_H_
 #define VATTN_KERNELS_CPU_PRODUCTS_H_
 

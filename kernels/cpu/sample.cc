@@ -339,6 +339,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
     const int n = keep ? draw(s, 0, kKeep * inclusion.scale, true) : -1;
     found(s) = static_cast<float>(n > 0 ? -n : draw(s, previous_scale, inclusion.scale, false));  // below 2^24: exact
   });
+  // NOLINTNEXTLINE(clang-analyzer-core.NullDereference): keep says that kept is not null.
   if (keep) *kept = kKeep * inclusion.scale;
   for (int64_t s = 0; s < segments; ++s) {
     const int64_t at = s * kSegmentPlaces;

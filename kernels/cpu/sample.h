@@ -1,4 +1,4 @@
-// Poisson sampling of the middle (ALGORITHM 4): predicted variance of given multipliers, and the draw.
+// Poisson sampling of the middle (METHOD.md, "Selection"): predicted variance of given multipliers, and the draw.
 #ifndef VATTN_KERNELS_CPU_SAMPLE_H_
 #define VATTN_KERNELS_CPU_SAMPLE_H_
 

@@ -1,4 +1,4 @@
-// Passes over the estimates of a group (ALGORITHM 4): predicted variance, candidates, and the draw.
+// Passes over the estimates of a group (METHOD.md, "Selection"): predicted variance, candidates, and the draw.
 // weight^2 of a token = sum_h (gain_h e^_h + floor_h)^2, it is drawn iff u < scale * weight, and surely where ln e^_h
 // is scratch.sure or over it for any head.
 #ifndef VATTN_KERNELS_CUDA_DRAW_CUH_

@@ -1,4 +1,4 @@
-// Op encode: index codes of tiles of 16 tokens (ALGORITHM 3). x_j is the chain of fused multiply-adds
+// Op encode: index codes of tiles of 16 tokens (METHOD.md, "Index"). x_j is the chain of fused multiply-adds
 // of kernels/cpu/encode.cc, so codes are the same bits.
 #include <cmath>
 

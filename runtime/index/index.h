@@ -1,4 +1,4 @@
-// The index of one (sequence, layer, KV head): calibration and frozen tables (ALGORITHM 3).
+// The index of one (sequence, layer, KV head): calibration and frozen tables (METHOD.md, "Index").
 #ifndef VATTN_RUNTIME_INDEX_INDEX_H_
 #define VATTN_RUNTIME_INDEX_INDEX_H_
 

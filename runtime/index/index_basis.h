@@ -1,4 +1,4 @@
-// The tables of kBalanced (ALGORITHM 3): a basis in which a key's first coordinates carry what queries see of it,
+// The tables of kBalanced (METHOD.md, "Index"): a basis in which a key's first coordinates carry what queries see of it,
 // the levels that they are coded in, and what the codes leave out.
 #ifndef VATTN_RUNTIME_INDEX_INDEX_BASIS_H_
 #define VATTN_RUNTIME_INDEX_INDEX_BASIS_H_

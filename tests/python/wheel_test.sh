@@ -16,14 +16,14 @@ if ! pip -q --disable-pip-version-check install --retries 2 build "scikit-build-
   exit 77
 fi
 
-python -m build -q --sdist --no-isolation -o "$work" "$source"
+python -m build -q --sdist --no-isolation -o "$work" "$source/api/python"
 tar -xf "$work"/vattn-*.tar.gz -C "$work"
 sdist=$(echo "$work"/vattn-*/)
-missing=$(cd "$source" && find CMakeLists.txt pyproject.toml LICENSE README.md api kernels memory runtime -type f \
-  -not -path '*/__pycache__/*' | while read -r file; do [ -e "$sdist/$file" ] || echo "$file"; done)
+missing=$(cd "$source" && find CMakeLists.txt LICENSE README.md api kernels memory runtime -type f \
+  -not -path '*/__pycache__/*' -not -path 'api/python/*' | while read -r file; do [ -e "$sdist/library/$file" ] || echo "$file"; done)
 [ -z "$missing" ] || { echo "the sdist lacks $missing"; exit 1; }
 if [ "${VATTN_TEST_SDIST:-0}" = 0 ]; then
-  cmake -S "$sdist" -B "$work/configured" -DVATTN_TESTS=OFF -DVATTN_BENCH=OFF -DVATTN_CUDA=OFF >/dev/null
+  cmake -S "$sdist/library" -B "$work/configured" -DVATTN_TESTS=OFF -DVATTN_BENCH=OFF -DVATTN_CUDA=OFF >/dev/null
   export VATTN_LIBRARY=$library
 fi
 python -m build -q --wheel --no-isolation -C build-dir="$work/build" -C cmake.define.VATTN_CUDA=OFF -o "$work/plain" "$sdist"

@@ -46,8 +46,8 @@ class Sequence(Child):
 
         k [tokens, kv_heads, head_dim_k], post-RoPE, and v [tokens, kv_heads, head_dim_v] in the
         runtime's dtype; v is left out with shared_kv. q [queries, q_heads, head_dim_k], post-RoPE
-        and unscaled, are the queries of the last tokens of k: they calibrate the index; the last
-        512 of the prompt will do. The last dimension is contiguous, the others have any strides;
+        and unscaled, are the queries of the last tokens of k: they calibrate the index; pass those of
+        all tokens where they are at hand. The last dimension is contiguous, the others have any strides;
         arrays of numpy and torch that are broadcast or reversed along these are copied first. On
         CUDA k and v, and q apart from them, may be in device memory: of torch's tensors the current
         stream is waited for, of others what writes them must have ended. FullError: nothing was
