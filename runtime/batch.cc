@@ -477,6 +477,8 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
     return CheckNeed(need, selection.capacity);
   }
   PrepareGroups(r);
+  std::vector<HeadState> before;  // of the groups' heads: a call that lacks room is made again, and draws the same
+  for (const Group& group : groups_) before.insert(before.end(), group.state, group.state + group.q_heads);
   runtime_->ops().select({.storage = runtime_->storage(),
                           .promise = runtime_->promise(),
                           .groups = groups_.data(),
@@ -501,6 +503,13 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
       weights[k] = -std::log(group.scratch.weight[t]);
     }
     for (int64_t t = group.middle_end; t < group.tokens; ++t, ++k) tokens[k] = static_cast<int32_t>(t), weights[k] = 0;
+  }
+  if (need > selection.capacity) {
+    auto from = before.cbegin();
+    for (const Group& group : groups_) {
+      std::copy_n(from, group.q_heads, group.state);
+      from += group.q_heads;
+    }
   }
   VATTN_RETURN_IF_ERROR(CheckNeed(need, selection.capacity));
   FinishLayer(r.layer);
