@@ -256,21 +256,29 @@ void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
     if (!provisional) ++runtime_->counters().index_floods;
   }
   if (!provisional) made = Learn(l, begin, end);
-  Counters& counters = runtime_->counters();
-  counters.segments_learnt += !provisional;
-  counters.segments_recoded += begin < layer.coded;
+  std::vector<Segment> segments = layer.segments;
   if (!replaces) {
     // A provisional segment that ends here stays as it is.
-    if (!layer.segments.empty()) layer.segments.back().provisional = false;
-    layer.segments.emplace_back();
+    if (!segments.empty()) segments.back().provisional = false;
+    segments.emplace_back();
   }
-  layer.segments.back() = {plan.first_block, end, provisional};
+  segments.back() = {plan.first_block, end, provisional};
+  for (HeadGroup& group : layer.groups) {
+    group.tables.reserve(segments.size());
+    group.segments.reserve(segments.size());
+  }
+  // Nothing throws from here on: a layer has as many tables in every KV head as it has segments.
+  const bool recodes = begin < layer.coded;
+  layer.segments.swap(segments);
   for (size_t g = 0; g < made.size(); ++g) {
     HeadGroup& group = layer.groups[g];
     group.tables.resize(layer.segments.size());
     group.tables.back() = {std::move(made[g]), nullptr};
   }
   UpdateSegments(layer);
+  Counters& counters = runtime_->counters();
+  counters.segments_learnt += !provisional;
+  counters.segments_recoded += recodes;
 }
 
 std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer, int64_t begin, int64_t end,
