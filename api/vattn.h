@@ -658,7 +658,7 @@ typedef struct vattn_stats {
   uint64_t segments_learnt;    /* parts of indices learnt from their tokens, over layers */
   uint64_t index_floods;       /* of them learnt early, because new tokens were unlike those before */
   uint64_t segments_recoded;   /* parts whose tokens were coded again by new tables */
-  uint64_t outliers;           /* tokens coded as outliers: they are read in every step */
+  uint64_t outliers;           /* tokens coded as outliers, each time that they are coded: they are read in every step */
   uint64_t heads_noisy;        /* of heads_dense and heads_best_effort: codes too coarse for the query */
 } vattn_stats;
 

@@ -33,7 +33,7 @@ try:
     from vattn.transformers import VattnCache
 except ImportError as missing:
     raise SystemExit(
-        f"decode_speed: {missing}: pip install . torch transformers accelerate gguf"
+        f"decode_speed: {missing}: pip install ./api/python torch transformers accelerate gguf"
     ) from missing
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@
 A prompt is read once, by dense attention; each policy decodes from the same keys and values, and
 the prompt's last token is the first that it attends for. topk and topk-uniform get the budgets with
 which they read as many rows as verified at epsilon .1. Needs torch, transformers, accelerate and
-gguf, and the library (VATTN_LIBRARY, or pip install .). bench/QUALITY.md has results.
+gguf, and the library (VATTN_LIBRARY, or pip install ./api/python). bench/QUALITY.md has results.
 """
 
 import argparse
@@ -25,7 +25,7 @@ try:
     from quality import measure, models, policies, report
 except ImportError as missing:
     raise SystemExit(
-        f"quality: {missing}: pip install . torch transformers accelerate gguf"
+        f"quality: {missing}: pip install ./api/python torch transformers accelerate gguf"
     ) from missing
 
 

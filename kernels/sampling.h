@@ -35,6 +35,9 @@ constexpr float kMarkedWeight2 = 1e30f;  // drawn with probability 1, in the fir
 // kNoiseQuantiles times the normal quantile of delta, in standard deviations of the codes' error. Measured: these
 // take 5 % more rows than none at delta 0.1 on recordings; one deviation more takes 17 % more rows.
 constexpr float kNoiseDeviations = 2.5f, kNoiseQuantiles = 1.4f, kHarmful = .25f;
+// Nats. Above it all tokens of a segment are sure: those that a query looks for lie at the ends of the levels, where
+// errors are larger than their standard deviation says. Measured: isotropic keys are verified wrongly from 2.7 nats on.
+constexpr float kMostNoise = 2;
 
 constexpr int kRankDraws = 16;         // residuals whose angles are measured, drawn by their share of V
 constexpr float kRankMemory = .75f;    // of cos2 from step to step
@@ -122,6 +125,7 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
 // ln e^ from which on a head draws a token with probability 1; noise: standard deviation of s - s^ of its segment.
 // After PlanHead.
 VATTN_HD inline float SureScore(const Promise& promise, float noise, const HeadState& state, const HeadWork& work) {
+  if (noise > kMostNoise) return -HUGE_VALF;
   const float score = std::log(kHarmful * promise.epsilon * state.ref) - work.log_norm -
                       (kNoiseDeviations + kNoiseQuantiles * promise.normal_quantile) * noise;
   return IsFinite(score) ? score : -HUGE_VALF;  // nothing is known: everything is read

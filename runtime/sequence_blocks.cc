@@ -179,7 +179,7 @@ void Sequence::CutTo(int64_t tokens) {
     if (layer.tokens <= tokens) continue;
     layer.coded = CodedOf(layer, tokens);
     layer.coded_on_device = std::min(layer.coded_on_device, layer.coded);
-    layer.segments = SegmentsOf(layer.segments, layer.coded);
+    TrimSegments(layer.coded, layer.segments);  // without an allocation that could fail
     UpdateSegments(layer);
     AddTokens(l, tokens - layer.tokens);
     layer.stale_tail = true;

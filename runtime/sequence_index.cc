@@ -248,14 +248,16 @@ void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
   const bool replaces = !layer.segments.empty() && layer.segments.back().first_block == plan.first_block;
   // All KV heads or none: one that fails throws.
   std::vector<std::shared_ptr<const Index>> made;
-  bool provisional = false;
-  if (plan.coding == Coding::kRecentre) {
+  // One that is learnt because of a flood stays provisional: its first few tokens do not speak for those that follow.
+  const bool provisional = plan.coding == Coding::kRecentre;
+  bool learns = !provisional;
+  if (provisional) {
     double flooded = 0;
     made = Recentre(layer, begin, end, &flooded);
-    provisional = flooded <= kFloodShare || end - begin < kLeastFlooded;
-    if (!provisional) ++runtime_->counters().index_floods;
+    learns = flooded > kFloodShare && end - begin >= kLeastFlooded;
+    runtime_->counters().index_floods += learns;
   }
-  if (!provisional) made = Learn(l, begin, end);
+  if (learns) made = Learn(l, begin, end);
   std::vector<Segment> segments = layer.segments;
   if (!replaces) {
     // A provisional segment that ends here stays as it is.
@@ -277,14 +279,14 @@ void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
   }
   UpdateSegments(layer);
   Counters& counters = runtime_->counters();
-  counters.segments_learnt += !provisional;
+  counters.segments_learnt += learns;
   counters.segments_recoded += recodes;
 }
 
 std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer, int64_t begin, int64_t end,
                                                              double* flooded) const {
   const Storage& s = runtime_->storage();
-  // The tables of the last learnt segment.
+  // The tables of the last segment that is not provisional.
   size_t k = layer.segments.size() - 1;
   while (k > 0 && layer.segments[k].provisional) --k;
   const Walk walk = Walk::Over(begin, end, 1, kCentreTokens);

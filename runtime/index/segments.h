@@ -15,6 +15,7 @@ namespace vattn {
 constexpr int64_t kLeastLearnt = 1024;   // tokens from which tables of a segment are learnt, at least
 constexpr int64_t kLeastFlooded = 256;   // the same where the tables before misrepresent the new tokens
 constexpr double kGrowthShare = 0.25;    // of the tokens before: a segment is learnt from so many, at least
+constexpr double kRemadeShare = 0.125;   // growth of provisional tokens after which their segment is made anew
 constexpr double kFloodShare = 0.01;     // of provisional tokens that are outliers: more are a reason to learn
 
 struct Segment {
@@ -42,7 +43,9 @@ struct CodingPlan {
 CodingPlan PlanCoding(const std::vector<Segment>& segments, int64_t sinks, int64_t coded, int64_t first_own,
                       int64_t end, bool growing);
 
-// Segments of the first `coded` tokens.
+// Leaves the segments of the first `coded` tokens. Allocates nothing.
+void TrimSegments(int64_t coded, std::vector<Segment>& segments);
+// Those segments.
 std::vector<Segment> SegmentsOf(const std::vector<Segment>& segments, int64_t coded);
 
 }  // namespace vattn

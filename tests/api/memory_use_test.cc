@@ -46,7 +46,7 @@ Use Measure(float hot_share) {
   for (int i = 0; i < 2; ++i) {  // what the process takes once, to make an index too, not a sequence
     const Runtime other(options);
     Sequence small(other);
-    for (int64_t tokens = 0; tokens < 8 * kChunk; tokens += kChunk) AppendRows(small, shape, 0, rows);
+    for (int64_t tokens = 0; tokens + kChunk < kTokens; tokens += kChunk) AppendRows(small, shape, 0, rows);
     small.BuildIndex();
   }
   const Runtime runtime(options);

@@ -33,7 +33,7 @@ def _load() -> Any:
         raise ImportError(
             f"libvattn cannot be loaded: {error}. It is looked for in VATTN_LIBRARY (a path), in "
             f"{pathlib.Path(__file__).parent} and where the system keeps libraries; "
-            "`pip install .` in vattn's sources builds it."
+            "`pip install ./api/python` in vattn's sources builds it."
         ) from None
     version = _function(library, path, "vattn_version", ctypes.c_char_p, [])().decode(
         errors="replace"
