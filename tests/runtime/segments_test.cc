@@ -59,6 +59,14 @@ TEST(PlanCodingTest, SegmentsBeginWithBlocks) {
   EXPECT_EQ(plan.begin, 1024);
 }
 
+TEST(PlanCodingTest, NothingIsMadeAnewWithoutNewTokens) {
+  Growth growth;
+  growth.To(1088);
+  EXPECT_EQ(growth.To(1088).coding, Coding::kExtend);
+  growth.To(1088 + kCodeTokens);
+  EXPECT_EQ(growth.To(1088 + kCodeTokens).coding, Coding::kExtend);
+}
+
 TEST(PlanCodingTest, TokensOneByOneAreLearntOnceTheyAreAQuarterOfThoseBefore) {
   Growth growth;
   growth.To(8192);
