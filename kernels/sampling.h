@@ -37,7 +37,7 @@ constexpr float kMarkedWeight2 = 1e30f;  // drawn with probability 1, in the fir
 constexpr float kNoiseDeviations = 2.5f, kNoiseQuantiles = 1.4f, kHarmful = .25f;
 // Nats. Above it all tokens of a segment are sure: those that a query looks for lie at the ends of the levels, where
 // errors are larger than their standard deviation says. Measured: isotropic keys are verified wrongly from 1.8 nats on.
-constexpr float kMostNoise = 1;
+constexpr float kMostNoise = 1.4f;
 
 constexpr int kRankDraws = 16;         // residuals whose angles are measured, drawn by their share of V
 constexpr float kRankMemory = .75f;    // of cos2 from step to step

@@ -167,8 +167,8 @@ class Sequence {
   void TakeRecentQueries();
   // The first block from which on no other sequence holds the coded blocks of the last segment.
   int64_t FirstOwnBlock(const Layer& layer) const;
-  // What codes a layer up to `end`. budget: segments that may still be made for tokens that steps brought.
-  CodingPlan PlanLayer(int l, int64_t end, int& budget) const;
+  // What codes a layer up to `end`. in_turn: tokens come one by one, and a segment may wait for the turn of its layer.
+  CodingPlan PlanLayer(int l, int64_t end, bool in_turn) const;
   void CodeLayer(int l, const CodingPlan& plan, int64_t end);
   // The plan's segment of every KV head, from tokens up to `end`.
   void MakeSegment(int l, const CodingPlan& plan, int64_t end);

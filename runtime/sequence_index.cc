@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kCalibrationTokens = 2048;  // keys that tables are learnt from, at most
 constexpr int64_t kCentreTokens = 1024;       // keys that a centre is made from, at most
-// Segments of layers that one step may make while tokens come one by one; the others wait, coded as before.
-constexpr int kMadePerStep = 1;
 
 // Keys and values that a segment is made from, in fp32: [count][dim_k] and [count][dim_v].
 struct Sample {
@@ -173,28 +171,29 @@ int64_t Sequence::FirstOwnBlock(const Layer& layer) const {
   return b + 1;
 }
 
-CodingPlan Sequence::PlanLayer(int l, int64_t end, int& budget) const {
+CodingPlan Sequence::PlanLayer(int l, int64_t end, bool in_turn) const {
   const Layer& layer = layers_[l];
   const int64_t sinks = runtime_->options().sinks;
   CodingPlan plan{.begin = end};
   if (layer.groups.empty() || end <= sinks) return plan;
   const bool growing = runtime_->storage().code.kind == IndexKind::kBalanced;
   plan = PlanCoding(layer.segments, sinks, layer.coded, FirstOwnBlock(layer) * kBlockTokens, end, growing);
-  // What an append brought is coded at once; what steps bring may wait.
-  const bool waits = !layer.segments.empty() && end - layer.coded <= kCodeTokens;
-  if (plan.coding == Coding::kExtend || !waits || budget-- > 0) return plan;
+  // What an append brought is coded at once. While tokens come one by one a step makes the segment of one layer; the
+  // others wait, coded as before. Which one follows from the step's number, so that one given up leaves no trace.
+  const bool waits = in_turn && !layer.segments.empty() && end - layer.coded <= kCodeTokens;
+  const bool turn = step_ % layers_.size() == static_cast<uint64_t>(l);
+  if (plan.coding == Coding::kExtend || !waits || turn) return plan;
   return {.coding = Coding::kExtend, .begin = std::max<int64_t>(layer.coded, sinks)};
 }
 
 absl::Status Sequence::MakeRoomAndCode(int new_tokens) {
   std::vector<Need> needs;
   std::vector<CodingPlan> plans(layers_.size());
-  int budget = new_tokens == 0 ? static_cast<int>(layers_.size()) : kMadePerStep;
   bool makes = false;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     const Layer& layer = layers_[l];
     const int64_t tokens = layer.tokens + new_tokens, end = MiddleEnd(tokens);
-    plans[l] = PlanLayer(l, end, budget);
+    plans[l] = PlanLayer(l, end, /*in_turn=*/new_tokens > 0);
     makes |= plans[l].coding != Coding::kExtend;
     // One list per layer without repeats: what is coded lies before what is written.
     const int64_t code_from = plans[l].begin, write_from = layer.tokens / kBlockTokens * kBlockTokens;
