@@ -162,7 +162,7 @@ class Sequence {
   absl::Status Meet(const std::vector<Need>& needs);
   // `count` free blocks, with memory on the device if there is one; the first `own` of the reservation. All or none.
   absl::Status TakeBlocks(int64_t own, int64_t count, BlockId* out);
-  absl::Status MakeRoomAndCode(int new_tokens);
+  absl::Status MakeRoomAndCode(int new_tokens, bool in_turn);
   // Brings the queries of the last steps into the moments.
   void TakeRecentQueries();
   // The first block from which on no other sequence holds the coded blocks of the last segment.

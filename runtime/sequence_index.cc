@@ -111,7 +111,7 @@ int64_t Sequence::MiddleEnd(int64_t tokens) const {
 
 absl::Status Sequence::BuildIndex() {
   if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
-  VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0));
+  VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0, /*in_turn=*/false));
   if (runtime_->cuda() == nullptr) return absl::OkStatus();
   absl::StatusOr<CudaSequence*> cuda = Cuda();
   if (!cuda.ok()) return cuda.status();
@@ -130,7 +130,7 @@ absl::Status Sequence::OpenStep(int new_tokens) {
       states_before_step_.insert(states_before_step_.end(), group.states.begin(), group.states.end());
     }
   }
-  return MakeRoomAndCode(new_tokens);
+  return MakeRoomAndCode(new_tokens, /*in_turn=*/true);
 }
 
 void Sequence::GiveUpStep() {
@@ -186,14 +186,14 @@ CodingPlan Sequence::PlanLayer(int l, int64_t end, bool in_turn) const {
   return {.coding = Coding::kExtend, .begin = std::max<int64_t>(layer.coded, sinks)};
 }
 
-absl::Status Sequence::MakeRoomAndCode(int new_tokens) {
+absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
   std::vector<Need> needs;
   std::vector<CodingPlan> plans(layers_.size());
   bool makes = false;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     const Layer& layer = layers_[l];
     const int64_t tokens = layer.tokens + new_tokens, end = MiddleEnd(tokens);
-    plans[l] = PlanLayer(l, end, /*in_turn=*/new_tokens > 0);
+    plans[l] = PlanLayer(l, end, in_turn);
     makes |= plans[l].coding != Coding::kExtend;
     // One list per layer without repeats: what is coded lies before what is written.
     const int64_t code_from = plans[l].begin, write_from = layer.tokens / kBlockTokens * kBlockTokens;
