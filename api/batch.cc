@@ -75,7 +75,7 @@ vattn_code vattn_batch_create(vattn_runtime* runtime, int32_t slots, vattn_batch
   });
 }
 
-void vattn_batch_destroy(vattn_batch* batch) { delete batch; }
+void vattn_batch_destroy(vattn_batch* batch) { vattn::api::Destroy(batch); }
 
 vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_sequence* sequence) {
   return Guard([&]() -> absl::Status {
@@ -98,6 +98,13 @@ vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens, CUstre
     VATTN_RETURN_IF_ERROR(Usable(batch));
     VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
     return batch->impl->BeginStep(new_tokens, stream);
+  });
+}
+
+vattn_code vattn_batch_abandon(vattn_batch* batch) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    return batch->impl->Abandon();
   });
 }
 

@@ -24,14 +24,22 @@ absl::Status NotNull(const char* name, const void* pointer) {
   return pointer != nullptr ? absl::OkStatus() : InvalidArgumentError(name, " is NULL, must be given");
 }
 
+absl::Status UsableHere(const Runtime& runtime) {
+  if (runtime.cuda() == nullptr || runtime.home().IsHere()) return absl::OkStatus();
+  return InvalidArgumentError("the runtime was made by process ", runtime.home().id(),
+                              " and uses CUDA, which does not follow into a process that is forked from it, must be used "
+                              "by that one alone; make a runtime after the fork");
+}
+
 absl::Status Usable(const vattn_runtime* runtime) {
-  return NotNull("runtime", runtime);
+  VATTN_RETURN_IF_ERROR(NotNull("runtime", runtime));
+  return UsableHere(*runtime->impl);
 }
 
 absl::Status Usable(const vattn_batch* batch) {
   VATTN_RETURN_IF_ERROR(NotNull("batch", batch));
   if (batch->impl->runtime().closed()) return InvalidArgumentError("batch outlived its runtime, may only be destroyed");
-  return absl::OkStatus();
+  return UsableHere(batch->runtime());
 }
 
 absl::Status CheckStructSize(size_t size) {
@@ -56,6 +64,8 @@ Use::Use(const vattn_sequence* sequence) {
     status_ = InvalidArgumentError("sequence outlived its runtime, may only be destroyed");
     return;
   }
+  status_ = UsableHere(impl_->runtime());
+  if (!status_.ok()) return;
   lock_ = std::unique_lock<std::mutex>(impl_->use());
   impl_->Touch();
 }

@@ -14,6 +14,7 @@
 #include "api/structs.h"
 #include "api/vattn.h"
 #include "runtime/batch.h"
+#include "runtime/log.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
 #include "runtime/status.h"
@@ -25,9 +26,11 @@ struct vattn_runtime {
 };
 struct vattn_sequence {
   std::unique_ptr<vattn::Sequence> impl;
+  const vattn::Runtime& runtime() const { return impl->runtime(); }
 };
 struct vattn_batch {
   std::unique_ptr<vattn::Batch> impl;
+  const vattn::Runtime& runtime() const { return impl->runtime(); }
 };
 
 namespace vattn::api {
@@ -35,11 +38,16 @@ namespace vattn::api {
 // Notes the text for vattn_last_error.
 vattn_code Fail(vattn_code code, const char* text) noexcept;
 
-// Runs a body that returns absl::Status and translates whatever comes out of it.
+// Runs a body that returns absl::Status and translates whatever comes out of it. Lines for the logger are given out
+// when the body has let go of its locks, and before the text is noted: the logger may make calls that fail.
 template <class F>
 vattn_code Guard(F&& body) noexcept {
   try {
-    const absl::Status status = body();
+    absl::Status status;
+    {
+      const LogHold hold;
+      status = body();
+    }
     if (status.ok()) return VATTN_OK;
     return Fail(static_cast<vattn_code>(CodeOf(status)), std::string(status.message()).c_str());
   } catch (const std::bad_alloc&) {
@@ -52,8 +60,18 @@ vattn_code Guard(F&& body) noexcept {
 }
 
 absl::Status NotNull(const char* name, const void* pointer);
+absl::Status UsableHere(const Runtime& runtime);
+// Also refused in a child process that was forked from the one that made a CUDA runtime: no call to CUDA works there.
 absl::Status Usable(const vattn_runtime* runtime);
 absl::Status Usable(const vattn_batch* batch);
+// Destroys a handle, unless its runtime's CUDA half is another process's: then its memory is left to the process's end.
+template <class Handle>
+void Destroy(Handle* handle) noexcept {
+  if (handle == nullptr || !UsableHere(handle->runtime()).ok()) return;
+  const LogHold hold;
+  delete handle;
+}
+
 absl::Status CheckStructSize(size_t size);
 absl::Status CheckLayer(const Runtime& runtime, int32_t layer);
 

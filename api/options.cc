@@ -6,6 +6,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "runtime/json_text.h"
 #include "runtime/status.h"
 
 namespace vattn::api {
@@ -39,7 +40,7 @@ const std::map<std::string, std::vector<std::string>>& EnumNames() {
 }
 
 absl::Status Wrong(const std::string& key, const Json& value, const std::string& must) {
-  return InvalidArgumentError(key, " is ", value.dump(), ", must be ", must);
+  return InvalidArgumentError(key, " is ", ShownJson(value), ", must be ", must);
 }
 
 absl::Status SetEnum(const std::string& key, const Json& value, int32_t& field) {
@@ -153,6 +154,7 @@ vattn_options FromOptions(const Options& from) {
 }
 
 absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vector<int32_t>& heads) {
+  if (NestsTooDeep(text)) return InvalidArgumentError("json nests deeper than ", kMaxJsonDepth, " levels");
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return InvalidArgumentError("json is not valid JSON");
   if (!json.is_object()) return InvalidArgumentError("json is ", json.type_name(), ", must be an object");
@@ -172,7 +174,7 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   for (const auto& [key, value] : json.items()) {
     if (key == "preset" || key == "layer_kv_heads") continue;
     const auto setter = setters.find(key);
-    if (setter == setters.end()) return InvalidArgumentError("json has the unknown key \"", key, "\"");
+    if (setter == setters.end()) return InvalidArgumentError("json has the unknown key ", ShownJson(Json(key)));
     VATTN_RETURN_IF_ERROR(setter->second(value));
   }
   // After num_layers is known.

@@ -79,11 +79,9 @@ vattn_code vattn_runtime_create_json(const char* json, vattn_runtime** out) {
 }
 
 void vattn_runtime_destroy(vattn_runtime* runtime) {
-  if (runtime == nullptr) return;
-  Guard([&] {
-    runtime->impl->Close();
-    return absl::OkStatus();
-  });
+  if (runtime == nullptr || !vattn::api::UsableHere(*runtime->impl).ok()) return;
+  const vattn::LogHold hold;
+  runtime->impl->Close();
   delete runtime;
 }
 
@@ -182,7 +180,12 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
                              .kept_prefixes = s.kept_prefixes,
                              .prefixes_kept = s.prefixes_kept,
                              .kept_evictions = s.kept_evictions,
-                             .kept_hits = s.kept_hits};
+                             .kept_hits = s.kept_hits,
+                             .segments_learnt = s.segments_learnt,
+                             .index_floods = s.index_floods,
+                             .segments_recoded = s.segments_recoded,
+                             .outliers = s.outliers,
+                             .heads_noisy = s.heads_noisy};
     vattn::api::Export(all, stats, struct_size);
     return absl::OkStatus();
   });

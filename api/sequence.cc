@@ -1,4 +1,5 @@
 // Sequences of the C API: appended to, forked, cut, saved.
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -18,9 +19,29 @@ using vattn::api::Use;
 using vattn::InvalidArgumentError;
 using vattn::OutOfRangeError;
 
-absl::Status CheckStride(const char* name, int64_t stride) {
-  if (stride >= 0 && stride <= int64_t{1} << 40) return absl::OkStatus();
-  return OutOfRangeError(name, stride, 0, int64_t{1} << 40);
+constexpr int64_t kMostStride = int64_t{1} << 40;
+constexpr int64_t kMostElements = int64_t{1} << 44;  // 64 TiB of floats: more than a process can address
+
+// Strides of one array: those given, or those of a contiguous one.
+absl::Status ToStrides(const char* name, int64_t tokens, int64_t heads, int64_t dim, int64_t token_given,
+                       int64_t head_given, int64_t& token_stride, int64_t& head_stride) {
+  const auto resolve = [&](const char* which, int64_t given, int64_t contiguous, int64_t& out) -> absl::Status {
+    if (given < 0 && given != VATTN_STRIDE_ZERO) {
+      return InvalidArgumentError(name, which, " is ", given, ", must be 0 (contiguous), 1 to ", kMostStride,
+                                  ", or VATTN_STRIDE_ZERO");
+    }
+    if (given > kMostStride) return OutOfRangeError(absl::StrCat(name, which), given, 0, kMostStride);
+    out = given == 0 ? contiguous : given == VATTN_STRIDE_ZERO ? 0 : given;
+    return absl::OkStatus();
+  };
+  VATTN_RETURN_IF_ERROR(resolve("_token_stride", token_given, heads * dim, token_stride));
+  VATTN_RETURN_IF_ERROR(resolve("_head_stride", head_given, dim, head_stride));
+  // Neither factor is over 2^40 and 2^31: the products of 128 bits cannot wrap.
+  const __int128 last = static_cast<__int128>(tokens - 1) * token_stride + static_cast<__int128>(heads - 1) * head_stride + dim;
+  if (last <= kMostElements) return absl::OkStatus();
+  return InvalidArgumentError(name, "_token_stride is ", token_stride, " with ", tokens, " tokens and ", name,
+                              "_head_stride ", head_stride, " with ", heads, " heads, must reach at most ", kMostElements,
+                              " elements");
 }
 
 absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& p, int64_t tokens_before,
@@ -38,26 +59,19 @@ absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& 
                                 o.shared_kv == 1 ? "NULL" : "given", " with shared_kv = ", o.shared_kv);
   }
   if (p.num_queries > 0) VATTN_RETURN_IF_ERROR(NotNull("q", p.q));
-  VATTN_RETURN_IF_ERROR(CheckStride("k_token_stride", p.k_token_stride));
-  VATTN_RETURN_IF_ERROR(CheckStride("k_head_stride", p.k_head_stride));
-  VATTN_RETURN_IF_ERROR(CheckStride("v_token_stride", p.v_token_stride));
-  VATTN_RETURN_IF_ERROR(CheckStride("v_head_stride", p.v_head_stride));
-  VATTN_RETURN_IF_ERROR(CheckStride("q_token_stride", p.q_token_stride));
-  VATTN_RETURN_IF_ERROR(CheckStride("q_head_stride", p.q_head_stride));
   const int64_t heads = runtime.kv_heads(p.layer);
-  const auto stride = [](int64_t given, int64_t contiguous) { return given == 0 ? contiguous : given; };
   out.layer = p.layer;
   out.num_tokens = p.num_tokens;
   out.num_queries = p.num_queries;
   out.k = p.k;
   out.v = p.v;
   out.q = p.q;
-  out.k_token_stride = stride(p.k_token_stride, heads * o.head_dim_k);
-  out.k_head_stride = stride(p.k_head_stride, o.head_dim_k);
-  out.v_token_stride = stride(p.v_token_stride, heads * o.head_dim_v);
-  out.v_head_stride = stride(p.v_head_stride, o.head_dim_v);
-  out.q_token_stride = stride(p.q_token_stride, int64_t{o.num_q_heads} * o.head_dim_k);
-  out.q_head_stride = stride(p.q_head_stride, o.head_dim_k);
+  VATTN_RETURN_IF_ERROR(ToStrides("k", p.num_tokens, heads, o.head_dim_k, p.k_token_stride, p.k_head_stride,
+                                  out.k_token_stride, out.k_head_stride));
+  VATTN_RETURN_IF_ERROR(ToStrides("v", p.num_tokens, heads, o.head_dim_v, p.v_token_stride, p.v_head_stride,
+                                  out.v_token_stride, out.v_head_stride));
+  VATTN_RETURN_IF_ERROR(ToStrides("q", std::max(1, p.num_queries), o.num_q_heads, o.head_dim_k, p.q_token_stride,
+                                  p.q_head_stride, out.q_token_stride, out.q_head_stride));
   return absl::OkStatus();
 }
 
@@ -92,7 +106,7 @@ vattn_code vattn_sequence_reserve(vattn_sequence* sequence, int64_t tokens) {
   });
 }
 
-void vattn_sequence_destroy(vattn_sequence* sequence) { delete sequence; }
+void vattn_sequence_destroy(vattn_sequence* sequence) { vattn::api::Destroy(sequence); }
 
 vattn_code vattn_sequence_fork(const vattn_sequence* sequence, uint64_t id, vattn_sequence** out) {
   return Guard([&]() -> absl::Status {

@@ -8,7 +8,16 @@
  *     a new field means "as before". Fill a struct with its _init function, then change fields.
  * (5) A runtime serves many threads at a time, a sequence or a batch one at a time. A sequence that
  *     sits in a batch is used through the batch while a step is open.
- * (6) Nothing here exits, prints, or reads the environment but for VATTN_LOG_LEVEL and VATTN_BACKEND.
+ * (6) Nothing here exits, prints, or reads the environment but for two variables, which vattn_runtime_create
+ *     looks at: VATTN_LOG_LEVEL (error, warning, info or debug: lines that matter less are not logged; unset: all
+ *     are) and VATTN_BACKEND (cpu or cuda in place of backend auto). Another word in one of them is
+ *     INVALID_ARGUMENT; an empty one counts as unset.
+ * (7) fork(): a child has copies of its parent's handles. On the CPU it may use them: tokens, answers and the host
+ *     pool are from then on each one's own. What is shared stays the parent's: a child neither writes nor removes
+ *     anything in disk_path (INVALID_ARGUMENT; a full pool is FULL, as nothing can be spilled), and its ending or
+ *     destroying handles touches no file and no lock of the parent. On CUDA every call of a child with such a handle
+ *     is INVALID_ARGUMENT, and destroying one only forgets it. A runtime that the child makes is wholly its own. Not
+ *     while another thread is inside of a call: that thread's locks would stay taken in the child.
  *
  * Terms: a row is the K and V of one token and one KV head. Sinks are the first tokens, the window
  * the last ones; both are always attended exactly. The tokens between them are the middle: their
@@ -86,7 +95,7 @@ typedef enum vattn_backend {
 } vattn_backend;
 
 typedef enum vattn_policy {
-  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (ALGORITHM 4 to 6) */
+  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (kernels/METHOD.md) */
   VATTN_POLICY_TOPK = 1,         /* the best topk_share of the middle by index score, no sample */
   VATTN_POLICY_TOPK_UNIFORM = 2, /* vAttention (arXiv 2510.05688): top-k plus a uniform sample */
   VATTN_POLICY_DENSE = 3         /* every row: exact */
@@ -149,9 +158,13 @@ typedef enum vattn_tier { /* where stored prefixes are */
 
 typedef enum vattn_verdict {
   VATTN_VERDICT_EXACT = 0,      /* nothing was sampled away */
-  VATTN_VERDICT_VERIFIED = 1,   /* P(|o' - o| > epsilon * ref) <= delta */
+  /* Of a head's answers with this verdict, over steps, at most a share delta is off by more than epsilon * ref. That is
+   * no statement about a single call (kernels/METHOD.md, "Promise"). */
+  VATTN_VERDICT_VERIFIED = 1,
   VATTN_VERDICT_DENSE = 2,      /* could not be verified, so every row was read: exact */
-  VATTN_VERDICT_BEST_EFFORT = 3 /* no promise: policy without one, or on_unverified = best effort */
+  /* No promise: policy without one, or on_unverified = best effort. Also, with an infinite error, an answer on the CPU
+   * backend that is not finite, from rows or queries that are not or from sums and types too small for them. */
+  VATTN_VERDICT_BEST_EFFORT = 3
 } vattn_verdict;
 
 typedef enum vattn_log_level {
@@ -160,8 +173,10 @@ typedef enum vattn_log_level {
   VATTN_LOG_INFO = 2,
   VATTN_LOG_DEBUG = 3
 } vattn_log_level;
-/* Called on the thread of the API call that caused the line, with no lock held that a vattn call on
- * another handle would need. message ends without a newline and dies with the call. */
+/* Called on the thread of the API call that caused the line, when that call has done its work and holds no lock
+ * any more: it may make vattn calls, on the handle of the call as well, but for destroying that one. Lines that such
+ * calls cause are dropped. An exception that it throws ends there. message ends without a newline and dies with
+ * the call. */
 typedef void (*vattn_log_function)(void* user, int32_t level, const char* message);
 
 typedef struct vattn_options {
@@ -183,13 +198,15 @@ typedef struct vattn_options {
   /* Machine. */
   int32_t backend;     /* vattn_backend */
   int32_t device;      /* CUDA ordinal */
-  /* CPU threads that a call is spread over. 0: all that this process may use; 1: the calling one, so
-   * that calls of several threads run side by side. 0 to 4096; more than this process may use count as
-   * all. Started by vattn_runtime_create, which answers OUT_OF_MEMORY if the system refuses one. */
+  /* CPU threads that a call is spread over. 0: all that this process may use, by its affinity and by the CPU
+   * time that its control groups allow; 1: the calling one, so that calls of several threads run side by side.
+   * 0 to 4096; more than its affinity allows count as all. Started by vattn_runtime_create, which answers OUT_OF_MEMORY if the system refuses one. */
   int32_t num_threads;
   int32_t numa_node;   /* host pool placement; -1: where the threads first touch it */
   int32_t huge_pages;  /* 1: ask for transparent huge pages */
-  int32_t prefault;    /* 1: touch the whole host pool at create, in parallel */
+  /* 1: touch the whole host pool at create, in parallel; OUT_OF_MEMORY where the machine or the control group has
+   * not as much available. */
+  int32_t prefault;
   uint64_t host_bytes; /* limit of the host pool in bytes; mapped at create, touched as used */
 
   /* Sets that are always exact, in tokens. */
@@ -199,8 +216,8 @@ typedef struct vattn_options {
 
   /* Index and value codes. */
   int32_t index; /* vattn_index */
-  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. Indices whose size
-   * follows from head_dim_k ignore it. */
+  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. 0, the default: a quarter of
+   * head_dim_k, but 32 to 64, with balanced, else 32. Indices whose size follows from head_dim_k ignore it. */
   int32_t index_bytes;
   /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device too. */
   int32_t value_bits;
@@ -211,7 +228,7 @@ typedef struct vattn_options {
   int32_t on_unverified; /* vattn_on_unverified */
   int32_t bound;         /* vattn_bound */
   float epsilon;         /* relative error, over 0, at most 10 */
-  float delta;           /* probability of more, over 0, at most .215 */
+  float delta;           /* share of a head's answers that may be off by more, over 0, at most .215 */
   float norm_floor;      /* .5: c of VATTN_NORM_VALUE; 0 to 1 */
   int32_t max_looks;     /* 6: draws in one step before on_unverified; 1 to 8 */
 
@@ -245,8 +262,9 @@ typedef struct vattn_options {
   const char* profile;
 
   /* NULL or "": none. Else a directory for stored prefixes (vattn_prefix_save) and spilled sequences. The
-   * runtime owns it as long as it lives: another one, in any process, is refused with INVALID_ARGUMENT. It
-   * is made if it alone is missing. Stored prefixes are found again by the next runtime with the same
+   * runtime owns it as long as it lives: another one, in any process, is refused with INVALID_ARGUMENT. The
+   * directory is meant, not its name: a change of the current directory or of links does not matter, and one that
+   * is moved away or replaced is IO_ERROR when it is next written to. It is made if it alone is missing. Stored prefixes are found again by the next runtime with the same
    * layout (shape, dtype, sinks, index); files of spilled sequences of a dead process are removed.
    * vattn_runtime_create then also answers IO_ERROR. */
   const char* disk_path;
@@ -352,6 +370,9 @@ VATTN_EXPORT vattn_code vattn_sequence_truncate(vattn_sequence* sequence, int64_
 VATTN_EXPORT vattn_code vattn_sequence_length(const vattn_sequence* sequence, int32_t layer,
                                               int64_t* tokens);
 
+/* A stride of no elements, which 0 cannot say. */
+#define VATTN_STRIDE_ZERO INT64_MIN
+
 typedef struct vattn_append_params {
   size_t struct_size;
   int32_t layer;
@@ -361,9 +382,11 @@ typedef struct vattn_append_params {
   const void* k;
   const void* v;
   /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k], post-RoPE
-   * and unscaled. They calibrate the index (ALGORITHM 3): pass those of the last 512 prompt tokens. */
+   * and unscaled. They calibrate the index (kernels/METHOD.md, "Index"): pass those of all prompt tokens where they
+   * are at hand. Of each call 512, spread evenly over its tokens and heads, are used. */
   const void* q;
-  /* Strides in elements; 0: contiguous as above. The head dimension itself is contiguous. */
+  /* Strides in elements; 0: contiguous as above; VATTN_STRIDE_ZERO: 0, every token or head reads the same row, as
+   * of a broadcast array. The head dimension itself is contiguous. */
   int64_t k_token_stride, k_head_stride;
   int64_t v_token_stride, v_head_stride;
   int64_t q_token_stride, q_head_stride;
@@ -382,8 +405,10 @@ VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_appen
 VATTN_EXPORT vattn_code vattn_sequence_build_index(vattn_sequence* sequence);
 
 /* Writes rows, codes and tables to a file that appears whole or not at all (temporary name,
- * fdatasync, rename, fsync of the directory), with checksums of all of it. IO_ERROR leaves the sequence and
- * any older file as they were; if only the last fsync failed, the new file is in place (the text says so). */
+ * fdatasync, rename, fsync of the directory), with checksums of all of it. An older file is replaced, its mode kept;
+ * a link is followed; a path to a device, pipe, socket or directory is INVALID_ARGUMENT. A process that is killed
+ * leaves nothing, but on file systems without O_TMPFILE a ".vattn-*.tmp". IO_ERROR leaves the sequence and any
+ * older file as they were; if only the last fsync failed, the new file is in place (the text says so). */
 VATTN_EXPORT vattn_code vattn_sequence_save(const vattn_sequence* sequence, const char* path);
 /* Reads a saved sequence back: attention on it is bit-identical. NOT_FOUND: no such file.
  * DATA_LOSS: truncated, changed, or of another layout; nothing is created. FULL as create. */
@@ -392,8 +417,9 @@ VATTN_EXPORT vattn_code vattn_sequence_restore(vattn_runtime* runtime, const cha
 /* The same for a tenant and with a reservation, all or nothing; options.id 0: the saved one. options may be NULL. */
 VATTN_EXPORT vattn_code vattn_sequence_restore_as(vattn_runtime* runtime, const char* path,
                                                   const vattn_sequence_options* options, vattn_sequence** out);
-/* Saves, then frees the host blocks; the sequence stays known, and any use of it but
- * vattn_sequence_length wakes it first. Refused while it sits in a batch. Errors as save. */
+/* Saves, then frees the host blocks; the sequence stays known, and any use of it but vattn_sequence_length wakes it
+ * first, from the file that path named then (the current directory may change), and from no other that was put in
+ * its place (DATA_LOSS). Refused while it sits in a batch. Errors as save. */
 VATTN_EXPORT vattn_code vattn_sequence_hibernate(vattn_sequence* sequence, const char* path);
 /* Brings a hibernated sequence back from its file, which is left in place (that of a spilled one is
  * removed). Errors as restore, after which it is still hibernated; a call that would have woken it answers
@@ -478,7 +504,7 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
 
 /* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence, copies
  * shared tails, codes what has left the window. Every layer must have been attended in the step
- * before. FULL, or OUT_OF_MEMORY of the host or the device: nothing changed, no step is open, and the
+ * before, or that step given up (vattn_batch_abandon). FULL, or OUT_OF_MEMORY of the host or the device: nothing changed, no step is open, and the
  * sequences stay usable.
  * On CUDA the step's tables are enqueued on stream; the calls of the step must follow in its order, on
  * it or on streams that wait for it. NULL: a stream of the library, also for calls without one. With
@@ -488,6 +514,19 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
  * lengths, tables and new blocks are read on the device. */
 VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens,
                                                struct CUstream_st* stream);
+
+/* Gives the open step up, as after an error or an interrupt between two layers: whatever its layers did, each
+ * sequence has the tokens, random numbers and, on the CPU, the controller state again that it had before
+ * vattn_batch_begin_step, so that the same step answers the same when it is begun anew. What stays: an index that
+ * the step fixed, codes that it made (both are of tokens from before), the hot set and the counters. On CUDA it
+ * waits for the device, the controller state (which decides how many rows are read, not what is promised) is that
+ * of the layers attended, and a graph that is launched before the next begin answers nothing. A step is open from
+ * its begin until the next one, or until a call changes one of its sequences; all layers may have been attended.
+ * No-op without an open step. A step left half attended in any other way (vattn_batch_clear, destroy of the sequence or the batch) is
+ * given up for the sequences that leave; append, truncate, build_index, fork, save and vattn_prefix_save of a
+ * sequence in the middle of a step, and vattn_batch_set and vattn_batch_begin_step, are INVALID_ARGUMENT. (On CUDA
+ * none of that is checked: a replayed graph attends without a call.) */
+VATTN_EXPORT vattn_code vattn_batch_abandon(vattn_batch* batch);
 
 typedef struct vattn_attend_params {
   size_t struct_size;
@@ -616,6 +655,11 @@ typedef struct vattn_stats {
   uint64_t prefixes_kept;      /* put there */
   uint64_t kept_evictions;     /* let go for room */
   uint64_t kept_hits;          /* of prefix_hits: from the host pool */
+  uint64_t segments_learnt;    /* parts of indices learnt from their tokens, over layers */
+  uint64_t index_floods;       /* of them learnt early, because new tokens were unlike those before */
+  uint64_t segments_recoded;   /* parts whose tokens were coded again by new tables */
+  uint64_t outliers;           /* tokens coded as outliers, each time that they are coded: they are read in every step */
+  uint64_t heads_noisy;        /* of heads_dense and heads_best_effort: codes too coarse for the query */
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,

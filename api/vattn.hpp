@@ -163,6 +163,7 @@ class Batch {
   void BeginStep(int32_t new_tokens, CUstream_st* stream = nullptr) {
     Check(vattn_batch_begin_step(get(), new_tokens, stream));
   }
+  void Abandon() { Check(vattn_batch_abandon(get())); }
   void Attend(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
     Check(vattn_attend(get(), &params, stream));
   }

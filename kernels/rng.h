@@ -66,7 +66,7 @@ VATTN_HD inline uint32_t Epoch(uint32_t counter, uint64_t step, uint32_t refresh
   return static_cast<uint32_t>(step / refresh) + (phase + step % refresh >= refresh ? 1 : 0);
 }
 
-// The permanent random number u of a token (ALGORITHM 4).
+// The permanent random number u of a token (METHOD.md, "Random numbers").
 VATTN_HD inline float TokenUniform(const RandomKey& key, uint32_t token, uint64_t step,
                                    uint32_t refresh) {
   const uint32_t counter = TokenCounter(token);

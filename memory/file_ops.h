@@ -25,11 +25,16 @@ struct FileOps {
   int (*rename)(const char* from, const char* to);
   int (*unlink)(const char* path);
   int (*fstat)(int fd, struct stat* stat);
+  int (*path_stat)(const char* path, struct stat* stat);  // stat
+  int (*readlink)(const char* path, std::string* to);
+  int (*link)(int fd, const char* path);  // linkat: a name for a file that was opened without one
+  int (*take_access)(int fd, const struct stat& like);  // fchmod, and fchown as far as that is allowed
   int (*close)(int fd);
   int (*set_direct)(int fd, bool on);  // fcntl: O_DIRECT on or off, O_NONBLOCK off
   int (*fallocate)(int fd, off_t bytes);  // from 0, as the file's size
   int (*ftruncate)(int fd, off_t bytes);
   int (*flock)(int fd);  // LOCK_EX | LOCK_NB
+  int (*unlock)(int fd);  // flock: LOCK_UN
   int (*mkdir)(const char* path, mode_t mode);
   int (*list)(const char* path, std::vector<std::string>* names);  // opendir, readdir, closedir
   // Asynchronous transfers (ring.h).

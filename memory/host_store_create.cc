@@ -4,7 +4,6 @@
 #include <tbb/global_control.h>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -14,6 +13,7 @@
 #include <utility>
 
 #include "memory/host_store.h"
+#include "memory/machine.h"
 #include "memory/status.h"
 
 namespace vattn {
@@ -53,10 +53,11 @@ absl::Status PreferNode(const VirtualRange& range, int numa_node) {
 
 absl::Status TouchAll(const VirtualRange& range, int num_threads) {
   const uint64_t page = PageBytes();
-  const uint64_t physical = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * page;
-  if (range.size() > physical) {
-    return OutOfMemoryError("prefault of ", range.size(), " bytes: the machine has ", physical,
-                            " bytes of memory; lower host_bytes");
+  // Past this the system ends a process instead of refusing.
+  const MemoryLimits memory = ReadMemoryLimits();
+  if (range.size() > std::min(memory.limit_bytes, memory.available_bytes)) {
+    return OutOfMemoryError("prefault of ", range.size(), " bytes: ", memory.available_bytes, " are available of the ",
+                            memory.limit_bytes, " bytes of memory that ", memory.WhoLimits(), "; lower host_bytes");
   }
   // Several huge pages to a task: no two threads fault the same one.
   constexpr uint64_t kGrainBytes = uint64_t{16} << 20;

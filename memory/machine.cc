@@ -6,9 +6,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+
+#include "memory/cgroup.h"
 
 namespace vattn {
 namespace {
@@ -60,15 +64,32 @@ bool TryIoUring() {
 
 }  // namespace
 
+MemoryLimits ReadMemoryLimits() {
+  const CgroupLimits groups = ReadCgroupLimits();
+  const auto known = [](uint64_t bytes) { return bytes == 0 ? UINT64_MAX : bytes; };
+  MemoryLimits m;
+  m.machine_bytes = MemoryLine("MemTotal");
+  m.limit_bytes = std::min(known(m.machine_bytes), groups.memory_bytes);
+  m.available_bytes = std::min(known(MemoryLine("MemAvailable")), groups.available_bytes);
+  return m;
+}
+
+CpuCount CountCpus() {
+  cpu_set_t set;
+  const int32_t cpus = sched_getaffinity(0, sizeof(set), &set) == 0
+                           ? CPU_COUNT(&set)
+                           : static_cast<int32_t>(sysconf(_SC_NPROCESSORS_ONLN));
+  const double quota = ReadCgroupLimits().cpus;
+  if (quota <= 0 || quota >= cpus) return {cpus, cpus};
+  return {cpus, std::max(1, static_cast<int32_t>(std::ceil(quota)))};
+}
+
 MachineFacts ReadMachine() {
   MachineFacts m;
   m.cpu = FindLine("/proc/cpuinfo", "model name");
-  cpu_set_t set;
-  m.cpus = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set)
-                                                        : static_cast<int32_t>(sysconf(_SC_NPROCESSORS_ONLN));
+  m.cpus = CountCpus();
   m.numa_nodes = CountNodes();
-  m.memory_bytes = MemoryLine("MemTotal");
-  m.available_bytes = MemoryLine("MemAvailable");
+  m.memory = ReadMemoryLimits();
   m.huge_pages = Bracketed("/sys/kernel/mm/transparent_hugepage/enabled");
   rlimit limit;
   m.memlock_bytes = getrlimit(RLIMIT_MEMLOCK, &limit) != 0       ? 0

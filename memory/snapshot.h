@@ -18,20 +18,26 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "memory/checksum.h"
+#include "memory/save_target.h"
 #include "memory/snapshot_format.h"
 #include "memory/transfer_queue.h"
 
 namespace vattn {
 
-// Writes into a temporary file (".vattn-<random>.tmp", mode 0600) in the directory of `path`, which
-// Commit puts in place of whatever is there. Without Commit the destructor removes it; a process
-// that dies leaves it behind, and nothing reads it. One thread at a time.
+// Writes into a file without a name (O_TMPFILE, mode 0600) in the directory of `path`: a process that dies
+// leaves nothing. Commit names it ".vattn-<random>.tmp" and puts it in place of whatever is there. Where the
+// file system has no such files the temporary has its name from the start; without Commit the destructor
+// removes it, a process that dies leaves it behind, and nothing reads it. One thread at a time.
 class SnapshotWriter {
  public:
   // layout: a fingerprint of everything a reader must agree on. expected_bytes: of the file, 0 if
   // unknown; room for them is asked for before the first one is written, the file may become longer or
   // shorter all the same.
   static absl::StatusOr<std::unique_ptr<SnapshotWriter>> Create(std::string path, uint64_t layout,
+                                                                uint64_t expected_bytes,
+                                                                const IoOptions& io);
+  // In place of a plain file, whose mode it keeps, and its owner as far as that is allowed; or where nothing is.
+  static absl::StatusOr<std::unique_ptr<SnapshotWriter>> Create(const SaveTarget& target, uint64_t layout,
                                                                 uint64_t expected_bytes,
                                                                 const IoOptions& io);
   ~SnapshotWriter();
@@ -54,11 +60,13 @@ class SnapshotWriter {
 
   // Of the file so far; after Commit of the whole file.
   uint64_t bytes_written() const { return end_; }
+  const SnapshotFileId& file_id() const { return file_id_; }
 
  private:
   SnapshotWriter(std::string path, std::string directory, std::string temporary, uint64_t layout,
                  const SnapshotFileId& file_id, const FileOps& ops);
 
+  absl::Status OpenTemporary();
   absl::Status Prepare(uint64_t expected_bytes, const IoOptions& io);
   absl::Status Append(std::span<const std::byte> bytes, Checksum* checksum);
   absl::Status AppendZeros(uint64_t count);
@@ -72,6 +80,7 @@ class SnapshotWriter {
   const SnapshotFileId file_id_;
   const FileOps& ops_;
   int fd_ = -1;                 // -1: closed
+  bool nameless_ = false;       // Commit gives the temporary its name
   bool has_temporary_ = false;  // to be unlinked
   std::unique_ptr<TransferQueue> queue_;
   int filling_ = 0;            // buffer that the end of the file goes to
@@ -103,6 +112,8 @@ class SnapshotReader {
   // In the order they were added.
   const std::vector<SnapshotRecord>& records() const { return records_; }
   uint64_t file_bytes() const { return file_.file_bytes; }
+  // Random, of no other file: tells whether the file under a name is still the one that was written.
+  const SnapshotFileId& file_id() const { return file_.file_id; }
 
   // Reads records first, first + 1, ... each into the payload of its place, whose size is its bytes,
   // and checks what has arrived there. On failure the payloads hold nothing of use.

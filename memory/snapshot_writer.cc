@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -46,12 +47,35 @@ absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(std::stri
                    ".tmp");
   std::unique_ptr<SnapshotWriter> writer(new SnapshotWriter(
       std::move(path), std::move(directory), std::move(temporary), layout, file_id, *io.ops));
-  writer->fd_ = OpenFile(*io.ops, writer->temporary_.c_str(),
-                         O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-  if (writer->fd_ < 0) return SystemError("open", writer->temporary_, errno);
-  writer->has_temporary_ = true;
+  VATTN_RETURN_IF_ERROR(writer->OpenTemporary());
   VATTN_RETURN_IF_ERROR(writer->Prepare(expected_bytes, io));
   return writer;
+}
+
+absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(const SaveTarget& target, uint64_t layout,
+                                                                       uint64_t expected_bytes, const IoOptions& io) {
+  absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer = Create(target.path, layout, expected_bytes, io);
+  if (!writer.ok() || !target.exists) return writer;
+  // EPERM: a file system without modes.
+  if (io.ops->take_access((*writer)->fd_, target.like) != 0 && errno != EPERM) {
+    return SystemError("fchmod", target.path, errno);
+  }
+  return writer;
+}
+
+absl::Status SnapshotWriter::OpenTemporary() {
+  static const bool has_proc = access("/proc/self/fd", X_OK) == 0;  // through which Commit names the file
+  if (has_proc) {
+    fd_ = OpenFile(ops_, directory_.c_str(), O_WRONLY | O_TMPFILE | O_CLOEXEC, 0600);
+    nameless_ = fd_ >= 0;
+    if (nameless_) return absl::OkStatus();
+    // Not by this file system, or a kernel that takes the flags for a directory's.
+    if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL) return SystemError("open", directory_, errno);
+  }
+  fd_ = OpenFile(ops_, temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+  if (fd_ < 0) return SystemError("open", temporary_, errno);
+  has_temporary_ = true;
+  return absl::OkStatus();
 }
 
 SnapshotWriter::SnapshotWriter(std::string path, std::string directory, std::string temporary,
@@ -177,6 +201,10 @@ absl::Status SnapshotWriter::PutInPlace(bool durable) {
   // A failed sync is final: the kernel may have dropped the pages and call them clean.
   if (const int error = durable ? SyncFileData(ops_, fd_) : 0; error != 0) {
     return SystemError("fdatasync", path_, error);
+  }
+  if (nameless_) {
+    if (ops_.link(fd_, temporary_.c_str()) != 0) return SystemError("link", path_, errno);
+    has_temporary_ = true;
   }
   if (const int error = CloseFile(ops_, std::exchange(fd_, -1)); error != 0) {
     return SystemError("close", path_, error);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "kernels/cpu/rows.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -28,7 +29,7 @@ Batch::Batch(std::shared_ptr<Runtime> runtime, int slots)
 }
 
 Batch::~Batch() {
-  open_ = false;
+  if (cuda_) open_ = false;  // no call follows that would have to do without the sequences
   for (Sequence* sequence : slots_) {
     if (sequence != nullptr) Forget(sequence);
   }
@@ -36,6 +37,8 @@ Batch::~Batch() {
 }
 
 void Batch::Forget(Sequence* sequence) {
+  // What leaves in the middle of a step does not take half of a token along.
+  if (LayerToAttend() >= 0) sequence->GiveUpStep();
   slots_[sequence->slot] = nullptr;
   if (open_ && cuda_) cuda_->Leave(*sequence);
   sequence->slot = -1;
@@ -66,27 +69,49 @@ absl::Status Batch::Clear(int slot) {
   return absl::OkStatus();
 }
 
-absl::Status Batch::CheckStepDone() const {
+int Batch::LayerToAttend() const {
   // A replayed graph attends without a call: on CUDA the caller answers for it.
-  if (!open_ || new_tokens_ == 0 || runtime_->cuda() != nullptr) return absl::OkStatus();
-  const bool any = std::any_of(slots_.begin(), slots_.end(), [](const Sequence* s) { return s != nullptr; });
-  for (int l = 0; any && l < runtime_->options().num_layers; ++l) {
-    if (runtime_->kv_heads(l) > 0 && !attended_[l]) {
-      return InvalidArgumentError("layer ", l, " was not attended in the step before, must be, once every layer");
-    }
+  if (!open_ || new_tokens_ == 0 || runtime_->cuda() != nullptr) return -1;
+  if (std::all_of(slots_.begin(), slots_.end(), [](const Sequence* s) { return s == nullptr; })) return -1;
+  for (int l = 0; l < runtime_->options().num_layers; ++l) {
+    if (runtime_->kv_heads(l) > 0 && !attended_[l]) return l;
   }
-  return absl::OkStatus();
+  return -1;
+}
+
+absl::Status Batch::CheckWhole() const {
+  const int layer = LayerToAttend();
+  if (layer < 0) return absl::OkStatus();
+  return InvalidArgumentError("the batch has an open step that has yet to attend layer ", layer,
+                              ", must attend every layer first, or the step be given up (vattn_batch_abandon)");
 }
 
 absl::Status Batch::EndStep() {
-  VATTN_RETURN_IF_ERROR(CheckStepDone());
+  VATTN_RETURN_IF_ERROR(CheckWhole());
   open_ = false;
+  return absl::OkStatus();
+}
+
+absl::Status Batch::Abandon() {
+  if (!open_) return absl::OkStatus();
+  // On CUDA the first one waits for what was enqueued, and a lost device leaves everything as it is.
+  for (Sequence* sequence : slots_) {
+    if (sequence != nullptr) VATTN_RETURN_IF_ERROR(sequence->Pull());
+  }
+  if (cuda_) VATTN_RETURN_IF_ERROR(cuda_->LeaveAll());
+  open_ = false;
+  for (Sequence* sequence : slots_) {
+    if (sequence != nullptr) sequence->GiveUpStep();
+  }
   return absl::OkStatus();
 }
 
 absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   if (new_tokens != 0 && new_tokens != 1) return OutOfRangeError("new_tokens", new_tokens, 0, 1);
-  VATTN_RETURN_IF_ERROR(CheckStepDone());
+  if (const int layer = LayerToAttend(); layer >= 0) {
+    return InvalidArgumentError("layer ", layer, " was not attended in the step before, must be, once every layer; "
+                                "vattn_batch_abandon gives that step up");
+  }
   const int layers = runtime_->options().num_layers;
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
@@ -187,6 +212,8 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
     return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,
                                 " KV heads of the layer or the ", q_heads, " query heads");
   }
+  constexpr int64_t kMostStride = int64_t{1} << 32;  // tokens of a sequence, and to spare: places do not wrap
+  if (r.scores_stride > kMostStride) return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostStride);
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
     const int64_t end = sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);
@@ -272,7 +299,9 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group.middle_end = std::max(begin, end);
       group.q_heads = group_size;
       group.out_dtype = r.out_dtype;
-      if (heads.index) group.index = heads.index->tables();
+      group.segments = heads.segments.data();
+      group.num_segments = static_cast<int32_t>(heads.segments.size());
+      if (group.num_segments > 0) group.index = heads.segments[0].tables;
       group.state = heads.states.data();
       group.key = MakeRandomKey(o.seed, sequence->id(), static_cast<uint32_t>(r.layer), static_cast<uint32_t>(h));
       group.step = sequence->step();
@@ -294,6 +323,17 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group_head_.push_back(h);
     }
   }
+}
+
+void Batch::KeepQueries(const Group& group, HeadGroup& heads) {
+  const Storage& s = runtime_->storage();
+  if (s.code.kind != IndexKind::kBalanced) return;
+  const int64_t count = int64_t{group.q_heads} * s.row.dim_k;
+  std::vector<float> queries(static_cast<size_t>(count));
+  const uint8_t* row = static_cast<const uint8_t*>(group.q);
+  cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype}, queries.data());
+  for (float& x : queries) x *= s.scale;
+  heads.recent.Add(queries.data(), count);
 }
 
 void Batch::Account(const AttendRequest& r) {
@@ -318,6 +358,8 @@ void Batch::Account(const AttendRequest& r) {
     if (r.fetched != nullptr) r.fetched[at] = static_cast<int32_t>(misses);
     if (r.looks != nullptr) r.looks[at] = group.looks;
     if (r.middle != nullptr) r.middle[at] = n;
+    if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.q_heads);
+    if (RecentPlace(group.step) >= 0) KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
     for (int g = 0; g < group.q_heads; ++g) {
       const size_t head = static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;
       if (r.verdict != nullptr) r.verdict[head] = static_cast<int32_t>(group.verdict[g]);
@@ -435,6 +477,8 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
     return CheckNeed(need, selection.capacity);
   }
   PrepareGroups(r);
+  std::vector<HeadState> before;  // of the groups' heads: a call that lacks room is made again, and draws the same
+  for (const Group& group : groups_) before.insert(before.end(), group.state, group.state + group.q_heads);
   runtime_->ops().select({.storage = runtime_->storage(),
                           .promise = runtime_->promise(),
                           .groups = groups_.data(),
@@ -459,6 +503,13 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
       weights[k] = -std::log(group.scratch.weight[t]);
     }
     for (int64_t t = group.middle_end; t < group.tokens; ++t, ++k) tokens[k] = static_cast<int32_t>(t), weights[k] = 0;
+  }
+  if (need > selection.capacity) {
+    auto from = before.cbegin();
+    for (const Group& group : groups_) {
+      std::copy_n(from, group.q_heads, group.state);
+      from += group.q_heads;
+    }
   }
   VATTN_RETURN_IF_ERROR(CheckNeed(need, selection.capacity));
   FinishLayer(r.layer);

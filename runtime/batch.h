@@ -17,6 +17,8 @@ namespace vattn {
 class Sequence;
 
 // Used by one thread at a time.
+struct HeadGroup;
+
 class Batch {
  public:
   Batch(std::shared_ptr<Runtime> runtime, int slots);
@@ -34,9 +36,13 @@ class Batch {
 
   // stream: what the step's tables are enqueued on, null on the CPU.
   absl::Status BeginStep(int new_tokens, DeviceStream stream = nullptr);
-  // A sequence of the batch is about to change: ends the step. Refused while layers of a step with a
-  // new token wait for attention.
+  // A sequence of the batch is about to change: ends the step. Refused as CheckWhole.
   absl::Status EndStep();
+  // Refused while layers of a step with a new token wait for attention: whoever reads or changes a sequence
+  // of the batch would find a token that some layers have and others do not.
+  absl::Status CheckWhole() const;
+  // Gives the open step up: its sequences are as they were before BeginStep. OK without an open step.
+  absl::Status Abandon();
   // Calls of a step may come.
   bool open() const { return open_; }
   absl::Status Attend(const AttendRequest& request, DeviceStream stream = nullptr);
@@ -47,7 +53,8 @@ class Batch {
   // Of calls that predict scores.
   absl::Status CheckScores(const AttendRequest& request) const;
   absl::Status CheckRequest(const AttendRequest& request) const;
-  absl::Status CheckStepDone() const;
+  // The first layer that the open step with a new token has yet to attend; -1: none.
+  int LayerToAttend() const;
   absl::Status CheckSelection(const AttendRequest& request, const Selection& selection) const;
   // On the CPU: all that the attention of an open step needs, which then allocates nothing.
   absl::Status TakeMemory();
@@ -57,6 +64,8 @@ class Batch {
   void PrepareGroups(const AttendRequest& request);
   // Hot sets, reports and counters after an attention.
   void Account(const AttendRequest& request);
+  // Queries that the index of a KV head may be learnt from later.
+  void KeepQueries(const Group& group, HeadGroup& heads);
   // Counts the new rows in and closes the layer for this step.
   void FinishLayer(int layer);
 

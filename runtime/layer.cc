@@ -5,6 +5,16 @@
 
 namespace vattn {
 
+void UpdateSegments(Layer& layer) {
+  for (HeadGroup& group : layer.groups) {
+    group.tables.resize(layer.segments.size());
+    group.segments.resize(layer.segments.size());
+    for (size_t k = 0; k < layer.segments.size(); ++k) {
+      group.segments[k] = {layer.segments[k].first_block, group.tables[k].index->tables()};
+    }
+  }
+}
+
 SharedLayers::SharedLayers(HostStore& store, const std::vector<Layer>& layers, int64_t most)
     : layers_(layers.size()) {
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -19,11 +29,13 @@ SharedLayers::SharedLayers(HostStore& store, const std::vector<Layer>& layers, i
       const HeadGroup& source = from.groups[g];
       HeadGroup& copy = to.groups[g];
       copy.blocks.assign(source.blocks.begin(), source.blocks.begin() + BlocksFor(to.tokens));
-      copy.index = source.index;
+      copy.tables = source.tables;
       if (source.moment) copy.moment = std::make_unique<QueryMoment>(*source.moment);
       copy.states = source.states;
-      copy.device_index = source.device_index;
+      copy.recent = source.recent;
     }
+    to.segments = SegmentsOf(from.segments, to.coded);
+    UpdateSegments(to);
   }
   // Nothing can fail from here on.
   store_ = &store;

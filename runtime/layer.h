@@ -11,22 +11,31 @@
 #include "memory/host_store.h"
 #include "runtime/cpu/hot_set.h"
 #include "runtime/index/index.h"
+#include "runtime/index/recent_queries.h"
+#include "runtime/index/segments.h"
 
 namespace vattn {
+
+// Tables of one segment of one KV head's index, shared by forks.
+struct SegmentTables {
+  std::shared_ptr<const Index> index;
+  std::shared_ptr<DeviceMemory> on_device;  // on CUDA, once sent
+  IndexTables DeviceTables() const { return index->TablesAt(on_device->as<float>()); }
+};
 
 // State of one KV head of one layer.
 struct HeadGroup {
   std::vector<int32_t> blocks;          // ids by block number
-  std::shared_ptr<const Index> index;   // null until the first middle token is coded
-  std::unique_ptr<QueryMoment> moment;  // null once the index is frozen
+  std::vector<SegmentTables> tables;    // [segments of the layer]
+  std::vector<IndexSegment> segments;   // the same as kernels see them, on the CPU
+  std::unique_ptr<QueryMoment> moment;  // of the queries so far; null without any
+  RecentQueries recent;                 // of the last steps, not in the moment yet; on CUDA the device has them
   std::vector<HeadState> states;        // [G]; on CUDA as of the last CudaSequence::Pull
   HotSet hot;
 
-  // On CUDA: block table entries from here on are not on the device yet, and its copy of the index.
+  // On CUDA: block table entries from here on are not on the device yet.
   int64_t changed_from = 0;
   int64_t unseen_from = 0;  // entries from here on are not known to the hot set of Sequence::hot_set
-  std::shared_ptr<DeviceMemory> device_index;
-  IndexTables DeviceTables() const { return index->TablesAt(device_index->as<float>()); }
 };
 
 struct Layer {
@@ -34,8 +43,23 @@ struct Layer {
   int64_t coded = 0;  // tokens before it have codes; multiple of 64, or 0
   int64_t coded_on_device = 0;  // on CUDA coding is enqueued later: up to here it has been
   bool stale_tail = false;  // the last block may have rows past `tokens`, and a hot set may know them
+  std::vector<Segment> segments;  // of the index: none until the first middle token is coded
   std::vector<HeadGroup> groups;  // [kv_heads]
 };
+// After a change of layer.segments or of the tables of a KV head: those of segments that are no more go, and what
+// kernels see is brought up to date.
+void UpdateSegments(Layer& layer);
+
+// f(segment, begin, end) for the parts of tokens [begin, end) that lie in one segment each.
+template <class F>
+void ForSegments(const Layer& layer, int64_t begin, int64_t end, F&& f) {
+  for (size_t k = 0; k < layer.segments.size(); ++k) {
+    const int64_t from = std::max(begin, layer.segments[k].first_block * kBlockTokens);
+    const bool last = k + 1 == layer.segments.size();
+    const int64_t to = last ? end : std::min(end, layer.segments[k + 1].first_block * kBlockTokens);
+    if (to > from) f(k, from, to);
+  }
+}
 
 inline int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 // What stays coded when so many tokens stay.

@@ -1,5 +1,6 @@
 #include "runtime/options.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "memory/status.h"
@@ -114,6 +115,8 @@ absl::Status CheckDisk(Options& o) {
 absl::Status CheckIndex(Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("index", o.index, 0, 7));
   const IndexKind kind = static_cast<IndexKind>(o.index);
+  // Two bits a dimension: with fewer, codes take tokens that matter for others that do not.
+  if (o.index_bytes == 0) o.index_bytes = kind == IndexKind::kBalanced ? std::clamp((o.head_dim_k / 4 + 15) / 16 * 16, 32, 64) : 32;
   if (kind == IndexKind::kSign) {
     if (o.index_bytes != 4 && o.index_bytes != 8 && o.index_bytes != 16 && o.index_bytes != 32) {
       return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 4, 8, 16 or 32 with index sign");

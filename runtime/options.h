@@ -26,7 +26,7 @@ struct Options {
   int32_t zero_on_free = 0;
   uint64_t host_bytes = uint64_t{1} << 30;
   int32_t sinks = 16, window = 128, exact_below = 1024;
-  int32_t index = 0, index_bytes = 32, value_bits = 0;
+  int32_t index = 0, index_bytes = 0, value_bits = 0;
   int32_t policy = 0, norm = 0, on_unverified = 0, bound = 0;
   float epsilon = .1f, delta = .1f, norm_floor = .5f;
   int32_t max_looks = 6;

@@ -1,4 +1,4 @@
-// Quantiles behind the certificate (ALGORITHM 6).
+// Quantiles behind the certificate (METHOD.md, "Certificate").
 #ifndef VATTN_RUNTIME_QUANTILES_H_
 #define VATTN_RUNTIME_QUANTILES_H_
 

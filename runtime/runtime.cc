@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "memory/machine.h"
+#include "memory/save_target.h"
 #include "memory/status.h"
 #include "runtime/quantiles.h"
 #include "runtime/files/disk.h"
@@ -16,12 +18,17 @@ namespace {
 
 constexpr int32_t kAuto = 0, kCpu = 1, kCuda = 2;
 
-// VATTN_BACKEND, "cpu" or "cuda", decides in place of "auto", which is CUDA where it can serve.
-int32_t ChooseBackend(const Options& options) {
+// VATTN_BACKEND, "cpu" or "cuda", decides in place of "auto", which is CUDA where it can serve. A word that it does
+// not know is refused, also where the options decide: whoever set it meant something.
+absl::StatusOr<int32_t> ChooseBackend(const Options& options) {
+  const char* const given = std::getenv("VATTN_BACKEND");
+  const std::string chosen = given == nullptr || *given == '\0' ? "auto" : given;
+  if (chosen != "auto" && chosen != "cpu" && chosen != "cuda") {
+    return InvalidArgumentError("VATTN_BACKEND in the environment is \"", chosen.substr(0, 40),
+                                "\", must be auto, cpu or cuda");
+  }
   if (options.backend != kAuto) return options.backend;
-  const char* chosen = std::getenv("VATTN_BACKEND");
-  if (chosen != nullptr && std::string(chosen) == "cpu") return kCpu;
-  if (chosen != nullptr && std::string(chosen) == "cuda") return kCuda;
+  if (chosen != "auto") return chosen == "cpu" ? kCpu : kCuda;
   const bool can = CudaBackend::CheckOptions(options).ok() && options.device < static_cast<int32_t>(ListDevices().size());
   return can ? kCuda : kCpu;
 }
@@ -41,7 +48,19 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
                                                          const MemoryOps& memory_ops) {
   VATTN_RETURN_IF_ERROR(ResolveOptions(options));
   if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring) VATTN_RETURN_IF_ERROR(CheckRing(ops));
-  options.backend = ChooseBackend(options);
+  LogLevel most_logged;
+  VATTN_RETURN_IF_ERROR(ReadLogLevel(&most_logged));
+  const absl::StatusOr<int32_t> backend = ChooseBackend(options);
+  if (!backend.ok()) return backend.status();
+  options.backend = *backend;
+  // A quota of CPU time, which threads beyond it would only use up together, is less than affinity says.
+  const CpuCount cpus = CountCpus();
+  if (options.num_threads == 0 && cpus.by_quota < cpus.by_affinity) options.num_threads = cpus.by_quota;
+  if (!options.disk_path.empty()) {
+    absl::StatusOr<std::string> absolute = AbsolutePath(options.disk_path);
+    if (!absolute.ok()) return absolute.status();
+    options.disk_path = *std::move(absolute);  // options in force mean the same after a change of directory
+  }
   std::optional<Profile> profile;
   if (!options.profile.empty()) {
     absl::StatusOr<Profile> read = Profile::Read(options.profile, options);
@@ -73,8 +92,14 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
   if (!store.ok()) return store.status();
   std::shared_ptr<Runtime> runtime(
-      new Runtime(std::move(options), std::move(logger), std::move(profile), std::move(sign_maps),
+      new Runtime(std::move(options), std::move(logger), most_logged, std::move(profile), std::move(sign_maps),
                   std::move(workers), *std::move(store), ops, memory_ops));
+  const MemoryLimits memory = ReadMemoryLimits();
+  if (runtime->options_.host_bytes > memory.limit_bytes) {
+    runtime->Log(LogLevel::kWarning, absl::StrCat("host_bytes is ", runtime->options_.host_bytes, ", over the ",
+                                                  memory.limit_bytes, " bytes that ", memory.WhoLimits(),
+                                                  ": a pool that fills up would end the process"));
+  }
   if (!runtime->options_.disk_path.empty()) {
     const Options& o = runtime->options_;
     absl::StatusOr<std::unique_ptr<Disk>> disk =
@@ -91,11 +116,12 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   return runtime;
 }
 
-Runtime::Runtime(Options options, Logger logger, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
+Runtime::Runtime(Options options, Logger logger, LogLevel most_logged, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
                  std::unique_ptr<cpu::Workers> workers, std::unique_ptr<HostStore> store, const FileOps& ops,
                  const MemoryOps& memory_ops)
     : options_(std::move(options)),
-      logger_(std::move(logger)),
+      logger_(std::make_shared<const Logger>(std::move(logger))),
+      most_logged_(most_logged),
       profile_(std::move(profile)),
       sign_maps_(std::move(sign_maps)),
       storage_(MakeStorage(options_)),
@@ -138,6 +164,7 @@ StatsSnapshot Runtime::Stats() const {
     s.rows_middle = c.middle, s.rows_selected = c.selected, s.rows_fetched = c.fetched;
     s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.row.row_bytes);
     s.looks = c.looks;
+    s.outliers = c.outliers, s.heads_noisy = c.noisy;
     const PageCounts pages = cuda_->pages().counts();
     s.device_bytes_reserved = pages.reserved_bytes, s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;
     s.device_growths = pages.growths, s.device_growth_ns = pages.growth_ns;
@@ -176,8 +203,8 @@ std::vector<TenantSnapshot> Runtime::StatsOfTenants() const {
   return all;
 }
 
-void Runtime::Log(LogLevel level, const std::string& message) const {
-  if (logger_) logger_(level, message);
+void Runtime::Log(LogLevel level, std::string message) const noexcept {
+  if (level <= most_logged_) LogLine(logger_, level, std::move(message));
 }
 
 void Runtime::Enlist(Sequence* sequence) {
@@ -237,6 +264,7 @@ absl::Status Runtime::Reserve(const Sequence& user, int64_t count) {
 }
 
 absl::StatusOr<bool> Runtime::SpillColdest(const Sequence& user, bool for_quota) {
+  const LogHold hold;  // until the coldest sequence may be used again
   Sequence* coldest = nullptr;
   std::unique_lock<std::mutex> use;
   const auto colder = [&](const Sequence& a, const Sequence& b) {  // a goes before b

@@ -14,10 +14,12 @@
 #include "kernels/cpu/workers.h"
 #include "kernels/ops.h"
 #include "memory/host_store.h"
+#include "memory/process.h"
 #include "memory/transfer_queue.h"
 #include "runtime/cuda/backend.h"
 #include "runtime/index/profile.h"
 #include "runtime/index/sign_maps.h"
+#include "runtime/log.h"
 #include "runtime/options.h"
 #include "runtime/stats.h"
 
@@ -56,7 +58,11 @@ class Runtime {
   TenantSnapshot StatsOf(uint64_t tenant) const;
   // Of all tenants that are known, but 0.
   std::vector<TenantSnapshot> StatsOfTenants() const;
-  void Log(LogLevel level, const std::string& message) const;
+  // Through LogLine.
+  void Log(LogLevel level, std::string message) const noexcept;
+  // The process that made it. A child that is forked has a copy of the host pool, which it may use; CUDA, and what
+  // is in disk_path, stay with the parent.
+  const HomeProcess& home() const { return home_; }
 
   int kv_heads(int layer) const { return options_.layer_kv_heads[layer]; }  // 0: left out
   int group(int layer) const { return options_.num_q_heads / kv_heads(layer); }
@@ -86,7 +92,7 @@ class Runtime {
   bool closed() const { return closed_.load(); }
 
  private:
-  Runtime(Options options, Logger logger, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
+  Runtime(Options options, Logger logger, LogLevel most_logged, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
           std::unique_ptr<cpu::Workers> workers, std::unique_ptr<HostStore> store, const FileOps& ops,
           const MemoryOps& memory_ops);
 
@@ -98,7 +104,9 @@ class Runtime {
   TenantSnapshot StatsOf(const TenantUse& use) const;
 
   const Options options_;
-  const Logger logger_;
+  const std::shared_ptr<const Logger> logger_;
+  const LogLevel most_logged_;
+  const HomeProcess home_;
   const std::optional<Profile> profile_;
   const std::optional<SignMaps> sign_maps_;
   Storage storage_;

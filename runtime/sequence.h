@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "memory/save_target.h"
+#include "memory/snapshot_format.h"
 #include "runtime/cuda/sequence.h"
 #include "runtime/files/disk.h"
 #include "runtime/layer.h"
@@ -32,6 +34,12 @@ struct AppendRequest {
   int64_t k_token_stride = 0, k_head_stride = 0;
   int64_t v_token_stride = 0, v_head_stride = 0;
   int64_t q_token_stride = 0, q_head_stride = 0;
+};
+
+// What became of a file that was written.
+struct SavedFile {
+  uint64_t bytes;
+  SnapshotFileId id;  // of no other file
 };
 
 // As vattn_sequence_options.
@@ -82,9 +90,9 @@ class Sequence {
   bool HoldsBlocks() const;
   // About the bytes that Save writes, and at least nearly so many.
   uint64_t SavedBytes() const;
-  // For the disk: the bytes of a file with as many tokens as the prefix has, and a sequence of the first
-  // `tokens` of such a file, which is open.
-  absl::StatusOr<uint64_t> SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable);
+  // For the disk: a file with as many tokens as the prefix has, and a sequence of the first `tokens` of such a
+  // file, which is open.
+  absl::StatusOr<SavedFile> SaveAs(const SaveTarget& target, const StoredPrefix* prefix, bool durable);
   static absl::StatusOr<std::unique_ptr<Sequence>> FromPrefix(std::shared_ptr<Runtime> runtime,
                                                               const SequenceOptions& options, SnapshotReader& reader,
                                                               const std::string& path, int64_t tokens);
@@ -98,6 +106,10 @@ class Sequence {
   // One decode step, by the batch. Makes room for `new_tokens` more in every layer and codes what the
   // window then no longer holds; FULL changes nothing.
   absl::Status OpenStep(int new_tokens);
+  // Back to before OpenStep, but for what was coded and copied for it: tokens, step number, and on the CPU the
+  // controller states. Cannot fail: a reservation gets back what the step drew from it, or is ready already for
+  // the copy of a block that was shared since. On CUDA after a Pull.
+  void GiveUpStep();
   // Gives back blocks that no token lies in: room of a step that was not opened after all.
   void ReleaseSpare();
   // The middle of a layer with `tokens` tokens is [sinks, MiddleEnd(tokens)); MiddleEnd = sinks: none.
@@ -141,7 +153,7 @@ class Sequence {
     bool copy;
   };
   bool OnDevice(const void* pointer) const;
-  // The queries of an append beside those that each group has had; null where an index is frozen.
+  // The queries of an append beside those that each group has had.
   absl::Status AddQueries(const AppendRequest& request,
                           std::vector<std::unique_ptr<QueryMoment>>& moments /* [kv_heads] */) const;
   // Lists what writing tokens [begin, end) of a layer needs.
@@ -150,9 +162,22 @@ class Sequence {
   absl::Status Meet(const std::vector<Need>& needs);
   // `count` free blocks, with memory on the device if there is one; the first `own` of the reservation. All or none.
   absl::Status TakeBlocks(int64_t own, int64_t count, BlockId* out);
-  absl::Status MakeRoomAndCode(int new_tokens);
-  void CodeLayer(int l, int64_t end);
-  void FreezeIndex(int l, int64_t end);
+  absl::Status MakeRoomAndCode(int new_tokens, bool in_turn);
+  // Brings the queries of the last steps into the moments.
+  void TakeRecentQueries();
+  // The first block from which on no other sequence holds the coded blocks of the last segment.
+  int64_t FirstOwnBlock(const Layer& layer) const;
+  // What codes a layer up to `end`. in_turn: tokens come one by one, and a segment may wait for the turn of its layer.
+  CodingPlan PlanLayer(int l, int64_t end, bool in_turn) const;
+  void CodeLayer(int l, const CodingPlan& plan, int64_t end);
+  // The plan's segment of every KV head, from tokens up to `end`.
+  void MakeSegment(int l, const CodingPlan& plan, int64_t end);
+  // Tables [kv_heads] for tokens [begin, end): those of the last learnt segment about another centre ...
+  // flooded: share of the tokens that they would make outliers, of the worst KV head.
+  std::vector<std::shared_ptr<const Index>> Recentre(const Layer& layer, int64_t begin, int64_t end,
+                                                     double* flooded) const;
+  // ... and those learnt from the tokens and from all queries so far.
+  std::vector<std::shared_ptr<const Index>> Learn(int l, int64_t begin, int64_t end);
 
   // Blocks that a reservation of so many tokens still has to hold ready, once `keep_tokens` tokens are left
   // and blocks of the first `shared_tokens` are shared.
@@ -160,6 +185,10 @@ class Sequence {
   // Brings reserved_ up to so many blocks (FULL), and down to what is unmet.
   absl::Status ReserveUpTo(int64_t blocks);
   void Settle();
+  // Truncates what the host may change, with a reservation that allows it.
+  void CutTo(int64_t tokens);
+  // Refused in the middle of a decode step.
+  absl::Status CheckWhole() const;
   // True if the block goes back to the reservation when the sequence lets go of it.
   bool Returns(const HeadGroup& group, int64_t block) const;
   // Before rows are written behind the last one of a layer.
@@ -172,13 +201,13 @@ class Sequence {
   // Known to the runtime from then on.
   void Enlist() { runtime_->Enlist(this); }
 
-  absl::StatusOr<uint64_t> WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable);
+  absl::StatusOr<SavedFile> WriteFile(const SaveTarget& target, const StoredPrefix* prefix, bool durable);
   // The first `most` tokens of a file.
   absl::Status Load(SnapshotReader& reader, const std::string& path, int64_t most);
   absl::Status LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most);
   // Lets go of everything that the file at `path` has.
   // `tokens`: of each layer. Cannot fail.
-  void Sleep(std::string path, std::vector<int64_t> tokens) noexcept;
+  void Sleep(std::string path, const SnapshotFileId& file, std::vector<int64_t> tokens) noexcept;
   std::vector<int64_t> Lengths() const;
   void ForgetLoaded();
 
@@ -187,9 +216,12 @@ class Sequence {
   const uint64_t id_;
   std::vector<Layer> layers_;
   uint64_t step_ = 0;
+  int64_t tokens_before_step_ = 0;  // of every layer, when the last step was opened
+  std::vector<HeadState> states_before_step_;  // of all layers' groups; on CUDA not kept
   int64_t reserve_tokens_ = 0;  // what the reservation is for; kept while it hibernates
   int64_t reserved_ = 0;  // blocks promised by the pool: Unmet or more
-  std::string hibernate_path_;  // empty: awake
+  std::string hibernate_path_;  // absolute; empty: awake
+  SnapshotFileId hibernate_file_{};  // what was written there: a name is no proof
   std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
   SpillFile spill_;
   std::unique_ptr<CudaSequence> cuda_;

@@ -58,7 +58,9 @@ void Sequence::Settle() {
 }
 
 absl::StatusOr<SharedLayers> Sequence::Share(int64_t tokens) {
+  VATTN_RETURN_IF_ERROR(CheckWhole());
   VATTN_RETURN_IF_ERROR(Pull());
+  if (cuda_) VATTN_RETURN_IF_ERROR(cuda_->ReadQueries(*this));
   // What was the sequence's own is to be copied before it is written again.
   if (reserve_tokens_ > 0) VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, kAllTokens, tokens)));
   const absl::Cleanup settle = [this] { Settle(); };
@@ -166,12 +168,19 @@ absl::Status Sequence::Truncate(int64_t tokens) {
     }
     VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, tokens, 0) - returned));
   }
+  CutTo(tokens);
+  return absl::OkStatus();
+}
+
+void Sequence::CutTo(int64_t tokens) {
   if (cuda_) cuda_->ForgetFixed();
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     Layer& layer = layers_[l];
     if (layer.tokens <= tokens) continue;
     layer.coded = CodedOf(layer, tokens);
     layer.coded_on_device = std::min(layer.coded_on_device, layer.coded);
+    TrimSegments(layer.coded, layer.segments);  // without an allocation that could fail
+    UpdateSegments(layer);
     AddTokens(l, tokens - layer.tokens);
     layer.stale_tail = true;
     for (HeadGroup& group : layer.groups) {
@@ -183,7 +192,6 @@ absl::Status Sequence::Truncate(int64_t tokens) {
   ReleaseSpare();
   Settle();
   CountTables();
-  return absl::OkStatus();
 }
 
 bool Sequence::Returns(const HeadGroup& group, int64_t block) const {

@@ -23,14 +23,19 @@ absl::Status Told(Runtime& runtime, const char* what, absl::Status status) {
 
 }  // namespace
 
-absl::Status Sequence::Save(const std::string& path) { return SaveAs(path, nullptr, /*durable=*/true).status(); }
+absl::Status Sequence::Save(const std::string& path) {
+  const absl::StatusOr<SaveTarget> target = FindSaveTarget(path, *runtime_->io().ops);
+  VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", target.status()));
+  return SaveAs(*target, nullptr, /*durable=*/true).status();
+}
 
-absl::StatusOr<uint64_t> Sequence::SaveAs(const std::string& path, const StoredPrefix* prefix, bool durable) {
-  absl::StatusOr<uint64_t> bytes = WriteFile(path, prefix, durable);
-  VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", bytes.status()));
+absl::StatusOr<SavedFile> Sequence::SaveAs(const SaveTarget& target, const StoredPrefix* prefix, bool durable) {
+  VATTN_RETURN_IF_ERROR(CheckWhole());
+  absl::StatusOr<SavedFile> saved = WriteFile(target, prefix, durable);
+  VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", saved.status()));
   ++runtime_->counters().saves;
-  runtime_->counters().bytes_saved += *bytes;
-  return bytes;
+  runtime_->counters().bytes_saved += saved->bytes;
+  return saved;
 }
 
 absl::Status Sequence::LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most) {
@@ -77,22 +82,24 @@ absl::Status Sequence::Hibernate(const std::string& path) {
   if (batch.load() != nullptr) {
     return InvalidArgumentError("sequence sits in slot ", slot, " of a batch, must be taken out first");
   }
-  std::string file = path;
+  absl::StatusOr<SaveTarget> target = FindSaveTarget(path, *runtime_->io().ops);
+  VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", target.status()));
   std::vector<int64_t> tokens = Lengths();
-  VATTN_RETURN_IF_ERROR(Save(path));
-  Sleep(std::move(file), std::move(tokens));
+  const absl::StatusOr<SavedFile> saved = SaveAs(*target, nullptr, /*durable=*/true);
+  VATTN_RETURN_IF_ERROR(saved.status());
+  Sleep(std::move(target->path), saved->id, std::move(tokens));
   return absl::OkStatus();
 }
 
 absl::Status Sequence::Spill() {
   absl::StatusOr<SpillFile> file = runtime_->disk()->NewSpill(SavedBytes());
   if (!file.ok()) return file.status();
-  std::string path = file->path();
+  SaveTarget target = {.path = file->path()};
   std::vector<int64_t> tokens = Lengths();
-  const absl::StatusOr<uint64_t> bytes = SaveAs(path, nullptr, /*durable=*/false);
-  if (!bytes.ok()) return bytes.status();
-  file->SetBytes(*bytes);
-  Sleep(std::move(path), std::move(tokens));
+  const absl::StatusOr<SavedFile> saved = SaveAs(target, nullptr, /*durable=*/false);
+  if (!saved.ok()) return saved.status();
+  file->SetBytes(saved->bytes);
+  Sleep(std::move(target.path), saved->id, std::move(tokens));
   spill_ = *std::move(file);
   ++runtime_->counters().spills;
   return absl::OkStatus();
@@ -113,7 +120,8 @@ std::vector<int64_t> Sequence::Lengths() const {
   return tokens;
 }
 
-void Sequence::Sleep(std::string path, std::vector<int64_t> tokens) noexcept {
+void Sequence::Sleep(std::string path, const SnapshotFileId& file, std::vector<int64_t> tokens) noexcept {
+  hibernate_file_ = file;
   asleep_tokens_ = std::move(tokens);
   ReleaseBlocks();
   cuda_.reset();
@@ -126,10 +134,11 @@ void Sequence::ForgetLoaded() {
   codes_to_load_.clear();
   for (Layer& layer : layers_) {
     layer.coded = layer.coded_on_device = 0;
+    layer.segments.clear();
+    UpdateSegments(layer);
     for (HeadGroup& group : layer.groups) {
-      group.index.reset();
-      group.device_index.reset();
       group.moment.reset();
+      group.recent = RecentQueries();
       group.hot = HotSet();
     }
   }
@@ -141,10 +150,10 @@ absl::Status Sequence::Wake() {
   absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = OpenSaved(
       hibernate_path_, LayoutOf(runtime_->options(), runtime_->storage()), runtime_->io(), head);
   VATTN_RETURN_IF_ERROR(Told(*runtime_, "restore", reader.status()));
-  if (head.id != id_ || head.step != step_) {
+  if ((*reader)->file_id() != hibernate_file_) {
     return Told(*runtime_, "restore",
-                DataLossError(hibernate_path_, ": holds sequence ", head.id, " at step ", head.step,
-                              ", must hold sequence ", id_, " at step ", step_));
+                DataLossError(hibernate_path_, ": is not the file any more that sequence ", id_,
+                              " went into: another one was put in its place"));
   }
   absl::Cleanup undo = [this] {
     ReleaseBlocks();

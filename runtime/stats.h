@@ -23,6 +23,11 @@ namespace vattn {
   X(rows_fetched, "counter", "Middle rows read that were not in the hot set")                \
   X(bytes_fetched, "counter", "Bytes of those rows")                                         \
   X(looks, "counter", "Draws made, over KV heads")                                           \
+  X(segments_learnt, "counter", "Segments of indices learnt from their tokens, over layers")  \
+  X(index_floods, "counter", "Segments learnt early because new tokens were unlike the old")  \
+  X(segments_recoded, "counter", "Segments whose tokens were coded again by new tables")     \
+  X(outliers, "counter", "Tokens coded as outliers, which are read in every step")           \
+  X(heads_noisy, "counter", "Query heads not verified because codes are too coarse for them") \
   X(full_refusals, "counter", "Calls refused because the host pool or a quota was full")     \
   X(quota_refusals, "counter", "Calls refused because a tenant was at its quota")            \
   X(blocks_copied, "counter", "Shared blocks copied before a write")                         \

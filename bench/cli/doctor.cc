@@ -6,6 +6,7 @@
 
 #include "api/vattn.h"
 #include "bench/cli/failure.h"
+#include "bench/cli/file_arguments.h"
 #include "bench/cli/handles.h"
 #include "bench/cli/json.h"
 
@@ -51,8 +52,12 @@ void RunDoctor(const std::string& json_path, const CommandLine& command) {
 void AddDoctorCommand(CLI::App* app, const CommandLine& command) {
   CLI::App* sub = app->add_subcommand("doctor", "Say what this machine offers");
   auto json_path = std::make_shared<std::string>();
-  sub->add_option("--json", *json_path, "Also write it to this file")->type_name("FILE");
-  sub->callback([json_path, &command] { RunDoctor(*json_path, command); });
+  auto files = std::make_shared<FileArguments>(sub);
+  files->AddOutput("--json", json_path.get(), "Also write it to this file");
+  sub->callback([json_path, files, &command] {
+    files->Check();
+    RunDoctor(*json_path, command);
+  });
 }
 
 }  // namespace vattn::bench

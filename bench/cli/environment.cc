@@ -1,11 +1,12 @@
 #include "bench/cli/environment.h"
 
-#include <sched.h>
 #include <sys/utsname.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <ctime>
-#include <fstream>
 
 #include "api/vattn.h"
 #include "bench/cli/failure.h"
@@ -23,23 +24,19 @@ std::string Quote(const std::string& word) {
   return quoted + "'";
 }
 
-// The text behind "key" and a colon in a /proc file; "" if it is not there.
-std::string ProcField(const char* path, const std::string& key) {
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) {
-    if (line.compare(0, key.size(), key) != 0) continue;
-    const size_t colon = line.find(':');
-    if (colon == std::string::npos) continue;
-    const size_t begin = line.find_first_not_of(" \t", colon + 1);
-    return begin == std::string::npos ? "" : line.substr(begin);
-  }
-  return "";
+// What the library says of this machine: one place knows of affinity, containers and their limits.
+Json Machine() {
+  size_t needed = 0;
+  std::string text;
+  do {  // it may have become longer between two calls
+    text.resize(needed + 1);
+    if (vattn_doctor(text.data(), text.size(), &needed) != VATTN_OK) throw Failure(vattn_last_error());
+  } while (needed >= text.size());
+  text.resize(needed);
+  return Json::parse(text);
 }
 
-uint64_t MemoryField(const std::string& key) {
-  const std::string text = ProcField("/proc/meminfo", key);
-  return text.empty() ? 0 : std::strtoull(text.c_str(), nullptr, 10) * 1024;
-}
+uint64_t MemoryBytes() { return Machine()["memory"]["total_bytes"].get<uint64_t>(); }
 
 std::string Date() {
   const std::time_t now = std::time(nullptr);
@@ -57,7 +54,7 @@ std::string OperatingSystem() {
 }
 
 std::string CpuModel() {
-  const std::string model = ProcField("/proc/cpuinfo", "model name");
+  const std::string model = Machine()["cpu"]["model"].get<std::string>();
   return model.empty() ? "unknown CPU" : model;
 }
 
@@ -80,14 +77,13 @@ std::string CommandLine::Reproduce(uint64_t seed) const {
 }
 
 int UsableCores() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  return std::max(1, CPU_COUNT(&set));
+  static const int cores = Machine()["cpu"]["cpus"].get<int>();
+  return cores;
 }
 
 int ResolveThreads(int threads) { return threads > 0 ? threads : UsableCores(); }
 
-uint64_t AvailableMemoryBytes() { return MemoryField("MemAvailable"); }
+uint64_t AvailableMemoryBytes() { return Machine()["memory"]["available_bytes"].get<uint64_t>(); }
 
 Json ResultHeader(const CommandLine& command) {
   return {{"schema_version", kSchemaVersion},
@@ -97,7 +93,7 @@ Json ResultHeader(const CommandLine& command) {
             {"date", Date()},
             {"cpu", CpuModel()},
             {"cores", UsableCores()},
-            {"memory_bytes", MemoryField("MemTotal")},
+            {"memory_bytes", MemoryBytes()},
             {"os", OperatingSystem()}}},
           {"command", command.Text()}};
 }
@@ -105,7 +101,7 @@ Json ResultHeader(const CommandLine& command) {
 std::string EnvironmentLine() {
   return std::string("vattn ") + vattn_version() + ", " + CpuModel() + ", " +
          std::to_string(UsableCores()) + " cores, " +
-         Bytes(static_cast<double>(MemoryField("MemTotal"))) + ", " + Date();
+         Bytes(static_cast<double>(MemoryBytes())) + ", " + Date();
 }
 
 void WriteJson(const std::string& path, const Json& json) {
@@ -114,10 +110,15 @@ void WriteJson(const std::string& path, const Json& json) {
 }
 
 void WriteFile(const std::string& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.close();
-  if (!file) throw Failure("cannot write " + path);
+  std::FILE* const file = std::fopen(path.c_str(), "wb");
+  bool done = file != nullptr && std::fwrite(text.data(), 1, text.size(), file) == text.size() && std::fflush(file) == 0;
+  int error = errno;
+  // A full disk may show no earlier than here.
+  if (file != nullptr && std::fclose(file) != 0 && done) {
+    done = false;
+    error = errno;
+  }
+  if (!done) throw Failure("cannot write " + path + ": " + std::strerror(error));
 }
 
 }  // namespace vattn::bench

@@ -25,11 +25,11 @@ class CommandLine {
   std::vector<std::string> words_;
 };
 
-// Cores that this process may run on.
+// Cores that this process may use: by affinity and by the quota of its container.
 int UsableCores();
 // threads, or every usable core for 0.
 int ResolveThreads(int threads);
-// 0 if /proc does not say.
+// Of the machine and of the process's container, whichever has less; 0 if the system does not say.
 uint64_t AvailableMemoryBytes();
 
 // {schema_version, environment: {version, build, date, cpu, cores, memory_bytes, os}, command}

@@ -30,7 +30,7 @@ Batch CreateBatch(vattn_runtime* runtime, int32_t slots);
 // Host pool for `sequences` sequences of `tokens` tokens in every layer of options, with room for
 // codes and for whole blocks.
 uint64_t HostBytes(const vattn_options& options, int64_t tokens, int64_t sequences);
-// Bytes of one token and KV head as DESIGN 3 lays a row out: K and V, padded to 128.
+// Bytes of one token and KV head as kernels/geometry.h lays a row out: K and V, padded to 128.
 int64_t RowBytes(const vattn_options& options);
 
 }  // namespace vattn::bench

@@ -1,5 +1,7 @@
 #include "bench/cli/option_arguments.h"
 
+#include <string>
+
 #include "bench/cli/failure.h"
 
 namespace vattn::bench {
@@ -21,35 +23,31 @@ CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& ch
       ->type_name(names);
 }
 
-void AddTrace(CLI::App* app, std::string* trace) {
-  app->add_option("--trace", *trace, "The recording (vattn-trace-1)")
-      ->required()
-      ->type_name("FILE");
+void AddTrace(FileArguments* files, std::string* trace) {
+  files->AddInput("--trace", trace, "The recording (vattn-trace-1)")->required();
 }
 
 void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds) {
   app->add_option("--seeds", *seeds, help)
       ->capture_default_str()
-      ->check(CLI::Range(1, 1000000).description(""));
+      ->check(Whole(1, 1000000));
 }
 
 void AddSteps(CLI::App* app, int64_t* steps) {
   app->add_option("--steps", *steps, "Only the first steps (all)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""));
+      ->check(Whole(1, int64_t{1} << 40));
 }
 
 void AddLayers(CLI::App* app, std::vector<int32_t>* layers) {
-  app->add_option("--layers", *layers, "Layers by place in the file, as 0,2 (all)")
-      ->delimiter(',')
-      ->type_name("LIST");
+  AddNumbers(app, "--layers", layers, "Layers by place in the file, as 0,2 (all)", 0, INT32_MAX);
 }
 
 void OptionArguments::Add(CLI::App* app) {
   AddChoice(app, "--index", IndexChoices(), "How scores of the middle are predicted (balanced)",
             &options_.index);
-  app->add_option("--index-bytes", options_.index_bytes,
-                  "Bytes of code per token and KV head: 16, 32, 48 or 64")
-      ->capture_default_str();
+  app->add_option("--index-bytes", index_bytes_,
+                  "Bytes of code per token and KV head: 16, 32, 48 or 64 (" +
+                      std::to_string(options_.index_bytes) + ")");
   app->add_option("--value-bits", options_.value_bits,
                   "Bits per value element kept beside the rows: 0, 2 or 4")
       ->capture_default_str();
@@ -68,10 +66,14 @@ void OptionArguments::Add(CLI::App* app) {
   app->add_option("--hot-share", options_.hot_share,
                   "Share of the middle that the hot set may hold")
       ->capture_default_str();
+  app->add_option("--refresh", options_.refresh, "1 / refresh of the random numbers are renewed a step")
+      ->capture_default_str();
   app->add_option("--seed", options_.seed, "First seed; every result prints it")
+      ->check(Seed())
       ->capture_default_str();
   AddChoice(app, "--backend", BackendChoices(), "Where to compute (auto)", &options_.backend);
   app->add_option("--threads", options_.num_threads, "CPU threads; 0: all usable")
+      ->check(Whole(0, 4096))
       ->capture_default_str();
 }
 
@@ -96,6 +98,7 @@ vattn_options OptionArguments::Resolve() const {
       throw UsageError(vattn_last_error());
     }
   }
+  if (index_bytes_) options.index_bytes = *index_bytes_;
   if (epsilon_) options.epsilon = *epsilon_;
   if (delta_) options.delta = *delta_;
   if (norm_ >= 0) options.norm = norm_;

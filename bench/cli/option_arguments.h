@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "api/vattn.h"
+#include "bench/cli/file_arguments.h"
+#include "bench/cli/number_lists.h"
 #include "bench/cli/settings.h"
 
 namespace vattn::bench {
@@ -18,7 +20,7 @@ CLI::Option* AddChoice(CLI::App* app, const std::string& name, const Choices& ch
                        const std::string& help, int32_t* value);
 
 // --trace, which must be given.
-void AddTrace(CLI::App* app, std::string* trace);
+void AddTrace(FileArguments* files, std::string* trace);
 
 // --seeds: how many, from --seed on.
 void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds);
@@ -46,11 +48,13 @@ class OptionArguments {
   vattn_options Resolve() const;
   bool epsilon_given() const { return epsilon_.has_value(); }
   bool delta_given() const { return delta_.has_value(); }
+  bool index_bytes_given() const { return index_bytes_.has_value(); }
 
  private:
   vattn_options options_;
   std::string preset_;
   std::optional<float> epsilon_, delta_;
+  std::optional<int32_t> index_bytes_;
   int32_t norm_ = -1;  // not given
 };
 

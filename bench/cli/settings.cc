@@ -85,7 +85,8 @@ std::string DescribePolicy(const vattn_options& options) {
 }
 
 std::string DescribeCodes(const vattn_options& options) {
-  const std::string keys = std::to_string(options.index_bytes) + " bytes of code";
+  const std::string keys =
+      options.index_bytes == 0 ? "codes of the default size" : std::to_string(options.index_bytes) + " bytes of code";
   return options.value_bits == 0
              ? keys
              : keys + ", values of " + std::to_string(options.value_bits) + " bits";

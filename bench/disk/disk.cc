@@ -11,19 +11,13 @@
 
 #include "bench/cli/failure.h"
 #include "bench/cli/handles.h"
+#include "bench/cli/scratch_folder.h"
 #include "bench/replay/session.h"
 
 namespace vattn::bench {
 namespace {
 
 constexpr int32_t kLayers = 4, kKvHeads = 8, kHeadDim = 128;
-
-// Removes its file when it goes.
-struct ScratchFile {
-  explicit ScratchFile(std::string name) : path(std::move(name)) {}
-  ~ScratchFile() { std::remove(path.c_str()); }
-  const std::string path;
-};
 
 vattn_options OptionsFor(const DiskPlan& plan, int64_t tokens) {
   vattn_options options;
@@ -81,8 +75,8 @@ Sequence Restore(vattn_runtime* runtime, const std::string& path) {
 }  // namespace
 
 DiskFigures MeasureDisk(const DiskPlan& plan, Progress* progress) {
-  const ScratchFile source(plan.directory + "/vattn-disk-source." + std::to_string(getpid()));
-  const ScratchFile target(plan.directory + "/vattn-disk-target." + std::to_string(getpid()));
+  const ScratchFolder folder(plan.directory, {"source", "target"});
+  const std::string &source = folder.path(0), &target = folder.path(1);
   vattn_options probe = OptionsFor(plan, 256);
   const int64_t token_bytes = int64_t{kLayers} * kKvHeads * (RowBytes(probe) + probe.index_bytes);
   const int64_t tokens = std::max<int64_t>(256, (plan.mebibytes << 20) / token_bytes / 256 * 256);
@@ -92,9 +86,9 @@ DiskFigures MeasureDisk(const DiskPlan& plan, Progress* progress) {
     const Runtime runtime = CreateRuntime(options);
     const Sequence sequence = CreateSequence(runtime.get(), 1);
     Fill(sequence.get(), tokens);
-    Check(vattn_sequence_save(sequence.get(), source.path.c_str()), "vattn_sequence_save");
+    Check(vattn_sequence_save(sequence.get(), source.c_str()), "vattn_sequence_save");
   }
-  DiskFigures figures = {.file_bytes = std::filesystem::file_size(source.path), .lines = {}};
+  DiskFigures figures = {.file_bytes = std::filesystem::file_size(source), .lines = {}};
   const double gigabytes = static_cast<double>(figures.file_bytes) / 1e9;
   progress->Begin("configuration");
   const int64_t total = static_cast<int64_t>(plan.block_kib.size() * plan.depths.size());
@@ -106,13 +100,13 @@ DiskFigures MeasureDisk(const DiskPlan& plan, Progress* progress) {
       options.io_depth = depth;
       const Runtime runtime = CreateRuntime(options);
       for (int32_t i = 0; i < plan.repetitions; ++i) {
-        ForgetPages(source.path);
+        ForgetPages(source);
         Sequence sequence;
         line.restore_gbps.push_back(
-            gigabytes / Seconds([&] { sequence = Restore(runtime.get(), source.path); }));
-        std::remove(target.path.c_str());
+            gigabytes / Seconds([&] { sequence = Restore(runtime.get(), source); }));
+        std::remove(target.c_str());
         line.save_gbps.push_back(gigabytes / Seconds([&] {
-          Check(vattn_sequence_save(sequence.get(), target.path.c_str()), "vattn_sequence_save");
+          Check(vattn_sequence_save(sequence.get(), target.c_str()), "vattn_sequence_save");
         }));
       }
       figures.lines.push_back(std::move(line));
@@ -124,7 +118,6 @@ DiskFigures MeasureDisk(const DiskPlan& plan, Progress* progress) {
 
 RestoredFigures CompareRestored(const Trace& trace, const vattn_options& options,
                                 const std::string& path) {
-  const ScratchFile file(path);
   std::vector<int32_t> layers(static_cast<size_t>(trace.layers));
   std::iota(layers.begin(), layers.end(), 0);
   Session first(trace, layers, options, /*prompt_queries=*/true);

@@ -13,7 +13,7 @@
 namespace vattn::bench {
 
 struct DiskPlan {
-  std::string directory;  // for the files, which are removed afterwards
+  std::string directory;  // for a folder of files, which are removed afterwards
   int64_t mebibytes = 1024;  // of a file, about
   std::vector<int32_t> block_kib = {1024};
   std::vector<int32_t> depths = {8};
@@ -42,7 +42,7 @@ struct RestoredFigures {
 };
 
 // Decodes a recording twice, the second time from a sequence that was saved halfway, restored in a
-// runtime of its own, and from then on step by step beside the first.
+// runtime of its own, and from then on step by step beside the first. The file stays at path.
 RestoredFigures CompareRestored(const Trace& trace, const vattn_options& options,
                                 const std::string& path);
 

@@ -7,7 +7,10 @@
 #include <vector>
 
 #include "bench/cli/failure.h"
+#include "bench/cli/file_arguments.h"
 #include "bench/cli/handles.h"
+#include "bench/cli/number_lists.h"
+#include "bench/cli/scratch_folder.h"
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
 #include "bench/disk/disk.h"
@@ -42,8 +45,8 @@ void RunCompare(const Arguments& arguments, const CommandLine& command) {
   SetShape(trace, plan, &options);
   options.io_engine = arguments.plan.engine;
   options.io_buffered = arguments.plan.buffered;
-  const RestoredFigures figures =
-      CompareRestored(trace, options, arguments.plan.directory + "/vattn-disk-sequence");
+  const ScratchFolder folder(arguments.plan.directory, {"sequence"});
+  const RestoredFigures figures = CompareRestored(trace, options, folder.path(0));
   std::printf("%s\n%s: saved after %ld of %ld steps (%s) and restored: %ld of %ld answers differ\n",
               EnvironmentLine().c_str(), trace.path.c_str(), static_cast<long>(trace.steps / 2),
               static_cast<long>(trace.steps), Bytes(static_cast<double>(figures.file_bytes)).c_str(),
@@ -102,35 +105,30 @@ void AddDiskCommand(CLI::App* app, const CommandLine& command) {
   CLI::App* sub = app->add_subcommand("disk", "Time saving and restoring a sequence");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
+  auto files = std::make_shared<FileArguments>(sub);
   DiskPlan& plan = arguments->plan;
   plan.directory = ".";
   sub->add_option("--directory", plan.directory, "Where the files are made, and removed again")
       ->type_name("DIR")
       ->capture_default_str();
   sub->add_option("--size", plan.mebibytes, "MiB of the file, about")
-      ->check(CLI::Range(1, 1 << 20).description(""))
+      ->check(Whole(1, 1 << 20))
       ->capture_default_str();
-  sub->add_option("--block", plan.block_kib, "KiB of a transfer, as 256,1024")
-      ->delimiter(',')
-      ->check(CLI::Range(4, 1 << 18).description(""))
-      ->type_name("LIST")
-      ->capture_default_str();
-  sub->add_option("--depth", plan.depths, "Transfers under way, as 1,8")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 256).description(""))
-      ->type_name("LIST")
-      ->capture_default_str();
+  AddNumbers(sub, "--block", &plan.block_kib, "KiB of a transfer, as 256,1024", 4, 1 << 18);
+  AddNumbers(sub, "--depth", &plan.depths, "Transfers under way, as 1,8", 1, 256);
   sub->add_option("--engine", arguments->engine, "auto, uring or pread")
       ->check(CLI::IsMember({"auto", "uring", "pread"}).description(""))
       ->capture_default_str();
   sub->add_flag("--buffered{1}", plan.buffered, "Through the page cache");
   sub->add_option("--repetitions", plan.repetitions, "Of each")
-      ->check(CLI::Range(1, 1000).description(""))
+      ->check(Whole(1, 1000))
       ->capture_default_str();
-  sub->add_option("--trace", arguments->trace, "Compare attention on this recording instead")
-      ->type_name("FILE");
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunDisk(*arguments, command); });
+  files->AddInput("--trace", &arguments->trace, "Compare attention on this recording instead");
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunDisk(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "bench/cli/failure.h"
+#include "bench/cli/file_arguments.h"
+#include "bench/cli/number_lists.h"
 #include "bench/cli/text.h"
 #include "bench/gather/gather.h"
 
@@ -134,14 +136,15 @@ void AddGatherCommand(CLI::App* app, const CommandLine& command) {
       "gather", "Time the movement of scattered rows from host memory to the device, and memcpy");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
+  auto files = std::make_shared<FileArguments>(sub);
   GatherShape& shape = arguments->shape;
-  const CLI::Validator count = CLI::Range(1, 1 << 20).description("");
+  const CLI::Validator count = Whole(1, 1 << 20);
   sub->add_option("--layers", shape.layers, "Layers in the region")
       ->check(count)
       ->capture_default_str();
   sub->add_option("--kv-heads", shape.kv_heads, "KV heads")->check(count)->capture_default_str();
   sub->add_option("--tokens", shape.tokens, "Tokens of a KV head")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 31).description(""))
+      ->check(Whole(1, int64_t{1} << 31))
       ->capture_default_str();
   sub->add_option("--row-bytes", shape.row_bytes, "Bytes of a row: a multiple of 16, up to 4096")
       ->check(CLI::Validator(
@@ -153,20 +156,28 @@ void AddGatherCommand(CLI::App* app, const CommandLine& command) {
           },
           ""))
       ->capture_default_str();
-  sub->add_option("--shares", shape.shares, "Shares of the tokens to move, as .005,.02")
-      ->delimiter(',')
-      ->check(CLI::Range(1e-9, .5).description(""))
-      ->type_name("LIST")
-      ->capture_default_str();
+  const auto shares = [arguments](const std::vector<std::string>& words) {
+    arguments->shape.shares.clear();
+    for (std::string& entry : SplitList("--shares", words)) {
+      const std::string why = CLI::Range(1e-9, .5)(entry);
+      if (!why.empty()) throw CLI::ValidationError("--shares", why);
+      arguments->shape.shares.push_back(std::stod(entry));
+    }
+  };
+  sub->add_option_function<std::vector<std::string>>("--shares", shares, "Shares of the tokens to move, as .005,.02")
+      ->type_name("LIST");
   sub->add_option("--repetitions", shape.repetitions, "Timed sets of rows")
-      ->check(CLI::Range(1, 10000).description(""))
+      ->check(Whole(1, 10000))
       ->capture_default_str();
   sub->add_option("--threads", arguments->threads, "Threads that fill the region (0: all cores)")
-      ->check(CLI::Range(0, 1 << 16).description(""))
+      ->check(Whole(0, 1 << 16))
       ->capture_default_str();
-  sub->add_option("--seed", shape.seed, "Of the rows that are drawn")->capture_default_str();
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunGather(*arguments, command); });
+  sub->add_option("--seed", shape.seed, "Of the rows that are drawn")->check(Seed())->capture_default_str();
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunGather(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

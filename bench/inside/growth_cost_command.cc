@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "bench/cli/failure.h"
+#include "bench/cli/file_arguments.h"
+#include "bench/cli/number_lists.h"
 #include "bench/cli/progress.h"
 #include "bench/cli/statistics.h"
 #include "bench/cli/text.h"
@@ -213,8 +215,9 @@ void AddGrowthCostCommand(CLI::App* app, const CommandLine& command) {
   CLI::App* sub = app->add_subcommand("growth-cost", "What it costs a CUDA device to grow with a sequence");
   sub->footer(kNotes);
   auto a = std::make_shared<Arguments>();
+  auto files = std::make_shared<FileArguments>(sub);
   const auto add = [&](const char* name, auto& value, const char* help, int64_t low, int64_t high) {
-    sub->add_option(name, value, help)->capture_default_str()->check(CLI::Range(low, high).description(""));
+    sub->add_option(name, value, help)->capture_default_str()->check(Whole(low, high));
   };
   add("--tokens", a->tokens, "Tokens of the sequence in the end", 1, int64_t{1} << 30);
   add("--decode", a->decode, "Tokens that come by decode steps first", 1, int64_t{1} << 30);
@@ -225,8 +228,11 @@ void AddGrowthCostCommand(CLI::App* app, const CommandLine& command) {
   add("--kv-heads", a->kv_heads, "KV heads", 1, 1024);
   add("--head-dim", a->head_dim, "Elements of a head", 16, 256);
   add("--device", a->device, "CUDA device", 0, 1023);
-  sub->add_option("--json", a->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([a, &command] { RunGrowthCost(*a, command); });
+  files->AddJson(&a->json);
+  sub->callback([a, files, &command] {
+    files->Check();
+    RunGrowthCost(*a, command);
+  });
 }
 
 }  // namespace vattn::bench

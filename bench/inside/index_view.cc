@@ -75,7 +75,9 @@ Group IndexView::Prepare(int64_t layer, int64_t h, int64_t step) {
   if (group.middle_end <= group.middle_begin)
     throw Failure(trace_.path + ": is too short to have a middle");
   group.q_heads = runtime_->group(0);
-  group.index = of.groups[h].index->tables();
+  group.segments = of.groups[h].segments.data();
+  group.num_segments = static_cast<int32_t>(of.groups[h].segments.size());
+  group.index = group.segments[0].tables;
   group.scratch = CarveScratch(storage(), promise(), of.tokens, group.q_heads, memory_.get());
   q_.clear();
   for (int g = 0; g < group.q_heads; ++g) {

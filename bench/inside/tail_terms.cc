@@ -169,7 +169,7 @@ TailAnswer TailEstimator::Estimate(const TailDraw& draw, const Promise& promise,
   HeadWork work;
   work.denominator = static_cast<float>(answer.denominator);
   work.unseen = static_cast<float>(sums.coded - seen);
-  work.ref = static_cast<float>(Ref(promise, answer.output, mass > 0 ? norm2 / mass : 0));
+  work.least_ref = static_cast<float>(Ref(promise, answer.output, mass > 0 ? norm2 / mass : 0));
   const bool exact = terms.empty() && static_cast<int64_t>(draw.token.size()) == head_.n;
   const double output2 =
       std::inner_product(answer.output.begin(), answer.output.end(), answer.output.begin(), 0.);

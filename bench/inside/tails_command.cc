@@ -118,18 +118,22 @@ void AddTailsCommand(CLI::App* app, const CommandLine& command) {
       "tails", "What could stand in for rows that are not drawn: error, certificate, bytes");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  AddTrace(sub, &arguments->trace);
+  auto files = std::make_shared<FileArguments>(sub);
+  AddTrace(files.get(), &arguments->trace);
   arguments->options.Add(sub);
   sub->add_option("--rows", arguments->rows, "Expected rows of a draw, as a share of the middle")
       ->capture_default_str()
       ->check(CLI::Range(1e-6, 1.).description(""));
   sub->add_option("--draws", arguments->draws, "For each query head and step")
       ->capture_default_str()
-      ->check(CLI::Range(1, 1000000).description(""));
+      ->check(Whole(1, 1000000));
   AddLayers(sub, &arguments->layers);
   AddSteps(sub, &arguments->steps);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunTails(*arguments, command); });
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunTails(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

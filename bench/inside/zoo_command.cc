@@ -64,7 +64,12 @@ std::vector<Entry> Entries(const Arguments& arguments) {
   std::vector<Entry> chosen;
   for (const std::string& name : arguments.only) {
     const auto at = std::find_if(all.begin(), all.end(), [&](const Entry& e) { return e.name == name; });
-    if (at == all.end()) throw UsageError("--only: " + name + " is no index of the zoo");
+    if (at == all.end()) {
+      std::string names;
+      for (const Entry& entry : all) names += (names.empty() ? "" : ", ") + entry.name;
+      throw UsageError("--only: " + name + " is none of " + names +
+                       (arguments.sign_maps.empty() ? "; sign-learned needs --sign-maps" : ""));
+    }
     chosen.push_back(*at);
   }
   return chosen;
@@ -108,6 +113,7 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
   plan.seeds = arguments.seeds;
   vattn_options asked = arguments.options.Resolve();
   SetShape(trace, plan, &asked);
+  const std::vector<Entry> entries = Entries(arguments);  // a wrong name shows before the long part
   Progress progress;
   progress.Begin("exact attention in float64");
   const Reference reference =
@@ -119,7 +125,7 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
   json["trace"] = trace.path;
   json["indices"] = Json::array();
   double spread = 0;
-  for (const Entry& entry : Entries(arguments)) {
+  for (const Entry& entry : entries) {
     const vattn_options options = OptionsFor(entry, arguments, asked);
     progress.Begin(entry.name);
     const ScanFigures scan = MeasureScan(trace, plan.layers, options, plan.steps, kEvery);
@@ -159,19 +165,23 @@ void AddZooCommand(CLI::App* app, const CommandLine& command) {
   CLI::App* sub = app->add_subcommand("zoo", "Every kind of index on a recording: how well it predicts, what it costs");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  AddTrace(sub, &arguments->trace);
+  auto files = std::make_shared<FileArguments>(sub);
+  AddTrace(files.get(), &arguments->trace);
   arguments->options.Add(sub);
   for (const char* const own : {"--index", "--index-bytes"}) sub->remove_option(sub->get_option(own));
-  sub->add_option("--only", arguments->only, "Indices by their names in the table, as balanced-32,page (all)")
-      ->delimiter(',')
+  sub->add_option_function<std::vector<std::string>>(
+         "--only", [arguments](const std::vector<std::string>& words) { arguments->only = SplitList("--only", words); },
+         "Indices by their names in the table, as balanced-32,page (all)")
       ->type_name("LIST");
-  sub->add_option("--sign-maps", arguments->sign_maps, "Adds sign-learned, with these maps (vattn-sign-1)")
-      ->type_name("FILE");
+  files->AddInput("--sign-maps", &arguments->sign_maps, "Adds sign-learned, with these maps (vattn-sign-1)");
   AddSeeds(sub, "Runs, with consecutive seeds", &arguments->seeds);
   AddLayers(sub, &arguments->layers);
   AddSteps(sub, &arguments->steps);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunZoo(*arguments, command); });
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunZoo(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

@@ -134,11 +134,12 @@ def fill(cache: VattnCache, rows: list[Row]) -> None:
     """Moves what the rows have read into an empty cache, as the adapter moves a prompt."""
     longest = max(row.tokens for row in rows)
     lengths = torch.tensor([row.tokens for row in rows])
-    padding = cache.store.padding(
-        torch.arange(longest) >= longest - lengths[:, None], len(rows), longest
-    )
-    # append leaves out the first `padding` of a row's queries, too.
-    recent = min(_CALIBRATION, longest - max(padding)) + max(padding)
+    mask = torch.arange(longest) >= longest - lengths[:, None]
+    cache.begin(mask, len(rows), longest, rows[0].context.model.device)
+    cache.real_from = longest  # the steps come without a mask: their tokens are no padding
+    # append leaves out a row's padding of the queries, too.
+    padding = longest - int(lengths.min())
+    recent = min(_CALIBRATION, longest - padding) + padding
     for i, layer in enumerate(cache.layers):
         queries, keys, values = (
             _left(list(x), length)
@@ -146,6 +147,7 @@ def fill(cache: VattnCache, rows: list[Row]) -> None:
         )
         cache.store.append(i, queries, keys, values, rows[0].context.queries.scaling)
         layer.tokens = longest
+        cache.done(i, longest)
 
 
 def dense_cache(rows: list[Row]) -> DynamicCache:

@@ -1,5 +1,5 @@
 // Coverage of the promise, by layer and query head: how often a result that is flagged VERIFIED is off by
-// more than epsilon, with exact upper bounds on that probability (RELIABILITY 7).
+// more than epsilon, with exact upper bounds on that probability.
 #ifndef VATTN_BENCH_REPLAY_CERTIFY_H_
 #define VATTN_BENCH_REPLAY_CERTIFY_H_
 
@@ -21,13 +21,15 @@ enum class Trials {
   kFresh,    // an answer, all random numbers new: given the past, each is off with probability <= delta
   kKept,     // an answer, random numbers kept from step to step as in production; runs are clusters
   kRequest,  // a whole request: delta is for any of its answers, each of which gets an equal part
+  kCall,     // one (step, query head), all random numbers new: a trial is a run. Which is worst is seen in the
+             // first half of the runs, and judged on the other
 };
 
 struct Cell {
   float epsilon = .1f, delta = .1f;
   Trials trials = Trials::kFresh;
 };
-// {.05, .1, .2} x {.05, .1} of each kind.
+// {.05, .1, .2} x {.05, .1} of each kind but calls.
 std::vector<Cell> CoverageGrid();
 
 struct Coverage {
@@ -40,6 +42,13 @@ struct Coverage {
   std::string worst;
   double worst_rate = 0;   // of its verified answers, or of its requests
   double worst_upper = 1;  // 95 % upper bound on the probability
+  // The head or call that speaks most against the promise: whose 95 % lower bound is highest. With kCall its
+  // numbers are of the second half of the runs.
+  struct Suspect {
+    std::string name = "-";
+    int64_t failures = 0, verified = 0;
+    double lower = 0, upper = 0;
+  } suspect;
   bool refuted = false;    // some lower bound, at confidence 1 - 1e-6, lies above delta
   double selected = 0, fetched = 0;  // mean shares of the middle
   double sharpness = 0, looks = 0;

@@ -158,13 +158,17 @@ void AddCompareCommand(CLI::App* app, const CommandLine& command) {
       "compare", "Bytes over PCIe for the same error: verified against top-k with a uniform sample");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  AddTrace(sub, &arguments->trace);
+  auto files = std::make_shared<FileArguments>(sub);
+  AddTrace(files.get(), &arguments->trace);
   arguments->options.Add(sub);
   AddSeeds(sub, "Runs of each line, with consecutive seeds", &arguments->seeds);
   AddLayers(sub, &arguments->layers);
   AddSteps(sub, &arguments->steps);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunCompare(*arguments, command); });
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunCompare(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

@@ -1,7 +1,10 @@
 #include "bench/replay/growth_command.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -25,11 +28,12 @@ constexpr char kNotes[] =
     "line is the exponent a of rows ~ tokens^a, by least squares over the lengths.";
 
 constexpr int64_t kSinks = 16;
+constexpr std::array<int64_t, 4> kUsual = {4096, 8192, 16384, 32768};
 
 struct Arguments {
   OptionArguments options;
   std::string trace, json;
-  std::vector<int64_t> tokens = {4096, 8192, 16384, 32768};
+  std::vector<int64_t> tokens;  // empty: those of kUsual that the recording has
   std::vector<int32_t> layers;
   int64_t steps = 0;
   int32_t seeds = 1;
@@ -62,6 +66,26 @@ double Exponent(const std::vector<int64_t>& x, const std::vector<double>& y) {
   return (n * sxy - sx * sy) / (n * sxx - sx * sx);
 }
 
+// The lengths that were asked for, or the usual ones that the recording has; of a short one halves of its own. The
+// longest may be shortened by the steps that the recording took.
+std::vector<int64_t> ResolveLengths(const Trace& trace, const std::vector<int64_t>& given) {
+  std::vector<int64_t> lengths = given;
+  for (const int64_t tokens : given) {
+    if (tokens > kSinks && tokens <= trace.tokens) continue;
+    throw UsageError("--tokens: " + std::to_string(tokens) + ", must be from " + std::to_string(kSinks + 1) +
+                     " to the recording's " + std::to_string(trace.tokens));
+  }
+  if (given.empty()) {
+    std::copy_if(kUsual.begin(), kUsual.end(), std::back_inserter(lengths),
+                 [&](int64_t tokens) { return tokens <= trace.tokens; });
+    if (lengths.size() < 2) lengths = {trace.prompt_tokens / 4, trace.prompt_tokens / 2, trace.prompt_tokens};
+  }
+  for (int64_t& tokens : lengths) tokens = std::min(tokens, trace.prompt_tokens);
+  std::sort(lengths.begin(), lengths.end());
+  lengths.erase(std::unique(lengths.begin(), lengths.end()), lengths.end());
+  return lengths;
+}
+
 void RunGrowth(const Arguments& arguments, const CommandLine& command) {
   const Trace whole = ReadTrace(arguments.trace);
   const std::vector<int32_t> layers = ResolveLayers(whole, arguments.layers);
@@ -78,11 +102,7 @@ void RunGrowth(const Arguments& arguments, const CommandLine& command) {
   std::vector<std::vector<double>> figures(2 * policies.size());  // by column, without errors
   Json list = Json::array();
   Progress progress;
-  std::vector<int64_t> lengths = arguments.tokens;
-  // The longest may be shortened by the steps that the recording took.
-  for (int64_t& tokens : lengths) {
-    if (tokens > whole.prompt_tokens && tokens <= whole.tokens) tokens = whole.prompt_tokens;
-  }
+  const std::vector<int64_t> lengths = ResolveLengths(whole, arguments.tokens);
   for (const int64_t tokens : lengths) {
     const Trace trace = Shorten(whole, layers, tokens, kSinks);
     ReplayPlan plan;
@@ -140,17 +160,20 @@ void AddGrowthCommand(CLI::App* app, const CommandLine& command) {
   CLI::App* sub = app->add_subcommand("growth", "How the rows that a policy needs grow with the context");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  AddTrace(sub, &arguments->trace);
-  sub->add_option("--tokens", arguments->tokens, "Lengths of context (4096,8192,16384,32768)")
-      ->delimiter(',')
-      ->type_name("LIST");
+  auto files = std::make_shared<FileArguments>(sub);
+  AddTrace(files.get(), &arguments->trace);
+  AddNumbers(sub, "--tokens", &arguments->tokens,
+             "Lengths of context (those of 4096,8192,16384,32768 that the recording has)", 1, int64_t{1} << 40);
   sub->add_flag("--verified-only", arguments->verified_only, "Not the policies that take a search");
   arguments->options.Add(sub);
   AddSeeds(sub, "Runs of each line, with consecutive seeds", &arguments->seeds);
   AddLayers(sub, &arguments->layers);
   AddSteps(sub, &arguments->steps);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunGrowth(*arguments, command); });
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunGrowth(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

@@ -1,5 +1,6 @@
 #include "bench/replay/replay_command.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <deque>
 #include <filesystem>
@@ -18,6 +19,7 @@
 #include "bench/replay/report.h"
 #include "bench/trace/hostile_trace.h"
 #include "bench/trace/trace_arguments.h"
+#include "bench/trace/trace_views.h"
 
 namespace vattn::bench {
 namespace {
@@ -33,16 +35,28 @@ constexpr char kNotes[] =
     "--certify measures coverage by layer and query head for epsilon .05 .1 .2 and delta .05 .1 (or\n"
     "those given), over --seeds forks of the prompt with random numbers of their own. Trials: fresh =\n"
     "all numbers new in every step, an exact test; kept = as in production, runs are clusters (bound\n"
-    "of Bentkus); request = delta for a whole run, each of its answers gets an equal part.";
+    "of Bentkus); request = delta for a whole run, each of its answers gets an equal part; call = one step and\n"
+    "query head, the worst of the first half of the runs judged on the other half (only with --trials).";
 
 enum Calibration : int32_t { kPrompt = 0, kProfile = 1, kIdentity = 2 };
 Choices CalibrationChoices() {
   return {{"prompt", kPrompt}, {"profile", kProfile}, {"identity", kIdentity}};
 }
 
+constexpr int32_t kGrid = -1;
+Choices TrialChoices() {
+  return {{"grid", kGrid},
+          {"fresh", static_cast<int32_t>(Trials::kFresh)},
+          {"kept", static_cast<int32_t>(Trials::kKept)},
+          {"request", static_cast<int32_t>(Trials::kRequest)},
+          {"call", static_cast<int32_t>(Trials::kCall)}};
+}
+
 struct Arguments {
   OptionArguments options;
-  std::string trace, profile, json, plot;
+  std::string trace, profile, json, plot, inputs;
+  int64_t prompt_tokens = 0, queries_end = 0, queries = 0, repeat_step = -1;
+  int32_t trials = kGrid;
   int32_t calibration = kPrompt;
   std::vector<int32_t> layers;
   int64_t steps = 0;
@@ -179,50 +193,85 @@ Json TraceJson(const Trace& trace, const ReplayPlan& plan) {
 }
 
 constexpr int64_t kHostileSteps = 16;
+constexpr int64_t kRepeated = 200;  // times
+
+// The recording, split elsewhere or with a step repeated, as the command line says.
+Trace ReadAsked(const Arguments& arguments) {
+  Trace trace = ReadTrace(arguments.trace);
+  const bool split = arguments.prompt_tokens > 0 || arguments.queries_end > 0 || arguments.queries > 0;
+  if (split) {
+    const int64_t prompt = arguments.prompt_tokens > 0 ? arguments.prompt_tokens : trace.prompt_tokens;
+    trace = SplitAt(trace, prompt, arguments.repeat_step < 0 ? arguments.steps : 0, arguments.queries,
+                    arguments.queries_end);
+  }
+  if (arguments.repeat_step < 0) return trace;
+  return RepeatStep(trace, arguments.repeat_step, arguments.steps > 0 ? arguments.steps : kRepeated);
+}
+
+// Those that the command line names: by a part of the name, or every kind.
+std::vector<Trace> HostileOf(const Arguments& arguments, int64_t steps) {
+  std::vector<Trace> all = HostileTraces(std::min(steps, test::kCalibration)), some;
+  for (Trace& trace : IsotropicTraces(steps)) all.push_back(std::move(trace));
+  for (Trace& trace : all) {
+    if (trace.path.find(arguments.inputs) != std::string::npos) some.push_back(std::move(trace));
+  }
+  if (some.empty()) throw UsageError("--inputs: no hostile input has \"" + arguments.inputs + "\" in its name");
+  return some;
+}
+
+// The grid, narrowed to the kind, epsilon and delta that were given; those may lie outside it.
+std::vector<Cell> CellsOf(const Arguments& arguments, const vattn_options& options) {
+  std::vector<Cell> grid = CoverageGrid(), cells;
+  if (arguments.trials == static_cast<int32_t>(Trials::kCall)) {
+    for (Cell& cell : grid) cell.trials = Trials::kCall;
+  }
+  for (Cell cell : grid) {
+    if (arguments.trials != kGrid && cell.trials != static_cast<Trials>(arguments.trials)) continue;
+    if (arguments.options.epsilon_given()) cell.epsilon = options.epsilon;
+    if (arguments.options.delta_given()) cell.delta = options.delta;
+    const bool there = std::any_of(cells.begin(), cells.end(), [&](const Cell& other) {
+      return other.epsilon == cell.epsilon && other.delta == cell.delta && other.trials == cell.trials;
+    });
+    if (!there) cells.push_back(cell);
+  }
+  return cells;
+}
 
 void RunCertifyOf(const Arguments& arguments, const CommandLine& command) {
   CertifyJob job;
   job.options = arguments.options.Resolve();
   job.plan.steps = kHostileSteps;
   if (arguments.hostile) {
-    job.options.index_bytes = 16;  // rows have a quarter of a model's bytes
+    if (!arguments.options.index_bytes_given()) job.options.index_bytes = 16;  // rows have a quarter of a model's bytes
     job.options.hot_share = 0;
     job.options.on_unverified = VATTN_ON_UNVERIFIED_BEST_EFFORT;
-    if (arguments.steps > test::kCalibration) {
-      throw UsageError("--steps: " + std::to_string(arguments.steps) + ", hostile inputs have " +
-                       std::to_string(test::kCalibration));
-    }
-    if (arguments.steps > 0) job.plan.steps = arguments.steps;
-    for (Trace& trace : HostileTraces(job.plan.steps)) {
+    if (arguments.steps > 0) job.plan.steps = std::min(arguments.steps, test::kCalibration);
+    for (Trace& trace : HostileOf(arguments, job.plan.steps)) {
       job.names.push_back(trace.path);
       job.traces.push_back(std::move(trace));
     }
   } else {
-    job.traces.push_back(ReadTrace(arguments.trace));
+    job.traces.push_back(ReadAsked(arguments));
     job.plan = MakePlan(job.traces[0], arguments);
     job.names.push_back(std::filesystem::path(arguments.trace).stem().string());
     if (!arguments.profile.empty()) job.options.profile = arguments.profile.c_str();
   }
   job.plan.seeds = arguments.seeds;
   job.plan.timed = false;
-  for (const Cell& cell : CoverageGrid()) {
-    const auto other = [](bool given, float asked, float here) { return given && asked != here; };
-    if (other(arguments.options.epsilon_given(), job.options.epsilon, cell.epsilon)) continue;
-    if (other(arguments.options.delta_given(), job.options.delta, cell.delta)) continue;
-    job.cells.push_back(cell);
-  }
-  if (job.cells.empty()) throw UsageError("--certify: epsilon is .05, .1 or .2, delta .05 or .1");
+  job.cells = CellsOf(arguments, job.options);
   RunCertify(job, arguments.json, command);
 }
 
 void RunReplay(const Arguments& arguments, const CommandLine& command) {
   CheckCalibration(arguments);
   if (arguments.hostile && !arguments.certify) throw UsageError("--hostile: needs --certify");
+  if (!arguments.inputs.empty() && !arguments.hostile) throw UsageError("--inputs: needs --hostile");
+  if (arguments.trials != kGrid && !arguments.certify) throw UsageError("--trials: needs --certify");
   if (arguments.trace.empty() == !arguments.hostile) {
     throw UsageError(arguments.hostile ? "--trace: not with --hostile" : "--trace is required");
   }
   if (arguments.certify) return RunCertifyOf(arguments, command);
-  const Trace trace = ReadTrace(arguments.trace);
+  const Trace trace = ReadAsked(arguments);
   const ReplayPlan plan = MakePlan(trace, arguments);
   vattn_options options = arguments.options.Resolve();
   SetShape(trace, plan, &options);
@@ -268,7 +317,8 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
       "Replay recorded attention (vattn-trace-1) and say how exact it was and what it cost");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  sub->add_option("--trace", arguments->trace, "The recording")->type_name("FILE");
+  auto files = std::make_shared<FileArguments>(sub);
+  files->AddInput("--trace", &arguments->trace, "The recording");
   arguments->options.AddPolicies(sub);
   arguments->options.Add(sub);
   AddSeeds(sub, "Runs, with consecutive seeds", &arguments->seeds);
@@ -278,19 +328,30 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
             "What the index is calibrated on: the recorded prompt queries, a profile, nothing "
             "(prompt)",
             &arguments->calibration);
-  sub->add_option("--profile", arguments->profile, "The profile, as vattn calibrate makes it")
-      ->type_name("FILE");
+  files->AddInput("--profile", &arguments->profile, "The profile, as vattn calibrate makes it");
   sub->add_flag("--compare", arguments->compare,
                 "Verified beside topk-uniform and topk with the same p95 error");
   sub->add_flag("--certify", arguments->certify, "Coverage of the promise, with upper bounds");
   sub->add_flag("--hostile", arguments->hostile,
                 "With --certify, instead of a recording: inputs made to break the promise");
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->add_option(
-         "--plot", arguments->plot,
-         "Draw error and share by layer and head, and error against share for the policies")
-      ->type_name("FILE.svg");
-  sub->callback([arguments, &command] { RunReplay(*arguments, command); });
+  sub->add_option("--inputs", arguments->inputs, "Hostile inputs with this in their name (all)")->type_name("TEXT");
+  AddChoice(sub, "--trials", TrialChoices(), "What --certify counts as a trial (grid: fresh, kept, request)",
+            &arguments->trials);
+  const auto tokens = [&](const char* name, const char* help, int64_t* value) {
+    sub->add_option(name, *value, help)->check(CLI::Range(int64_t{0}, int64_t{1} << 40).description(""));
+  };
+  tokens("--prompt-tokens", "Split the recording here: what follows is steps (the recording's prompt)",
+         &arguments->prompt_tokens);
+  tokens("--queries", "Calibrate on the queries of so many tokens (all recorded)", &arguments->queries);
+  tokens("--queries-end", "... before this token (the prompt's end)", &arguments->queries_end);
+  tokens("--repeat-step", "A loop: this step's token and query --steps (200) times", &arguments->repeat_step);
+  files->AddJson(&arguments->json);
+  files->AddOutput("--plot", &arguments->plot,
+                   "Draw error and share by layer and head, and error against share for the policies", "FILE.svg");
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunReplay(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

@@ -1,4 +1,4 @@
-// Observations boiled down to the figures that vattn is judged by (ALGORITHM 9), as JSON and as a
+// Observations boiled down to the figures that vattn is judged by, as JSON and as a
 // markdown table.
 #ifndef VATTN_BENCH_REPLAY_REPORT_H_
 #define VATTN_BENCH_REPLAY_REPORT_H_

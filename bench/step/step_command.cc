@@ -214,29 +214,21 @@ void AddStepCommand(CLI::App* app, const CommandLine& command) {
       "step", "Time decode steps on long sequences: policy verified and dense, taking turns");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
+  auto files = std::make_shared<FileArguments>(sub);
   DecodeShape& shape = arguments->shape;
   shape.dtype = VATTN_BF16;
   shape.head_dim = 0;  // not given
-  const CLI::Validator count = CLI::Range(1, 1 << 20).description("");
-  sub->add_option("--tokens", arguments->tokens, "Lengths of the sequences, as 4096,32768")
-      ->delimiter(',')
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40).description(""))
-      ->type_name("LIST")
-      ->capture_default_str();
+  const CLI::Validator count = Whole(1, 1 << 20);
+  AddNumbers(sub, "--tokens", &arguments->tokens, "Lengths of the sequences, as 4096,32768", 1, int64_t{1} << 40);
   sub->add_option("--layers", shape.layers, "Layers")->check(count)->capture_default_str();
   sub->add_option("--q-heads", shape.q_heads, "Query heads")->check(count)->capture_default_str();
   sub->add_option("--kv-heads", shape.kv_heads, "KV heads")->check(count)->capture_default_str();
   sub->add_option("--head-dim", shape.head_dim, "Elements of K and of V (the trace's, else 128)")
       ->check(count);
-  sub->add_option("--batch", arguments->batches, "Sequences in a step; several on CUDA, as 1,4")
-      ->delimiter(',')
-      ->check(count)
-      ->type_name("LIST")
-      ->capture_default_str();
+  AddNumbers(sub, "--batch", &arguments->batches, "Sequences in a step; several on CUDA, as 1,4", 1, 1 << 20);
   AddChoice(sub, "--dtype", DTypeChoices(), "Type of rows and queries (bf16)", &shape.dtype);
   sub->add_option("--steps", arguments->steps, "Timed steps (32; 64 on CUDA)")->check(count);
-  sub->add_option("--trace", arguments->trace, "Recording to lengthen (synthetic without)")
-      ->type_name("FILE");
+  files->AddInput("--trace", &arguments->trace, "Recording to lengthen (synthetic without)");
   sub->add_flag("--keep-caches", arguments->keep_caches, "Leave the caches as the last call did");
   sub->add_flag("--resident", arguments->resident,
                 "CUDA: a second line where every step asks the same, so that nothing is missed");
@@ -246,8 +238,11 @@ void AddStepCommand(CLI::App* app, const CommandLine& command) {
       ->check(CLI::Range(1., 1e6).description(""));
   arguments->options.AddPolicies(sub);
   arguments->options.Add(sub);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunStep(*arguments, command); });
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunStep(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

@@ -73,16 +73,18 @@ void AddCalibrateCommand(CLI::App* app, const CommandLine& command) {
       "calibrate", "Make a model profile from recorded queries, for prompts that come without any");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
-  AddTrace(sub, &arguments->trace);
-  sub->add_option("--out", arguments->out, "The profile (vattn-profile-1)")
-      ->required()
-      ->type_name("FILE");
+  auto files = std::make_shared<FileArguments>(sub);
+  AddTrace(files.get(), &arguments->trace);
+  files->AddOutput("--out", &arguments->out, "The profile (vattn-profile-1)")->required();
   AddChoice(sub, "--queries", {{"prompt", kPrompt}, {"steps", kSteps}},
             "Which queries: of the prompt, or of the decode steps (prompt, if recorded)",
             &arguments->source);
   AddLayers(sub, &arguments->layers);
-  sub->add_option("--json", arguments->json, "Write everything to this file")->type_name("FILE");
-  sub->callback([arguments, &command] { RunCalibrate(*arguments, command); });
+  files->AddJson(&arguments->json);
+  sub->callback([arguments, files, &command] {
+    files->Check();
+    RunCalibrate(*arguments, command);
+  });
 }
 
 }  // namespace vattn::bench

@@ -1,4 +1,4 @@
-// Attention inputs made to break a sampled answer (RELIABILITY 7): one query against one context,
+// Attention inputs made to break a sampled answer: one query against one context,
 // with the logits chosen exactly.
 #ifndef VATTN_BENCH_TRACE_HOSTILE_INPUTS_H_
 #define VATTN_BENCH_TRACE_HOSTILE_INPUTS_H_
@@ -29,8 +29,6 @@ struct HostileInput {
 
 // The same numbers in every run. On these the promise must hold.
 std::vector<HostileInput> HostileInputs();
-// Codes say nothing of where the query points, and every token's score differs there by 2 nats.
-HostileInput BlindIndexInput();
 
 // Exact attention of a query [kHeads][kDim] in float64.
 struct Exact {

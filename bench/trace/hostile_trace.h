@@ -14,6 +14,10 @@ namespace vattn::bench {
 // queries; the last `steps` of the input's tokens are theirs. metadata model is the input's name.
 Trace HostileTrace(const test::HostileInput& input, int64_t steps);
 
+// Isotropic inputs, of every head_dim and spread, then values with a faint mean. Every step has a query of its
+// own of the same distribution.
+std::vector<Trace> IsotropicTraces(int64_t steps);
+
 std::vector<Trace> HostileTraces(int64_t steps);  // where the promise must hold, then the known hole
 
 }  // namespace vattn::bench

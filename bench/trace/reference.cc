@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "bench/cli/dtype.h"
@@ -42,12 +43,12 @@ void MultiplyRow(const double* x, const double* a, int64_t rows, int64_t columns
 // Up to kQueries rows of one KV head's query heads, walked over all tokens with an online softmax.
 class Chunk {
  public:
-  Chunk(const Trace& trace, int64_t layer, int64_t kv_head, int64_t steps, int64_t first,
+  Chunk(const Trace& trace, int64_t layer, int64_t kv_head, std::span<const int64_t> positions, int64_t first,
         int64_t count)
       : trace_(trace),
         layer_(layer),
         kv_head_(kv_head),
-        steps_(steps),
+        positions_(positions),
         first_(first),
         count_(count),
         columns_(RoundUp(trace.head_dim_v + 2)),
@@ -59,7 +60,7 @@ class Chunk {
         row_(std::max(trace.head_dim_k, trace.head_dim_v)) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(trace.head_dim_k));
     for (int64_t i = 0; i < count; ++i) {
-      Widen(trace.q, QHead(i), Step(i), trace.head_dim_k);
+      ToFloat(trace.q.dtype, QueryRow(trace, layer, QHead(i), positions[Step(i)]), trace.head_dim_k, row_.data());
       for (int64_t d = 0; d < trace.head_dim_k; ++d) {
         queries_[i * trace.head_dim_k + d] = row_[d] * scale;
       }
@@ -95,10 +96,11 @@ class Chunk {
 
  private:
   int64_t QHead(int64_t i) const {
-    return kv_head_ * (trace_.q_heads / trace_.kv_heads) + (first_ + i) / steps_;
+    return kv_head_ * (trace_.q_heads / trace_.kv_heads) + (first_ + i) / steps();
   }
-  int64_t Step(int64_t i) const { return (first_ + i) % steps_; }
-  int64_t Visible(int64_t i) const { return trace_.prompt_tokens + Step(i) + 1; }
+  int64_t steps() const { return static_cast<int64_t>(positions_.size()); }
+  int64_t Step(int64_t i) const { return (first_ + i) % steps(); }
+  int64_t Visible(int64_t i) const { return positions_[Step(i)] + 1; }
 
   void Widen(const Tensor& tensor, int64_t head, int64_t token, int64_t dim) {
     ToFloat(tensor.dtype, tensor.Row(layer_, head, token), dim, row_.data());
@@ -140,7 +142,9 @@ class Chunk {
   }
 
   const Trace& trace_;
-  const int64_t layer_, kv_head_, steps_, first_, count_, columns_;
+  const int64_t layer_, kv_head_;
+  const std::span<const int64_t> positions_;
+  const int64_t first_, count_, columns_;
   std::vector<double> queries_;  // [count, head_dim_k] scaled
   std::vector<double> sums_;     // [count, columns]
   std::vector<double> maxima_;   // [count]
@@ -158,6 +162,14 @@ double Reference::Ref(int64_t index, int32_t norm, double floor) const {
 
 Reference ComputeReference(const Trace& trace, std::span<const int32_t> layers, int64_t steps,
                            int num_threads) {
+  std::vector<int64_t> positions(steps);
+  std::iota(positions.begin(), positions.end(), trace.prompt_tokens);
+  return ComputeReferenceAt(trace, layers, positions, num_threads);
+}
+
+Reference ComputeReferenceAt(const Trace& trace, std::span<const int32_t> layers,
+                             std::span<const int64_t> positions, int num_threads) {
+  const auto steps = static_cast<int64_t>(positions.size());
   Reference reference;
   reference.q_heads = trace.q_heads;
   reference.steps = steps;
@@ -173,7 +185,7 @@ Reference ComputeReference(const Trace& trace, std::span<const int32_t> layers, 
   ParallelFor(num_threads, tasks, [&](int64_t task) {
     const int64_t layer = task / chunks / trace.kv_heads;
     const int64_t first = task % chunks * kQueries;
-    Chunk chunk(trace, layers[layer], task / chunks % trace.kv_heads, steps, first,
+    Chunk chunk(trace, layers[layer], task / chunks % trace.kv_heads, positions, first,
                 std::min(kQueries, rows - first));
     chunk.Attend();
     chunk.Store(layer, &reference);

@@ -30,6 +30,9 @@ struct Reference {
 // 1 / sqrt(head_dim_k). Sums are in double; out is rounded to float at the end.
 Reference ComputeReference(const Trace& trace, std::span<const int32_t> layers, int64_t steps,
                            int num_threads);
+// The same for chosen tokens of the recording, which must have queries; they take the place of steps.
+Reference ComputeReferenceAt(const Trace& trace, std::span<const int32_t> layers,
+                             std::span<const int64_t> positions, int num_threads);
 
 // |a - o| of head_dim_v elements at index.
 double DistanceToReference(const Reference& reference, int64_t index, const float* a);

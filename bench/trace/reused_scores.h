@@ -1,4 +1,4 @@
-// External scores of a recording as PillarAttn gets them (SparseSpec, PEERS 3): every kStride steps a full
+// External scores of a recording as PillarAttn gets them (SparseSpec): every kStride steps a full
 // pass leaves its exact scores, which the steps up to and including the next full pass predict with.
 #ifndef VATTN_BENCH_TRACE_REUSED_SCORES_H_
 #define VATTN_BENCH_TRACE_REUSED_SCORES_H_

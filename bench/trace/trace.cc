@@ -11,6 +11,7 @@
 
 #include "bench/cli/dtype.h"
 #include "bench/cli/failure.h"
+#include "runtime/json_text.h"
 
 namespace vattn::bench {
 namespace {
@@ -68,6 +69,7 @@ nlohmann::json ReadHeader(Reader& reader, uint64_t* data_begin) {
   }
   std::string text(length, '\0');
   reader.Read(8, text.data(), length);
+  if (NestsTooDeep(text)) reader.Fail("header: nests deeper than " + std::to_string(kMaxJsonDepth) + " levels");
   nlohmann::json header = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) reader.Fail("header: not a JSON object");
   *data_begin = 8 + length;
@@ -254,6 +256,13 @@ std::vector<std::string> LayerNames(const Trace& trace) {
 const std::byte* Tensor::Row(int64_t layer, int64_t head, int64_t token) const {
   const int64_t row = (layer * shape[1] + head) * shape[2] + token;
   return bytes.data() + row * shape[3] * static_cast<int64_t>(ElementBytes(dtype));
+}
+
+int64_t FirstQuery(const Trace& trace) { return trace.prompt_tokens - trace.prompt_queries; }
+
+const std::byte* QueryRow(const Trace& trace, int64_t layer, int64_t q_head, int64_t position) {
+  return position < trace.prompt_tokens ? trace.q_prompt.Row(layer, q_head, position - FirstQuery(trace))
+                                        : trace.q.Row(layer, q_head, position - trace.prompt_tokens);
 }
 
 Trace ReadTrace(const std::string& path) {

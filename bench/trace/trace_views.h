@@ -17,6 +17,16 @@ Trace SplitHeads(const Trace& trace, std::span<const int32_t> layers);
 // UsageError if the recording is shorter.
 Trace Shorten(const Trace& trace, std::span<const int32_t> layers, int64_t prompt_tokens, int64_t sinks);
 
+// The same recording split elsewhere: its first `prompt_tokens` tokens are the prompt, and the next `steps`
+// the steps (0: all that have queries). The prompt's queries are those of the last `queries` tokens (0: all that
+// were recorded) before `queries_end`, which need not be the prompt's end (0: it is). Throws UsageError where
+// there are no queries.
+Trace SplitAt(const Trace& trace, int64_t prompt_tokens, int64_t steps, int64_t queries, int64_t queries_end);
+
+// A loop: the token and the query of step `step` come `times` times, after the steps before them, which become
+// part of the prompt. Throws UsageError if the recording has no such step.
+Trace RepeatStep(const Trace& trace, int64_t step, int64_t times);
+
 }  // namespace vattn::bench
 
 #endif  // VATTN_BENCH_TRACE_TRACE_VIEWS_H_

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/softmax.h"
@@ -108,6 +109,24 @@ void WriteHead(const Storage& s, const Group& group, int head, const float* outp
   if (group.lse != nullptr) group.lse[head] = lse;
 }
 
+void MarkNotFinite(const Storage& s, const Group& group) {
+  constexpr int kPiece = 256;
+  const DType dtype = static_cast<DType>(group.out_dtype);
+  const uint8_t* output = static_cast<const uint8_t*>(group.out);
+  for (int g = 0; g < group.q_heads; ++g, output += int64_t{s.row.dim_v} * ElementBytes(dtype)) {
+    bool finite = true;
+    for (int from = 0; from < s.row.dim_v; from += kPiece) {
+      float values[kPiece];
+      const int count = std::min(kPiece, s.row.dim_v - from);
+      LoadRows({.rows = &output, .count = 1, .offset = from * ElementBytes(dtype), .dim = count, .dtype = dtype}, values);
+      finite = finite && std::all_of(values, values + count, [](float x) { return std::isfinite(x); });
+    }
+    if (finite) continue;
+    group.verdict[g] = Verdict::kBestEffort;
+    group.error[g] = std::numeric_limits<float>::infinity();
+  }
+}
+
 void AttendSelected(const AttendSelectedParams& p, Stream stream) {
   ParallelFor(stream, p.num_groups, [&](int64_t index) {
     const Storage& s = p.storage;
@@ -132,6 +151,7 @@ void AttendSelected(const AttendSelectedParams& p, Stream stream) {
       group.verdict[g] = Verdict::kBestEffort;
       group.error[g] = 0;
     }
+    MarkNotFinite(s, group);
   });
 }
 

@@ -75,6 +75,13 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
   const int64_t n = group.middle_end - group.middle_begin;
   AttendFixed(s, group, states, stream);
   const Plan plan = Prepare(s, promise, group, states, stream);
+  group.noisy = plan.noisy;
+  if (plan.noisy && promise.on_unverified == OnUnverified::kDense) {
+    DecodeAllDense(s, group, Verdict::kDense, stream);
+    group.selected = n;
+    group.all_read = true;
+    return;
+  }
   const bool sampled = std::isfinite(plan.expected);  // NaN in one head's query or in codes draws nothing
   Inclusion inclusion = plan.inclusion;
   Randomness randomness{.refresh = promise.refresh};
@@ -118,7 +125,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
   int num_failed = 0;
   for (int g = 0; g < group.q_heads; ++g) {
     const HeadWork& head = group.scratch.head[g];
-    const float bound = sampled ? head.bound : std::numeric_limits<float>::infinity();
+    const float bound = sampled && !plan.noisy ? head.bound : std::numeric_limits<float>::infinity();
     const bool ok = bound <= promise.epsilon;
     group.verdict[g] = ok ? Verdict::kVerified : Verdict::kBestEffort;
     group.error[g] = bound;
@@ -133,7 +140,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
 
 void DecodeGroup(const Storage& s, const Promise& promise, Group& group, Stream stream) {
   group.selected = 0;
-  group.all_read = false;
+  group.all_read = group.noisy = false;
   group.looks = 0;
   ScaleQueries(s, group);
   const int64_t n = group.middle_end - group.middle_begin;
@@ -146,6 +153,7 @@ void DecodeGroup(const Storage& s, const Promise& promise, Group& group, Stream 
   } else {
     DecodeTopK(s, promise, group, stream);
   }
+  MarkNotFinite(s, group);
 }
 
 }  // namespace

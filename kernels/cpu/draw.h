@@ -17,7 +17,7 @@ void RaiseShift(const Group& group, const Draw& draw);
 // base [G][dim_v + 3], from states of the exact sets.
 void MakeBase(const Storage& storage, const Group& group, const float* states, float* base);
 
-// Outputs [G][dim_v] of base plus the draw with weights 1 / pi (ALGORITHM 5); fills
+// Outputs [G][dim_v] of base plus the draw with weights 1 / pi (METHOD.md, "Estimator"); fills
 // head.denominator and head.ref.
 void Estimate(const Storage& storage, const Promise& promise, const Group& group, const Draw& draw,
               const float* base, float* outputs);

@@ -1,6 +1,7 @@
 #include "kernels/cpu/encode.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -147,19 +148,27 @@ uint8_t Level(float x, int bits) {
   return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
 }
 
-// Squared residual of a key from its coordinates x [dims] of the code and rest [dim_k - dims]. Plain sums in
-// this order on every backend.
-float Residual2(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
+// The errors that IndexTables limits of a key with coordinates x [dims] of the code and rest [dim_k - dims]. Plain
+// sums in this order on every backend.
+CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
   const int dims = s.code.dims();
-  float residual2 = 0;
+  CodeErrors errors;
+  const auto add = [&](int j, float r2) {
+    errors.residual2 += r2;
+    errors.noise2 += index.weight[j] * r2;
+  };
   for (int j = 0; j < dims; ++j) {
     const float half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
     const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;  // NaN: any, r is NaN
     const float r = (x[j] - level) * index.step[j];
-    residual2 += r * r;
+    add(j, r * r);
   }
-  for (int j = dims; j < s.row.dim_k; ++j) residual2 += rest[j - dims] * rest[j - dims];
-  return residual2;
+  for (int j = dims; j < s.row.dim_k; ++j) add(j, rest[j - dims] * rest[j - dims]);
+  return errors;
+}
+
+bool CodeTells(const IndexTables& index, const CodeErrors& errors) {
+  return errors.residual2 <= index.residual_limit && errors.noise2 <= index.noise_limit;  // NaN: no
 }
 
 // A code of all 0 marks a token.
@@ -174,6 +183,20 @@ void MarkHugeValues(const Storage& s, const IndexTables& index, const float* val
     for (int j = 0; j < s.row.dim_v; ++j) norm2 += values[t * s.row.dim_v + j] * values[t * s.row.dim_v + j];
     if (!(norm2 <= index.value_limit)) Mark(s.code, t, tile);
   }
+}
+
+void CountMarked(const CodeLayout& code, const uint8_t* tile, uint64_t* outliers) {
+  uint64_t marked = 0;
+  for (int t = 0; t < kTileTokens; ++t) {
+    uint32_t any = 0;
+    for (int w = 0; w < code.words(); ++w) {
+      uint32_t word;
+      std::memcpy(&word, tile + (w * kTileTokens + t) * 4, 4);
+      any |= word;
+    }
+    marked += any == 0;
+  }
+  if (marked > 0) std::atomic_ref<uint64_t>(*outliers).fetch_add(marked, std::memory_order_relaxed);
 }
 
 // Packs one tile's transformed keys x [16][padded] into words of 4-dimension runs.
@@ -231,6 +254,7 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   LoadRows({.rows = rows, .count = kTileTokens, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
            values);
   if (marks) MarkHugeValues(s, p.index, values, tile);
+  if (marks && p.outliers != nullptr) CountMarked(s.code, tile, p.outliers);
   if (s.value_bits == 0) return;
   uint8_t* codes = reinterpret_cast<uint8_t*>(block) + s.block.value_codes;
   for (int t = 0; t < kTileTokens; ++t) {
@@ -247,14 +271,36 @@ void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys,
   PackTile(s.code, x, padded, tile);
 }
 
+namespace {
+
+// Coordinates of a tile's keys [16][dim_k]: of the code, x [16][padded_dims], and the others, rest [16][padded_rest].
+void TransformTile(const Storage& s, const IndexTables& index, const float* keys, float* x, float* rest) {
+  const int padded_rest = s.code.padded_rest(s.row.dim_k);
+  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, s.code.padded_dims(), x);
+  if (padded_rest > 0) HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
+}
+
+}  // namespace
+
 void EncodeBalanced(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
   alignas(64) float x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
   const int padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(s.row.dim_k);
-  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, padded, x);
-  if (padded_rest > 0) HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
+  TransformTile(s, index, keys, x, rest);
   PackTile(s.code, x, padded, tile);
   for (int t = 0; t < kTileTokens; ++t) {
-    if (!(Residual2(s, index, x + t * padded, rest + t * padded_rest) <= index.residual_limit)) Mark(s.code, t, tile);
+    if (!CodeTells(index, ErrorsOf(s, index, x + t * padded, rest + t * padded_rest))) Mark(s.code, t, tile);
+  }
+}
+
+void FindCodeErrors(const Storage& s, const IndexTables& index, const float* keys, int64_t count, CodeErrors* out) {
+  alignas(64) float tile[kTileTokens * kMaxDim], x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
+  const int dim = s.row.dim_k, padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(dim);
+  for (int64_t i = 0; i < count; i += kTileTokens) {
+    const int n = static_cast<int>(std::min<int64_t>(kTileTokens, count - i));
+    std::copy_n(keys + i * dim, n * dim, tile);
+    std::fill(tile + n * dim, tile + kTileTokens * dim, 0.f);
+    TransformTile(s, index, tile, x, rest);
+    for (int t = 0; t < n; ++t) out[i + t] = ErrorsOf(s, index, x + t * padded, rest + t * padded_rest);
   }
 }
 

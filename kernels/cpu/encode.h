@@ -1,4 +1,4 @@
-// Index codes and value codes of whole tiles of tokens (ALGORITHM 3 and 5).
+// Index codes and value codes of whole tiles of tokens (METHOD.md, "Index" and "Value codes").
 #ifndef VATTN_KERNELS_CPU_ENCODE_H_
 #define VATTN_KERNELS_CPU_ENCODE_H_
 
@@ -12,8 +12,16 @@ void Encode(const EncodeParams& params, Stream stream);
 
 // Codes of one tile of centred keys [16][dim_k], of a layout with levels (kernels/geometry.h).
 void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
-// The same, with tokens marked whose key the code misrepresents (IndexTables::residual_limit).
+// The same, with tokens marked whose key the code misrepresents (IndexTables).
 void EncodeBalanced(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
+
+// What EncodeBalanced compares with the limits of IndexTables.
+struct CodeErrors {
+  float residual2 = 0, noise2 = 0;
+};
+// Those of centred keys [count][dim_k].
+void FindCodeErrors(const Storage& storage, const IndexTables& index, const float* keys, int64_t count,
+                    CodeErrors* out);
 
 // The value code of a token.
 inline const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t token) {

@@ -39,6 +39,26 @@ void CountTops(const Group& group) {
   }
 }
 
+// scratch.sure of every segment and head.
+void FindSure(const Promise& promise, const Group& group) {
+  const Scratch& w = group.scratch;
+  for (int k = 0; k < NumSegments(group.num_segments); ++k) {
+    for (int g = 0; g < group.q_heads; ++g) {
+      const int at = k * group.q_heads + g;
+      w.sure[at] = SureScore(promise, w.noise[at], group.state[g], w.head[g]);
+    }
+  }
+}
+
+// The number of tokens that are drawn with probability 1 whatever the multipliers are.
+float SureTokens(const Group& group, Stream stream) {
+  const Scratch& w = group.scratch;
+  std::fill(w.log_gain, w.log_gain + group.q_heads, -HUGE_VALF);
+  std::fill(w.floor, w.floor + group.q_heads, 0.f);
+  float variance[kMaxGroup];
+  return PredictVariance(group, {.log_gain = w.log_gain, .floor = w.floor, .sure = w.sure}, 1, 0, variance, stream);
+}
+
 // Variance of the blocks' largest tokens under the multiplier in group.state.
 float PredictTops(const Group& group, int g) {
   const float* tops = group.scratch.tops + g * kTopBins;
@@ -83,6 +103,10 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   }
   CountTops(group);
   Plan plan{.inclusion = {.log_gain = w.log_gain, .floor = w.floor, .scale = 1}};
+  if (w.sure != nullptr) {
+    FindSure(promise, group);
+    plan.inclusion.sure = w.sure;
+  }
   const float tiny = kTiny * ValueUnit(group.index);
   const int stride = PlanStride(group.middle_end - group.middle_begin);
   const int phase = static_cast<int>(group.step % static_cast<uint64_t>(stride));
@@ -101,17 +125,25 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   scale = std::min(scale, kMostScale);
   scale = std::max(scale, static_cast<float>(promise.min_selected) / std::max(plan.expected, 1e-6f));
   const float most = promise.max_selected_share * n;
-  plan.feasible = plan.expected * scale <= most;
+  // A scale below 1 takes nothing off tokens that are sure.
+  float sure = 0;
+  plan.feasible = plan.expected * (w.sure == nullptr ? scale : std::max(scale, 1.f)) <= most;
+  if (!plan.feasible && w.sure != nullptr) {
+    sure = SureTokens(group, stream);
+    plan.noisy = sure > most;
+    if (plan.noisy) plan.inclusion.sure = nullptr;
+    Predict(group, plan, 1, 0, stream);  // SureTokens took the place of gains and floors
+    plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
+  }
   if (!plan.feasible) {
     // Probabilities capped at 1 do not fall with the scale, so it goes down in several steps.
-    int round = 0;
-    do {
+    for (int round = 0; plan.expected > 1.05f * most && round < kPlanRounds; ++round) {
       plan.inclusion.scale *= most / plan.expected;
       Predict(group, plan, 1, 0, stream);
-    } while (plan.expected > 1.05f * most && ++round < kPlanRounds);
+    }
     return plan;
   }
-  plan.expected *= scale;
+  plan.expected = sure + (plan.expected - sure) * scale;
   plan.inclusion.scale = scale;
   for (int g = 0; g < heads; ++g) w.head[g].predicted /= scale;
   return plan;

@@ -1,4 +1,4 @@
-// The plan of a draw (ALGORITHM 4): multipliers for which every head is expected to meet its bound.
+// The plan of a draw (METHOD.md, "Selection"): multipliers for which every head is expected to meet its bound.
 #ifndef VATTN_KERNELS_CPU_PLAN_H_
 #define VATTN_KERNELS_CPU_PLAN_H_
 
@@ -11,6 +11,7 @@ struct Plan {
   Inclusion inclusion;
   float expected = 0;  // tokens drawn
   bool feasible = true;  // false: more than max_selected_share of the middle would be needed
+  bool noisy = false;    // that many tokens are sure already: what codes leave out could hold anything
 };
 
 // Units and sums of the scan: scratch.head[h].shift, mass and denominator, given the states of the

@@ -40,27 +40,27 @@ HWY_INLINE V InverseSqrt(V x) {
 }
 
 // Sum over n heads of (gain e + floor)^2 of the tokens from `estimate` on, and their e [n]. A token outside
-// the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn; a marked one has
-// e < 0 and is always drawn.
-HWY_INLINE V SquaredWeight(const uint16_t* estimate, const float* gain, const float* floor, int n, V* e) {
+// the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn; an outlier has e < 0, a sure
+// one e >= `sure` of some head, and both are always drawn.
+HWY_INLINE V SquaredWeight(const uint16_t* estimate, const BlockWeights& by, int n, V* e) {
   const D d;
-  V weight2 = hn::Zero(d);
+  const V always = hn::Set(d, kMarkedWeight2), zero = hn::Zero(d);
+  V weight2 = zero;
   for (int g = 0; g < n; ++g) {
     e[g] = LoadHalf(estimate + g * kBlockTokens);
-    const V x = hn::MulAdd(e[g], hn::Set(d, gain[g]), hn::Set(d, floor[g]));
+    const V x = hn::MulAdd(e[g], hn::Set(d, by.gain[g]), hn::Set(d, by.floor[g]));
     weight2 = hn::MulAdd(x, x, weight2);
+    weight2 = hn::IfThenElse(hn::Ge(e[g], hn::Set(d, by.sure[g])), always, weight2);
   }
-  const V zero = hn::Zero(d);
   weight2 = hn::IfThenElseZero(hn::Gt(e[0], zero), weight2);
-  return hn::IfThenElse(hn::Lt(e[0], zero), hn::Set(d, kMarkedWeight2), weight2);
+  return hn::IfThenElse(hn::Lt(e[0], zero), always, weight2);
 }
 
 // sums [G + 1] over `blocks` blocks: per head (gain e)^2 (1 / pi - 1) over tiles phase, phase + stride, ...
-// of the first block, phase + 1, ... of the next, and so on; then the expected draws. gain [blocks][G]
-// has the blocks' shifts in it.
+// of the first block, phase + 1, ... of the next, and so on; then the expected draws. `by` is of the first block,
+// the next ones' gain and sure lie behind it.
 template <int kHeads>
-void PredictBlocks(const uint16_t* estimate, const float* gain, const float* floor, int heads, int blocks,
-                   float scale, int stride, int phase, float* sums) {
+void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blocks, float scale, int stride, int phase, float* sums) {
   const D d;
   const int n = kHeads > 0 ? kHeads : heads;
   const V one = hn::Set(d, 1.f);
@@ -69,13 +69,13 @@ void PredictBlocks(const uint16_t* estimate, const float* gain, const float* flo
   V variance[kHeld];
   for (int g = 0; g < n; ++g) variance[g] = hn::Zero(d);
   const V inverse_scale = hn::Set(d, 1.f / scale);
-  for (int b = 0; b < blocks; ++b, estimate += n * kBlockTokens, gain += n, phase = (phase + 1) % stride) {
+  for (int b = 0; b < blocks; ++b, estimate += n * kBlockTokens, by.gain += n, by.sure += n, phase = (phase + 1) % stride) {
     V part[kHeld];
     for (int g = 0; g < n; ++g) part[g] = hn::Zero(d);
     for (int tile = phase; tile < kBlockTokens / kTileTokens; tile += stride) {
       for (int i = tile * kTileTokens; i < (tile + 1) * kTileTokens; i += kLanes) {
         V e[kHeld];
-        const V weight2 = SquaredWeight(estimate + i, gain, floor, n, e);
+        const V weight2 = SquaredWeight(estimate + i, by, n, e);
         const V safe = hn::Max(weight2, hn::Set(d, 1e-30f));
         const V inverse = InverseSqrt(safe);
         const V pi = hn::Min(one, hn::Mul(hn::Mul(weight2, inverse), hn::Set(d, scale)));
@@ -85,24 +85,23 @@ void PredictBlocks(const uint16_t* estimate, const float* gain, const float* flo
       }
     }
     for (int g = 0; g < n; ++g) {
-      const V by = hn::Set(d, gain[g]);
-      variance[g] = hn::MulAdd(hn::Mul(part[g], by), by, variance[g]);
+      const V gain = hn::Set(d, by.gain[g]);
+      variance[g] = hn::MulAdd(hn::Mul(part[g], gain), gain, variance[g]);
     }
   }
   for (int g = 0; g < n; ++g) sums[g] = hn::GetLane(hn::SumOfLanes(d, variance[g]));
   sums[n] = hn::GetLane(hn::SumOfLanes(d, expected));
 }
 
-void PredictDispatch(const uint16_t* estimate, const float* gain, const float* floor, int heads, int blocks,
-                     float scale, int stride, int phase, float* sums) {
+void PredictDispatch(const uint16_t* estimate, const BlockWeights& by, int heads, int blocks, float scale, int stride, int phase, float* sums) {
   switch (heads) {
-    case 1: return PredictBlocks<1>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
-    case 2: return PredictBlocks<2>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
-    case 3: return PredictBlocks<3>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
-    case 4: return PredictBlocks<4>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
-    case 6: return PredictBlocks<6>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
-    case 8: return PredictBlocks<8>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
-    default: return PredictBlocks<0>(estimate, gain, floor, heads, blocks, scale, stride, phase, sums);
+    case 1: return PredictBlocks<1>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 2: return PredictBlocks<2>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 3: return PredictBlocks<3>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 4: return PredictBlocks<4>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 6: return PredictBlocks<6>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 8: return PredictBlocks<8>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    default: return PredictBlocks<0>(estimate, by, heads, blocks, scale, stride, phase, sums);
   }
 }
 
@@ -169,8 +168,7 @@ HWY_INLINE void AppendDrawn(hn::Mask<D> in, VU token, V weight, int count, uint3
 // Tokens of one block with low * weight <= u < scale * weight, to tokens, weights and, if not null,
 // their u to kept; the number.
 template <int kHeads>
-int DrawBlock(const uint16_t* estimate, const float* gain, const float* floor, int heads, float low,
-              float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
+int DrawBlock(const uint16_t* estimate, const BlockWeights& by, int heads, float low, float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
   const D d;
   const DU du;
   const int n = kHeads > 0 ? kHeads : heads;
@@ -180,7 +178,7 @@ int DrawBlock(const uint16_t* estimate, const float* gain, const float* floor, i
   int count = 0;
   for (int i = 0; i < kBlockTokens; i += kLanes) {
     V e[kHeld];
-    const V weight2 = SquaredWeight(estimate + i, gain, floor, n, e);
+    const V weight2 = SquaredWeight(estimate + i, by, n, e);
     const V draw = hn::LoadU(d, u + i);
     if (hn::AllFalse(d, hn::Lt(hn::Mul(draw, draw), hn::Mul(weight2, most)))) continue;
     const V weight = hn::Sqrt(weight2);
@@ -195,10 +193,9 @@ int DrawBlock(const uint16_t* estimate, const float* gain, const float* floor, i
   return count;
 }
 
-int DrawDispatch(const uint16_t* estimate, const float* gain, const float* floor, int heads, float low,
-                 float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
+int DrawDispatch(const uint16_t* estimate, const BlockWeights& by, int heads, float low, float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
   const auto draw = [&](auto n) {
-    return DrawBlock<decltype(n)::value>(estimate, gain, floor, heads, low, scale, u, first, tokens, weights, kept);
+    return DrawBlock<decltype(n)::value>(estimate, by, heads, low, scale, u, first, tokens, weights, kept);
   };
   switch (heads) {
     case 4: return draw(std::integral_constant<int, 4>());
@@ -252,15 +249,27 @@ constexpr float kKeep = 2;      // candidates: what a draw with so much higher p
 
 constexpr int kGainSlack = 16;  // ExpRow works on whole vectors
 
-// gain [blocks][G] of up to kSegmentBlocks blocks from `block` on, with their shifts.
-void BlockGains(const Group& group, const Inclusion& inclusion, int64_t block, int blocks, float* gain) {
-  const float* shift = group.scratch.shift + block * group.q_heads;
-  for (int b = 0; b < blocks; ++b) {
-    for (int g = 0; g < group.q_heads; ++g, ++gain, ++shift) *gain = inclusion.log_gain[g] + *shift;
+// Weights of up to kSegmentBlocks blocks from number `block` of the scan on: [blocks][G].
+struct Weights {
+  float gain[kSegmentBlocks * kMaxGroup + kGainSlack], sure[kSegmentBlocks * kMaxGroup + kGainSlack];
+  const float* floor;
+
+  Weights(const Group& group, const Inclusion& inclusion, int64_t block, int blocks) : floor(inclusion.floor) {
+    const float* shift = group.scratch.shift + block * group.q_heads;
+    const int count = blocks * group.q_heads;
+    for (int b = 0, at = 0; b < blocks; ++b) {
+      const int k = SegmentOf(group.segments, group.num_segments, FirstBlock(group) + block + b);
+      const float* least = inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.q_heads;
+      for (int g = 0; g < group.q_heads; ++g, ++at) {
+        gain[at] = inclusion.log_gain[g] + shift[at];
+        sure[at] = least == nullptr ? 1 : std::min(1.f, least[g] - shift[at]);  // e^1 is over every estimate
+      }
+    }
+    ExpRow(gain, count, 0, gain);
+    ExpRow(sure, count, 0, sure);
   }
-  const int count = blocks * group.q_heads;
-  ExpRow(gain - count, count, 0, gain - count);
-}
+  BlockWeights At(int64_t block, int heads) const { return {gain + block * heads, sure + block * heads, floor}; }
+};
 
 }  // namespace
 
@@ -270,12 +279,11 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
   ParallelFor(stream, segments, [&](int64_t s) {
-    float gain[kSegmentBlocks * kMaxGroup + kGainSlack];
     const int64_t first = s * kSegmentBlocks;
     const int count = static_cast<int>(std::min<int64_t>(blocks - first, kSegmentBlocks));
-    BlockGains(group, inclusion, first, count, gain);
+    const Weights weights(group, inclusion, first, count);
     HWY_DYNAMIC_DISPATCH(PredictDispatch)
-    (group.scratch.estimate + first * heads * kBlockTokens, gain, inclusion.floor, heads, count, inclusion.scale,
+    (group.scratch.estimate + first * heads * kBlockTokens, weights.At(0, heads), heads, count, inclusion.scale,
      stride, static_cast<int>((phase + first) % stride), group.scratch.sums + s * (heads + 2));
   });
   std::fill(variance, variance + heads, 0.f);
@@ -306,13 +314,12 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
   const auto found = [&](int64_t s) -> float& { return w.sums[s * (heads + 2)]; };
   // Tokens between two scales; -1 if they are to be kept with their u and are too many for that.
   const auto draw = [&](int64_t s, float low, float scale, bool keep) {
-    float gain[kSegmentBlocks * kMaxGroup + kGainSlack];
     alignas(64) float u[kBlockTokens];
     const int64_t at = s * kSegmentPlaces;
     const int64_t begin = s * kSegmentBlocks, end = begin + blocks_of(s);
     const int half = Half(end - begin);
     if (keep && end - begin < kKeepBlocks) return -1;
-    BlockGains(group, inclusion, begin, static_cast<int>(end - begin), gain);
+    const Weights weights(group, inclusion, begin, static_cast<int>(end - begin));
     int n = 0;
     for (int64_t b = begin; b < end; ++b) {
       if (keep && n + kBlockTokens + kSlack / 2 > half) return -1;
@@ -320,7 +327,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
       HWY_DYNAMIC_DISPATCH(Uniform)(group.key, use, TokenCounter(first), epoch, step_phase, refresh, kBlockTokens, u);
       float* kept_u = keep ? w.sparse_weight + at + half + n : nullptr;
       n += HWY_DYNAMIC_DISPATCH(DrawDispatch)(
-          w.estimate + b * heads * kBlockTokens, gain + (b - begin) * heads, inclusion.floor, heads, low, scale, u,
+          w.estimate + b * heads * kBlockTokens, weights.At(b - begin, heads), heads, low, scale, u,
           first, w.sparse_token + at + n, w.sparse_weight + at + n, kept_u);
     }
     return n;
@@ -332,6 +339,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
     const int n = keep ? draw(s, 0, kKeep * inclusion.scale, true) : -1;
     found(s) = static_cast<float>(n > 0 ? -n : draw(s, previous_scale, inclusion.scale, false));  // below 2^24: exact
   });
+  // NOLINTNEXTLINE(clang-analyzer-core.NullDereference): keep says that kept is not null.
   if (keep) *kept = kKeep * inclusion.scale;
   for (int64_t s = 0; s < segments; ++s) {
     const int64_t at = s * kSegmentPlaces;

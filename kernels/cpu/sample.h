@@ -1,4 +1,4 @@
-// Poisson sampling of the middle (ALGORITHM 4): predicted variance of given multipliers, and the draw.
+// Poisson sampling of the middle (METHOD.md, "Selection"): predicted variance of given multipliers, and the draw.
 #ifndef VATTN_KERNELS_CPU_SAMPLE_H_
 #define VATTN_KERNELS_CPU_SAMPLE_H_
 
@@ -7,12 +7,21 @@
 namespace vattn::cpu {
 
 // What inclusion probabilities are made of. With e^ = estimate * exp(shift) of a token and head,
-//   weight^2 = sum_h (gain_h * e^_h + floor_h)^2,   pi = min(1, scale * weight).
+//   weight^2 = sum_h (gain_h * e^_h + floor_h)^2,   pi = min(1, scale * weight),
 // gain and floor hold the square root of the head's multiplier.
+// and pi = 1 where ln e^_h >= sure_h of the token's segment for any head.
 struct Inclusion {
   const float* log_gain = nullptr;  // [G]
   const float* floor = nullptr;     // [G]
+  const float* sure = nullptr;      // [segments][G], or null: no token is sure
   float scale = 1;
+};
+
+// The same for one block, with its shift: gain_h e^_h = gain [G] * estimate, and pi = 1 where estimate >= sure [G].
+struct BlockWeights {
+  const float* gain = nullptr;
+  const float* sure = nullptr;
+  const float* floor = nullptr;
 };
 
 // One tile of 16 tokens in `stride` is looked at, starting with tile `phase`; sums are scaled up.

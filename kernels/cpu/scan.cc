@@ -303,37 +303,69 @@ Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
 
 }  // namespace
 
-void PackQueries(const Storage& s, Group& group) {
-  const uint8_t* rows[kMaxCodeDims + 1];
+namespace {
+
+constexpr int kMaxDim = 1024;
+
+// Standard deviation of s - s^ over tokens, from products of the query: y [dims] with the directions of the code, one
+// with the center, and [uncoded] with the noise of the others.
+float NoiseOf(const IndexTables& index, int dims, int uncoded, const float* y) {
+  float sum = 0;
+  for (int j = 0; j < dims; ++j) sum += index.level_noise2[j] * y[j] * y[j];
+  for (int j = dims + 1; j <= dims + uncoded; ++j) sum += y[j] * y[j];
+  return std::sqrt(sum);
+}
+
+// Queries in the coordinates of one segment's codes.
+void PackSegment(const Storage& s, const Group& group, int segment) {
+  const IndexTables& index = TablesOf(group, segment);
+  PackedQueries* const packed = group.scratch.packed + int64_t{segment} * group.scratch.packed_stride;
+  constexpr int kMostRows = kMaxCodeDims + 1 + kMaxDim;
+  const uint8_t* rows[kMostRows];
   const int dims = s.code.dims(), dim_k = s.row.dim_k;
+  const int uncoded = s.code.kind == IndexKind::kBalanced ? dim_k - dims : 0;
   for (int j = 0; j < dims; ++j) {
-    rows[j] = reinterpret_cast<const uint8_t*>(group.index.project + int64_t{j} * dim_k);
+    rows[j] = reinterpret_cast<const uint8_t*>(index.project + int64_t{j} * dim_k);
   }
-  rows[dims] = reinterpret_cast<const uint8_t*>(group.index.center);
-  const RowList list{.rows = rows, .count = dims + 1, .offset = 0, .dim = dim_k, .dtype = DType::kF32};
-  float y[8 * (kMaxCodeDims + 1)];
+  rows[dims] = reinterpret_cast<const uint8_t*>(index.center);
+  for (int j = 0; j < uncoded; ++j) {
+    rows[dims + 1 + j] = reinterpret_cast<const uint8_t*>(index.noise + int64_t{j} * dim_k);
+  }
+  const RowList list{.rows = rows, .count = dims + 1 + uncoded, .offset = 0, .dim = dim_k, .dtype = DType::kF32};
+  float y[8 * kMostRows];
   for (int g = 0; g < group.q_heads; g += 8) {
     const int heads = std::min(8, group.q_heads - g);
-    DotRows(list, group.scratch.query + int64_t{g} * dim_k, heads, y, kMaxCodeDims + 1);
+    DotRows(list, group.scratch.query + int64_t{g} * dim_k, heads, y, kMostRows);
     for (int h = 0; h < heads; ++h) {
-      const float* at = y + h * (kMaxCodeDims + 1);
+      const float* at = y + h * kMostRows;
+      if (group.scratch.noise != nullptr) {
+        group.scratch.noise[segment * group.q_heads + g + h] = NoiseOf(index, dims, uncoded, at);
+      }
       if (s.code.dims1 > 0) {
         const float norm = QueryNorm(s, group, g + h);
-        PackSigns(s.code, at, group.index.slope * norm, at[dims] + group.index.intercept * norm,
-                  group.scratch.packed[g / 8], h);
+        PackSigns(s.code, at, index.slope * norm, at[dims] + index.intercept * norm, packed[g / 8], h);
       } else {
-        PackHead(s.code, at, at[dims], group.scratch.packed[g / 8], h);
+        PackHead(s.code, at, at[dims], packed[g / 8], h);
       }
     }
   }
 }
 
+}  // namespace
+
+void PackQueries(const Storage& s, Group& group) {
+  for (int k = 0; k < NumSegments(group.num_segments); ++k) PackSegment(s, group, k);
+}
+
 void ScoreLevels(const Storage& s, const Group& group, const BlockPart& part, float* scores) {
   const uint8_t* codes = CodesOf(s, group, part.block);
+  const PackedQueries* const packed =
+      group.scratch.packed +
+      int64_t{SegmentOf(group.segments, group.num_segments, part.block)} * group.scratch.packed_stride;
   for (int g = 0; g < group.q_heads; g += 8) {
     const bool fetch = g == 0 && part.soon >= 0;
     HWY_DYNAMIC_DISPATCH(ScoreCodes)
-    (codes, s.code, group.scratch.packed[g / 8], std::min(8, group.q_heads - g), part.begin / kTileTokens,
+    (codes, s.code, packed[g / 8], std::min(8, group.q_heads - g), part.begin / kTileTokens,
      part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon) : nullptr, scores + int64_t{g} * kBlockTokens);
   }
 }

@@ -1,4 +1,6 @@
 // Carves a group's working memory from one range; the sizes are stated once, here.
+#include <algorithm>
+
 #include "kernels/cpu/softmax.h"
 #include "kernels/params.h"
 #include "kernels/sampling.h"
@@ -52,7 +54,12 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_he
   w.row = c.Take<const uint8_t*>(n);
   w.tail = c.Take<uint32_t>(n);
   w.query = c.Take<float>(heads * s.row.dim_k);
-  w.packed = c.Take<PackedQueries>((heads + 7) / 8);
+  const bool balanced = s.code.kind == IndexKind::kBalanced;
+  const int64_t index_segments = balanced ? std::min<int64_t>(kMaxSegments, blocks) : 1;
+  w.packed_stride = static_cast<int32_t>((heads + 7) / 8);
+  w.packed = c.Take<PackedQueries>(index_segments * w.packed_stride);
+  if (balanced) w.noise = c.Take<float>(index_segments * heads);
+  if (balanced) w.sure = c.Take<float>(index_segments * heads);
   w.prepared = c.Take<float>(heads * PreparedFloats(s));
   w.head = c.Take<HeadWork>(heads);
   w.tops = c.Take<float>(heads * kTopBins);

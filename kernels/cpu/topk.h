@@ -1,5 +1,5 @@
 // The baseline policies: top-k by index score, and vAttention (top-k plus a uniform sample, arXiv
-// 2510.05688) as ALGORITHM 7 states it. Written plainly: they are yardsticks.
+// 2510.05688) as METHOD.md, "Policies", states it. Written plainly: they are yardsticks.
 #ifndef VATTN_KERNELS_CPU_TOPK_H_
 #define VATTN_KERNELS_CPU_TOPK_H_
 

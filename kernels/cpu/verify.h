@@ -1,4 +1,4 @@
-// The certificate (ALGORITHM 6): estimated error of a weighted draw, and how much more to draw.
+// The certificate (METHOD.md, "Certificate"): estimated error of a weighted draw, and how much more to draw.
 #ifndef VATTN_KERNELS_CPU_VERIFY_H_
 #define VATTN_KERNELS_CPU_VERIFY_H_
 
@@ -25,7 +25,7 @@ void VerifyHead(const Storage& storage, const Promise& promise, const Group& gro
                 int64_t tail, int look, int head, const float* output, const float* dots);
 
 // The least factor on all inclusion probabilities for which every head is expected to pass at look
-// `look` (ALGORITHM 6, Looks); at least 1.05, at most 64.
+// `look` (METHOD.md, "Looks"); at least 1.05, at most 64.
 float Growth(const Promise& promise, const Group& group, const Draw& draw, int64_t tail, int look);
 
 }  // namespace vattn::cpu

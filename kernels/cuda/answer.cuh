@@ -25,12 +25,12 @@ __device__ int64_t SumFetched(Team<kHeads>& team) {
 }
 
 template <DType kType, int kHeads>
-__device__ void AnswerDense(Team<kHeads>& team, Verdict verdict) {
+__device__ void AnswerDense(Team<kHeads>& team, Verdict verdict, bool noisy = false) {
   AttendAll<kType, kHeads>(team);
   Combine(team, false, 0);
   TakeHeads(team, false);
   WriteHeads(team, [](int) { return true; }, [&](int) { return make_float2(static_cast<float>(verdict), 0); });
-  WriteReport(team, {.selected = team.middle(), .fetched = team.middle()});
+  WriteReport(team, {.selected = team.middle(), .fetched = team.middle(), .noisy = noisy});
 }
 
 // The first look's draw for the caller: sinks, draw and window with their log-weights.
@@ -173,6 +173,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   }
   TakeHeads(team, true);
   Plan plan = FinishPlan(team);
+  if (plan.noisy && ReadsWhole(team)) return AnswerDense<kType, kHeads>(team, Verdict::kDense, true);
   const bool sampled = IsFinite(plan.expected);  // NaN in one head's query or in codes draws nothing
   const bool coded = team.p.storage.host.value_bits > 0;
   if (team.p.task == Task::kSelect) {
@@ -186,7 +187,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     return;
   }
   Randomness randomness{.refresh = promise.refresh};
-  Report report;
+  Report report{.noisy = plan.noisy};
   float previous = 0;
   int64_t count = 0;
   for (int look = 1; look <= promise.max_looks; ++look) {
@@ -243,7 +244,8 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   }
   __syncthreads();
   const bool dense = promise.on_unverified == OnUnverified::kDense;
-  const auto passed = [&](int h) { return sampled && team.shared.head[h].bound <= promise.epsilon; };
+  const bool judged = sampled && !plan.noisy;
+  const auto passed = [&](int h) { return judged && team.shared.head[h].bound <= promise.epsilon; };
   bool all = true;
   for (int h = 0; h < heads; ++h) all = all && passed(h);
   if (report.looks == 0 && !dense) {  // nothing was drawn: sinks, window and value codes alone
@@ -255,7 +257,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   WriteHeads(team, [&](int h) { return passed(h) || !dense; },
              [&](int h) {
                return make_float2(static_cast<float>(passed(h) ? Verdict::kVerified : Verdict::kBestEffort),
-                                  sampled ? team.shared.head[h].bound : INFINITY);
+                                  judged ? team.shared.head[h].bound : INFINITY);
              });
   if (!all && dense) {
     // Verdicts are kept from what the exact answer is about to overwrite.

@@ -192,8 +192,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       work.shift = most;
       work.denominator = denominator;
       work.unseen = coded_mass;
-      work.ref = sqrtf(norm2);
-      if (promise.norm == Norm::kValue) work.ref = Max(work.ref, promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, 1e-30f), 0.f)));
+      work.least_ref = promise.norm == Norm::kValue ? promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, 1e-30f), 0.f)) : 0;
       w.head[h] = work;
     }
     __syncthreads();

@@ -61,7 +61,12 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(sampled * heads * w.capacity, w.residual);
   c.Take(sampled * heads * w.capacity, w.term);
   c.Take(heads * s.row.dim_k, w.query);
-  c.Take((heads + 7) / 8, w.packed);
+  // An index has no more segments than there are blocks.
+  const bool balanced = s.code.kind == IndexKind::kBalanced;
+  const int64_t segments = balanced && blocks > 1 ? (blocks < kMaxSegments ? blocks : kMaxSegments) : 1;
+  c.Take(segments * ((heads + 7) / 8), w.packed);
+  if (balanced) c.Take(segments * heads, w.noise);
+  if (balanced) c.Take(segments * heads, w.sure);
   c.Take(kFixedParts * heads * floats, w.fixed);
   c.Take((uniform ? kMostWalks : 1) * team * heads * floats, w.state);
   c.Take(int64_t{2} * team * kPartials(q_heads), w.partial);

@@ -1,5 +1,6 @@
-// Passes over the estimates of a group (ALGORITHM 4): predicted variance, candidates, and the draw.
-// weight^2 of a token = sum_h (gain_h e^_h + floor_h)^2, it is drawn iff u < scale * weight.
+// Passes over the estimates of a group (METHOD.md, "Selection"): predicted variance, candidates, and the draw.
+// weight^2 of a token = sum_h (gain_h e^_h + floor_h)^2, it is drawn iff u < scale * weight, and surely where ln e^_h
+// is scratch.sure or over it for any head.
 #ifndef VATTN_KERNELS_CUDA_DRAW_CUH_
 #define VATTN_KERNELS_CUDA_DRAW_CUH_
 
@@ -26,9 +27,21 @@ inline __device__ float Uniform(const DeviceGroup& group, const Randomness& r, u
   return UnitFloat(x.word[(token >> 4) & 3]);
 }
 
-// x = gain e and its part of weight^2; a marked token, with e < 0 for every head, is always drawn.
-inline __device__ void AddWeight(float e, float gain, float floor, float& weight2) {
-  if (e < 0) {
+// scratch.sure of all heads in a segment of the index; null: no token is sure.
+inline __device__ const float* SureScores(const GroupScratch& w, int segment, int heads) {
+  return w.sure == nullptr ? nullptr : w.sure + segment * heads;
+}
+
+// The least estimate of a block with this shift from which on head h draws a token surely. sure: of SureScores.
+inline __device__ float SureEstimate(const float* sure, int h, float shift) {
+  constexpr float kNever = 2;  // over every estimate
+  // Tokens that are not there have estimate 0.
+  return sure == nullptr ? kNever : fmaxf(expf(fminf(1.f, sure[h] - shift)), kLeastEstimate);
+}
+
+// e's part of weight^2; a marked token, with e < 0 for every head, is always drawn, as is one with e >= sure.
+inline __device__ void AddWeight(float e, float gain, float floor, float sure, float& weight2) {
+  if (e < 0 || e >= sure) {
     weight2 = kMarkedWeight2;
     return;
   }
@@ -85,12 +98,14 @@ __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int 
     const bool in = item < items && b < blocks;
     if (!in) b = 0, tile = 0;
     const uint16_t* estimate = w.estimate + b * heads * kBlockTokens + tile * kTileTokens + tid % kLanes * 2;
+    const float* sure = SureScores(w, SegmentAt(team.group, FirstBlock(team.group) + b), heads);
     float weight2[2] = {};
     for (int h = 0; h < heads; ++h) {
       const float2 e = __half22float2(*reinterpret_cast<const __half2*>(estimate + h * kBlockTokens));
-      const float gain = expf(team.shared.log_gain[h] + w.shift[b * heads + h]);
-      AddWeight(e.x, gain, team.shared.floor[h], weight2[0]);
-      AddWeight(e.y, gain, team.shared.floor[h], weight2[1]);
+      const float shift = w.shift[b * heads + h], gain = expf(team.shared.log_gain[h] + shift);
+      const float limit = SureEstimate(sure, h, shift);
+      AddWeight(e.x, gain, team.shared.floor[h], limit, weight2[0]);
+      AddWeight(e.y, gain, team.shared.floor[h], limit, weight2[1]);
     }
     float none = 0;
     float& sum = in ? expected : none;
@@ -191,7 +206,11 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
   if constexpr (kAhead) {
     if (heads <= kHeads && begin < end) load(begin, 0, next, next_shift);
   }
+  int index_segment = SegmentAt(group, first_block + begin);
+  int64_t index_end = SegmentEnd(group, index_segment, first_block + end);
   for (int64_t b = begin; b < end; ++b) {
+    if (first_block + b >= index_end) index_end = SegmentEnd(group, ++index_segment, first_block + end);
+    const float* const sure = SureScores(w, index_segment, heads);
     const uint16_t* estimate = estimates + b * heads * kBlockTokens;
     float weight2[kDrawTokens] = {};
     float own = 0;  // gain of head lane % kHeads
@@ -212,15 +231,16 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
       if (!loaded) load(b, first, held, shift);
       const int mine = first + lane % kHeads;
       own = mine < heads ? expf(log_gain[mine] + shift) : 0;
+      const float own_limit = SureEstimate(mine < heads ? sure : nullptr, mine, shift);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        const float gain = __shfl_sync(kAllLanes, own, h);
+        const float gain = __shfl_sync(kAllLanes, own, h), limit = __shfl_sync(kAllLanes, own_limit, h);
         const float least = heads <= kHeads ? floor[h] : first + h < heads ? floors[first + h] : 0;
 #pragma unroll
         for (int k = 0; k < kDrawTokens / 2; ++k) {
           const float2 e = __half22float2(held[h][k]);
-          AddWeight(e.x, gain, least, weight2[2 * k]);
-          AddWeight(e.y, gain, least, weight2[2 * k + 1]);
+          AddWeight(e.x, gain, least, limit, weight2[2 * k]);
+          AddWeight(e.y, gain, least, limit, weight2[2 * k + 1]);
         }
       }
     }

@@ -1,4 +1,4 @@
-// Op encode: index codes of tiles of 16 tokens (ALGORITHM 3). x_j is the chain of fused multiply-adds
+// Op encode: index codes of tiles of 16 tokens (METHOD.md, "Index"). x_j is the chain of fused multiply-adds
 // of kernels/cpu/encode.cc, so codes are the same bits.
 #include <cmath>
 
@@ -73,13 +73,22 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
     if (marks && threadIdx.x < kTileTokens) {
       const int t = threadIdx.x;
       const std::byte* value = HostRow(s, item.blocks, token + t) + s.row.v_offset;
-      float residual2 = 0, norm2 = 0;
-      for (int j = 0; j < dim; ++j) residual2 = __fadd_rn(residual2, squares[j * kTileTokens + t]);
+      float residual2 = 0, noise2 = 0, norm2 = 0;
+      for (int j = 0; j < dim; ++j) {
+        const float r2 = squares[j * kTileTokens + t];
+        residual2 = __fadd_rn(residual2, r2);
+        noise2 = __fadd_rn(noise2, __fmul_rn(item.index.weight[j], r2));
+      }
       for (int j = 0; j < s.row.dim_v; ++j) {
         const float v = E::One(value + j * E::kBytes);
         norm2 = __fadd_rn(norm2, __fmul_rn(v, v));
       }
-      marked[t] = !(residual2 <= item.index.residual_limit && norm2 <= item.index.value_limit);
+      marked[t] = !(residual2 <= item.index.residual_limit && noise2 <= item.index.noise_limit &&
+                    norm2 <= item.index.value_limit);
+      const unsigned outliers = __ballot_sync((1u << kTileTokens) - 1, marked[t]);
+      if (t == 0 && outliers != 0 && item.outliers != nullptr) {
+        atomicAdd(item.outliers, static_cast<unsigned long long>(__popc(outliers)));
+      }
     }
     __syncthreads();
     const int64_t block = item.blocks[token / kBlockTokens], at = token % kBlockTokens / kTileTokens * words * 64;

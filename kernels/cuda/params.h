@@ -61,7 +61,9 @@ struct GroupScratch {
   float* residual = nullptr;         // [G][capacity] |e (v - o')|^2 / (pi D^2), 0 with pi = 1
   float* term = nullptr;             // [G][capacity] its part of the variance
   float* query = nullptr;            // [G][dim_k] scaled
-  PackedQueries* packed = nullptr;   // [G / 8 rounded up]
+  PackedQueries* packed = nullptr;   // [segments of the index][G / 8 rounded up]
+  float* noise = nullptr;            // [segments of the index][G] as in Scratch; IndexKind::kBalanced, else null
+  float* sure = nullptr;             // [segments of the index][G]
   float* fixed = nullptr;            // [kFixedParts][G][dim_v + 3] softmax states of sinks and window
   float* state = nullptr;            // [walks][team][G][dim_v + 3] softmax states of the draw
   double* partial = nullptr;         // [2][team][kPartials(G)] sums of a team's parts
@@ -89,7 +91,10 @@ struct DeviceGroup {
   const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
   std::byte* fixed = nullptr;       // [sinks + ring_tokens][row_bytes]
   HeadState* state = nullptr;       // [G]
-  IndexTables index;
+  IndexTables index;                // of the first segment; values are coded with its tables in every segment
+  const IndexSegment* segments = nullptr;  // [num_segments]
+  int32_t num_segments = 0;
+  std::byte* recent = nullptr;      // [G][dim_k] where the step's queries go, in the row dtype; null: nowhere
   RandomKey key;
   int32_t slot = 0, kv_head = 0;    // of the batch; says where queries and outputs are
   int64_t tokens = 0;               // with the step's new token; 0: nobody sits here
@@ -110,6 +115,7 @@ struct StepHeader {
 struct DeviceCounters {
   unsigned long long verdicts[4];
   unsigned long long middle, selected, fetched, looks;
+  unsigned long long outliers, noisy;
 };
 
 // How the answer kernel is launched: teams of thread blocks, a group's each.
@@ -169,6 +175,7 @@ struct EncodeItem {
   const int32_t* blocks = nullptr;
   IndexTables index;
   int64_t begin = 0, end = 0;
+  unsigned long long* outliers = nullptr;  // if not null, the outliers among them are added here
 };
 
 // Rows of sinks and ring of a group brought to the device: all that lie below `tokens`.

@@ -26,6 +26,7 @@ __device__ void FindPlan(Team<kHeads>& team, int* tops) {
              team.shared.head[h]);
   }
   __syncthreads();
+  FindSure(team);
   CountTops(team, tops);
   if (heads <= kHeads) {
     Sample<kHeads> sample;

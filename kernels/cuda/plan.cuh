@@ -15,6 +15,7 @@ struct Plan {
   float expected = 0;     // tokens drawn
   float bound = 0;        // candidates are kept up to this scale
   bool feasible = true;   // false: more than max_selected_share of the middle would be needed
+  bool noisy = false;     // that many tokens are sure already: what codes leave out could hold anything
 };
 
 // A sum in the unit exp(most), and another one added to it.
@@ -114,6 +115,18 @@ __device__ void CountTops(Team<kHeads>& team, int* tops) {
   __syncthreads();
 }
 
+// scratch.sure of every segment of the index and head. By a team of one thread block, after PlanHead.
+template <int kHeads>
+__device__ void FindSure(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  const int heads = team.heads(), all = w.sure == nullptr ? 0 : IndexSegments(team.group) * heads;
+  for (int i = threadIdx.x; i < all; i += kThreads) {
+    const int h = i % heads;
+    w.sure[i] = SureScore(team.p.promise, w.noise[i], team.shared.state[h], team.shared.head[h]);
+  }
+  __syncthreads();
+}
+
 // Gains and floors of the multipliers in shared.state.
 template <int kHeads>
 __device__ void SetGains(Team<kHeads>& team) {
@@ -157,16 +170,18 @@ struct Sample {
       const int64_t item = (int64_t{i} / 2 * kThreads + threadIdx.x) / (kTileTokens / 2);
       const auto [b, tile] = SampledTile(stride, phase, item);
       const bool in = item < items && b < blocks;
+      const float* const sure = SureScores(w, SegmentAt(team.group, FirstBlock(team.group) + b), heads);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float2 pair = make_float2(0, 0);
         if (in && h < heads) {
+          const float shift = w.shift[b * heads + h], limit = SureEstimate(sure, h, shift);
           const uint16_t* at = w.estimate + (b * heads + h) * kBlockTokens + tile * kTileTokens + threadIdx.x % 8 * 2;
           pair = __half22float2(*reinterpret_cast<const __half2*>(at));
-          const float unit = expf(w.shift[b * heads + h] - team.shared.head[h].shift);
-          // What underflows here still has its floor.
-          if (pair.x > 0) pair.x = fmaxf(pair.x * unit, 1e-37f);
-          if (pair.y > 0) pair.y = fmaxf(pair.y * unit, 1e-37f);
+          const float unit = expf(shift - team.shared.head[h].shift);
+          // What underflows here still has its floor. A sure token's estimate counts no more than a marked one's.
+          if (pair.x > 0) pair.x = pair.x >= limit ? kMarkedEstimate : fmaxf(pair.x * unit, 1e-37f);
+          if (pair.y > 0) pair.y = pair.y >= limit ? kMarkedEstimate : fmaxf(pair.y * unit, 1e-37f);
         }
         e[h][i] = pair.x, e[h][i + 1] = pair.y;
       }
@@ -186,7 +201,7 @@ struct Sample {
     for (int i = 0; i < kTokens; ++i) {
       float weight2 = 0;
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) AddWeight(e[h][i], gain[h], floor[h], weight2);
+      for (int h = 0; h < kHeads; ++h) AddWeight(e[h][i], gain[h], floor[h], HUGE_VALF, weight2);
       if (e[0][i] == 0) continue;
       const float excess = Excess(weight2, 1.f, expected);
 #pragma unroll
@@ -240,7 +255,37 @@ __device__ void FindMultipliers(Team<kHeads>& team, const int* tops, Predict&& p
   }
 }
 
-// Scale of the first draw, after the passes of plan.cu: to be called by every block of the team.
+// True if heads that are not verified are answered by reading everything.
+template <int kHeads>
+__device__ bool ReadsWhole(const Team<kHeads>& team) {
+  return team.p.promise.on_unverified == OnUnverified::kDense && team.p.task == Task::kDecode;
+}
+
+// The number of tokens that are drawn with probability 1 whatever the multipliers are. Candidates are to be listed
+// anew after it.
+template <int kHeads>
+__device__ float CountSure(Team<kHeads>& team, Randomness randomness) {
+  __syncthreads();
+  for (int h = threadIdx.x; h < team.heads(); h += kThreads) {
+    team.shared.log_gain[h] = -INFINITY;
+    team.shared.floor[h] = 0;
+  }
+  PredictAll(team, 1.f, 1.f, randomness);
+  const float count = static_cast<float>(team.shared.total[team.heads()]);
+  SetGains(team);
+  return count;
+}
+
+// Leaves sure tokens to chance. Every thread block of the team writes the same, and sees what it wrote.
+template <int kHeads>
+__device__ void ForgetSure(Team<kHeads>& team) {
+  const GroupScratch& w = team.group.scratch;
+  for (int i = threadIdx.x; i < IndexSegments(team.group) * team.heads(); i += kThreads) w.sure[i] = HUGE_VALF;
+  __syncthreads();
+}
+
+// Scale of the first draw, after the passes of plan.cu: to be called by every block of the team. A noisy plan of a
+// group that is read whole for it goes no further.
 template <int kHeads>
 __device__ Plan FinishPlan(Team<kHeads>& team) {
   const Promise& promise = team.p.promise;
@@ -257,20 +302,32 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
   scale = Min(scale, kMostScale);
   scale = Max(scale, static_cast<float>(promise.min_selected) / Max(plan.expected, 1e-6f));
   const float most = promise.max_selected_share * n;
-  plan.feasible = plan.expected * scale <= most;
+  const bool any_sure = team.group.scratch.sure != nullptr;
+  // A scale below 1 takes nothing off tokens that are sure.
+  float sure = 0;
+  plan.feasible = plan.expected * (any_sure ? Max(scale, 1.f) : scale) <= most;
   __syncthreads();
+  if (!plan.feasible && any_sure) {
+    sure = CountSure(team, randomness);
+    plan.noisy = sure > most;
+    if (plan.noisy && ReadsWhole(team)) return plan;
+    if (plan.noisy) ForgetSure(team);
+    PredictAll(team, 1.f, plan.bound, randomness);  // CountSure listed candidates of its own
+    plan.expected = TakePrediction(team);
+    plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
+    __syncthreads();
+  }
   if (!plan.feasible) {
     // Probabilities capped at 1 do not fall with the scale, so it goes down in several steps.
-    int round = 0;
-    do {
-      plan.scale *= most / plan.expected;
+    for (int round = 0;; ++round) {
       plan.bound = plan.scale;
       PredictAll(team, plan.scale, plan.bound, randomness);
       plan.expected = TakePrediction(team);
-    } while (plan.expected > 1.05f * most && ++round < kPlanRounds);
-    return plan;
+      if (!(plan.expected > 1.05f * most) || round == kPlanRounds) return plan;
+      plan.scale *= most / plan.expected;
+    }
   }
-  plan.expected *= scale;
+  plan.expected = sure + (plan.expected - sure) * scale;
   plan.scale = scale;
   for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.head[h].predicted /= scale;
   __syncthreads();

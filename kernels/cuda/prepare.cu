@@ -1,14 +1,19 @@
 // First stage of a step: the new token's row, queries packed for the scan, and attention over sinks and
-// window. A group has kFixedParts thread blocks for its fixed rows and one for its queries.
+// window. A group has kFixedParts thread blocks for its fixed rows and kPackParts for its queries, which share the
+// segments of its index.
 #include "kernels/cuda/stages.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/values.h"
 
 namespace vattn::cuda {
 namespace {
+
+constexpr int kPackParts = 8;  // thread blocks that share the segments of a group's index
+constexpr int kPackHeads = 8;  // at a time
 
 template <class E>
 __device__ void ScaleQueries(const DecodeParams& p, const DeviceGroup& group, int first, int heads, int most,
@@ -71,50 +76,114 @@ __device__ void PackSigns(const CodeLayout& code, const float* y, float scale, f
   out.offset[head] = offset + sum * scale;
 }
 
-template <class E>
-__device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, float* memory) {
-  constexpr int kHeads = 8;
-  const CodeLayout& code = p.storage.host.code;
-  const int dim = p.storage.host.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2 + code.dims1;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float* q = memory;                // [kHeads][dim]
-  float* y = memory + kHeads * dim;  // [kHeads][dims + 1]
-  for (int first = 0; first < p.q_heads; first += kHeads) {
-    const int heads = min(kHeads, p.q_heads - first);
-    __syncthreads();
-    ScaleQueries<E>(p, group, first, heads, kHeads, q);
-    __syncthreads();
-    for (int i = threadIdx.x; i < heads * dim; i += kThreads) group.scratch.query[first * dim + i] = q[i];
-    if (group.middle_end == group.middle_begin) continue;
-    for (int j = warp; j <= dims; j += kThreads / kWarp) {
-      const float* row = j < dims ? group.index.project + int64_t{j} * dim : group.index.center;
-      float sum[kHeads] = {};
-      for (int c = lane; c < dim; c += kWarp) {
-        const float x = row[c];
+// Standard deviation of s - s^ of a head over tokens, as NoiseOf there, by a warp: from products of the query, y
+// [dims] with the directions of the code, one with the center, and [uncoded] with the noise of the others.
+__device__ float NoiseOf(const IndexTables& index, int dims, int uncoded, const float* y) {
+  const int lane = threadIdx.x % kWarp;
+  float sum = 0;
+  for (int j = lane; j < dims; j += kWarp) sum = fmaf(index.level_noise2[j] * y[j], y[j], sum);
+  for (int j = dims + 1 + lane; j <= dims + uncoded; j += kWarp) sum = fmaf(y[j], y[j], sum);
+  return sqrtf(WarpSum(sum));
+}
+
+// Sums over the warp of a number a head in each lane, in the order of WarpSum: lanes 4 h to 4 h + 3 get that of head h.
+__device__ float SumHeads(float (&x)[kPackHeads]) {
+  static_assert(4 * kPackHeads == kWarp);
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
-        for (int h = 0; h < kHeads; ++h) sum[h] = fmaf(x, q[h * dim + c], sum[h]);
-      }
+  for (int half = kPackHeads / 2; half > 0; half /= 2) {
+    const bool upper = (lane & 4 * half) != 0;
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        sum[h] = WarpSum(sum[h]);
-        if (lane == 0) y[h * (dims + 1) + j] = sum[h];
-      }
-    }
-    __syncthreads();
-    // Heads that are not there are packed as zeros.
-    if (warp < kHeads) {
-      const float* at = y + warp * (dims + 1);
-      PackedQueries& out = group.scratch.packed[first / kHeads];
-      if (code.dims1 == 0) {
-        PackHead(code, at, at[dims], out, warp);
-      } else {
-        float norm2 = 0;
-        for (int c = lane; c < dim; c += kWarp) norm2 = fmaf(q[warp * dim + c], q[warp * dim + c], norm2);
-        const float norm = sqrtf(WarpSum(norm2));
-        PackSigns(code, at, group.index.slope * norm, at[dims] + group.index.intercept * norm, out, warp);
-      }
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, sent, 4 * half);
     }
   }
+  float sum = x[0];
+  sum += __shfl_xor_sync(kAllLanes, sum, 2);
+  sum += __shfl_xor_sync(kAllLanes, sum, 1);
+  return sum;
+}
+
+// Products of a query that its packing in one segment of the index takes.
+VATTN_HD inline int PackRows(const Storage& s) {
+  const int dims = s.code.dims8 + s.code.dims4 + s.code.dims2 + s.code.dims1;
+  return (s.code.kind == IndexKind::kBalanced ? s.row.dim_k : dims) + 1;
+}
+
+// Queries q [kPackHeads][dim] of heads [first, first + heads) in the coordinates of one segment's codes. y: shared
+// memory, [kPackHeads][PackRows]. Holds barriers.
+__device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segment, int first, int heads, int q_heads,
+                            const float* q, float* y) {
+  const CodeLayout& code = s.code;
+  const IndexTables& index = TablesOf(group, segment);
+  const int dim = s.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2 + code.dims1, rows = PackRows(s);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int j = warp; j < rows; j += kThreads / kWarp) {
+    const float* row = j < dims    ? index.project + int64_t{j} * dim
+                       : j == dims ? index.center
+                                   : index.noise + int64_t{j - dims - 1} * dim;
+    float sum[kPackHeads] = {};
+    for (int c = lane; c < dim; c += kWarp) {
+      const float x = row[c];
+#pragma unroll
+      for (int h = 0; h < kPackHeads; ++h) sum[h] = fmaf(x, q[h * dim + c], sum[h]);
+    }
+    const float own = SumHeads(sum);
+    if (lane % 4 == 0) y[lane / 4 * rows + j] = own;
+  }
+  __syncthreads();
+  // Heads that are not there are packed as zeros.
+  if (warp < kPackHeads) {
+    const float* at = y + warp * rows;
+    PackedQueries& out = group.scratch.packed[segment * ((q_heads + 7) / 8) + first / kPackHeads];
+    if (code.dims1 == 0) {
+      PackHead(code, at, at[dims], out, warp);
+    } else {
+      float norm2 = 0;
+      for (int c = lane; c < dim; c += kWarp) norm2 = fmaf(q[warp * dim + c], q[warp * dim + c], norm2);
+      const float norm = sqrtf(WarpSum(norm2));
+      PackSigns(code, at, index.slope * norm, at[dims] + index.intercept * norm, out, warp);
+    }
+    if (group.scratch.noise != nullptr && warp < heads) {
+      const float noise = NoiseOf(index, dims, rows - dims - 1, at);
+      if (lane == 0) group.scratch.noise[segment * q_heads + first + warp] = noise;
+    }
+  }
+  __syncthreads();
+}
+
+// Thread block `part` of kPackParts: segments part, part + kPackParts, ... of the index; the first one brings the
+// scaled queries to scratch too.
+template <class E>
+__device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, int part, float* memory) {
+  const int dim = p.storage.host.row.dim_k;
+  const int segments = group.middle_end > group.middle_begin ? IndexSegments(group) : 0;
+  if (part > 0 && part >= segments) return;
+  float* q = memory;                     // [kPackHeads][dim]
+  float* y = memory + kPackHeads * dim;  // [kPackHeads][PackRows]
+  for (int first = 0; first < p.q_heads; first += kPackHeads) {
+    const int heads = min(kPackHeads, p.q_heads - first);
+    __syncthreads();
+    ScaleQueries<E>(p, group, first, heads, kPackHeads, q);
+    __syncthreads();
+    for (int i = threadIdx.x; part == 0 && i < heads * dim; i += kThreads) {
+      group.scratch.query[first * dim + i] = q[i];
+    }
+    for (int k = part; k < segments; k += kPackParts) {
+      PackSegment(p.storage.host, group, k, first, heads, p.q_heads, q, y);
+    }
+  }
+}
+
+// The step's queries, as they are, to those from which tables may be learnt later.
+template <class E>
+__device__ void KeepQueries(const DecodeParams& p, const DeviceGroup& group) {
+  using Bits = std::conditional_t<E::kBytes == 2, uint16_t, uint32_t>;
+  const int count = p.q_heads * p.storage.host.row.dim_k;
+  const int64_t place = int64_t{group.slot} * p.kv_heads + group.kv_head;
+  const Bits* from = static_cast<const Bits*>(p.call.q) + place * count;
+  for (int i = threadIdx.x; i < count; i += kThreads) reinterpret_cast<Bits*>(group.recent)[i] = from[i];
 }
 
 // The new token's row into the ring and into the host pool.
@@ -185,23 +254,27 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant_
     AttendFixed<kType, kHeads>(p, group, blockIdx.y, memory, shared);
     return;
   }
-  if (threadIdx.x == 0) *group.scratch.barrier = 0;
-  for (int i = threadIdx.x; i < ValueItems(p.storage.host, p.q_heads); i += kThreads) {
-    group.scratch.value_parts_done[i] = 0;
+  const int part = blockIdx.y - kFixedParts;
+  if (part == 0) {
+    if (threadIdx.x == 0) *group.scratch.barrier = 0;
+    for (int i = threadIdx.x; i < ValueItems(p.storage.host, p.q_heads); i += kThreads) {
+      group.scratch.value_parts_done[i] = 0;
+    }
+    if (group.recent != nullptr && p.task != Task::kSelect) KeepQueries<Element<kType>>(p, group);
   }
-  PackQueries<Element<kType>>(p, group, reinterpret_cast<float*>(memory));
+  PackQueries<Element<kType>>(p, group, part, reinterpret_cast<float*>(memory));
 }
 
 template <DType kType, int kHeads>
 int Launch(const DecodeParams& p, Stream stream) {
   const RowLayout& row = p.storage.host.row;
-  const CodeLayout& code = p.storage.host.code;
-  const int pack = 8 * (row.dim_k + code.dims() + 1) * 4;
+  const int pack = kPackHeads * (row.dim_k + PackRows(p.storage.host)) * 4;
   const int rows = RowsBytes<kHeads>(row, kLeastTiles), bytes = rows > pack ? rows : pack;
   const auto kernel = PrepareKernel<kType, kHeads>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<dim3(p.most_groups, kFixedParts + 1), kThreads, bytes, static_cast<cudaStream_t>(stream.handle)>>>(p);
+  const int parts = kFixedParts + (p.storage.host.code.kind == IndexKind::kBalanced ? kPackParts : 1);
+  kernel<<<dim3(p.most_groups, parts), kThreads, bytes, static_cast<cudaStream_t>(stream.handle)>>>(p);
   return cudaGetLastError();
 }
 

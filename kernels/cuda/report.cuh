@@ -9,6 +9,7 @@ namespace vattn::cuda {
 struct Report {
   int64_t selected = 0, fetched = 0;
   int32_t looks = 0;
+  bool noisy = false;  // codes are too coarse for the queries: nothing was verified
 };
 
 // Output of this block's heads for which write(h), with their verdict and error.
@@ -48,6 +49,7 @@ __device__ void WriteReport(Team<kHeads>& team, const Report& report) {
   atomicAdd(&c.selected, static_cast<unsigned long long>(report.selected));
   atomicAdd(&c.fetched, static_cast<unsigned long long>(report.fetched));
   atomicAdd(&c.looks, static_cast<unsigned long long>(report.looks));
+  if (report.noisy) atomicAdd(&c.noisy, static_cast<unsigned long long>(team.heads()));
 }
 
 }  // namespace vattn::cuda

@@ -322,18 +322,25 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
   const int64_t from = all * warp / warps, to = all * (warp + 1) / warps;
   if (from >= to) return;
   int g = GroupOf(p, from);
-  for (int64_t at = from; at < to; ++g) {
+  for (int64_t at = from; at < to;) {
     const DeviceGroup& group = p.groups[g];
-    const int64_t end = min(to, group.first_block + NumBlocks(group));
-    if (end <= at) continue;
+    const int64_t last = min(to, group.first_block + NumBlocks(group));
+    if (last <= at) {
+      ++g;
+      continue;
+    }
+    // Queries are packed for one segment of the index.
+    const int64_t before = FirstBlock(group) - group.first_block;  // from numbers of the scan to those of the sequence
+    const int segment = SegmentAt(group, at + before);
+    const int64_t end = SegmentEnd(group, segment, last + before) - before;
+    const PackedQueries* const queries = group.scratch.packed + int64_t{segment} * ((p.q_heads + 7) / 8);
     for (int first = 0; first < p.q_heads; first += kHeads) {
-      const PackedQueries& packed = group.scratch.packed[first / 8];
+      const PackedQueries& packed = queries[first / 8];
       WordPlan<kRuns> plans[kFours > 0 ? kFours : 1];
 #pragma unroll
       for (int i = 0; i < kFours; ++i) plans[i] = PlanWord<kRuns>(words, packed, i);
       const auto codes = [&](int64_t item) {
-        const int64_t block = FirstBlock(group) + item - group.first_block;
-        return p.storage.codes + group.blocks[block] * p.storage.code_block_bytes;
+        return p.storage.codes + group.blocks[item + before] * p.storage.code_block_bytes;
       };
 #pragma unroll
       for (int part = 0; part < queue.kAhead; ++part) queue.Fetch(codes(at), words.all(), part);

@@ -1,4 +1,4 @@
-// Answers of the baseline policies (ALGORITHM 7) by a team, as kernels/cpu/topk.cc: each head's best tokens
+// Answers of the baseline policies (METHOD.md, "Policies") by a team, as kernels/cpu/topk.cc: each head's best tokens
 // by score, and with Policy::kTopKUniform a base sample of the rest, a budget from its moments, and the
 // sample of that size, which holds the base sample. The rows that some head takes are a list; walks over
 // such lists leave softmax states that are merged at the end.

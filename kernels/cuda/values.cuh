@@ -1,5 +1,5 @@
 // Value codes in the answer of a team: what the codes of listed rows have said already is taken
-// back (ALGORITHM 5), and dot products for the certificate.
+// back (METHOD.md, "Value codes"), and dot products for the certificate.
 #ifndef VATTN_KERNELS_CUDA_VALUES_CUH_
 #define VATTN_KERNELS_CUDA_VALUES_CUH_
 

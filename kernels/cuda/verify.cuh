@@ -1,4 +1,4 @@
-// The certificate by a team (ALGORITHM 6), as kernels/cpu/verify.cc: terms of the tail by all thread
+// The certificate by a team (METHOD.md, "Certificate"), as kernels/cpu/verify.cc: terms of the tail by all thread
 // blocks, verdict and growth of head h by the block of rank h modulo the team's size.
 #ifndef VATTN_KERNELS_CUDA_VERIFY_CUH_
 #define VATTN_KERNELS_CUDA_VERIFY_CUH_

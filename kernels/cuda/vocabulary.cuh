@@ -114,6 +114,25 @@ inline __device__ int64_t NumBlocks(const DeviceGroup& g) {
                                         : (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
 }
 
+// Segments of the index of a group: how many, the tables of one, and the one that block `block` of the sequence
+// lies in.
+inline __device__ int IndexSegments(const DeviceGroup& g) { return vattn::NumSegments(g.num_segments); }
+inline __device__ const IndexTables& TablesOf(const DeviceGroup& g, int segment) {
+  return g.num_segments > 0 ? g.segments[segment].tables : g.index;
+}
+inline __device__ int SegmentAt(const DeviceGroup& g, int64_t block) {
+  int k = 0;  // the last one that starts there or before
+#pragma unroll 1
+  for (int step = kMaxSegments / 2; step > 0; step /= 2) {
+    if (k + step < g.num_segments && g.segments[k + step].first_block <= block) k += step;
+  }
+  return k;
+}
+// Where those of blocks [..., end) that lie in the segment end.
+inline __device__ int64_t SegmentEnd(const DeviceGroup& g, int segment, int64_t end) {
+  return segment + 1 < g.num_segments ? min(end, g.segments[segment + 1].first_block) : end;
+}
+
 // The group that a block of the scan belongs to, of those counted in StepHeader::scan_blocks.
 inline __device__ int GroupOf(const DecodeParams& p, int64_t block) {
   int g = 0;  // the last one that starts there or before

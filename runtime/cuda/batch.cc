@@ -200,7 +200,11 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
       g.blocks = f.sequence->cuda()->blocks(l, h);
       g.fixed = f.sequence->cuda()->fixed(l, h);
       g.state = f.sequence->cuda()->state(l, h);
-      if (heads.device_index) g.index = heads.DeviceTables();
+      g.num_segments = static_cast<int32_t>(heads.tables.size());
+      if (g.num_segments > 0) {
+        g.index = heads.tables[0].DeviceTables();
+        g.segments = f.sequence->cuda()->segments(l, h);
+      }
       g.key = MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l), static_cast<uint32_t>(h));
       g.slot = f.slot;
       g.kv_head = h;
@@ -210,6 +214,7 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
       g.ring_begin = std::max<int64_t>(0, tokens - backend_.storage().ring_tokens);
       g.first_block = scanned;
       g.step = f.sequence->step() + static_cast<uint64_t>(steps);
+      g.recent = f.sequence->cuda()->recent(l, h, g.step);
       if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
       memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(), RoundUp(tokens, kScratchTokens), group_size, answer_[l].team,
                                    memory, g.scratch);
@@ -246,12 +251,25 @@ absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_t
 
 void CudaBatch::Leave(const Sequence& sequence) {
   if (std::erase_if(filled_, [&](const Filled& f) { return f.sequence == &sequence; }) == 0) return;
-  // What fails here fails again in the next call of the step. The caller's stream may be gone.
+  SendOpenTables().IgnoreError();  // what fails here fails again in the next call of the step
+}
+
+absl::Status CudaBatch::LeaveAll() {
+  const std::vector<Filled> before = filled_;
+  filled_.clear();
+  const absl::Status status = SendOpenTables();
+  if (!status.ok()) filled_ = before;
+  return status;
+}
+
+absl::Status CudaBatch::SendOpenTables() {
+  // The caller's stream may be gone.
   Device& d = backend_.device();
-  if (!d.Activate().ok() || !d.SynchronizeAll().ok()) return;
-  FillTables(0, 0);  // they count the open step already
-  if (!d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()).ok()) return;
-  d.Synchronize(d.stream()).IgnoreError();
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
+  FillTables(0, 0);  // the sequences count the open step already
+  VATTN_RETURN_IF_ERROR(d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()));
+  return d.Synchronize(d.stream());
 }
 
 absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Selection& selection,

@@ -28,6 +28,9 @@ class CudaBatch {
 
   // A sequence of the open step goes: waits for the device, and later calls of the step do without it.
   void Leave(const Sequence& sequence);
+  // The open step is given up: waits for the device, and calls that still come, replayed ones too, find nothing
+  // to do.
+  absl::Status LeaveAll();
 
   // Enqueues one call. With q in plain host memory all arrays are taken to be there: the call then
   // blocks until they are filled. It also blocks without a stream.
@@ -52,6 +55,8 @@ class CudaBatch {
   // `steps` more.
   void FillTables(int new_tokens, int steps);
   void FillGroups(int layer, int new_tokens, int steps, cuda::StepHeader& header, cuda::DeviceGroup* groups) const;
+  // Waits for the device and sends the tables of the open step anew, for the sequences that are left.
+  absl::Status SendOpenTables();
   absl::Status Stage(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
   absl::Status Launch(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
 

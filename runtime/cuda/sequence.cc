@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/rows.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -35,6 +36,19 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
                       static_cast<uint64_t>(s.host.row.row_bytes));
   if (!memory.ok()) return memory.status();
   made->fixed_ = *std::move(memory);
+  memory = d.Allocate(static_cast<uint64_t>(made->groups_) * kMaxSegments * sizeof(IndexSegment));
+  if (!memory.ok()) return memory.status();
+  made->segments_ = *std::move(memory);
+  made->segments_sent_.resize(static_cast<size_t>(made->groups_));
+  made->read_step_ = made->passed_step_ = sequence.step();
+  if (s.host.code.kind == IndexKind::kBalanced) {
+    const uint64_t bytes = static_cast<uint64_t>(states) * kRecentQueries * static_cast<uint64_t>(made->query_bytes());
+    memory = d.Allocate(bytes);
+    if (!memory.ok()) return memory.status();
+    made->recent_ = *std::move(memory);
+    // Of a step that was opened and never attended, zeros are read.
+    VATTN_RETURN_IF_ERROR(d.Fill(made->recent_.data(), 0, bytes, d.stream()));
+  }
   std::vector<HeadState> host;
   for (int l = 0; l < layers; ++l) {
     for (const HeadGroup& group : sequence.layer(l).groups) {
@@ -52,6 +66,22 @@ const int32_t* CudaSequence::blocks(int layer, int head) const {
 
 HeadState* CudaSequence::state(int layer, int head) const {
   return states_.as<HeadState>() + states_before_[layer] + int64_t{head} * q_per_kv_[layer];
+}
+
+const IndexSegment* CudaSequence::segments(int layer, int head) const {
+  return segments_.as<IndexSegment>() + (first_[layer] + head) * int64_t{kMaxSegments};
+}
+
+int64_t CudaSequence::query_bytes() const {
+  const RowLayout& row = backend_.storage().host.row;
+  return int64_t{row.dim_k} * ElementBytes(row.dtype);
+}
+
+std::byte* CudaSequence::recent(int layer, int head, uint64_t step) const {
+  const int place = RecentPlace(step);
+  if (place < 0 || recent_.size() == 0) return nullptr;
+  const int64_t heads = q_per_kv_[layer];
+  return recent_.data() + ((states_before_[layer] + head * heads) * kRecentQueries + place * heads) * query_bytes();
 }
 
 std::byte* CudaSequence::fixed(int layer, int head) const {
@@ -115,14 +145,29 @@ absl::Status CudaSequence::SendTables(Sequence& sequence, DeviceStream stream) {
 
 absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) {
   Device& d = backend_.device();
+  std::vector<IndexSegment> segments;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
-    for (HeadGroup& group : sequence.layer(l).groups) {
-      if (!group.index || group.device_index) continue;
-      absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(group.index->bytes()));
-      if (!memory.ok()) return memory.status();
-      VATTN_RETURN_IF_ERROR(d.Copy(memory->data(), group.index->floats().data(),
-                                   static_cast<uint64_t>(group.index->bytes()), stream));
-      group.device_index = std::make_shared<DeviceMemory>(*std::move(memory));
+    const Layer& layer = sequence.layer(l);
+    for (size_t h = 0; h < layer.groups.size(); ++h) {
+      HeadGroup& group = sequence.layer(l).groups[h];
+      bool changed = !segments_sent_[first_[l] + h];
+      segments.clear();
+      for (size_t k = 0; k < group.tables.size(); ++k) {
+        SegmentTables& tables = group.tables[k];
+        if (!tables.on_device) {
+          const uint64_t bytes = static_cast<uint64_t>(tables.index->bytes());
+          absl::StatusOr<DeviceMemory> memory = d.Allocate(bytes);
+          if (!memory.ok()) return memory.status();
+          VATTN_RETURN_IF_ERROR(d.Copy(memory->data(), tables.index->floats().data(), bytes, stream));
+          tables.on_device = std::make_shared<DeviceMemory>(*std::move(memory));
+          changed = true;
+        }
+        segments.push_back({layer.segments[k].first_block, tables.DeviceTables()});
+      }
+      if (!changed || segments.empty()) continue;
+      VATTN_RETURN_IF_ERROR(d.Copy(const_cast<IndexSegment*>(this->segments(l, static_cast<int>(h))), segments.data(),
+                                   segments.size() * sizeof(IndexSegment), stream));
+      segments_sent_[first_[l] + h] = true;
     }
   }
   return absl::OkStatus();
@@ -165,10 +210,11 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
     Layer& layer = sequence.layer(l);
     const int64_t begin = std::max<int64_t>(layer.coded_on_device, s.sinks);
     for (int h = 0; h < static_cast<int>(layer.groups.size()); ++h) {
-      if (layer.coded > begin) {
-        encode.push_back({blocks(l, h), layer.groups[h].DeviceTables(), begin, layer.coded});
-        most = std::max(most, layer.coded - begin);
-      }
+      ForSegments(layer, begin, layer.coded, [&](size_t k, int64_t from, int64_t to) {
+        encode.push_back(
+            {blocks(l, h), layer.groups[h].tables[k].DeviceTables(), from, to, &backend_.counters()->outliers});
+        most = std::max(most, to - from);
+      });
       if (!fixed_loaded_ && layer.tokens > 0) fixed.push_back({blocks(l, h), this->fixed(l, h), layer.tokens});
     }
     layer.coded_on_device = layer.coded;
@@ -204,7 +250,43 @@ absl::Status CudaSequence::Pull(Sequence& sequence, bool in_step) {
       at += group.states.size();
     }
   }
+  passed_step_ = sequence.step() - (in_step ? 1 : 0);
   busy_ = in_step;
+  return absl::OkStatus();
+}
+
+absl::Status CudaSequence::ReadQueries(Sequence& sequence) {
+  std::vector<uint64_t> steps;  // whose queries were kept
+  for (uint64_t step = read_step_ + 1; step <= passed_step_; ++step) {
+    if (RecentPlace(step) >= 0) steps.push_back(step);
+  }
+  if (recent_.size() == 0 || steps.empty()) return absl::OkStatus();
+  Device& d = backend_.device();
+  const Storage& s = backend_.storage().host;
+  std::vector<std::byte> ring(recent_.size());
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  VATTN_RETURN_IF_ERROR(d.Copy(ring.data(), recent_.data(), ring.size(), d.stream()));
+  VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
+  std::vector<float> queries;
+  for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
+    const int64_t count = int64_t{q_per_kv_[l]} * s.row.dim_k;
+    queries.resize(static_cast<size_t>(count));
+    for (int h = 0; h < static_cast<int>(sequence.layer(l).groups.size()); ++h) {
+      RecentQueries& to = sequence.layer(l).groups[h].recent;
+      for (size_t i = 0; i < steps.size(); ++i) {
+        if (i + kRecentQueries < steps.size()) {
+          to.Add(nullptr, 0);  // later ones have taken its place: it counts alone
+          continue;
+        }
+        const uint8_t* row = reinterpret_cast<const uint8_t*>(ring.data() + (recent(l, h, steps[i]) - recent_.data()));
+        cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype},
+                      queries.data());
+        for (float& x : queries) x *= s.scale;
+        to.Add(queries.data(), count);
+      }
+    }
+  }
+  read_step_ = passed_step_;
   return absl::OkStatus();
 }
 

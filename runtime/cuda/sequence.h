@@ -31,9 +31,15 @@ class CudaSequence {
   // replayed graph, can still follow.
   absl::Status Pull(Sequence& sequence, bool in_step);
 
+  // Brings the queries that steps up to the last Pull have kept to HeadGroup::recent.
+  absl::Status ReadQueries(Sequence& sequence);
+
   const int32_t* blocks(int layer, int head) const;
   HeadState* state(int layer, int head) const;
   std::byte* fixed(int layer, int head) const;
+  const IndexSegment* segments(int layer, int head) const;
+  // Where the queries [G][dim_k] of a step are kept, in the row dtype; null: they are not.
+  std::byte* recent(int layer, int head, uint64_t step) const;
 
  private:
   explicit CudaSequence(CudaBackend& backend) : backend_(backend) {}
@@ -41,6 +47,7 @@ class CudaSequence {
   // Codes that the host wrote, of blocks that the sequence still has.
   absl::Status LoadCodes(Sequence& sequence, DeviceStream stream);
   absl::Status SendIndices(Sequence& sequence, DeviceStream stream);
+  int64_t query_bytes() const;  // of one head
   // Copies items to the device, for kernels on the same stream.
   template <class T>
   absl::StatusOr<const T*> Send(const std::vector<T>& items, DeviceStream stream);
@@ -54,6 +61,10 @@ class CudaSequence {
   DeviceMemory tables_;           // int32_t [groups][table_blocks]
   DeviceMemory states_;           // HeadState
   DeviceMemory fixed_;            // [groups][sinks + ring][row_bytes]
+  DeviceMemory segments_;         // IndexSegment [groups][kMaxSegments]
+  std::vector<bool> segments_sent_;  // [groups] at least once
+  DeviceMemory recent_;           // by query head of all layers: [KV heads][kRecentQueries][G][dim_k]; kBalanced only
+  uint64_t passed_step_ = 0, read_step_ = 0;  // last steps that Pull waited for, and whose queries the host has
   DeviceMemory items_;            // of the last Send
   bool fixed_loaded_ = false;
   bool busy_ = false;

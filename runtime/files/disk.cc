@@ -1,13 +1,17 @@
 #include "runtime/files/disk.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <new>
+#include <random>
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "memory/status.h"
 #include "runtime/files/sequence_file.h"
+#include "runtime/log.h"
 #include "runtime/sequence.h"
 
 namespace vattn {
@@ -20,6 +24,13 @@ std::string Hex(const Digest& digest) {
 std::string HexOfSalt(const std::string& salt) { return Hex(DigestOf(std::as_bytes(std::span(salt)))); }
 
 constexpr char kPrefixStart[] = "prefix-", kSpillStart[] = "spill-", kEnd[] = ".vattn";
+
+// Of no other runtime, before or after, here or in a process forked from this one.
+std::string SpillStart() {
+  std::random_device random;
+  return absl::StrCat(kSpillStart, getpid(), "-", absl::Hex(random(), absl::kZeroPad8), absl::Hex(random(), absl::kZeroPad8),
+                      "-");
+}
 
 }  // namespace
 
@@ -39,6 +50,7 @@ SpillFile& SpillFile::operator=(SpillFile&& other) noexcept {
 SpillFile::~SpillFile() {
   if (disk_ == nullptr) return;
   disk_->GiveBytes(bytes_);
+  if (!disk_->directory_->IsHere()) return;  // the file is of the process that this one was forked from
   try {
     const absl::Status removed = disk_->directory_->Remove(name_);
     if (removed.ok()) return;
@@ -75,7 +87,8 @@ Disk::Disk(std::unique_ptr<OwnedDirectory> directory, uint64_t limit_bytes, uint
       layout_(layout),
       io_(io),
       counters_(counters),
-      log_(std::move(log)) {}
+      log_(std::move(log)),
+      spill_start_(SpillStart()) {}
 
 uint64_t Disk::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -83,6 +96,7 @@ uint64_t Disk::bytes() const {
 }
 
 absl::Status Disk::TakeOver() {
+  const LogHold hold;
   const absl::StatusOr<std::vector<std::string>> names = directory_->List();
   if (!names.ok()) return names.status();
   const std::string ours = absl::StrCat(kPrefixStart, absl::Hex(layout_, absl::kZeroPad16), "-");
@@ -132,7 +146,7 @@ std::string Disk::NameOf(const Prefix& prefix) const {
 }
 
 void Disk::DropLocked(const std::string& name) {
-  const absl::Status removed = directory_->Remove(name);
+  const absl::Status removed = directory_->IsHere() ? directory_->Remove(name) : absl::OkStatus();
   if (!removed.ok()) {
     ++counters_.io_errors;
     log_(LogLevel::kWarning, absl::StrCat("a stored prefix stays: ", removed.message()));
@@ -162,13 +176,17 @@ void Disk::GiveBytes(uint64_t bytes) {
 }
 
 absl::StatusOr<SpillFile> Disk::NewSpill(uint64_t bytes) {
+  VATTN_RETURN_IF_ERROR(directory_->CheckOwned());
+  const LogHold hold;
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::string name = absl::StrCat(kSpillStart, next_spill_++, kEnd);
+  std::string name = absl::StrCat(spill_start_, next_spill_++, kEnd);
   VATTN_RETURN_IF_ERROR(TakeBytesLocked(bytes));
   return SpillFile(this, std::move(name), bytes);
 }
 
 absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
+  VATTN_RETURN_IF_ERROR(directory_->CheckOwned());
+  const LogHold hold;
   const std::string name = NameOf(prefix);
   const uint64_t expected = sequence.SavedBytes() + prefix.salt.size() + prefix.tokens.size() * sizeof(int32_t);
   uint64_t stored;
@@ -184,23 +202,24 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
   const absl::Cleanup give = [&] { GiveBytes(expected); };
   const StoredPrefix file = {.prefix = std::move(prefix), .stored = stored};
   const std::vector<Digest> chain = ChainOf(file.prefix);
-  const absl::StatusOr<uint64_t> bytes = sequence.SaveAs(directory_->PathOf(name), &file, /*durable=*/true);
+  const absl::StatusOr<SavedFile> saved = sequence.SaveAs({.path = directory_->PathOf(name)}, &file, /*durable=*/true);
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!bytes.ok()) {
+  if (!saved.ok()) {
     // In place, but not surely durable: then it does not count as stored.
     if (!index_.Has(name)) directory_->Remove(name).IgnoreError();
-    return bytes.status();
+    return saved.status();
   }
   // Another thread may have stored the same meanwhile: this file has taken that one's place.
   bytes_ -= index_.Remove(name);
-  index_.Add(name, chain, static_cast<int64_t>(file.prefix.tokens.size()), *bytes, index_.next_use());
-  bytes_ += *bytes;
+  index_.Add(name, chain, static_cast<int64_t>(file.prefix.tokens.size()), saved->bytes, index_.next_use());
+  bytes_ += saved->bytes;
   ++counters_.prefixes_stored;
   return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runtime>& runtime, const Prefix& prefix,
                                                       const SequenceOptions& options, int64_t* tokens) {
+  const LogHold hold;
   std::vector<std::string> names;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -257,6 +276,7 @@ int64_t Disk::Pieces(const Prefix& prefix) const {
 }
 
 absl::Status Disk::Forget(const std::string& salt, int64_t* files) {
+  VATTN_RETURN_IF_ERROR(directory_->CheckOwned());
   const std::string part = absl::StrCat("-", HexOfSalt(salt), "-");
   const std::lock_guard<std::mutex> lock(mutex_);
   *files = 0;

@@ -42,8 +42,9 @@ class SpillFile {
   uint64_t bytes_ = 0;
 };
 
-// Files "prefix-<layout>-<salt>-<prefix>.vattn" (digests in hexadecimal) and "spill-<number>.vattn"; others
-// are left alone. Prefixes go, those unused for longest first, when the limit would be passed; spilled
+// Files "prefix-<layout>-<salt>-<prefix>.vattn" (digests in hexadecimal) and "spill-<process>-<random>-<number>.vattn";
+// others are left alone. A process that was forked from the owner reads what is there, and writes and removes nothing
+// (INVALID_ARGUMENT). Prefixes go, those unused for longest first, when the limit would be passed; spilled
 // sequences never do.
 //
 // Thread-safe. Files are read and written without the lock: they appear whole, are never changed, and one
@@ -96,6 +97,7 @@ class Disk {
   mutable std::mutex mutex_;  // guards what follows
   PrefixIndex index_;
   uint64_t bytes_ = 0;        // of all files, written or promised
+  const std::string spill_start_;
   uint64_t next_spill_ = 0;
 };
 

@@ -37,15 +37,40 @@ void AddBlockParts(const Storage& s, const std::byte* block, const std::byte* ze
   parts.push_back({zeros, static_cast<size_t>(s.block.bytes - used)});
 }
 
+std::vector<SavedSegment> SavedSegments(const Layer& layer, int64_t coded) {
+  std::vector<SavedSegment> saved;
+  if (coded == 0) return saved;
+  for (const Segment& segment : SegmentsOf(layer.segments, coded)) {
+    saved.push_back({segment.first_block, segment.made_from, segment.provisional});
+  }
+  return saved;
+}
+
 // A kGroup record taken apart.
 struct LoadedGroup {
   SavedGroup saved;
   std::vector<HeadState> states;
-  std::vector<float> floats;
+  std::vector<SavedSegment> segments;
+  std::vector<std::vector<float>> floats;  // of each segment
   std::vector<double> doubles;
-  std::shared_ptr<const Index> index;  // of floats, null without
+  std::vector<SegmentTables> tables;       // of floats
   std::unique_ptr<QueryMoment> moment;  // of doubles, null without
 };
+
+// Segments begin with the first block and lie one behind the other within what is coded; the last may be provisional.
+bool AreSegments(const std::vector<SavedSegment>& segments, const SavedGroup& saved) {
+  int64_t least = 0;
+  for (size_t k = 0; k < segments.size(); ++k) {
+    const SavedSegment& segment = segments[k];
+    const bool begins = k == 0 ? segment.first_block == 0 : segment.first_block >= least;
+    if (!begins || segment.first_block > saved.coded / kBlockTokens || segment.made_from < 0 ||
+        segment.made_from > saved.coded || segment.provisional != (segment.provisional == 1 && k + 1 == segments.size())) {
+      return false;
+    }
+    least = segment.first_block + 1;
+  }
+  return true;
+}
 
 // False if the record contradicts itself or the layout.
 bool Parse(const std::vector<std::byte>& bytes, const Storage& s, LoadedGroup& group) {
@@ -53,30 +78,33 @@ bool Parse(const std::vector<std::byte>& bytes, const Storage& s, LoadedGroup& g
   const size_t states = group.states.size() * sizeof(HeadState);
   if (bytes.size() < sizeof(saved) + states) return false;
   std::memcpy(&saved, bytes.data(), sizeof(saved));
-  const bool fits = (saved.index_floats == 0 || saved.index_floats == Index::NumFloats(s)) &&
+  const bool fits = saved.segments >= 0 && saved.segments <= kMaxSegments &&
                     (saved.moment_doubles == 0 || saved.moment_doubles == int64_t{s.row.dim_k} * s.row.dim_k + 1);
   if (!fits || saved.tokens < 0 || saved.tokens > int64_t{1} << 31 || saved.coded < 0 || saved.coded > saved.tokens ||
-      (saved.coded > 0 && saved.index_floats == 0 && Index::NumFloats(s) > 0)) {
+      (saved.coded > 0 && saved.segments == 0)) {
     return false;
   }
-  group.floats.resize(static_cast<size_t>(saved.index_floats));
+  group.segments.resize(static_cast<size_t>(saved.segments));
+  group.floats.assign(group.segments.size(), std::vector<float>(static_cast<size_t>(Index::NumFloats(s))));
   group.doubles.resize(static_cast<size_t>(saved.moment_doubles));
   const std::byte* at = bytes.data() + sizeof(saved);
   const auto take = [&](auto& values) {
     if (!values.empty()) std::memcpy(values.data(), at, values.size() * sizeof(values[0]));
     at += values.size() * sizeof(values[0]);
   };
-  if (bytes.size() != sizeof(saved) + states + group.floats.size() * 4 + group.doubles.size() * 8) return false;
+  const size_t per_segment = sizeof(SavedSegment) + static_cast<size_t>(Index::NumFloats(s)) * sizeof(float);
+  if (bytes.size() != sizeof(saved) + states + group.segments.size() * per_segment + group.doubles.size() * 8) return false;
   take(group.states);
-  take(group.floats);
+  take(group.segments);
+  for (std::vector<float>& floats : group.floats) take(floats);
   take(group.doubles);
-  return true;
+  return AreSegments(group.segments, saved);
 }
 
 }  // namespace
 
 uint64_t LayoutOf(const Options& o, const Storage& s) {
-  std::string text = absl::StrCat("vattn-sequence-2 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
+  std::string text = absl::StrCat("vattn-sequence-3 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
                                   o.head_dim_k, " v ", o.head_dim_v, " dtype ", o.dtype, " shared ", o.shared_kv,
                                   " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
   absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ", s.value_bits, " block ",
@@ -125,7 +153,9 @@ uint64_t Sequence::SavedBytes() const {
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
       bytes += sizeof(SavedGroup) + 3 * kSnapshotHeaderBytes + group.states.size() * sizeof(HeadState);
-      if (group.index) bytes += group.index->floats().size() * sizeof(float);
+      for (const SegmentTables& tables : group.tables) {
+        bytes += sizeof(SavedSegment) + tables.index->floats().size() * sizeof(float);
+      }
       const uint64_t dim = group.moment ? static_cast<uint64_t>(group.moment->dim()) : 0;
       if (group.moment) bytes += (dim * dim + 1) * sizeof(double);
       bytes += static_cast<uint64_t>(BlocksFor(layer.tokens)) * (runtime_->store().block_bytes() + kSnapshotHeaderBytes);
@@ -134,13 +164,14 @@ uint64_t Sequence::SavedBytes() const {
   return bytes;
 }
 
-absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const StoredPrefix* prefix, bool durable) {
+absl::StatusOr<SavedFile> Sequence::WriteFile(const SaveTarget& target, const StoredPrefix* prefix, bool durable) {
   // A lost device does not keep the host's copy from being saved, with the state of the last Pull.
   const absl::Status pulled = Pull();
   if (!pulled.ok() && CodeOf(pulled) != Code::kDeviceLost) return pulled;
+  TakeRecentQueries();
   const Storage& s = runtime_->storage();
   absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
-      SnapshotWriter::Create(path, LayoutOf(runtime_->options(), s), SavedBytes(), runtime_->io());
+      SnapshotWriter::Create(target, LayoutOf(runtime_->options(), s), SavedBytes(), runtime_->io());
   if (!writer.ok()) return writer.status();
   const SavedHead head{id_, step_};
   VATTN_RETURN_IF_ERROR((*writer)->Add(kHead, BytesOf(head)));
@@ -161,11 +192,12 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
       const std::vector<double> moment = group.moment ? group.moment->Save() : std::vector<double>();
-      const std::vector<float> index = group.index ? group.index->floats() : std::vector<float>();
-      const SavedGroup saved{tokens(layer), coded(layer), static_cast<int64_t>(index.size()),
+      const std::vector<SavedSegment> segments = SavedSegments(layer, coded(layer));
+      const SavedGroup saved{tokens(layer), coded(layer), static_cast<int64_t>(segments.size()),
                              static_cast<int64_t>(moment.size())};
-      const std::span<const std::byte> tables[] = {BytesOf(saved), BytesOf(group.states), BytesOf(index),
-                                                   BytesOf(moment)};
+      std::vector<std::span<const std::byte>> tables = {BytesOf(saved), BytesOf(group.states), BytesOf(segments)};
+      for (size_t k = 0; k < segments.size(); ++k) tables.push_back(BytesOf(group.tables[k].index->floats()));
+      tables.push_back(BytesOf(moment));
       VATTN_RETURN_IF_ERROR((*writer)->Add(kGroup, tables));
     }
   }
@@ -183,7 +215,7 @@ absl::StatusOr<uint64_t> Sequence::WriteFile(const std::string& path, const Stor
     }
   }
   VATTN_RETURN_IF_ERROR((*writer)->Commit(durable));
-  return (*writer)->bytes_written();
+  return SavedFile{(*writer)->bytes_written(), (*writer)->file_id()};
 }
 
 absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int64_t most) {
@@ -213,7 +245,13 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
       }
       const SavedGroup& saved = loaded[at].saved;
       const SavedGroup& before = loaded[at - static_cast<size_t>(&group - layer.groups.data())].saved;
-      if (saved.tokens != before.tokens || saved.coded != before.coded) {
+      const auto same = [&](const SavedSegment& a, const SavedSegment& b) {
+        return a.first_block == b.first_block && a.made_from == b.made_from && a.provisional == b.provisional;
+      };
+      const std::vector<SavedSegment>& segments = loaded[at].segments;
+      const std::vector<SavedSegment>& first = loaded[at - static_cast<size_t>(&group - layer.groups.data())].segments;
+      if (saved.tokens != before.tokens || saved.coded != before.coded ||
+          !std::equal(segments.begin(), segments.end(), first.begin(), first.end(), same)) {
         return lost(first_group + at, "disagrees with its layer");
       }
       in_file += static_cast<size_t>(BlocksFor(saved.tokens));
@@ -234,7 +272,9 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
 
   // What may fail for want of memory comes before the first block is taken.
   for (LoadedGroup& group : loaded) {
-    if (!group.floats.empty()) group.index = Index::FromFloats(s, std::move(group.floats));
+    for (std::vector<float>& floats : group.floats) {
+      group.tables.push_back({Index::FromFloats(s, std::move(floats)), nullptr});
+    }
     if (!group.doubles.empty()) {
       group.moment = std::make_unique<QueryMoment>(QueryMoment::Load(s.row.dim_k, group.doubles));
     }
@@ -293,11 +333,16 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
         layer.coded = tokens == from.saved.tokens ? from.saved.coded
                                                   : std::min(from.saved.coded, tokens / kCodeTokens * kCodeTokens);
         layer.coded_on_device = layer.coded;
+        for (const SavedSegment& saved : from.segments) {
+          layer.segments.push_back({saved.first_block, saved.made_from, saved.provisional != 0});
+        }
       }
       group.states = std::move(from.states);
-      group.index = std::move(from.index);
+      group.tables = std::move(from.tables);
       group.moment = std::move(from.moment);
     }
+    layer.segments = SegmentsOf(layer.segments, layer.coded);
+    UpdateSegments(layer);
   }
   CountTables();
   return absl::OkStatus();

@@ -16,8 +16,8 @@ namespace vattn {
 // Records of a snapshot, in this order:
 //   kHead    SavedHead
 //   kPrefix  SavedPrefix, salt, token ids; in the files of stored prefixes only
-//   kGroup   for each layer, for each of its KV heads: SavedGroup, HeadState [G], then index floats or
-//            query moment doubles as flagged
+//   kGroup   for each layer, for each of its KV heads: SavedGroup, HeadState [G], SavedSegment [segments], then the
+//            floats of each segment's tables and the doubles of the query moment
 //   kBlock   in the order of the groups, for each of its blocks: the block; bytes that belong to no
 //            token are zero
 enum SavedRecord : uint32_t { kHead = 1, kPrefix = 2, kGroup = 3, kBlock = 4 };
@@ -33,8 +33,13 @@ struct SavedPrefix {
 
 struct SavedGroup {
   int64_t tokens, coded;
-  int64_t index_floats;    // 0: no index yet
-  int64_t moment_doubles;  // 0: no queries seen, or the index is frozen
+  int64_t segments;        // 0: no index yet
+  int64_t moment_doubles;  // 0: no queries seen
+};
+
+// A Segment of the layer; the same in all of its KV heads.
+struct SavedSegment {
+  int64_t first_block, made_from, provisional;
 };
 
 // Everything that rows, codes and tables depend on.

@@ -1,12 +1,13 @@
 #include "runtime/index/index.h"
 
-#include <Eigen/Cholesky>
 #include <Eigen/Dense>
-#include <Eigen/Eigenvalues>
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "kernels/cpu/encode.h"
+#include "kernels/cpu/products.h"
+#include "runtime/index/index_basis.h"
 #include "runtime/index/index_kinds.h"
 
 namespace vattn {
@@ -15,45 +16,22 @@ namespace {
 using Matrix = Eigen::MatrixXd;
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr double kHalfLife = 512;     // query tokens
-constexpr double kKeyRidge = 1e-4;    // of the mean diagonal
-constexpr double kQueryRidge = 1e-2;
-// Uniform quantisers with least squared error for a Gaussian, in standard deviations.
-constexpr double kStep7 = .0625, kStep4 = .3352, kStep2 = .9957;
-constexpr double kOutlierQuantile = .99975;
-// Tokens are marked whose squared residual is above the mean by this, by so many standard deviations, and
-// above this quantile of the calibration keys: at most so many are, and 8 standard deviations of a
-// direction do not hide in the others. |v|^2 likewise, over so many times its mean.
-constexpr double kHidden = 64, kHiddenDeviations = 6, kMarkedQuantile = .9975, kHugeValue = 16;
+constexpr int64_t kMostPicks = 512;
+const double kMostWeight = 8192 / std::log(2.);  // tokens: each more then fades the others by 1 / kMostWeight
+// Tokens are marked whose |v|^2 is over so many times its mean and above this quantile of the sample.
+constexpr double kHugeValue = 16, kMarkedQuantile = .9975;
 
-void AddRidge(Matrix& m, double share) { m.diagonal().array() += share * m.diagonal().mean() + 1e-12; }
-
-// Mean of x x^T over rows, in blocks so that fp32 sums stay short.
-Matrix Moment(const RowMajor& rows) {
-  Matrix sum = Matrix::Zero(rows.cols(), rows.cols());
-  constexpr Eigen::Index kRows = 1024;
-  for (Eigen::Index i = 0; i < rows.rows(); i += kRows) {
-    const auto part = rows.middleRows(i, std::min(kRows, rows.rows() - i));
-    sum += (part.transpose() * part).cast<double>();
+// Mean of x x^T over rows, in parts so that fp32 sums stay short.
+Matrix Moment(const float* rows, int64_t count, int dim) {
+  Matrix sum = Matrix::Zero(dim, dim);
+  Eigen::MatrixXf part(dim, dim);
+  constexpr int64_t kRows = 1024;
+  for (int64_t i = 0; i < count; i += kRows) {
+    part.setZero();
+    cpu::AddOuterProducts(rows + i * dim, std::min(kRows, count - i), dim, part.data());
+    sum += part.cast<double>();
   }
-  return sum / static_cast<double>(rows.rows());
-}
-
-double StepOf(const CodeLayout& code, int j) {
-  if (j < code.dims8) return kStep7;
-  return j < code.dims8 + code.dims4 ? kStep4 : kStep2;
-}
-
-// The width of a level for whitened coordinates x of standard deviation 1. The Gaussian step, but
-// wide enough that the levels reach the outliers: the few keys that lie far out are the ones that a
-// query looks for (induction heads), and clipping them hides them from the scan.
-double LevelWidth(const CodeLayout& code, int j, Eigen::VectorXf x) {
-  const double gaussian = StepOf(code, j);
-  if (j >= code.dims8 + code.dims4) return gaussian;
-  const Eigen::Index outlier = static_cast<Eigen::Index>(kOutlierQuantile * static_cast<double>(x.size() - 1));
-  x = x.cwiseAbs();
-  std::nth_element(x.data(), x.data() + outlier, x.data() + x.size());
-  return std::max(gaussian, x(outlier) / (j < code.dims8 ? 64. : 8.));
+  return sum / static_cast<double>(count);
 }
 
 float QuantileOf(Eigen::ArrayXf x, double q) {
@@ -62,54 +40,9 @@ float QuantileOf(Eigen::ArrayXf x, double q) {
   return x(at);
 }
 
-// Of what is finite; everything is within the limit if nothing is.
-float ResidualLimit(const Eigen::ArrayXf& residual2) {
-  if (!residual2.allFinite()) return std::numeric_limits<float>::max();
-  const double mean = residual2.cast<double>().mean();
-  const double deviation = std::sqrt((residual2.cast<double>() - mean).square().mean());
-  return static_cast<float>(std::max(mean + std::max(kHidden, kHiddenDeviations * deviation),
-                                     double{QuantileOf(residual2, kMarkedQuantile)}));
-}
-
 float ValueLimit(const Eigen::ArrayXf& norm2) {
   if (!norm2.allFinite()) return std::numeric_limits<float>::max();
   return std::max(static_cast<float>(kHugeValue * norm2.cast<double>().mean()), QuantileOf(norm2, kMarkedQuantile));
-}
-
-// encode [dim_k][padded] and project [dims][dim_k] of the balanced basis: x = diag(sqrt lambda) U^T
-// L^-1 (k - mu) has covariance diag(lambda), so U^T L^-1 whitens. step and rest as IndexTables has them;
-// returns its residual_limit. centred [count][dim_k].
-float FillBasis(const CodeLayout& code, const RowMajor& centred, const Matrix& keys, const Matrix& queries,
-                float* encode, float* project, float* steps, float* rest) {
-  const Eigen::Index dim = keys.rows();
-  const Matrix low = Eigen::LLT<Matrix>(keys).matrixL();
-  const Eigen::SelfAdjointEigenSolver<Matrix> solved(low.transpose() * queries * low);
-  const Matrix inverse = low.triangularView<Eigen::Lower>().solve(Matrix::Identity(dim, dim));
-  const int padded = code.padded_dims();
-  std::fill(encode, encode + dim * padded, 0.f);
-  const int padded_rest = code.padded_rest(static_cast<int>(dim));
-  std::fill(rest, rest + dim * padded_rest, 0.f);
-  Eigen::ArrayXf residual2 = Eigen::ArrayXf::Zero(centred.rows());
-  for (int j = 0; j < dim; ++j) {
-    const Eigen::VectorXd u = solved.eigenvectors().col(dim - 1 - j);  // eigenvalues ascend
-    const Eigen::VectorXd whiten = inverse.transpose() * u, back = low * u;
-    const Eigen::VectorXf x = centred * whiten.cast<float>();
-    if (j >= code.dims()) {
-      for (Eigen::Index c = 0; c < dim; ++c) rest[c * padded_rest + j - code.dims()] = static_cast<float>(whiten(c));
-      residual2 += x.array().square();
-      continue;
-    }
-    const double step = LevelWidth(code, j, x);
-    const float half = j < code.dims8 ? 64 : j < code.dims8 + code.dims4 ? 8 : 2, width = static_cast<float>(step);
-    const Eigen::ArrayXf level = (x.array() / width).floor().max(-half).min(half - 1) + .5f;
-    residual2 += (x.array() - level * width).square();
-    steps[j] = width;
-    for (Eigen::Index c = 0; c < dim; ++c) {
-      encode[c * padded + j] = static_cast<float>(whiten(c) / step);
-      project[j * dim + c] = static_cast<float>(back(c) * step);
-    }
-  }
-  return ResidualLimit(residual2);
 }
 
 // Mean and level width by dimension, and the mean squared residual of values [count][dim].
@@ -128,24 +61,38 @@ double FillValues(const RowMajor& values, int bits, const Eigen::VectorXd& mean,
   return residual;
 }
 
-// Floats of IndexTables::step and rest.
-int64_t MarkFloats(const CodeLayout& code, int dim_k) {
-  return code.kind == IndexKind::kBalanced ? code.dims() + int64_t{dim_k} * code.padded_rest(dim_k) : 0;
-}
-
 bool IsFitted(IndexKind kind) { return kind == IndexKind::kSign || kind == IndexKind::kPage; }
 
+// Floats of IndexTables::step, rest, weight, level_noise2 and noise.
+int64_t BasisFloats(const CodeLayout& code, int dim_k) {
+  if (code.kind != IndexKind::kBalanced) return 0;
+  return 2 * code.dims() + int64_t{dim_k} * (code.padded_rest(dim_k) + 1 + dim_k - code.dims());
+}
+
+// Numbers of a kind behind the three of values.
+int NumScalars(IndexKind kind) { return kind == IndexKind::kBalanced ? 3 : IsFitted(kind) ? 2 : 0; }
+
 // What scores are predicted with, of centred keys [count][dim_k] and second moments.
-void FillScores(const Storage& s, const RowMajor& centred, Matrix keys, Matrix queries, SignMap map, float* encode,
-                float* project, float* centroids, float* marks, float* fit) {
+void FillScores(const Storage& s, const RowMajor& centred, const Matrix& keys, const Matrix& queries, SignMap map,
+                float* encode, float* project, float* centroids, float* basis, float* fit) {
   const int dim = s.row.dim_k;
   const KeySample sample{centred.data(), centred.rows(), dim};
   switch (s.code.kind) {
-    case IndexKind::kBalanced:
-      AddRidge(keys, kKeyRidge);
-      AddRidge(queries, kQueryRidge);
-      fit[0] = FillBasis(s.code, centred, keys, queries, encode, project, marks, marks + s.code.dims());
+    case IndexKind::kBalanced: {
+      float* rest = basis + s.code.dims();
+      float* weight = rest + dim * s.code.padded_rest(dim);
+      FillBasis(s.code, sample, keys, queries,
+                {.encode = encode,
+                 .project = project,
+                 .step = basis,
+                 .rest = rest,
+                 .weight = weight,
+                 .level_noise2 = weight + dim,
+                 .noise = weight + dim + s.code.dims(),
+                 .residual_limit = fit,
+                 .noise_limit = fit + 1});
       break;
+    }
     case IndexKind::kSign:
       FillSigns(s.code, dim, map, encode, project);
       FitSigns(s.code, sample, DrawQueries(queries), encode, project, fit);
@@ -168,13 +115,22 @@ void FillScores(const Storage& s, const RowMajor& centred, Matrix keys, Matrix q
 
 }  // namespace
 
-void QueryMoment::Add(const float* queries, int64_t count, int group) {
-  const Eigen::Map<const RowMajor> q(queries, count, dim_);
+int64_t QueryMoment::NumPicks(int64_t tokens, int group) { return std::min(tokens * group, kMostPicks); }
+
+QueryMoment::Pick QueryMoment::PickAt(int64_t i, int64_t tokens, int group) {
+  return {i * tokens / NumPicks(tokens, group), static_cast<int>(i % group)};
+}
+
+void QueryMoment::Add(const float* queries, int64_t count, int64_t tokens) {
+  const Matrix mean = Moment(queries, count, dim_);
+  if (!mean.allFinite()) return;
   if (sum_.empty()) sum_.assign(static_cast<size_t>(dim_) * dim_, 0.0);
   Eigen::Map<Matrix> sum(sum_.data(), dim_, dim_);
-  const double keep = std::exp2(-static_cast<double>(count) / group / kHalfLife);
-  sum = keep * sum + static_cast<double>(count) * Moment(q);
-  weight_ = keep * weight_ + static_cast<double>(count);
+  sum += static_cast<double>(tokens) * mean;
+  weight_ += static_cast<double>(tokens);
+  if (weight_ <= kMostWeight) return;
+  sum *= kMostWeight / weight_;
+  weight_ = kMostWeight;
 }
 
 QueryMoment QueryMoment::FromMean(int dim, std::vector<double> mean) {
@@ -212,8 +168,8 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   float* encode = center + dim_k;
   float* project = encode + dim_k * s.code.padded_dims();
   float* centroids = project + s.code.dims() * dim_k;
-  float* marks = centroids + s.code.centroids * dim_k;
-  float* value_mean = marks + MarkFloats(s.code, dim_k);
+  float* basis = centroids + s.code.centroids * dim_k;
+  float* value_mean = basis + BasisFloats(s.code, dim_k);
   float* value_step = value_mean + dim_v;
   float* rest = value_step + dim_v;
 
@@ -222,13 +178,13 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   for (int c = 0; c < dim_k; ++c) center[c] = static_cast<float>(mean(c));
   if (s.code.bytes() > 0) {
     k.rowwise() -= mean.cast<float>().transpose();
-    Matrix key_moment = Moment(k);
+    Matrix key_moment = Moment(k.data(), count, dim_k);
     Matrix query_moment = Matrix::Identity(dim_k, dim_k);
     if (!moment.empty()) query_moment = Eigen::Map<const Matrix>(moment.Mean().data(), dim_k, dim_k);
     // Keys or queries with Inf or NaN cannot be calibrated on; any basis is valid.
     if (!key_moment.allFinite()) key_moment = Matrix::Identity(dim_k, dim_k);
     if (!query_moment.allFinite()) query_moment = Matrix::Identity(dim_k, dim_k);
-    FillScores(s, k, key_moment, query_moment, map, encode, project, centroids, marks, rest + 3);
+    FillScores(s, k, key_moment, query_moment, map, encode, project, centroids, basis, rest + 3);
   }
   const RowMajor v = Eigen::Map<const RowMajor>(values, count, dim_v);
   const Eigen::VectorXd v_mean = v.cast<double>().colwise().mean();
@@ -236,7 +192,54 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   rest[0] = s.value_bits > 0 ? static_cast<float>(FillValues(v, s.value_bits, v_mean, value_mean, value_step)) : 0.f;
   rest[1] = static_cast<float>(norm2 - v_mean.squaredNorm());
   rest[2] = static_cast<float>(norm2);
-  if (s.code.kind == IndexKind::kBalanced) rest[4] = ValueLimit(v.rowwise().squaredNorm().array());
+  if (s.code.kind == IndexKind::kBalanced) rest[5] = ValueLimit(v.rowwise().squaredNorm().array());
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+std::shared_ptr<const Index> Index::Recentre(const Storage& s, const Index& base, const float* keys,
+                                             const float* values, int64_t count, double* flooded) {
+  std::vector<float> floats = base.floats_;
+  const Eigen::Map<const RowMajor> k(keys, count, s.row.dim_k);
+  Eigen::Map<Eigen::RowVectorXf>(floats.data(), s.row.dim_k) = k.cast<double>().colwise().mean().cast<float>();
+  *flooded = base.RaiseLimits(s, keys, values, count, floats);
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+std::shared_ptr<const Index> Index::WithLimitsOf(const Storage& s, const float* keys, const float* values,
+                                                 int64_t count) const {
+  std::vector<float> floats = floats_;
+  RaiseLimits(s, keys, values, count, floats);
+  return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
+}
+
+double Index::RaiseLimits(const Storage& s, const float* keys, const float* values, int64_t count,
+                          std::vector<float>& floats) const {
+  const IndexTables tables = TablesAt(floats.data());
+  RowMajor k = Eigen::Map<const RowMajor>(keys, count, s.row.dim_k);
+  k.rowwise() -= Eigen::Map<const Eigen::RowVectorXf>(tables.center, s.row.dim_k);
+  std::vector<cpu::CodeErrors> errors(static_cast<size_t>(count));
+  cpu::FindCodeErrors(s, tables, k.data(), count, errors.data());
+  Eigen::ArrayXf residual2(count), noise2(count);
+  int64_t over = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    residual2(i) = errors[i].residual2, noise2(i) = errors[i].noise2;
+    over += !(residual2(i) <= tables.residual_limit && noise2(i) <= tables.noise_limit);
+  }
+  const Eigen::Map<const RowMajor> v(values, count, s.row.dim_v);
+  float* const limits = floats.data() + floats.size() - NumScalars(s.code.kind);
+  const auto raise = [](float& limit, const Eigen::ArrayXf& x) {
+    if (x.allFinite()) limit = std::max(limit, QuantileOf(x, kMarkedQuantile));
+  };
+  raise(limits[0], residual2);
+  raise(limits[1], noise2);
+  raise(limits[2], v.rowwise().squaredNorm().array());
+  return static_cast<double>(over) / static_cast<double>(count);
+}
+
+std::shared_ptr<const Index> Index::WithValuesOf(const Storage& s, const Index& first) const {
+  std::vector<float> floats = floats_;
+  const int64_t at = tables().value_mean - floats_.data();
+  std::copy_n(first.floats_.data() + at, 2 * s.row.dim_v + 1, floats.data() + at);  // and the mean squared residual
   return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
 }
 
@@ -246,8 +249,7 @@ std::shared_ptr<const Index> Index::FromFloats(const Storage& s, std::vector<flo
 
 int64_t Index::NumFloats(const Storage& s) {
   return s.row.dim_k + int64_t{s.row.dim_k} * (s.code.padded_dims() + s.code.dims() + s.code.centroids) +
-         MarkFloats(s.code, s.row.dim_k) + 2 * s.row.dim_v + 3 +
-         (IsFitted(s.code.kind) || s.code.kind == IndexKind::kBalanced ? 2 : 0);
+         BasisFloats(s.code, s.row.dim_k) + 2 * s.row.dim_v + 3 + NumScalars(s.code.kind);
 }
 
 Index::Index(const Storage& s, std::vector<float> floats)
@@ -264,7 +266,10 @@ IndexTables Index::TablesAt(const float* base) const {
   t.centroids = t.project + code_.dims() * dim_k_;
   t.step = t.centroids + int64_t{code_.centroids} * dim_k_;
   t.rest = t.step + code_.dims();
-  t.value_mean = t.step + MarkFloats(code_, dim_k_);
+  t.weight = t.rest + (code_.kind == IndexKind::kBalanced ? dim_k_ * code_.padded_rest(dim_k_) : 0);
+  t.level_noise2 = t.weight + dim_k_;
+  t.noise = t.level_noise2 + code_.dims();
+  t.value_mean = t.step + BasisFloats(code_, dim_k_);
   t.value_step = t.value_mean + dim_v_;
   const float* rest = floats_.data() + (t.value_step + dim_v_ - base);
   t.value_residual = rest[0];
@@ -276,7 +281,8 @@ IndexTables Index::TablesAt(const float* base) const {
   }
   if (code_.kind == IndexKind::kBalanced) {
     t.residual_limit = rest[3];
-    t.value_limit = rest[4];
+    t.noise_limit = rest[4];
+    t.value_limit = rest[5];
   }
   return t;
 }

@@ -1,4 +1,4 @@
-// Tables of the kinds of index beside the balanced one (ALGORITHM 3, PEERS 3).
+// Tables of the kinds of index beside the balanced one (METHOD.md, "Other kinds of index").
 #ifndef VATTN_RUNTIME_INDEX_INDEX_KINDS_H_
 #define VATTN_RUNTIME_INDEX_INDEX_KINDS_H_
 

@@ -1,4 +1,4 @@
-// Model profiles: what an index is calibrated on when a sequence brings no queries (ALGORITHM 3).
+// Model profiles: what an index is calibrated on when a sequence brings no queries (METHOD.md, "Index").
 #ifndef VATTN_RUNTIME_INDEX_PROFILE_H_
 #define VATTN_RUNTIME_INDEX_PROFILE_H_
 

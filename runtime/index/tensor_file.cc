@@ -52,6 +52,7 @@ absl::Status TensorFile::ReadHeader() {
   if (length > most) return Lost("the header length is ", length, ", must be at most ", most);
   std::string text(length, '\0');
   VATTN_RETURN_IF_ERROR(Read(sizeof(raw), text.data(), length));
+  if (NestsTooDeep(text)) return Lost("the header nests deeper than ", kMaxJsonDepth, " levels");
   header_ = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!header_.is_object()) return Lost("the header is no JSON object");
   data_begin_ = sizeof(raw) + length;

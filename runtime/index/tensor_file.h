@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "memory/status.h"
+#include "runtime/json_text.h"
 
 namespace vattn {
 
@@ -35,7 +36,7 @@ class TensorFile {
     return InvalidArgumentError(Named(absl::StrCat(what...)));
   }
   // Values of a foreign file, short enough for a message.
-  static std::string Shown(const Json& value) { return value.dump().substr(0, 80); }
+  static std::string Shown(const Json& value) { return ShownJson(value); }
 
  private:
   std::string Named(const std::string& what) const { return what_ + " " + path_ + ": " + what; }

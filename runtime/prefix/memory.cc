@@ -23,7 +23,7 @@ uint64_t TableBytes(const Prefix& prefix, const std::vector<Layer>& layers) {
   for (const Layer& layer : layers) {
     for (const HeadGroup& group : layer.groups) {
       bytes += sizeof(HeadGroup) + group.blocks.size() * sizeof(int32_t) + group.states.size() * sizeof(HeadState);
-      if (group.index) bytes += static_cast<uint64_t>(group.index->bytes());
+      for (const SegmentTables& tables : group.tables) bytes += static_cast<uint64_t>(tables.index->bytes());
     }
   }
   return bytes;

@@ -178,6 +178,52 @@ TEST(ApiAttendTest, StridesReadAnyLayout) {
   ExpectExact(call, 0, rows);
 }
 
+// Broadcast rows: one for all tokens, or for all heads. 0 says "contiguous", so that a stride of 0 has a name of its own.
+TEST(ApiAttendTest, StridesOfZeroReadOneRow) {
+  const Shape shape = {4, 2, 64, 64, false, VATTN_F32};
+  vattn_options options = OptionsFor(shape);
+  options.policy = VATTN_POLICY_DENSE;
+  const Runtime runtime(options);
+  constexpr int64_t kTokens = 300;
+  std::mt19937_64 engine(3);
+  for (const bool by_head : {false, true}) {
+    SCOPED_TRACE(by_head ? "one row for the heads of a token" : "one row for all tokens");
+    const int64_t rows_given = by_head ? kTokens : shape.kv_heads;
+    const std::vector<float> k = Gaussian(engine, shape.dtype, rows_given * 64, 1);
+    const std::vector<float> v = Gaussian(engine, shape.dtype, rows_given * 64, 1);
+    Rows rows;
+    std::vector<float> all_k, all_v;
+    for (int64_t t = 0; t < kTokens; ++t) {
+      for (int64_t h = 0; h < shape.kv_heads; ++h) {
+        const int64_t row = by_head ? t : h;
+        all_k.insert(all_k.end(), k.begin() + row * 64, k.begin() + (row + 1) * 64);
+        all_v.insert(all_v.end(), v.begin() + row * 64, v.begin() + (row + 1) * 64);
+      }
+    }
+    rows.Add(shape, all_k, all_v);
+    const std::vector<std::byte> k_bytes = ToBytes(shape.dtype, k), v_bytes = ToBytes(shape.dtype, v);
+    const std::vector<std::byte> q_bytes = ToBytes(shape.dtype, Gaussian(engine, shape.dtype, 64, 1));
+    vattn_append_params params = Init<vattn_append_params>();
+    params.num_tokens = kTokens;
+    params.num_queries = 50;
+    params.k = k_bytes.data();
+    params.v = v_bytes.data();
+    params.q = q_bytes.data();  // one for all
+    params.k_token_stride = params.v_token_stride = by_head ? 64 : VATTN_STRIDE_ZERO;
+    params.k_head_stride = params.v_head_stride = by_head ? VATTN_STRIDE_ZERO : 64;
+    params.q_token_stride = params.q_head_stride = VATTN_STRIDE_ZERO;
+    Sequence sequence(runtime);
+    sequence.Append(params);
+    Batch batch(runtime, 1);
+    batch.Set(0, sequence);
+    Call call(shape, 1, 0);
+    call.Fill(engine, 0);
+    batch.BeginStep(0);
+    batch.Attend(call.Params());
+    ExpectExact(call, 0, rows);
+  }
+}
+
 // Queries in either layout calibrate the same index: the answers are equal to the bit.
 TEST(ApiAttendTest, QueryStridesCalibrateTheSame) {
   const Shape shape = {4, 2, 64, 64, false, VATTN_F32};

@@ -164,7 +164,38 @@ TEST(ApiJsonTest, UnknownKeysAndBrokenTextsAreRefused) {
   }
   for (const char* text : {"[]", "3", "\"window\"", "null"})
     ExpectRefused(text, "must be an object");
-  ExpectRefused(std::string(200000, '['), "json is not valid JSON");
+  ExpectRefused(std::string(200000, '['), "json nests deeper than 64 levels");
+}
+
+// Deep values stand in any place; brackets in texts are none.
+TEST(ApiJsonTest, DeepValuesAreRefused) {
+  for (const int depth : {64, 1000, 1000000}) {
+    const std::string lists = std::string(depth, '[') + std::string(depth, ']');
+    std::string objects;
+    for (int i = 0; i < depth; ++i) objects += "{\"a\":";
+    objects += "1" + std::string(depth, '}');
+    for (const char* key : {"num_layers", "dtype", "preset", "layer_kv_heads", "profile", "unknown"}) {
+      for (const std::string& deep : {lists, objects}) ExpectRefused(Pair(key, deep), "json nests deeper than 64 levels");
+    }
+  }
+  ExpectRefused(Pair("num_layers", std::string(60, '[') + std::string(60, ']')), "num_layers is [[[[");
+  EXPECT_NO_THROW(Apply(Pair("profile", "\"" + std::string(100, '[') + "\\\"" + std::string(100, '{') + "\"")));
+}
+
+// Texts of errors are short whatever the value is, and no zero byte ends one early.
+TEST(ApiJsonTest, ErrorsShowValuesInShort) {
+  vattn_options options = Init<vattn_options>();
+  const auto text = [&](const std::string& json) {
+    EXPECT_EQ(vattn_options_from_json(json.c_str(), &options), VATTN_INVALID_ARGUMENT);
+    return std::string(vattn_last_error());
+  };
+  for (const char* key : {"num_layers", "dtype", "preset", "layer_kv_heads", "unknown"}) {
+    EXPECT_LT(text(Pair(key, "\"" + std::string(1 << 20, 'x') + "\"")).size(), 250u) << key;
+    EXPECT_LT(text(Pair(key, "[" + std::string(1 << 20, ' ') + "{\"x\": 1}]")).size(), 250u) << key;
+  }
+  EXPECT_LT(text(Pair(std::string(1 << 20, 'k').c_str(), "1")).size(), 250u);
+  EXPECT_NE(text("{\"epsi\\u0000lon\": 1}").find("epsi\\u0000lon"), std::string::npos);
+  EXPECT_NE(text("{\"dtype\": \"f32\\u0000\"}").find("f32\\u0000\", must be"), std::string::npos);
 }
 
 TEST(ApiJsonTest, PresetsComeFirst) {

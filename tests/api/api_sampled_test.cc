@@ -49,7 +49,7 @@ struct Promised {
   Shape shape;
   int32_t norm = VATTN_NORM_VALUE, bound = VATTN_BOUND_SHARP, value_bits = 0,
           index = VATTN_INDEX_BALANCED;
-  float query_sigma = 2;
+  float query_sigma = 2;  // of isotropic logits: where codes are too coarse for it, everything is read
 };
 
 class VerifiedTest : public testing::TestWithParam<Promised> {};
@@ -98,7 +98,13 @@ TEST_P(VerifiedTest, KeepsItsPromise) {
 
 INSTANTIATE_TEST_SUITE_P(
     Promises, VerifiedTest,
-    testing::Values(Promised{"gqa_128_bf16", {12, 2, 128, 128, false, VATTN_BF16}},
+    testing::Values(Promised{"gqa_128_bf16",
+                             {12, 2, 128, 128, false, VATTN_BF16},
+                             VATTN_NORM_VALUE,
+                             VATTN_BOUND_SHARP,
+                             0,
+                             VATTN_INDEX_BALANCED,
+                             1},
                     Promised{"mha_80_f16", {2, 2, 80, 80, false, VATTN_F16}},
                     Promised{"mla_576_512",
                              {8, 1, 576, 512, true, VATTN_BF16},
@@ -106,7 +112,7 @@ INSTANTIATE_TEST_SUITE_P(
                              VATTN_BOUND_SHARP,
                              0,
                              VATTN_INDEX_BALANCED,
-                             1},
+                             .5f},
                     Promised{"norm_output", {8, 2, 64, 64, false, VATTN_F32}, VATTN_NORM_OUTPUT},
                     Promised{"bound_safe",
                              {8, 2, 64, 64, false, VATTN_F32},
@@ -317,7 +323,7 @@ TEST(SelectionTest, LargeDrawsAreWhole) {
   decoder.batch.BeginStep(1);
   decoder.batch.Select(call.Params(), selection);
   EXPECT_EQ(counts[0], call.selected[0] + capacity - call.middle[0]);
-  EXPECT_GT(static_cast<double>(call.selected[0]), .4 * static_cast<double>(call.middle[0]));
+  EXPECT_GT(static_cast<double>(call.selected[0]), .35 * static_cast<double>(call.middle[0]));
 }
 
 // Lists that differ by slot and head, with weights, around an empty slot.

@@ -52,10 +52,19 @@ static void TestSlots(vattn_runtime* runtime, vattn_batch* batch, vattn_sequence
   vattn_batch_destroy(NULL);
 }
 
+static const char kHalf[] =
+    "the batch has an open step that has yet to attend layer 1, must attend every layer first";
+
 static void TestSteps(vattn_runtime* runtime, vattn_batch* batch, vattn_sequence* sequence) {
   vattn_attend_params attend = MakeAttend(0);
   vattn_append_params append = MakeAppend(0, 1);
-  vattn_sequence* empty = NULL;
+  vattn_sequence *empty = NULL, *fork = NULL;
+  const int32_t ids[] = {1, 2, 3};
+  vattn_prefix prefix;
+  vattn_prefix_init(&prefix, sizeof(prefix));
+  prefix.salt = "salt", prefix.salt_bytes = 4, prefix.tokens = ids, prefix.num_tokens = 3;
+  CHECK_INVALID(vattn_batch_abandon(NULL), "batch is NULL, must be given");
+  CHECK_OK(vattn_batch_abandon(batch)); /* no step is open */
   CHECK_INVALID(vattn_batch_begin_step(NULL, 1, NULL), "batch is NULL, must be given");
   CHECK_INVALID(vattn_batch_begin_step(batch, -1, NULL), "new_tokens is -1, must be 0 to 1");
   CHECK_INVALID(vattn_batch_begin_step(batch, 2, NULL), "new_tokens is 2, must be 0 to 1");
@@ -78,12 +87,16 @@ static void TestSteps(vattn_runtime* runtime, vattn_batch* batch, vattn_sequence
     CHECK_INVALID(vattn_batch_begin_step(batch, 1, NULL),
                   "layer 1 was not attended in the step before, must be");
     /* The sequence belongs to the step until every layer is done. */
-    CHECK_INVALID(vattn_append(sequence, &append),
-                  "layer 1 was not attended in the step before, must be");
-    CHECK_INVALID(vattn_sequence_truncate(sequence, 1),
-                  "layer 1 was not attended in the step before");
-    CHECK_INVALID(vattn_sequence_build_index(sequence),
-                  "layer 1 was not attended in the step before");
+    CHECK_INVALID(vattn_append(sequence, &append), kHalf);
+    CHECK_INVALID(vattn_sequence_truncate(sequence, 1), kHalf);
+    CHECK_INVALID(vattn_sequence_build_index(sequence), kHalf);
+    CHECK_INVALID(vattn_sequence_fork(sequence, 0, &fork), kHalf);
+    CHECK(fork == NULL);
+    CHECK_INVALID(vattn_sequence_save(sequence, "never"), kHalf);
+    CHECK_INVALID(vattn_prefix_save(sequence, &prefix), kHalf);
+    CHECK_OK(vattn_sequence_create(runtime, NULL, &empty));
+    CHECK_INVALID(vattn_batch_set(batch, 1, empty), kHalf);
+    vattn_sequence_destroy(empty);
   }
   CHECK_INVALID(vattn_batch_set(batch, 1, sequence),
                 "sequence already sits in slot 0 of this batch");

@@ -37,7 +37,8 @@ STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 136);
 STATIC_ASSERT_PLACE(vattn_stats, prefix_unlike, 272);
 STATIC_ASSERT_PLACE(vattn_stats, device_growth_ns, 304);
-STATIC_ASSERT_LAST(vattn_stats, kept_hits, 352);
+STATIC_ASSERT_PLACE(vattn_stats, kept_hits, 352);
+STATIC_ASSERT_LAST(vattn_stats, heads_noisy, 392);
 STATIC_ASSERT_LAST(vattn_tenant_use, quota_refusals, 48);
 
 STATIC_ASSERT(prefix_start, offsetof(vattn_prefix, struct_size) == 0);

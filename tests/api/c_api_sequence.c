@@ -63,11 +63,14 @@ static void TestAppend(vattn_sequence* sequence) {
   CHECK_APPEND(num_queries, 1, "q is NULL, must be given");
   CHECK_APPEND(k, NULL, "k is NULL, must be given");
   CHECK_APPEND(v, NULL, "v is NULL, must be given with shared_kv = 0");
-  CHECK_APPEND(k_token_stride, -1, "k_token_stride is -1, must be 0 to");
-  CHECK_APPEND(k_head_stride, -1, "k_head_stride is -1, must be 0 to");
-  CHECK_APPEND(v_token_stride, -1, "v_token_stride is -1, must be 0 to");
-  CHECK_APPEND(v_head_stride, -1, "v_head_stride is -1, must be 0 to");
-  CHECK_APPEND(q_token_stride, -1, "q_token_stride is -1, must be 0 to");
+  CHECK_APPEND(k_token_stride, -1, "k_token_stride is -1, must be 0 (contiguous), 1 to 1099511627776, or VATTN_STRIDE_ZERO");
+  CHECK_APPEND(k_head_stride, -1, "k_head_stride is -1, must be 0 (contiguous)");
+  CHECK_APPEND(v_token_stride, -1, "v_token_stride is -1, must be 0 (contiguous)");
+  CHECK_APPEND(v_head_stride, -1, "v_head_stride is -1, must be 0 (contiguous)");
+  CHECK_APPEND(q_token_stride, -1, "q_token_stride is -1, must be 0 (contiguous)");
+  /* Far places would wrap where they are computed. */
+  CHECK_APPEND(k_token_stride, INT64_C(1) << 40, "k_token_stride is 1099511627776 with ");
+  CHECK_APPEND(q_token_stride, (INT64_C(1) << 40) + 1, "q_token_stride is 1099511627777, must be 0 to");
   CHECK_APPEND(q_head_stride, INT64_MAX, "q_head_stride is 9223372036854775807, must be 0 to");
   int64_t tokens = 0;
   CHECK_OK(vattn_sequence_length(sequence, 0, &tokens));
@@ -186,7 +189,7 @@ static void TestHibernated(vattn_runtime* runtime, vattn_sequence* sequence, con
   /* Another sequence's file in its place is refused, and so is none. */
   vattn_sequence* other = MakeSequence(runtime);
   CHECK_OK(vattn_sequence_save(other, path));
-  CHECK_ERROR(vattn_sequence_wake(sequence), VATTN_DATA_LOSS, "must hold sequence 1 at step 0");
+  CHECK_ERROR(vattn_sequence_wake(sequence), VATTN_DATA_LOSS, "another one was put in its place");
   CHECK(remove(path) == 0);
   CHECK_ERROR(vattn_sequence_wake(sequence), VATTN_NOT_FOUND, path);
   CHECK_ERROR(vattn_append(sequence, &params), VATTN_NOT_FOUND, path);

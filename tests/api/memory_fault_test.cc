@@ -331,6 +331,19 @@ TEST_F(MemoryFaultTest, Batch) {
   };
   EveryFailingAllocation(
       make, [&] { return vattn_batch_begin_step(batch_->get(), 1, nullptr); }, result, 10);
+  // A step that is given up after its first layer.
+  EveryFailingAllocation(
+      [&] {
+        make();
+        batch_->BeginStep(1);
+        batch_->Attend(inputs_.calls[2].Params());
+      },
+      [&] { return vattn_batch_abandon(batch_->get()); },
+      [&] {
+        batch_->Clear(0);
+        return Answers(*sequence_);
+      },
+      0);
   // The first call of each layer, and one where the hot set is in use.
   for (const size_t at : {0, 2}) {
     vattn_attend_params params;

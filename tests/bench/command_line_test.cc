@@ -1,10 +1,15 @@
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bench/cli/environment.h"
+#include "bench/cli/progress.h"
 #include "bench/cli/text.h"
 
 namespace vattn::bench {
@@ -33,6 +38,30 @@ TEST(EnvironmentTest, EveryResultSaysWhereItIsFrom) {
   for (const char* key : {"version", "build", "date", "cpu", "cores", "memory_bytes", "os"}) {
     EXPECT_TRUE(header["environment"].contains(key)) << key;
   }
+}
+
+// Off a terminal: nothing for a while, then a line now and then, whole ones.
+TEST(ProgressTest, LinesOffATerminal) {
+  if (isatty(STDERR_FILENO)) GTEST_SKIP() << "a terminal";
+  const auto said = [](std::chrono::milliseconds between, int counts) {
+    testing::internal::CaptureStderr();
+    {
+      Progress progress(between);
+      progress.Begin("subject");
+      for (int i = 1; i <= counts; ++i) {
+        progress.Count(i, counts);
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      }
+    }
+    return testing::internal::GetCapturedStderr();
+  };
+  EXPECT_EQ(said(std::chrono::seconds(10), 20), "");
+  const std::string some = said(std::chrono::milliseconds(20), 40);
+  const auto lines = std::count(some.begin(), some.end(), '\n');
+  EXPECT_GE(lines, 2);
+  EXPECT_LE(lines, 20);
+  EXPECT_EQ(some.substr(0, 15), "vattn: subject ");
+  EXPECT_EQ(some.find_first_of("\r\033"), std::string::npos);
 }
 
 TEST(TextTest, Numbers) {

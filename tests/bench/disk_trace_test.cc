@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <numeric>
 #include <string>
 
@@ -25,6 +26,7 @@ TEST(DiskTraceTest, AttentionAfterARestoreIsBitIdentical) {
     const RestoredFigures figures = CompareRestored(trace, options, path);
     EXPECT_EQ(figures.answers, (trace.steps + 1) / 2 * trace.layers * trace.q_heads);
     EXPECT_EQ(figures.different, 0);
+    EXPECT_TRUE(std::filesystem::remove(path));
   }
 }
 

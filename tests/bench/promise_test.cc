@@ -216,8 +216,7 @@ std::vector<std::vector<float>> DriftingQueries(const HostileInput& input, int s
 TEST(PromiseTest, ConsecutiveStepsOnPermanentNumbers) {
   constexpr int kSteps = 10;
   for (const HostileInput& input : HostileInputs()) {
-    // Drifting into directions that the codes know little of is BlindIndexIsOutsideThePromise.
-    if (input.least_first < .95 || input.least_settled < .95) continue;
+    const double least = std::min(input.least_first, input.least_settled) < .95 ? 0 : .75;
     Context context(input, kDefault);
     const std::vector<std::vector<Tally>> steps =
         context.Run(DriftingQueries(input, kSteps), kDriftTrials);
@@ -225,24 +224,11 @@ TEST(PromiseTest, ConsecutiveStepsOnPermanentNumbers) {
       SCOPED_TRACE(input.name + ", step " + std::to_string(step));
       for (const Tally& tally : steps[step]) {
         EXPECT_LE(tally.Lower(), kDefault.delta) << tally.failures << " failures";
-        EXPECT_GE(tally.Verified(), .75);
+        EXPECT_GE(tally.Verified(), least);
       }
     }
     Print(input.name.c_str(), kDefault.name, "step 9", steps[kSteps - 1]);
   }
-}
-
-// The stated limit of the certificate: it estimates the variance from what was drawn, so the index must
-// give heavy tokens their chance. Where codes say nothing of any token, some results are flagged VERIFIED
-// and wrong. An index or certificate that ends this belongs into HostileInputs, and this test goes.
-TEST(PromiseTest, BlindIndexIsOutsideThePromise) {
-  const HostileInput input = BlindIndexInput();
-  Context context(input, kDefault);
-  double lower = 0;
-  for (const std::vector<Tally>& step : context.Run(DriftingQueries(input, 10), kDriftTrials)) {
-    for (const Tally& tally : step) lower = std::max(lower, tally.Lower());
-  }
-  EXPECT_GT(lower, kDefault.delta) << "no longer refuted: move this input to HostileInputs";
 }
 
 }  // namespace

@@ -152,6 +152,13 @@ TEST_F(TraceTest, RefusesEveryTruncation) {
   }
 }
 
+TEST_F(TraceTest, RefusesDeepHeaders) {
+  const std::string lists = std::string(500000, '[') + std::string(500000, ']');
+  for (const std::string& header : {"{\"__metadata__\":{\"format\":" + lists + "}}", "{\"k\":" + lists + "}", lists}) {
+    EXPECT_NE(Complaint(Length(header.size()) + header).find("nests deeper than 64 levels"), std::string::npos);
+  }
+}
+
 TEST_F(TraceTest, RefusesHeaderLengths) {
   const std::string file = File();
   for (const uint64_t length : {uint64_t{0}, uint64_t{1}, file.size() - 7, file.size(),

@@ -63,6 +63,10 @@ class Twins {
   const Shape& shape(int layer) const { return layers_[layer]; }
   uint64_t steps() const { return steps_; }
 
+  // As many more rows of a prompt for every layer of the sequences that began with some, on both.
+  void Append(int64_t count, MakeRows make_rows = GaussianRows);
+  // Codes what there is, on both.
+  void BuildIndices();
   // Opens a step with a new token on both.
   void BeginStep();
   // The same queries and new rows for both.

@@ -8,6 +8,7 @@
 
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/sampling.h"
 #include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
@@ -49,6 +50,14 @@ double Score(const GroupFixture& f, int head, int64_t token) {
            CodePoint(f.storage.code, j, CodeLevel(f, token, j));
   }
   return sum;
+}
+
+// A code of all zeros marks a token: its score is not told.
+bool IsMarked(const GroupFixture& f, int64_t token) {
+  for (int j = 0; j < f.storage.code.dims(); ++j) {
+    if (CodeLevel(f, token, j) != 0) return false;
+  }
+  return true;
 }
 
 double ScoreSize(const GroupFixture& f, int head) {
@@ -109,6 +118,8 @@ TEST_P(ScanTest, ScoresEqualFloat64OfTheCodes) {
             const float score = scores[g * kBlockTokens + t - block];
             if (t < 32 || t >= 576) {
               ASSERT_EQ(score, -INFINITY) << t;
+            } else if (IsMarked(f, t)) {
+              ASSERT_EQ(score, kMarkedScore) << t;
             } else {
               ASSERT_NEAR(score, Score(f, g, t), 2e-5 * ScoreSize(f, g))
                   << bytes << " " << heads << " " << t;
@@ -134,11 +145,17 @@ void ExpectEstimates(const GroupFixture& f, IndexKind kind, double rounding = 6e
       const float most = *std::max_element(row, row + kBlockTokens);
       ASSERT_EQ(w.shift[b * heads + g], most);
       double mass = 0, largest = 0;
+      int marked = 0;
       for (int i = 0; i < kBlockTokens; ++i) {
         const double got = EstimateOf(f.group, first + i, g);
+        const bool inside = first + i >= f.group.middle_begin && first + i < f.group.middle_end;
+        if (kind == IndexKind::kBalanced && inside && IsMarked(f, first + i)) {
+          ASSERT_EQ(got, kMarkedEstimate) << first + i;
+          ++marked;
+          continue;
+        }
         mass += got;
         largest = std::max(largest, got);
-        const bool inside = first + i >= f.group.middle_begin && first + i < f.group.middle_end;
         if (!inside) {
           ASSERT_EQ(got, 0) << "outside the middle: " << first + i;
           continue;
@@ -147,6 +164,7 @@ void ExpectEstimates(const GroupFixture& f, IndexKind kind, double rounding = 6e
         ASSERT_NEAR(got, e, e * rounding + 0x1p-24) << first + i;
         ASSERT_GT(got, 0) << "never drawn: " << first + i;
       }
+      EXPECT_LE(marked, kBlockTokens / 32);
       EXPECT_EQ(largest, 1);
       EXPECT_NEAR(w.mass[b * heads + g], mass, 1e-5 * mass);
     }

@@ -14,7 +14,7 @@
 namespace vattn::cpu {
 namespace {
 
-// Rows of ALGORITHM 7 before clamping, from plain formulas: b = (z n sigma / tau)^2 with the finite
+// Rows of METHOD.md, "Policies", before clamping, from plain formulas: b = (z n sigma / tau)^2 with the finite
 // population correction.
 double Corrected(double root, double n) { return root * root / (1 + root * root / n); }
 

@@ -34,7 +34,7 @@ struct DrawFixture : GroupFixture {
       HeadWork& head = group.scratch.head[g];
       head.shift = .5f;
       head.denominator = 5000 + static_cast<float>(g);
-      head.ref = .8f;
+      head.least_ref = .8f;
       group.state[g] = {.eta2 = .3f, .cos2 = -1};
       for (int i = 0; i < count && s.value_bits > 0; ++i)
         group.scratch.guess[g * group.scratch.stride + i] = Guess(g, i);
@@ -296,7 +296,7 @@ TEST(CertificateTest, WhatCancellationAteIsNotVerified) {
   for (const bool exact : {false, true}) {
     HeadState state;
     HeadWork work;
-    work.denominator = work.ref = 1;
+    work.denominator = work.least_ref = 1;
     const TailSums fair = {.variance = 1e-6, .squares = 1e-14, .coded = 900};
     DrawFixture f(PlainShape());
     JudgeHead(f.promise, 1, fair, .1f, 100, exact, 1, state, work);

@@ -45,11 +45,15 @@ vattn_options OptionsWith(int32_t backend) {
 
 int32_t Chosen(const vattn_options& options) { return Runtime(options).Options().backend; }
 
-void ExpectNotSupported(const vattn_options& options, const std::string& text) {
+void ExpectRefused(vattn_code code, const vattn_options& options, const std::string& text) {
   vattn_runtime* runtime = nullptr;
-  EXPECT_EQ(vattn_runtime_create(&options, &runtime), VATTN_NOT_SUPPORTED);
+  EXPECT_EQ(vattn_runtime_create(&options, &runtime), code);
   EXPECT_EQ(runtime, nullptr);
   EXPECT_NE(std::string(vattn_last_error()).find(text), std::string::npos) << vattn_last_error();
+}
+
+void ExpectNotSupported(const vattn_options& options, const std::string& text) {
+  ExpectRefused(VATTN_NOT_SUPPORTED, options, text);
 }
 
 class NoDeviceTest : public testing::Test {
@@ -102,7 +106,7 @@ TEST(BackendChoiceTest, TheEnvironmentDecidesForAuto) {
   }
   {
     const Environment other("tpu");
-    EXPECT_EQ(Chosen(OptionsWith(VATTN_BACKEND_AUTO)), best);
+    ExpectRefused(VATTN_INVALID_ARGUMENT, OptionsWith(VATTN_BACKEND_AUTO), "VATTN_BACKEND in the environment is \"tpu\"");
   }
   if (best == VATTN_BACKEND_CPU) return;
   const Environment cpu("cpu");

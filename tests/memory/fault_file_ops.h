@@ -94,6 +94,22 @@ inline constexpr FileOps kFaultFileOps = {
         [](int fd, struct stat* stat) {
           return faults.Fails("fstat") ? -1 : kSystemFileOps.fstat(fd, stat);
         },
+    .path_stat =
+        [](const char* path, struct stat* stat) {
+          return faults.Fails("stat") ? -1 : kSystemFileOps.path_stat(path, stat);
+        },
+    .readlink =
+        [](const char* path, std::string* to) {
+          return faults.Fails("readlink") ? -1 : kSystemFileOps.readlink(path, to);
+        },
+    .link =
+        [](int fd, const char* path) {
+          return faults.Fails("link") ? -1 : kSystemFileOps.link(fd, path);
+        },
+    .take_access =
+        [](int fd, const struct stat& like) {
+          return faults.Fails("take_access") ? -1 : kSystemFileOps.take_access(fd, like);
+        },
     // A failing close lets go of the descriptor all the same, as Linux does.
     .close =
         [](int fd) {
@@ -118,6 +134,7 @@ inline constexpr FileOps kFaultFileOps = {
           return kSystemFileOps.ftruncate(fd, bytes);
         },
     .flock = [](int fd) { return faults.Fails("flock") ? -1 : kSystemFileOps.flock(fd); },
+    .unlock = [](int fd) { return faults.Fails("unlock") ? -1 : kSystemFileOps.unlock(fd); },
     .mkdir =
         [](const char* path, mode_t mode) {
           return faults.Fails("mkdir") ? -1 : kSystemFileOps.mkdir(path, mode);

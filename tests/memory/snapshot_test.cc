@@ -1,9 +1,11 @@
 #include "memory/snapshot.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
 #include <array>
+#include <cerrno>
 #include <cstdint>
 #include <filesystem>
 #include <limits>
@@ -98,17 +100,30 @@ TEST_F(SnapshotTest, RunsOfRecords) {
   }
 }
 
+// On file systems with files that have no name, and on others.
 TEST_F(SnapshotTest, WithoutCommitNothingIsLeft) {
   ASSERT_TRUE(WriteRecords(path_, kSmall).ok());
-  {
-    absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
-        SnapshotWriter::Create(path_, kLayout, 0, {});
-    ASSERT_TRUE(writer.ok()) << writer.status();
-    ASSERT_TRUE((*writer)->Add(1, Pattern(100, 1)).ok());
-    EXPECT_EQ(FilesThere().size(), 2u);
+  FileOps named = kSystemFileOps;
+  named.open = [](const char* path, int flags, mode_t mode) {
+    if ((flags & O_TMPFILE) != O_TMPFILE) return kSystemFileOps.open(path, flags, mode);
+    errno = EOPNOTSUPP;
+    return -1;
+  };
+  for (const FileOps* ops : {&kSystemFileOps, const_cast<const FileOps*>(&named)}) {
+    {
+      absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
+          SnapshotWriter::Create(path_, kLayout, 0, {.ops = ops});
+      ASSERT_TRUE(writer.ok()) << writer.status();
+      ASSERT_TRUE((*writer)->Add(1, Pattern(100, 1)).ok());
+      if (ops == &named) {
+        EXPECT_EQ(FilesThere().size(), 2u);
+      }
+    }
+    EXPECT_EQ(FilesThere(), std::vector<std::string>{"sequence"});
+    EXPECT_EQ(*ReadRecords(path_), kSmall);
+    ASSERT_TRUE(WriteRecords(path_, kSmall, {.ops = ops}).ok());
+    EXPECT_EQ(*ReadRecords(path_), kSmall);
   }
-  EXPECT_EQ(FilesThere(), std::vector<std::string>{"sequence"});
-  EXPECT_EQ(*ReadRecords(path_), kSmall);
 }
 
 TEST_F(SnapshotTest, CommitReplacesAnOlderFile) {

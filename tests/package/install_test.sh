@@ -6,6 +6,11 @@ build=$1 source=$2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cmake --install "$build" --prefix "$work/prefix" >/dev/null
+# The program runs from its prefix, where no loader looks, and wherever that is moved.
+env -u LD_LIBRARY_PATH "$work/prefix/bin/vattn" --version >/dev/null
+mv "$work/prefix" "$work/moved prefix"
+env -u LD_LIBRARY_PATH "$work/moved prefix/bin/vattn" doctor >/dev/null
+mv "$work/moved prefix" "$work/prefix"
 mkdir "$work/user"
 cat >"$work/user/CMakeLists.txt" <<END
 cmake_minimum_required(VERSION 3.25)

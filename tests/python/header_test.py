@@ -5,7 +5,7 @@ import pathlib
 import re
 import unittest
 
-from vattn import _attend, _runtime, _structs
+from vattn import _attend, _enums, _options, _runtime, _structs, _version
 
 HEADER = pathlib.Path(__file__).parents[2] / "api" / "vattn.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
@@ -21,20 +21,20 @@ STRUCTS = {
     "vattn_stats": _structs.StatsStruct,
 }
 ENUMS = {
-    "vattn_code": _structs.Status,
-    "vattn_dtype": _structs.DType,
-    "vattn_backend": _structs.Backend,
-    "vattn_policy": _structs.Policy,
-    "vattn_index": _structs.Index,
-    "vattn_norm": _structs.Norm,
-    "vattn_on_unverified": _structs.OnUnverified,
-    "vattn_bound": _structs.Bound,
-    "vattn_target": _structs.Target,
-    "vattn_io": _structs.Io,
-    "vattn_admission": _structs.Admission,
-    "vattn_tier": _structs.Tier,
-    "vattn_verdict": _structs.Verdict,
-    "vattn_log_level": _structs.LogLevel,
+    "vattn_code": _enums.Status,
+    "vattn_dtype": _enums.DType,
+    "vattn_backend": _enums.Backend,
+    "vattn_policy": _enums.Policy,
+    "vattn_index": _enums.Index,
+    "vattn_norm": _enums.Norm,
+    "vattn_on_unverified": _enums.OnUnverified,
+    "vattn_bound": _enums.Bound,
+    "vattn_target": _enums.Target,
+    "vattn_io": _enums.Io,
+    "vattn_admission": _enums.Admission,
+    "vattn_tier": _enums.Tier,
+    "vattn_verdict": _enums.Verdict,
+    "vattn_log_level": _enums.LogLevel,
 }
 TYPES = {
     "size_t": ctypes.c_size_t,
@@ -93,12 +93,27 @@ class Header(unittest.TestCase):
         self.assertEqual(sorted(name for _, name, _ in declared), sorted(_structs.FUNCTIONS))
         for result, name, parameters in declared:
             returned, arguments = _structs.FUNCTIONS[name]
-            expected = {"vattn_code": _structs.Status, "void": None}.get(
+            expected = {"vattn_code": _enums.Status, "void": None}.get(
                 result.strip(), ctypes.c_char_p
             )
             self.assertIs(returned, expected, name)
             given = [] if parameters.strip() == "void" else parameters.split(",")
-            self.assertEqual(len(arguments), len(given), name)
+            names = [re.findall(r"\w+", parameter)[-1] for parameter in given]
+            self.assertEqual(list(arguments), names, name)
+            for parameter, kind in zip(given, arguments.values()):
+                declared = re.fullmatch(r"\s*(\w+)\s+\w+", parameter)  # no pointer
+                if declared is not None:
+                    self.assertIs(kind, TYPES[declared.group(1)], f"{name}: {parameter}")
+
+    def test_options(self):
+        names = [name for name, _ in _structs.Options._fields_]
+        shown = [name for name in names if name not in ("struct_size", "log", "log_user")]
+        self.assertEqual(sorted(_options.ResolvedOptions.__annotations__), sorted(shown))
+        self.assertEqual(sorted(_options.Options.__annotations__), sorted([*shown, "preset"]))
+
+    def test_version(self):
+        parts = re.findall(r"#define VATTN_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", TEXT)
+        self.assertEqual(_version.__version__, ".".join(parts))
 
     def test_stats(self):
         for struct, shown in (

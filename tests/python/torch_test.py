@@ -1,6 +1,7 @@
 """The package over tensors of torch: the same memory, the current stream, the CPU and CUDA."""
 
 import unittest
+import warnings
 
 import numpy as np
 import torch
@@ -82,6 +83,84 @@ class Tensors:
             batch.attend(0, self.tensor(self.q).double())
         with self.assertRaisesRegex(vattn.InvalidArgumentError, "q is on device meta"):
             batch.attend(0, torch.empty(1, Q_HEADS, DIM, device="meta"))
+
+    def test_expanded_tensors_count_as_torch_reads_them(self):
+        k, v, new_k, new_v = map(self.tensor, (self.k, self.v, self.new_k, self.new_v))
+        for given in (
+            (k[:, :1].expand_as(k), v),
+            (k, v[:, :1].expand_as(v)),
+            (k[:1].expand_as(k), v[:1, :1].expand_as(v)),
+            (k[::2], v[:1].expand_as(v[::2])),
+        ):
+            sequence = self.runtime.sequence()
+            sequence.append(0, *given, q=self.tensor(queries(9, 4)[:, :1]).expand(9, Q_HEADS, DIM))
+            batch = self.runtime.batch(1)
+            batch.set(0, sequence)
+            batch.begin_step()
+            out = batch.attend(0, self.tensor(self.q), new_k, new_v)
+            seen = [torch.cat([x, y]).cpu().numpy() for x, y in zip(given, (new_k, new_v))]
+            self.assertLess(relative_error(out[0].cpu().numpy(), attend(self.q[0], *seen)), 1e-4)
+        batch.begin_step()
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "k_new .* must be contiguous"):
+            batch.attend(0, self.tensor(self.q), new_k[:, :1].expand_as(new_k), new_v)
+
+    def test_what_requires_grad_is_refused(self):
+        """There is no gradient through the library: as numpy, it does not drop one silently."""
+        batch, sequence = self.batch(), self.runtime.sequence()
+        q, k, v = map(self.tensor, (self.q, self.new_k, self.new_v))
+        weight = torch.ones((), device=self.device, requires_grad=True)
+        batch.begin_step()
+        for name, given in (
+            ("q", (q * weight, k, v)),
+            ("k_new", (q, k * weight, v)),
+            ("v_new", (q, k, torch.nn.Parameter(v))),
+        ):
+            with self.assertRaisesRegex(vattn.InvalidArgumentError, f"{name} requires grad"):
+                batch.attend(0, *given)
+        with self.assertRaisesRegex(vattn.InvalidArgumentError, "k requires grad.*detach"):
+            sequence.append(0, k * weight, v)
+        with torch.no_grad():  # whoever says so wants none
+            sequence.append(0, torch.nn.Parameter(k), v)
+            out = batch.attend(0, q * weight, torch.nn.Parameter(k), v)
+        self.assertLess(relative_error(out[0].cpu().numpy(), self.want), 1e-5)
+
+    def test_tensors_that_mean_more_than_their_memory_are_refused(self):
+        batch = self.batch()
+        q, k, v = map(self.tensor, (self.q, self.new_k, self.new_v))
+        lazy = torch._neg_view(q)
+        self.assertTrue(lazy.is_neg())
+        with warnings.catch_warnings(action="ignore"):  # that masked tensors are a prototype
+            masked = torch.masked.masked_tensor(q, q > 0)
+        batch.begin_step()
+        for tensor, text in (
+            (lazy, "q is a negated view"),
+            (q.to_sparse(), "q is a torch.sparse_coo"),
+            (masked, "q is a masked tensor"),
+        ):
+            with self.assertRaisesRegex(vattn.InvalidArgumentError, text):
+                batch.attend(0, tensor, k, v)
+
+    def test_options_of_torch(self):
+        for dtype, kind in (
+            (torch.float32, vattn.DType.F32),
+            (torch.float16, vattn.DType.F16),
+            (torch.bfloat16, vattn.DType.BF16),
+        ):
+            options = OPTIONS | {
+                "backend": self.device,
+                "dtype": dtype,
+                "num_layers": torch.tensor(2),
+                "layer_kv_heads": torch.tensor([2, 1]),
+                "epsilon": torch.tensor(0.25),
+                "prefault": torch.tensor(True),
+            }
+            with vattn.Runtime(**options) as runtime:
+                kept = runtime.options
+            self.assertEqual((kept["dtype"], kept["layer_kv_heads"]), (kind, [2, 1]))
+            self.assertEqual((kept["epsilon"], kept["prefault"]), (0.25, 1))
+        for wrong in ({"dtype": torch.float64}, {"num_layers": torch.tensor([1, 2])}):
+            with self.assertRaisesRegex(vattn.InvalidArgumentError, f"{[*wrong][0]} is "):
+                vattn.Runtime(**OPTIONS | wrong)
 
 
 class OnCpu(Tensors, unittest.TestCase):

@@ -138,12 +138,10 @@ class Forward(unittest.TestCase):
         for device in DEVICES:
             with self.subTest(device=device.type), torch.no_grad():
                 model, inputs = make(llama, device), prompts((200, 100), device)
-                wrapped = offload(self, model, policy="dense")
-                caches = [wrapped.cache(), DynamicCache(config=model.config)]
                 out = []
-                for (
-                    cache
-                ) in caches:  # the second takes the dense way through the attention function
+                for offloaded in (False, True):
+                    wrapped = offload(self, model, policy="dense") if offloaded else model
+                    cache = wrapped.cache() if offloaded else DynamicCache(config=model.config)
                     wrapped(**inputs, past_key_values=cache)
                     self.logits(wrapped, inputs, cache, 5, 0)
                     cache.crop(-3)

@@ -56,6 +56,7 @@ inline Options DiskOptions(bool uring, const std::string& disk_path, int64_t blo
   options.backend = 1;
   options.num_threads = 1;
   options.exact_below = 64;
+  options.index_bytes = 32;
   options.disk_path = disk_path;
   options.io_engine = uring ? 0 : 2;
   options.io_depth = 2;
@@ -124,7 +125,7 @@ inline std::string ContentOf(Sequence& sequence, int64_t most = int64_t{1} << 31
         if (t < runtime.options().sinks || t >= coded) continue;
         add(block + s.block.codes + t % kBlockTokens * s.code.bytes(), s.code.bytes());
       }
-      if (group.index) add(group.index->floats().data(), Index::NumFloats(s) * 4);
+      for (const SegmentTables& tables : group.tables) add(tables.index->floats().data(), Index::NumFloats(s) * 4);
     }
   }
   return content;

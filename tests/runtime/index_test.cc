@@ -2,8 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <random>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "tests/kernels/group_fixture.h"
@@ -140,6 +144,59 @@ TEST(IndexTest, KnownQueriesLowerTheScoreError) {
   EXPECT_LT(error[1], .8 * error[0]);
 }
 
+// noise predicts the score error of what the sample was drawn from, weight the queries' parts, and no direction that
+// they see is without either.
+TEST(IndexTest, NoiseAndWeightsPredictScoreErrors) {
+  const int dim = 64;
+  for (const int bytes : {16, 32}) {
+    const Storage s = MakeStorage(dim, bytes);
+    const std::vector<float> keys = Rows(3000, dim, 0, 1), queries = Rows(400, dim, dim / 2, 2);
+    QueryMoment moment(dim);
+    moment.Add(queries.data(), 400, 100);
+    const auto index = Index::Make(s, keys.data(), keys.data(), 1500, moment);
+    const IndexTables t = index->tables();
+    double measured = 0, predicted = 0, expected = 0;
+    for (int i = 0; i < 400; i += 8) {
+      const float* q = &queries[i * dim];
+      const int dims = s.code.dims();
+      for (int j = 0; j < dim; ++j) {
+        const float* const row = j < dims ? t.project + j * dim : t.noise + (j - dims) * dim;
+        double part = 0;
+        for (int c = 0; c < dim; ++c) part += static_cast<double>(q[c]) * row[c];
+        predicted += (j < dims ? t.level_noise2[j] : 1) * part * part;
+        if (j < dims) {
+          ASSERT_GT(t.level_noise2[j], 0);
+        }
+      }
+      for (int k = 1500; k < 3000; ++k) {  // keys that the index has not seen
+        double error = Exact(dim, t, q, &keys[k * dim]);
+        for (int j = 0; j < s.code.dims(); ++j) {
+          const double half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
+          double x = 0, y = 0;
+          for (int c = 0; c < dim; ++c) {
+            x += (static_cast<double>(keys[k * dim + c]) - t.center[c]) * t.encode[c * s.code.padded_dims() + j];
+            y += static_cast<double>(q[c]) * t.project[j * dim + c];
+          }
+          error -= y * (std::clamp(std::floor(x), -half, half - 1) + .5);
+        }
+        measured += error * error / 1500;
+      }
+    }
+    EXPECT_NEAR(predicted, measured, .1 * measured) << bytes;
+    // The parts of queries add up to their mean square score.
+    double score2 = 0;
+    for (int i = 0; i < 400; ++i) {
+      for (int k = 0; k < 1500; k += 7) {
+        const double score = Exact(dim, t, &queries[i * dim], &keys[k * dim]);
+        score2 += score * score / (400 * 215);
+      }
+    }
+    for (int j = 0; j < dim; ++j) expected += t.weight[j];
+    EXPECT_GT(expected, .9 * score2);
+    for (int j = 1; j < dim; ++j) EXPECT_LE(t.weight[j], t.weight[j - 1]);
+  }
+}
+
 TEST(IndexTest, DegenerateKeysGiveFiniteTables) {
   const int dim = 64;
   const Storage s = MakeStorage(dim, 32, 2);
@@ -175,23 +232,59 @@ TEST(IndexTest, FloatsRestoreTheTables) {
   EXPECT_EQ(again->tables().project[5], index->tables().project[5]);
 }
 
-TEST(QueryMomentTest, NewQueriesWeighMore) {
+// Rows of the unit vector of one dimension.
+std::vector<float> UnitRows(int count, int dim, int at) {
+  std::vector<float> rows(count * dim, 0.f);
+  for (int i = 0; i < count; ++i) rows[i * dim + at] = 1;
+  return rows;
+}
+
+TEST(QueryMomentTest, TokensCountAlikeThenOlderOnesFade) {
   QueryMoment moment(16);
   EXPECT_TRUE(moment.empty());
-  std::vector<float> one(16, 0.f), two(16, 0.f);
-  one[0] = 1, two[1] = 1;
-  std::vector<float> ones, twos;
-  for (int i = 0; i < 1024; ++i) {
-    ones.insert(ones.end(), one.begin(), one.end());
-    twos.insert(twos.end(), two.begin(), two.end());
-  }
-  moment.Add(ones.data(), 1024, 2);  // 512 tokens of two heads: one half-life
-  moment.Add(twos.data(), 1024, 2);
+  moment.Add(UnitRows(10, 16, 0).data(), 10, 4000);
+  moment.Add(UnitRows(20, 16, 1).data(), 20, 2000);
   const std::vector<double> mean = moment.Mean();
-  EXPECT_NEAR(mean[0], 1 / 3., 1e-6);
-  EXPECT_NEAR(mean[17], 2 / 3., 1e-6);
+  EXPECT_NEAR(mean[0], 2 / 3., 1e-6);
+  EXPECT_NEAR(mean[17], 1 / 3., 1e-6);
   EXPECT_EQ(mean[1], 0);
   EXPECT_EQ(QueryMoment::Load(16, moment.Save()).Mean(), mean);
+  moment.Add(UnitRows(1, 16, 1).data(), 1, 100000);
+  EXPECT_NEAR(moment.Mean()[0], 4 / 106., 1e-6);
+  const double before = moment.Mean()[0];
+  for (int i = 0; i < 8192; ++i) moment.Add(UnitRows(1, 16, 2).data(), 1, 1);
+  EXPECT_NEAR(moment.Mean()[0], before / 2, 1e-4);
+  EXPECT_NEAR(moment.Mean()[34], .5, 1e-4);
+}
+
+TEST(QueryMomentTest, QueriesThatAreNotFiniteAreLeftOut) {
+  QueryMoment moment(16);
+  std::vector<float> rows = UnitRows(4, 16, 3);
+  moment.Add(rows.data(), 4, 4);
+  rows[20] = NAN;
+  moment.Add(rows.data(), 4, 4);
+  EXPECT_EQ(moment.Mean()[3 * 17], 1);
+}
+
+// Different ones, of all heads alike, from the first token to the last.
+TEST(QueryMomentTest, PicksAreSpreadEvenly) {
+  for (const int64_t tokens : {1, 7, 100, 512, 1024, 100000}) {
+    for (const int group : {1, 3, 6, 8, 128}) {
+      const int64_t picks = QueryMoment::NumPicks(tokens, group);
+      EXPECT_EQ(picks, std::min<int64_t>(512, tokens * group));
+      std::set<std::pair<int64_t, int>> seen;
+      std::vector<int64_t> of_head(group);
+      for (int64_t i = 0; i < picks; ++i) {
+        const QueryMoment::Pick pick = QueryMoment::PickAt(i, tokens, group);
+        ASSERT_LT(pick.head, group);
+        ASSERT_LE(std::abs(static_cast<double>(pick.token) - static_cast<double>(i) * tokens / picks), 1);
+        seen.insert({pick.token, pick.head});
+        ++of_head[pick.head];
+      }
+      EXPECT_EQ(static_cast<int64_t>(seen.size()), picks) << tokens << " " << group;
+      EXPECT_LE(*std::max_element(of_head.begin(), of_head.end()), picks / group + 1);
+    }
+  }
 }
 
 }  // namespace

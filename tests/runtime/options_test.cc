@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -136,7 +137,7 @@ TEST(OptionsTest, Multiples) {
 }
 
 TEST(OptionsTest, ListedValues) {
-  for (const int bad : {-1, 0, 8, 31, 33, 128}) {
+  for (const int bad : {-1, 8, 31, 33, 128}) {
     ExpectRefused([&](Options& o) { o.index_bytes = bad; },
                   {"index_bytes", absl::StrCat(bad), "16, 32, 48 or 64"});
   }
@@ -175,8 +176,20 @@ TEST(OptionsTest, ScaleIsFiniteAndHasADefault) {
   EXPECT_EQ(options.layer_kv_heads, std::vector<int32_t>{2});
 }
 
+TEST(OptionsTest, IndexBytesFollowHeadDim) {
+  const std::vector<std::pair<int32_t, int32_t>> defaults = {{16, 32}, {64, 32}, {128, 32}, {192, 48}, {256, 64}, {576, 64}};
+  for (const auto& [head_dim, bytes] : defaults) {
+    Options options;
+    options.index_bytes = 0;
+    options.head_dim_k = options.head_dim_v = head_dim;
+    ASSERT_TRUE(ResolveOptions(options).ok());
+    EXPECT_EQ(options.index_bytes, bytes) << head_dim;
+  }
+}
+
 TEST(OptionsTest, PoolHoldsABlockAtLeast) {
   Options options;
+  ASSERT_TRUE(ResolveOptions(options).ok());
   const uint64_t block = MakeStorage(options).block.bytes;
   ExpectRefused([&](Options& o) { o.host_bytes = block - 1; },
                 {"host_bytes", absl::StrCat(block - 1), absl::StrCat(block)});

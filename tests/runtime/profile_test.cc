@@ -141,7 +141,15 @@ TEST_F(ProfileTest, RefusesBrokenHeaders) {
                   {"header is no JSON object"});
   }
   const std::string deep(100000, '[');
-  ExpectRefused(Length(deep.size()) + deep, Code::kDataLoss, {"header is no JSON object"});
+  ExpectRefused(Length(deep.size()) + deep, Code::kDataLoss, {"header nests deeper than 64 levels"});
+  // Well-formed ones, in entries that are looked at and in others.
+  const std::string lists = std::string(500000, '[') + std::string(500000, ']');
+  for (const std::string& header :
+       {"{\"__metadata__\":{\"format\":" + lists + "}}",
+        "{\"__metadata__\":{\"format\":\"vattn-profile-1\",\"x\":" + lists + "}}", "{\"c_q\":" + lists + "}",
+        "{\"other\":" + lists + "}"}) {
+    ExpectRefused(Length(header.size()) + header, Code::kDataLoss, {"header nests deeper than 64 levels"});
+  }
 }
 
 // Some of them are accepted: what counts is that nothing outside the file is read.
@@ -244,7 +252,7 @@ std::vector<std::vector<float>> Tables(const std::string& profile,
   EXPECT_TRUE((*sequence)->BuildIndex().ok());
   for (int layer = 0; layer < kLayers; ++layer) {
     for (const HeadGroup& group : (*sequence)->layer(layer).groups) {
-      tables.push_back(group.index->floats());
+      tables.push_back(group.tables[0].index->floats());
     }
   }
   return tables;

@@ -23,13 +23,13 @@ class SimulatedDeviceTest : public testing::Test {
 };
 
 TEST_F(SimulatedDeviceTest, AnswersAreExactWhateverTheOrder) {
-  int64_t answers = 0, refused = 0;
+  int64_t answers = 0, refused = 0, abandoned = 0;
   uint64_t copied = 0, spills = 0, growths = 0;
   for (uint64_t seed = 0; seed < 60; ++seed) {
     SimulatedWorld world(seed, Lacks::kNothing, path_);
     world.Run(kOperations);
     EXPECT_EQ(world.wrong(), 0) << "seed " << seed << ": " << world.first_wrong();
-    answers += world.answers(), refused += world.refused();
+    answers += world.answers(), refused += world.refused(), abandoned += world.abandoned();
     const StatsSnapshot stats = world.Stats();
     EXPECT_TRUE(world.EndsEmpty()) << "seed " << seed;
     copied += stats.blocks_copied, spills += stats.spills, growths += stats.device_growths;
@@ -37,6 +37,7 @@ TEST_F(SimulatedDeviceTest, AnswersAreExactWhateverTheOrder) {
   // Everything did happen.
   EXPECT_GT(answers, 5000);
   EXPECT_GT(refused, 50);
+  EXPECT_GT(abandoned, 200);
   EXPECT_GT(copied, 100u);
   EXPECT_GT(spills, 50u);
   EXPECT_GT(growths, 1000u);

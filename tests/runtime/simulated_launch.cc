@@ -66,7 +66,14 @@ const std::byte* HotRow(const DecodeParams& p, const DeviceGroup& g, int64_t tok
 // False if what a group is made of has gone.
 bool IsThere(const DeviceGroup& g, int q_heads) {
   return Reaches(g.blocks, 4) && Reaches(g.fixed, 1) && Reaches(g.state, sizeof(HeadState) * q_heads) &&
-         Reaches(g.scratch.output, 4);
+         Reaches(g.scratch.output, 4) && (g.num_segments == 0 || Reaches(g.segments, 1)) &&
+         (g.recent == nullptr || Reaches(g.recent, 4));
+}
+
+// Tables of the segment that a token lies in.
+const IndexTables& TablesAt(const DeviceGroup& g, int64_t token) {
+  if (g.num_segments == 0) return g.index;
+  return g.segments[SegmentOf(g.segments, g.num_segments, token / kBlockTokens)].tables;
 }
 
 // Outputs [G][dim_v] and lse [G] of a group into scratch; not a number where the device contradicts itself.
@@ -81,6 +88,10 @@ void Answer(const DecodeParams& p, const DeviceGroup& g) {
     std::memcpy(HostRow(s, g.blocks, g.tokens - 1), row.data(), size_t{4} * (dim_k + dim_v));
     std::memcpy(FixedRow(p.storage, g.fixed, g.tokens - 1), row.data(), size_t{4} * (dim_k + dim_v));
   }
+  if (g.recent != nullptr) {
+    const size_t bytes = size_t{4} * p.q_heads * dim_k;
+    std::memcpy(g.recent, static_cast<const std::byte*>(p.call.q) + place * static_cast<int64_t>(bytes), bytes);
+  }
   bool bad = false;
   std::vector<float> rows;  // copies: a row's slot in the hot set may be another's before the call ends
   const int width = s.row.row_bytes / 4;
@@ -92,7 +103,7 @@ void Answer(const DecodeParams& p, const DeviceGroup& g) {
     if (middle) {
       const int64_t block = g.blocks[t / kBlockTokens];
       const std::byte* const code = p.storage.codes + block * p.storage.code_block_bytes + CodeAt(s, t);
-      const uint32_t expected = CodeOf(s, row, g.index);
+      const uint32_t expected = CodeOf(s, row, TablesAt(g, t));
       bad |= !Reaches(code, 4) || std::memcmp(code, &expected, 4) != 0;
       row = HotRow(p, g, t, &bad);
     }

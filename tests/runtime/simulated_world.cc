@@ -164,10 +164,11 @@ void SimulatedWorld::Begin() {
   absl::StatusOr<std::unique_ptr<Sequence>> made =
       Sequence::FromLayers(runtime_, options, *std::move(layers));
   if (!Done(made.status(), "begin")) return;
-  Enter(*std::move(made), *twin, keep, 0);
+  Enter(*std::move(made), *twin, keep, {});
 }
 
-void SimulatedWorld::Enter(std::unique_ptr<Sequence> sequence, const Twin& like, size_t tokens, int attended) {
+void SimulatedWorld::Enter(std::unique_ptr<Sequence> sequence, const Twin& like, size_t tokens,
+                           const std::array<int, kLayers>& attended) {
   auto copy = std::make_unique<Twin>();
   copy->sequence = std::move(sequence);
   for (int l = 0; l < kLayers; ++l) std::copy_n(like.rows[l], kKvHeads, copy->rows[l]);

@@ -29,6 +29,7 @@ class SimulatedWorld {
   const std::string& first_wrong() const { return first_wrong_; }
   int64_t answers() const { return answers_; }
   int64_t refused() const { return refused_; }
+  int64_t abandoned() const { return abandoned_; }
   StatsSnapshot Stats() const { return runtime_->Stats(); }
 
  private:
@@ -39,7 +40,7 @@ class SimulatedWorld {
   struct Twin {
     std::unique_ptr<Sequence> sequence;
     std::vector<Row> rows[kLayers][kKvHeads];
-    int attended = 0;  // calls a layer
+    std::array<int, kLayers> attended = {};  // calls
     size_t size() const { return rows[0][0].size(); }
   };
   // The attention of a layer of batch 0 with a new token, captured once, and the arrays that it is over.
@@ -65,10 +66,13 @@ class SimulatedWorld {
   void Create();
   void Append();
   void Step(int b);
+  // Gives the open step up after `layers` layers.
+  void Abandon(int b, int layers, int new_tokens);
   void Attend(int b, int layer, int new_tokens, DeviceStream stream, bool staged);
   void Fork();
   void Begin();
-  void Enter(std::unique_ptr<Sequence> sequence, const Twin& like, size_t tokens, int attended);
+  void Enter(std::unique_ptr<Sequence> sequence, const Twin& like, size_t tokens,
+             const std::array<int, kLayers>& attended);
   void Truncate();
   void Destroy();
   void Sleep();
@@ -89,7 +93,7 @@ class SimulatedWorld {
   std::vector<DeviceStream> streams_;
   std::vector<Answers> pending_;
   Graph graphs_[kLayers];
-  int64_t wrong_ = 0, answers_ = 0, refused_ = 0;
+  int64_t wrong_ = 0, answers_ = 0, refused_ = 0, abandoned_ = 0;
   std::string first_wrong_;
 };
 

@@ -44,9 +44,24 @@ void SimulatedWorld::Step(int b) {
     if (Below(40) == 0) Destroy();
     Twin* const twin = Below(12) == 0 ? AnyTwin() : nullptr;
     if (twin != nullptr) Done(twin->sequence->Pull(), "pull");
+    if (Below(20) == 0) return Abandon(b, layer + 1, new_tokens);
   }
+}
+
+void SimulatedWorld::Abandon(int b, int layers, int new_tokens) {
+  Check();  // a graph that is launched afterwards would answer nothing
+  if (layers == kLayers && Below(3) == 0) Fork();  // shares what is to be cut
+  if (!Done(batches_[b]->Abandon(), "abandon")) {
+    // FULL: the step is open as before, and the layers left are attended.
+    for (int layer = layers; layer < kLayers; ++layer) Attend(b, layer, new_tokens, b == 1 ? nullptr : streams_[0], b == 1);
+    return;
+  }
+  ++abandoned_;
   for (Twin* twin : seats_[b]) {
-    if (twin != nullptr) ++twin->attended;
+    if (twin == nullptr) continue;
+    for (int layer = 0; layer < layers && new_tokens == 1; ++layer) {
+      for (auto& head : twin->rows[layer]) head.pop_back();
+    }
   }
 }
 
@@ -88,8 +103,9 @@ void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream strea
       const size_t head = static_cast<size_t>(slot) * kQHeads + h;
       const std::vector<float> out = Attention(*twin, layer, h, in.data() + head * kDim);
       std::copy(out.begin(), out.end(), answers.expected.begin() + static_cast<std::ptrdiff_t>(head * kDim));
-      answers.expected[kQ + head] = static_cast<float>(twin->attended);
+      answers.expected[kQ + head] = static_cast<float>(twin->attended[static_cast<size_t>(layer)]);
     }
+    ++twin->attended[static_cast<size_t>(layer)];
     absl::StrAppend(&answers.what, ", slot ", slot, ": ", twin->size(), " tokens");
   }
   const auto request = [&](float* base, float* out) {

@@ -24,10 +24,7 @@ from . import _library
 from ._arrays import Array
 from ._attend import TIMELINE_MARKS, Report, Selection
 from ._batch import Batch
-from ._library import Error, FullError, InvalidArgumentError, NotSupportedError, OutOfMemoryError
-from ._runtime import Runtime, Stats, TenantUse
-from ._sequence import Sequence
-from ._structs import (
+from ._enums import (
     Admission,
     Backend,
     Bound,
@@ -43,6 +40,11 @@ from ._structs import (
     Tier,
     Verdict,
 )
+from ._errors import Error, FullError, InvalidArgumentError, NotSupportedError, OutOfMemoryError
+from ._options import Options, ResolvedOptions
+from ._runtime import Runtime, Stats, TenantUse
+from ._sequence import Sequence
+from ._version import __version__
 
 __all__ = [
     "TIMELINE_MARKS",
@@ -61,9 +63,11 @@ __all__ = [
     "Norm",
     "NotSupportedError",
     "OnUnverified",
+    "Options",
     "OutOfMemoryError",
     "Policy",
     "Report",
+    "ResolvedOptions",
     "Runtime",
     "Selection",
     "Sequence",
@@ -73,6 +77,7 @@ __all__ = [
     "TenantUse",
     "Tier",
     "Verdict",
+    "__version__",
     "build_info",
     "devices",
     "doctor",
@@ -102,3 +107,9 @@ def devices() -> list[dict[str, Any]]:
     found = doctor()["cuda"]["devices"]
     assert isinstance(found, list)
     return found
+
+
+# Seen from outside, also in error texts and pickles, they are all of this module.
+for _name in __all__:
+    if getattr(globals()[_name], "__module__", "").startswith(f"{__name__}."):
+        globals()[_name].__module__ = __name__

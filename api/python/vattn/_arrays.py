@@ -1,6 +1,6 @@
 """Arrays of numpy, torch and everything that speaks DLPack or __cuda_array_interface__, by address.
 
-Nothing is copied: a `View` is the address of the caller's own memory.
+A `View` is the address of the caller's own memory; only `spaced_view` may copy.
 """
 
 import ctypes
@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from ._library import invalid
+from ._arguments import whole
+from ._errors import invalid
 
 Array = Any  # numpy.ndarray, torch.Tensor, or an object with one of the protocols above
 
@@ -83,29 +84,73 @@ def view(array: Array, name: str) -> View:
     )
 
 
+def spaced_view(array: Array, name: str, dimensions: int) -> View:
+    """The memory of `array`, or of a copy, with strides over 0 along the first dimensions.
+
+    A stride of 0 (broadcast) cannot be said in C, where it means "contiguous", nor can one below.
+    """
+    given = view(array, name)
+    if all(
+        stride > 0 or extent <= 1
+        for stride, extent in zip(given.strides[:dimensions], given.shape[:dimensions])
+    ):
+        return given
+    if hasattr(array, "data_ptr"):
+        return view(array.contiguous(), name)
+    if given.device < 0 and hasattr(array, "__array_interface__"):
+        import numpy
+
+        return view(numpy.ascontiguousarray(array), name)
+    raise invalid(
+        f"{name} has strides {list(given.strides)}, must have positive ones: it is broadcast or "
+        "reversed, and only arrays of numpy and torch are copied here"
+    )
+
+
 def _view_torch(tensor: Any, name: str) -> View:
     dtype = _TORCH.get(str(tensor.dtype))
     if dtype is None:
         raise invalid(f"{name} has elements of {tensor.dtype}, must be one of {', '.join(_TORCH)}")
+    torch = sys.modules["torch"]
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise invalid(
+            f"{name} requires grad, must not: there is no gradient through vattn. Call it under "
+            f"torch.no_grad() or give {name}.detach()"
+        )
+    if tensor.layout != torch.strided or tensor.is_neg() or hasattr(tensor, "get_mask"):
+        kind = "negated view" if tensor.is_neg() else tensor.layout
+        kind = "masked tensor" if hasattr(tensor, "get_mask") else kind
+        raise invalid(f"{name} is a {kind}, must be a plain dense tensor")
     kind, stream, device = tensor.device.type, None, -1
     if kind == "cuda":
         device = tensor.device.index
-        stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream
+        stream = torch.cuda.current_stream(device).cuda_stream
     elif kind != "cpu":
         raise invalid(f"{name} is on device {tensor.device}, must be cpu or cuda")
-    return View(
-        tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device, stream, True, tensor
-    )
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError as error:
+        raise invalid(f"{name} has no memory of its own: {error}") from None
+    if pointer == 0 and tensor.numel() > 0:
+        raise invalid(f"{name} is a {type(tensor).__name__} without memory of its own")
+    shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+    return View(pointer, shape, strides, dtype, device, stream, True, tensor)
 
 
 def _view_interface(array: Any, interface: dict[str, Any], name: str, on_device: bool) -> View:
     """__array_interface__ and __cuda_array_interface__, which share their keys."""
+    numpy_ma = sys.modules.get("numpy.ma")
+    if interface.get("mask") is not None or (
+        numpy_ma is not None and isinstance(array, numpy_ma.MaskedArray)
+    ):
+        raise invalid(f"{name} is a masked array, must be a plain one: masks are not looked at")
     typestr = interface["typestr"]
     dtype = _TYPESTR.get(typestr[1:])
-    if dtype is None or typestr[0] == ">":
+    fields = getattr(getattr(array, "dtype", None), "names", None)
+    if dtype is None or typestr[0] == ">" or fields is not None:
         raise invalid(
-            f"{name} has elements of type {typestr}, must be float32, float16, bfloat16 (or "
-            "uint16 that holds it), int32, int64 or uint64 in little-endian order"
+            f"{name} has elements of type {fields or typestr}, must be float32, float16, bfloat16 "
+            "(or uint16 that holds it), int32, int64 or uint64 in little-endian order"
         )
     shape = tuple(interface["shape"])
     size = BYTES[dtype]
@@ -118,6 +163,8 @@ def _view_interface(array: Any, interface: dict[str, Any], name: str, on_device:
         )
     else:
         strides = tuple(stride // size for stride in strides)
+    if not isinstance(interface.get("data"), tuple):
+        raise invalid(f"{name} says no address in its array interface, must have one")
     pointer, readonly = interface["data"]
     device = _device_of(array) if on_device else -1
     return View(
@@ -248,4 +295,4 @@ def stream_handle(stream: Any, views: list[View]) -> int | None:
     handle = getattr(stream, "cuda_stream", None)
     if handle is None:
         handle = getattr(stream, "ptr", stream)
-    return int(handle) or LEGACY_STREAM
+    return whole(handle, "stream", 0, 2**64 - 1) or LEGACY_STREAM

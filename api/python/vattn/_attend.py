@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from . import _structs as c
+from ._arguments import shown
 from ._arrays import Array, View, empty_like, view
-from ._library import invalid, struct
+from ._errors import invalid
+from ._library import struct
 from ._runtime import DTYPE_NAMES, Runtime
 
 TIMELINE_MARKS = 8  # VATTN_TIMELINE_MARKS
@@ -90,6 +92,8 @@ class AttendCall:
 
     def report(self, report: Report | None) -> None:
         """The arrays of a report that are given."""
+        if report is not None and not isinstance(report, Report):
+            raise invalid(f"report is {shown(report)}, must be a Report")
         shapes = report_shapes(self._slots, self._q_heads, self._kv_heads)
         for name, (kind, heads) in REPORT.items():
             array = getattr(report, name, None)
@@ -112,6 +116,8 @@ class AttendCall:
 
     def selection(self, selection: Selection, written: bool) -> c.SelectionParams:
         """The lists, read or to be written."""
+        if not isinstance(selection, Selection):
+            raise invalid(f"selection is {shown(selection)}, must be a Selection")
         lists: c.SelectionParams = struct(c.SelectionParams, "vattn_selection_init")
         extents = view(selection.tokens, "selection.tokens").shape
         lists.capacity = extents[-1] if extents else 0

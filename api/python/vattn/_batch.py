@@ -5,30 +5,50 @@ import sys
 from typing import Any
 
 from . import _structs as c
+from ._arguments import shown, whole
 from ._arrays import Array, empty_like, stream_handle
 from ._attend import REPORT, AttendCall, Report, Selection, report_shapes
+from ._enums import Backend
+from ._errors import invalid
+from ._handle import Child
 from ._library import call
-from ._runtime import Handle, Runtime
+from ._runtime import Runtime
 from ._sequence import Sequence
 
 
-class Batch(Handle):
+class Batch(Child):
     """A fixed number of slots for sequences, and their decode steps. Used by one thread at a time.
 
-    A step is `begin_step`, then `attend` (or one of its relatives) once for every layer.
+    A step is `begin_step`, then `attend` (or one of its relatives) once for every layer. A step that
+    an error or KeyboardInterrupt ended half way is given up by `abandon`.
     """
 
     _destroy = "vattn_batch_destroy"
+    _instead = {
+        "copied": "Runtime.batch makes another one, for forks of the sequences",
+        "pickled": "Runtime.batch makes another one",
+    }
 
     def __init__(self, runtime: Runtime, handle: int, slots: int) -> None:
-        super().__init__(handle)
-        self.runtime = runtime
+        super().__init__(runtime, handle)
         self.slots = slots
         self._sequences: list[Sequence | None] = [None] * slots
-        runtime._children.add(self)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<vattn.Batch, closed>"
+        filled = sum(sequence is not None for sequence in self._sequences)
+        return f"<vattn.Batch of {self.slots} slots, {filled} filled>"
+
+    def close(self) -> None:
+        """Frees it, not its sequences; a second call does nothing."""
+        super().close()
+        self._sequences = []
 
     def set(self, slot: int, sequence: Sequence) -> None:
         """Puts a sequence into a slot; the slot's former one is taken out."""
+        if not isinstance(sequence, Sequence):
+            raise invalid(f"sequence is {shown(sequence)}, must be a Sequence")
         call("vattn_batch_set", self.handle, slot, sequence.handle)
         self._sequences[slot] = sequence
 
@@ -45,18 +65,30 @@ class Batch(Handle):
         changed, no step is open, the sequences stay usable.
         """
         handle = None
-        if self.runtime._options["backend"] == c.Backend.CUDA:
+        if self.runtime._options["backend"] == Backend.CUDA:
             torch = sys.modules.get("torch")
             if stream is None:
                 stream = torch.cuda.current_stream(self.runtime._options["device"]) if torch else 0
             handle = stream_handle(stream, [])
         call("vattn_batch_begin_step", self.handle, new_tokens, handle)
 
+    def abandon(self) -> None:
+        """Gives the open step up, as after an error or KeyboardInterrupt between two layers.
+
+        Whatever its layers did, each sequence has the tokens and random numbers again that it had
+        before `begin_step`: the same step, begun anew, answers the same. Nothing is done without an
+        open step. On CUDA it waits for the device. See vattn_batch_abandon in vattn.h.
+        """
+        call("vattn_batch_abandon", self.handle)
+
     def report(self, layer: int, like: Array, *names: str) -> Report:
         """A Report with arrays for `names` (if none, all but timeline) where `like` lies."""
         shapes = report_shapes(
             self.slots, self.runtime._options["num_q_heads"], self.runtime.kv_heads(layer)
         )
+        for name in names:
+            if name not in REPORT:
+                raise invalid(f"report has no {shown(name)}, must be one of {', '.join(REPORT)}")
         chosen = names or [name for name in REPORT if name != "timeline"]
         return Report(
             **{name: empty_like(like, shapes[REPORT[name][1]], REPORT[name][0]) for name in chosen}
@@ -65,7 +97,7 @@ class Batch(Handle):
     def selection(self, layer: int, like: Array, capacity: int) -> Selection:
         """A Selection with room for `capacity` tokens per slot and KV head, where `like` lies."""
         heads = self.runtime.kv_heads(layer)
-        shape = (self.slots, heads, capacity)
+        shape = (self.slots, heads, whole(capacity, "capacity", 0, 2**31))
         return Selection(
             empty_like(like, shape, "i32"),
             empty_like(like, shape[:2], "i32"),

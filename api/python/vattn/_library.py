@@ -1,4 +1,4 @@
-"""Finds and loads libvattn, and turns its codes into exceptions."""
+"""Finds and loads libvattn, checks what calls are given, and turns its codes into exceptions."""
 
 import ctypes
 import ctypes.util
@@ -6,47 +6,12 @@ import os
 import pathlib
 from typing import Any
 
-from ._structs import FUNCTIONS, Status
+from ._enums import Status
+from ._errors import error_of
+from ._structs import FUNCTIONS, fit
+from ._version import __version__
 
-VERSION = "0.1"  # of the C API that this package speaks: major.minor
-
-
-class Error(Exception):
-    """A call that failed. The message is the library's text; `status` says of what kind it is."""
-
-    def __init__(self, status: Status, text: str) -> None:
-        super().__init__(f"{status.name}: {text}")
-        self.status = status
-        self.text = text
-
-
-class InvalidArgumentError(Error, ValueError):
-    """The text names the argument, its value and the limit."""
-
-
-class OutOfMemoryError(Error, MemoryError):
-    """The system refused memory."""
-
-
-class NotSupportedError(Error):
-    """Valid, but not by this build or backend."""
-
-
-class FullError(Error):
-    """The library's own pool is full. Need, limit and knob are in the text; nothing is lost."""
-
-
-_ERRORS = {
-    Status.INVALID_ARGUMENT: InvalidArgumentError,
-    Status.OUT_OF_MEMORY: OutOfMemoryError,
-    Status.NOT_SUPPORTED: NotSupportedError,
-    Status.FULL: FullError,
-}
-
-
-def invalid(text: str) -> InvalidArgumentError:
-    """The error for an argument that this package itself refuses."""
-    return InvalidArgumentError(Status.INVALID_ARGUMENT, text)
+VERSION = __version__.rsplit(".", 1)[0]  # of the C API that this package speaks: major.minor
 
 
 def _find() -> str:
@@ -68,30 +33,44 @@ def _load() -> Any:
         raise ImportError(
             f"libvattn cannot be loaded: {error}. It is looked for in VATTN_LIBRARY (a path), in "
             f"{pathlib.Path(__file__).parent} and where the system keeps libraries; "
-            "pip install ./api/python builds it."
+            "`pip install ./api/python` in vattn's sources builds it."
         ) from None
-    library.vattn_version.restype = ctypes.c_char_p
-    version = library.vattn_version().decode()
+    version = _function(library, path, "vattn_version", ctypes.c_char_p, [])().decode(
+        errors="replace"
+    )
     if version.rsplit(".", 1)[0] != VERSION:
         raise ImportError(f"{path} is vattn {version}; this package needs {VERSION}")
     for name, (result, arguments) in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = ctypes.c_int if result is Status else result
+        restype = ctypes.c_int if result is Status else result
+        _function(library, path, name, restype, list(arguments.values()))
     return library
+
+
+def _function(library: Any, path: str, name: str, result: Any, arguments: list[Any]) -> Any:
+    try:
+        function = getattr(library, name)
+    except AttributeError:
+        raise ImportError(
+            f"{path} is not the libvattn of this package, {__version__}: it has no {name}. "
+            "VATTN_LIBRARY names another library, or an older build."
+        ) from None
+    function.restype, function.argtypes = result, arguments
+    return function
 
 
 LIBRARY = _load()
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Calls a function that returns vattn_code and raises `Error` unless that is OK."""
-    code = getattr(LIBRARY, name)(*arguments)
+    """Calls a function that returns vattn_code and raises `Error` unless that is OK.
+
+    Whole numbers and texts that C would get as others are refused by name.
+    """
+    kinds = FUNCTIONS[name][1].items()
+    fitting = [fit(value, *kind) for value, kind in zip(arguments, kinds, strict=True)]
+    code = getattr(LIBRARY, name)(*fitting)
     if code:
-        status = Status(code)
-        raise _ERRORS.get(status, Error)(
-            status, LIBRARY.vattn_last_error().decode(errors="replace")
-        )
+        raise error_of(code, LIBRARY.vattn_last_error().decode(errors="replace"))
 
 
 def text(name: str, *arguments: Any) -> str:
@@ -103,7 +82,7 @@ def text(name: str, *arguments: Any) -> str:
         call(name, *arguments, buffer, size, ctypes.byref(needed))
         if needed.value < size:
             assert buffer is not None
-            return buffer.value.decode()
+            return buffer.value.decode(errors="replace")
         size = needed.value + 64  # counters may grow a digit between the calls
 
 

@@ -1,38 +1,29 @@
 """Runtimes."""
 
 import ctypes
-import enum
-import json
-import os
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from . import _structs as c
+from ._arguments import choice, salt_bytes, shown, whole
 from ._arrays import Array, View, view
-from ._library import LIBRARY, call, invalid, made, struct, text
+from ._enums import Backend, DType, LogLevel, Tier
+from ._errors import invalid
+from ._handle import Handle
+from ._library import LIBRARY, call, made, struct, text
+from ._options import Options, Path, ResolvedOptions, resolved
+from ._options import check_options as check_options
 
 if TYPE_CHECKING:
     from ._batch import Batch
     from ._sequence import Sequence
 
-LogFunction = Callable[[c.LogLevel, str], None]
+LogFunction = Callable[[LogLevel, str], None]
 
-_ENUMS: dict[str, type[enum.IntEnum]] = {
-    "dtype": c.DType,
-    "backend": c.Backend,
-    "policy": c.Policy,
-    "index": c.Index,
-    "norm": c.Norm,
-    "on_unverified": c.OnUnverified,
-    "bound": c.Bound,
-    "target": c.Target,
-    "io_engine": c.Io,
-    "admission": c.Admission,
-}
-DTYPE_NAMES = {c.DType.F32: "f32", c.DType.F16: "f16", c.DType.BF16: "bf16"}
+AnyTier = Tier | Literal["auto", "memory", "disk"]
+
+DTYPE_NAMES = {DType.F32: "f32", DType.F16: "f16", DType.BF16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +74,11 @@ class Stats:
     prefixes_kept: int  # put there
     kept_evictions: int  # let go for room
     kept_hits: int  # of prefix_hits: from the host pool
+    segments_learnt: int  # parts of indices learnt from their tokens, over layers
+    index_floods: int  # of them learnt early, because new tokens were unlike those before
+    segments_recoded: int  # parts whose tokens were coded again by new tables
+    outliers: int  # tokens coded as outliers: they are read in every step
+    heads_noisy: int  # of heads_dense and heads_best_effort: codes too coarse for the query
 
 
 @dataclass(frozen=True)
@@ -97,59 +93,7 @@ class TenantUse:
     quota_refusals: int
 
 
-class Handle:
-    """A handle of the library: closed once, by `close`, by `with`, or when it is collected."""
-
-    _destroy = ""
-
-    def __init__(self, handle: int) -> None:
-        self._handle: int | None = handle
-
-    @property
-    def handle(self) -> int:
-        """The C pointer."""
-        if self._handle is None:
-            raise invalid(f"{type(self).__name__} is closed, must be open")
-        return self._handle
-
-    def close(self) -> None:
-        """Frees it; a second call does nothing."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            getattr(LIBRARY, self._destroy)(handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None) is not None:
-            self.close()
-
-
-def check_options(**options: Any) -> c.Options:
-    """The struct of `options`: names and types of vattn_options are checked, ranges not yet."""
-    value: c.Options = struct(c.Options, "vattn_options_init")
-    call("vattn_options_from_json", json.dumps(options).encode(), ctypes.byref(value))
-    return value
-
-
-@dataclass(frozen=True)
-class PrefixArgument:
-    """A vattn_prefix, and what it points into."""
-
-    struct: Any
-    owners: tuple[Any, ...]
-
-
-def prefix_of(salt: bytes, tokens: Array) -> PrefixArgument:
+def prefix_of(salt: bytes, tokens: Array, tier: AnyTier) -> c.Prefix:
     """What a stored prefix is found by: salt of 1 to 4096 bytes, tokens [tokens] int32."""
     ids = view(tokens, "tokens")
     if len(ids.shape) != 1 or ids.dtype != "i32" or not ids.contiguous() or ids.device >= 0:
@@ -157,15 +101,19 @@ def prefix_of(salt: bytes, tokens: Array) -> PrefixArgument:
             f"tokens are {list(ids.shape)} elements of {ids.dtype}, must be [tokens] of i32, "
             "contiguous and in host memory"
         )
-    value = struct(c.Prefix, "vattn_prefix_init")
-    buffer = ctypes.create_string_buffer(salt, len(salt))
-    value.salt, value.salt_bytes = ctypes.addressof(buffer), len(salt)
-    value.tokens, value.num_tokens = ids.pointer, ids.shape[0]
-    return PrefixArgument(value, (buffer, ids))
+    value: c.Prefix = struct(c.Prefix, "vattn_prefix_init")
+    given = salt_bytes(salt)
+    buffer = ctypes.create_string_buffer(given, len(given))
+    value.point("salt", ctypes.addressof(buffer), buffer)
+    value.salt_bytes = len(given)
+    value.point("tokens", ids.pointer, ids)
+    value.num_tokens = ids.shape[0]
+    value.tier = choice(tier, "tier", Tier)
+    return value
 
 
-def _sequence_options(id: int, reserve_tokens: int, tenant: int) -> Any:
-    chosen = struct(c.SequenceOptions, "vattn_sequence_options_init")
+def _sequence_options(id: int, reserve_tokens: int, tenant: int) -> c.SequenceOptions:
+    chosen: c.SequenceOptions = struct(c.SequenceOptions, "vattn_sequence_options_init")
     chosen.id, chosen.reserve_tokens, chosen.tenant = id, reserve_tokens, tenant
     return chosen
 
@@ -173,54 +121,51 @@ def _sequence_options(id: int, reserve_tokens: int, tenant: int) -> Any:
 class Runtime(Handle):
     """One device or CPU: the pool for all rows, the options, the counters. Serves many threads.
 
-    Options are the fields of vattn_options by name (vattn.h lists them with their limits), enums by
-    lower-case name:
+    Options are the fields of vattn_options by name (vattn.h lists them with their limits), enums as
+    members or by lower-case name:
 
         Runtime(num_layers=28, num_q_heads=12, num_kv_heads=2, head_dim_k=128, head_dim_v=128,
                 dtype="bf16", policy="verified", epsilon=.1, delta=.05, host_bytes=4 << 30)
 
-    `log` is called as log(level, message) on the thread of the call that caused the line.
-    Raises InvalidArgumentError, OutOfMemoryError, NotSupportedError or Error.
+    `dtype` may be one of torch or numpy, paths may be None. `Runtime(**runtime.options)` has the
+    same options. `log` is called as log(level, message) on the thread of the call that caused the
+    line. Raises InvalidArgumentError, OutOfMemoryError, NotSupportedError or Error.
     """
 
-    _destroy = "vattn_runtime_destroy"
+    _instead = {
+        "copied": "Runtime(**runtime.options) makes another one with the same options",
+        "pickled": "Runtime(**runtime.options) makes one in another process",
+    }
 
-    def __init__(self, *, log: LogFunction | None = None, **options: Any) -> None:
+    def __init__(self, *, log: LogFunction | None = None, **options: Unpack[Options]) -> None:
         chosen = check_options(**options)
         if log is not None:
+            if not callable(log):
+                raise invalid(f"log is {shown(log)}, must be a function of level and message")
             self._log = c.LOG_FUNCTION(
-                lambda _, level, message: log(c.LogLevel(level), message.decode(errors="replace"))
+                lambda _, level, message: log(LogLevel(level), message.decode(errors="replace"))
             )
             chosen.log = self._log
+        # Its children by handle: how each is destroyed.
+        self._open: dict[int, Callable[[int], None]] = {}
         super().__init__(made("vattn_runtime_create", ctypes.byref(chosen)))
-        self._children: weakref.WeakSet[Handle] = weakref.WeakSet()
-        self._options = self._read_options()
-
-    def _read_options(self) -> dict[str, Any]:
         chosen = struct(c.Options, "vattn_options_init")
         call("vattn_runtime_options", self.handle, ctypes.byref(chosen))
-        options: dict[str, Any] = {}
-        for name, _ in c.Options._fields_:
-            value = getattr(chosen, name)
-            if name in _ENUMS:
-                options[name] = _ENUMS[name](value)
-            elif name == "layer_kv_heads":
-                heads = ctypes.cast(value, ctypes.POINTER(ctypes.c_int32)) if value else None
-                options[name] = (
-                    heads[: chosen.num_layers]
-                    if heads
-                    else [chosen.num_kv_heads] * chosen.num_layers
-                )
-            elif name in ("profile", "disk_path", "sign_maps"):
-                options[name] = value.decode() if value else ""
-            elif name not in ("struct_size", "log", "log_user"):
-                options[name] = value
-        return options
+        self._options = resolved(chosen)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<vattn.Runtime, closed>"
+        o = self._options
+        return (
+            f"<vattn.Runtime on {o['backend'].name.lower()}, num_layers {o['num_layers']}, "
+            f"dtype {DTYPE_NAMES[o['dtype']]}, policy {o['policy'].name.lower()}>"
+        )
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> ResolvedOptions:
         """The options in force, every default resolved; layer_kv_heads has one number a layer."""
-        return dict(self._options)
+        return self._options | {"layer_kv_heads": list(self._options["layer_kv_heads"])}
 
     def sequence(self, id: int = 0, reserve_tokens: int = 0, tenant: int = 0) -> "Sequence":
         """An empty sequence.
@@ -235,7 +180,7 @@ class Runtime(Handle):
         return Sequence(self, made("vattn_sequence_create", self.handle, ctypes.byref(chosen)))
 
     def restore(
-        self, path: str | os.PathLike[str], id: int = 0, reserve_tokens: int = 0, tenant: int = 0
+        self, path: Path, id: int = 0, reserve_tokens: int = 0, tenant: int = 0
     ) -> "Sequence":
         """A saved sequence, read back: attention on it is bit-identical.
 
@@ -245,7 +190,7 @@ class Runtime(Handle):
         from ._sequence import Sequence
 
         chosen = ctypes.byref(_sequence_options(id, reserve_tokens, tenant))
-        handle = made("vattn_sequence_restore_as", self.handle, os.fsencode(path), chosen)
+        handle = made("vattn_sequence_restore_as", self.handle, path, chosen)
         return Sequence(self, handle)
 
     def restore_prefix(
@@ -255,7 +200,7 @@ class Runtime(Handle):
         id: int = 0,
         reserve_tokens: int = 0,
         tenant: int = 0,
-        tier: c.Tier = c.Tier.AUTO,
+        tier: AnyTier = Tier.AUTO,
     ) -> tuple["Sequence", int]:
         """A new sequence that begins with what a stored prefix has in common with `tokens`.
 
@@ -265,15 +210,14 @@ class Runtime(Handle):
         """
         from ._sequence import Sequence
 
-        prefix = prefix_of(salt, tokens)
-        prefix.struct.reserve_tokens, prefix.struct.tenant = reserve_tokens, tenant
-        prefix.struct.tier = tier
+        prefix = prefix_of(salt, tokens, tier)
+        prefix.reserve_tokens, prefix.tenant = reserve_tokens, tenant
         begins = ctypes.c_int64()
         handle = ctypes.c_void_p()
         call(
             "vattn_prefix_restore",
             self.handle,
-            ctypes.byref(prefix.struct),
+            ctypes.byref(prefix),
             id,
             ctypes.byref(begins),
             ctypes.byref(handle),
@@ -284,7 +228,8 @@ class Runtime(Handle):
     def forget_prefixes(self, salt: bytes) -> int:
         """Removes all prefixes stored under a salt; returns how many."""
         prefixes = ctypes.c_int64()
-        call("vattn_prefix_forget", self.handle, salt, len(salt), ctypes.byref(prefixes))
+        given = salt_bytes(salt)
+        call("vattn_prefix_forget", self.handle, given, len(given), ctypes.byref(prefixes))
         return prefixes.value
 
     def limit_tenant(self, tenant: int, host_bytes: int) -> None:
@@ -304,7 +249,7 @@ class Runtime(Handle):
         """A batch with room for `slots` sequences, 1 to 4096."""
         from ._batch import Batch
 
-        return Batch(self, made("vattn_batch_create", self.handle, slots), slots)
+        return Batch(self, made("vattn_batch_create", self.handle, slots), int(slots))
 
     def stats(self) -> Stats:
         """The counters now."""
@@ -318,15 +263,13 @@ class Runtime(Handle):
 
     def kv_heads(self, layer: int) -> int:
         """KV heads of a layer; 0 if it was left out."""
-        heads: list[int] = self._options["layer_kv_heads"]
-        if not 0 <= layer < len(heads):
-            raise invalid(f"layer is {layer}, must be 0 to {len(heads) - 1}")
-        return heads[layer]
+        heads = self._options["layer_kv_heads"]
+        return heads[whole(layer, "layer", 0, len(heads) - 1)]
 
     def check_place(self, array: View, name: str) -> None:
         """Refuses device memory that this runtime cannot reach."""
         options = self._options
-        if array.device >= 0 and options["backend"] != c.Backend.CUDA:
+        if array.device >= 0 and options["backend"] != Backend.CUDA:
             raise invalid(
                 f"{name} is on cuda:{array.device}, must be in host memory: the runtime's backend "
                 "is cpu"
@@ -339,6 +282,9 @@ class Runtime(Handle):
 
     def close(self) -> None:
         """Frees the runtime, after its sequences and batches."""
-        for child in list(getattr(self, "_children", ())):
-            child.close()
-        super().close()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            while self._open:
+                child, destroy = self._open.popitem()
+                destroy(child)
+            LIBRARY.vattn_runtime_destroy(handle)

@@ -1,31 +1,54 @@
 """Sequences."""
 
 import ctypes
-import os
+from typing import Any, Self
 
 from . import _structs as c
-from ._arrays import Array, View, view
-from ._library import call, invalid, made, struct
-from ._runtime import DTYPE_NAMES, Handle, Runtime, prefix_of
+from ._arrays import Array, View, spaced_view
+from ._enums import Tier
+from ._errors import Error, invalid
+from ._handle import Child
+from ._library import call, made, struct
+from ._options import Path
+from ._runtime import DTYPE_NAMES, AnyTier, prefix_of
 
 
-class Sequence(Handle):
-    """One request: its rows of every layer. Used by one thread at a time."""
+class Sequence(Child):
+    """One request: its rows of every layer. Used by one thread at a time.
+
+    `copy.copy` and `copy.deepcopy` fork it.
+    """
 
     _destroy = "vattn_sequence_destroy"
+    _instead = {
+        "pickled": "save writes it to a file, Runtime.restore reads that in another process"
+    }
 
-    def __init__(self, runtime: Runtime, handle: int) -> None:
-        super().__init__(handle)
-        self.runtime = runtime
-        runtime._children.add(self)
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<vattn.Sequence, closed>"
+        heads = self.runtime.options["layer_kv_heads"]
+        try:
+            tokens = [self.length(layer) for layer, count in enumerate(heads) if count > 0]
+        except Error as error:
+            return f"<vattn.Sequence, {error}>"
+        least, most = min(tokens, default=0), max(tokens, default=0)
+        return f"<vattn.Sequence of {most if least == most else f'{least} to {most}'} tokens>"
+
+    def __copy__(self) -> Self:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.fork()
 
     def append(self, layer: int, k: Array, v: Array | None = None, q: Array | None = None) -> None:
         """Adds prompt tokens to one layer, in chunks of any size; returns when they are copied.
 
         k [tokens, kv_heads, head_dim_k], post-RoPE, and v [tokens, kv_heads, head_dim_v] in the
         runtime's dtype; v is left out with shared_kv. q [queries, q_heads, head_dim_k], post-RoPE
-        and unscaled, are the queries of the last tokens of k: they calibrate the index; the last
-        512 of the prompt will do. Any strides, as long as the last dimension is contiguous. On
+        and unscaled, are the queries of the last tokens of k: they calibrate the index; pass those of
+        all tokens where they are at hand. The last dimension is contiguous, the others have any strides;
+        arrays of numpy and torch that are broadcast or reversed along these are copied first. On
         CUDA k and v, and q apart from them, may be in device memory: of torch's tensors the current
         stream is waited for, of others what writes them must have ended. FullError: nothing was
         added and the sequence goes on as before.
@@ -48,13 +71,14 @@ class Sequence(Handle):
         params.num_tokens = keys.shape[0]
         for name, array in given.items():
             setattr(params, name, array.pointer)
-            setattr(params, f"{name}_token_stride", array.strides[0])
-            setattr(params, f"{name}_head_stride", array.strides[1])
+            for stride, extent, kind in zip(array.strides, array.shape, ("token", "head")):
+                # In C 0 is "contiguous". An extent of 1 may have any stride in numpy, even below 0.
+                setattr(params, f"{name}_{kind}_stride", stride if extent > 1 else 0)
             _wait(array)
         call("vattn_append", self.handle, ctypes.byref(params))
 
     def _rows(self, array: Array, name: str, heads: int, dim: int) -> View:
-        rows = view(array, name)
+        rows = spaced_view(array, name, 2)
         if len(rows.shape) != 3 or rows.shape[1:] != (heads, dim):
             raise invalid(f"{name} has shape {list(rows.shape)}, must be [tokens, {heads}, {dim}]")
         if rows.strides[2] != 1 and dim > 1:
@@ -77,9 +101,9 @@ class Sequence(Handle):
         """
         call("vattn_sequence_reserve", self.handle, tokens)
 
-    def fork(self, id: int = 0) -> "Sequence":
+    def fork(self, id: int = 0) -> Self:
         """A second sequence with the same tokens. Blocks are shared until one of the two writes."""
-        return Sequence(self.runtime, made("vattn_sequence_fork", self.handle, id))
+        return type(self)(self.runtime, made("vattn_sequence_fork", self.handle, id))
 
     def truncate(self, tokens: int) -> None:
         """Keeps the first `tokens` tokens of every layer; layers that have fewer are left alone."""
@@ -95,28 +119,28 @@ class Sequence(Handle):
         """Codes every token that has left the window; else the first step after an append does."""
         call("vattn_sequence_build_index", self.handle)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: Path) -> None:
         """Writes rows, codes and tables to a file that appears whole or not at all."""
-        call("vattn_sequence_save", self.handle, os.fsencode(path))
+        call("vattn_sequence_save", self.handle, path)
 
-    def save_prefix(self, salt: bytes, tokens: Array, tier: c.Tier = c.Tier.AUTO) -> None:
+    def save_prefix(self, salt: bytes, tokens: Array, tier: AnyTier = Tier.AUTO) -> None:
         """Stores the sequence's first tokens in the runtime's disk_path, or in the host pool.
 
         The pool serves where there is no disk_path, or with tier MEMORY: blocks are shared, and
-        let go, those unused for longest first, when room is wanted. tokens [tokens] int32 are their ids, for which the caller vouches. The salt, 1 to 4096
-        bytes, names the model with its weights and position encoding, and the tenant: only calls
-        with the same one find the prefix. FullError if disk_bytes, or the pool, has no room.
+        let go, those unused for longest first, when room is wanted. tokens [tokens] int32 are
+        their ids, for which the caller vouches. The salt, 1 to 4096 bytes, names the model with its
+        weights and position encoding, and the tenant: only calls with the same one find the prefix.
+        FullError if disk_bytes, or the pool, has no room.
         """
-        prefix = prefix_of(salt, tokens)
-        prefix.struct.tier = tier
-        call("vattn_prefix_save", self.handle, ctypes.byref(prefix.struct))
+        prefix = prefix_of(salt, tokens, tier)
+        call("vattn_prefix_save", self.handle, ctypes.byref(prefix))
 
-    def hibernate(self, path: str | os.PathLike[str]) -> None:
+    def hibernate(self, path: Path) -> None:
         """Saves, then frees the host blocks; any use but `length` wakes the sequence first.
 
         Refused while it sits in a batch.
         """
-        call("vattn_sequence_hibernate", self.handle, os.fsencode(path))
+        call("vattn_sequence_hibernate", self.handle, path)
 
     def wake(self) -> None:
         """Brings a hibernated sequence back from its file, which is left in place."""

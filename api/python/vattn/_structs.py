@@ -1,138 +1,16 @@
-"""The structs, enumerations and functions of api/vattn.h, as ctypes sees them.
+"""The structs and functions of api/vattn.h, as ctypes sees them; its enumerations are in _enums.py.
 
 tests/python/header_test.py compares every name, type and value here with the header.
 """
 
 import ctypes
-import enum
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any
 
-
-class Status(enum.IntEnum):
-    """vattn_code: what went wrong, in `Error.status`."""
-
-    OK = 0
-    INVALID_ARGUMENT = 1
-    OUT_OF_MEMORY = 2
-    NOT_SUPPORTED = 3
-    DEVICE_ERROR = 4
-    IO_ERROR = 5
-    INTERNAL = 6
-    FULL = 7
-    DEVICE_LOST = 8
-    DATA_LOSS = 9
-    NOT_FOUND = 10
-
-
-class DType(enum.IntEnum):
-    """Element type of rows, queries and outputs."""
-
-    F32 = 0
-    F16 = 1
-    BF16 = 2
-
-
-class Backend(enum.IntEnum):
-    """Where a runtime computes."""
-
-    AUTO = 0
-    CPU = 1
-    CUDA = 2
-
-
-class Policy(enum.IntEnum):
-    """How rows of the middle are chosen."""
-
-    VERIFIED = 0
-    TOPK = 1
-    TOPK_UNIFORM = 2
-    DENSE = 3
-
-
-class Index(enum.IntEnum):
-    """What scores are predicted from."""
-
-    BALANCED = 0
-    EXACT = 1
-    SIGN = 2
-    HADAMARD2 = 3
-    PAGE = 4
-    POOLED = 5
-    CLUSTERS = 6
-    EXTERNAL = 7
-
-
-class Norm(enum.IntEnum):
-    """What the relative error is relative to."""
-
-    VALUE = 0
-    OUTPUT = 1
-
-
-class OnUnverified(enum.IntEnum):
-    """What happens to a head that could not be verified."""
-
-    DENSE = 0
-    BEST_EFFORT = 1
-
-
-class Bound(enum.IntEnum):
-    """Which quantile turns a variance into an error bound."""
-
-    SHARP = 0
-    SAFE = 1
-
-
-class Target(enum.IntEnum):
-    """What the sample of policy topk_uniform is sized for."""
-
-    SDPA = 0
-    NUMERATOR = 1
-    DENOMINATOR = 2
-
-
-class Io(enum.IntEnum):
-    """How files are read and written."""
-
-    AUTO = 0
-    URING = 1
-    PREAD = 2
-
-
-class Admission(enum.IntEnum):
-    """What a sequence may take from the host pool."""
-
-    OVERCOMMIT = 0
-    RESERVED = 1
-
-
-class Tier(enum.IntEnum):
-    """Where stored prefixes are."""
-
-    AUTO = 0
-    MEMORY = 1
-    DISK = 2
-
-
-class Verdict(enum.IntEnum):
-    """What is known about one query head's output."""
-
-    EXACT = 0
-    VERIFIED = 1
-    DENSE = 2
-    BEST_EFFORT = 3
-
-
-class LogLevel(enum.IntEnum):
-    """Severity of a log line."""
-
-    ERROR = 0
-    WARNING = 1
-    INFO = 2
-    DEBUG = 3
-
+from ._arguments import number, path, whole
+from ._enums import Status
+from ._enums import Verdict as Verdict  # for vattn.transformers
 
 LOG_FUNCTION = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 
@@ -157,7 +35,47 @@ def _fields(text: str) -> Sequence[tuple[str, Any]]:
     return fields
 
 
-class Options(ctypes.Structure):
+_RANGES = {
+    c_int32: (-(2**31), 2**31 - 1),
+    c_int64: (-(2**63), 2**63 - 1),
+    c_uint64: (0, 2**64 - 1),
+    c_size_t: (0, 2**64 - 1),
+}
+
+
+def fit(value: Any, name: str, kind: Any) -> Any:
+    """What C is given for an argument or a field; refused by name if it is not `value` there."""
+    if kind in _RANGES:
+        return whole(value, name, *_RANGES[kind])
+    if kind is c_float:
+        return number(value, name)
+    if kind is c_char_p:
+        return path(value, name)
+    return value
+
+
+class Struct(ctypes.Structure):
+    """A struct of vattn.h: its fields take only what fits."""
+
+    _kinds: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        cls._kinds = {field[0]: field[1] for field in cls._fields_}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = self._kinds[name]
+        absent = (
+            value is None and kind is c_char_p
+        )  # NULL: options that name a file may be left out
+        super().__setattr__(name, None if absent else fit(value, name, kind))
+
+    def point(self, name: str, address: int, owner: Any) -> None:
+        """Sets a pointer to memory that `owner` keeps as long as the struct lives."""
+        setattr(self, name, address)
+        object.__setattr__(self, f"_{name}", owner)
+
+
+class Options(Struct):
     """vattn_options."""
 
     _fields_ = _fields("""
@@ -188,7 +106,7 @@ class Options(ctypes.Structure):
         uint64 tenant_bytes""")
 
 
-class SequenceOptions(ctypes.Structure):
+class SequenceOptions(Struct):
     """vattn_sequence_options."""
 
     _fields_ = _fields("""
@@ -198,7 +116,7 @@ class SequenceOptions(ctypes.Structure):
         uint64 tenant""")
 
 
-class AppendParams(ctypes.Structure):
+class AppendParams(Struct):
     """vattn_append_params."""
 
     _fields_ = _fields("""
@@ -210,7 +128,7 @@ class AppendParams(ctypes.Structure):
         int64 q_token_stride q_head_stride""")
 
 
-class Prefix(ctypes.Structure):
+class Prefix(Struct):
     """vattn_prefix."""
 
     _fields_ = _fields("""
@@ -223,7 +141,7 @@ class Prefix(ctypes.Structure):
         int32 tier reserved0""")
 
 
-class AttendParams(ctypes.Structure):
+class AttendParams(Struct):
     """vattn_attend_params."""
 
     _fields_ = _fields("""
@@ -241,7 +159,7 @@ class AttendParams(ctypes.Structure):
         int32 score_heads reserved1""")
 
 
-class SelectionParams(ctypes.Structure):
+class SelectionParams(Struct):
     """vattn_selection."""
 
     _fields_ = _fields("""
@@ -252,7 +170,7 @@ class SelectionParams(ctypes.Structure):
         int32 *counts""")
 
 
-class TenantUseStruct(ctypes.Structure):
+class TenantUseStruct(Struct):
     """vattn_tenant_use."""
 
     _fields_ = _fields("""
@@ -261,7 +179,7 @@ class TenantUseStruct(ctypes.Structure):
         uint64 full_refusals quota_refusals""")
 
 
-class StatsStruct(ctypes.Structure):
+class StatsStruct(Struct):
     """vattn_stats."""
 
     _fields_ = _fields("""
@@ -275,69 +193,128 @@ class StatsStruct(ctypes.Structure):
         uint64 prefix_misses prefix_damaged prefix_unread prefix_unlike
         uint64 device_bytes_reserved device_bytes_mapped device_growths device_growth_ns
         uint64 host_bytes_reserved quota_refusals
-        uint64 kept_prefixes prefixes_kept kept_evictions kept_hits""")
-
-
-def _text_call(*arguments: Any) -> list[Any]:
-    """Arguments of a call that writes text: ..., buffer, size, needed."""
-    return [*arguments, c_void_p, c_size_t, POINTER(c_size_t)]
+        uint64 kept_prefixes prefixes_kept kept_evictions kept_hits
+        uint64 segments_learnt index_floods segments_recoded outliers heads_noisy""")
 
 
 _OUT = POINTER(c_void_p)
 
-# name -> (result, arguments). A result of Status is a vattn_code.
-FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "vattn_last_error": (c_char_p, []),
-    "vattn_code_name": (c_char_p, [c_int32]),
-    "vattn_version": (c_char_p, []),
-    "vattn_build_info": (c_char_p, []),
-    "vattn_options_init": (None, [POINTER(Options), c_size_t]),
-    "vattn_options_from_json": (Status, [c_char_p, POINTER(Options)]),
-    "vattn_runtime_create": (Status, [POINTER(Options), _OUT]),
-    "vattn_runtime_create_json": (Status, [c_char_p, _OUT]),
-    "vattn_runtime_destroy": (None, [c_void_p]),
-    "vattn_runtime_options": (Status, [c_void_p, POINTER(Options)]),
-    "vattn_doctor": (Status, _text_call()),
-    "vattn_sequence_options_init": (None, [POINTER(SequenceOptions), c_size_t]),
-    "vattn_sequence_create": (Status, [c_void_p, POINTER(SequenceOptions), _OUT]),
-    "vattn_sequence_destroy": (None, [c_void_p]),
-    "vattn_sequence_reserve": (Status, [c_void_p, c_int64]),
-    "vattn_sequence_fork": (Status, [c_void_p, c_uint64, _OUT]),
-    "vattn_sequence_truncate": (Status, [c_void_p, c_int64]),
-    "vattn_sequence_length": (Status, [c_void_p, c_int32, POINTER(c_int64)]),
-    "vattn_append_params_init": (None, [POINTER(AppendParams), c_size_t]),
-    "vattn_append": (Status, [c_void_p, POINTER(AppendParams)]),
-    "vattn_sequence_build_index": (Status, [c_void_p]),
-    "vattn_sequence_save": (Status, [c_void_p, c_char_p]),
-    "vattn_sequence_restore": (Status, [c_void_p, c_char_p, _OUT]),
+# name -> (result, arguments by name). A result of Status is a vattn_code.
+FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vattn_last_error": (c_char_p, {}),
+    "vattn_code_name": (c_char_p, {"code": c_int32}),
+    "vattn_version": (c_char_p, {}),
+    "vattn_build_info": (c_char_p, {}),
+    "vattn_options_init": (None, {"options": POINTER(Options), "struct_size": c_size_t}),
+    "vattn_options_from_json": (Status, {"json": c_char_p, "options": POINTER(Options)}),
+    "vattn_runtime_create": (Status, {"options": POINTER(Options), "out": _OUT}),
+    "vattn_runtime_create_json": (Status, {"json": c_char_p, "out": _OUT}),
+    "vattn_runtime_destroy": (None, {"runtime": c_void_p}),
+    "vattn_runtime_options": (Status, {"runtime": c_void_p, "options": POINTER(Options)}),
+    "vattn_doctor": (Status, {"buffer": c_void_p, "size": c_size_t, "needed": POINTER(c_size_t)}),
+    "vattn_sequence_options_init": (
+        None,
+        {"options": POINTER(SequenceOptions), "struct_size": c_size_t},
+    ),
+    "vattn_sequence_create": (
+        Status,
+        {"runtime": c_void_p, "options": POINTER(SequenceOptions), "out": _OUT},
+    ),
+    "vattn_sequence_destroy": (None, {"sequence": c_void_p}),
+    "vattn_sequence_reserve": (Status, {"sequence": c_void_p, "tokens": c_int64}),
+    "vattn_sequence_fork": (Status, {"sequence": c_void_p, "id": c_uint64, "out": _OUT}),
+    "vattn_sequence_truncate": (Status, {"sequence": c_void_p, "tokens": c_int64}),
+    "vattn_sequence_length": (
+        Status,
+        {"sequence": c_void_p, "layer": c_int32, "tokens": POINTER(c_int64)},
+    ),
+    "vattn_append_params_init": (None, {"params": POINTER(AppendParams), "struct_size": c_size_t}),
+    "vattn_append": (Status, {"sequence": c_void_p, "params": POINTER(AppendParams)}),
+    "vattn_sequence_build_index": (Status, {"sequence": c_void_p}),
+    "vattn_sequence_save": (Status, {"sequence": c_void_p, "path": c_char_p}),
+    "vattn_sequence_restore": (Status, {"runtime": c_void_p, "path": c_char_p, "out": _OUT}),
     "vattn_sequence_restore_as": (
         Status,
-        [c_void_p, c_char_p, POINTER(SequenceOptions), _OUT],
+        {"runtime": c_void_p, "path": c_char_p, "options": POINTER(SequenceOptions), "out": _OUT},
     ),
-    "vattn_sequence_hibernate": (Status, [c_void_p, c_char_p]),
-    "vattn_sequence_wake": (Status, [c_void_p]),
-    "vattn_prefix_init": (None, [POINTER(Prefix), c_size_t]),
-    "vattn_prefix_save": (Status, [c_void_p, POINTER(Prefix)]),
+    "vattn_sequence_hibernate": (Status, {"sequence": c_void_p, "path": c_char_p}),
+    "vattn_sequence_wake": (Status, {"sequence": c_void_p}),
+    "vattn_prefix_init": (None, {"prefix": POINTER(Prefix), "struct_size": c_size_t}),
+    "vattn_prefix_save": (Status, {"sequence": c_void_p, "prefix": POINTER(Prefix)}),
     "vattn_prefix_restore": (
         Status,
-        [c_void_p, POINTER(Prefix), c_uint64, POINTER(c_int64), _OUT],
+        {
+            "runtime": c_void_p,
+            "prefix": POINTER(Prefix),
+            "id": c_uint64,
+            "tokens": POINTER(c_int64),
+            "out": _OUT,
+        },
     ),
-    "vattn_prefix_forget": (Status, [c_void_p, c_char_p, c_uint64, POINTER(c_int64)]),
-    "vattn_tenant_limit": (Status, [c_void_p, c_uint64, c_uint64]),
-    "vattn_tenant_stats": (Status, [c_void_p, c_uint64, POINTER(TenantUseStruct), c_size_t]),
-    "vattn_batch_create": (Status, [c_void_p, c_int32, _OUT]),
-    "vattn_batch_destroy": (None, [c_void_p]),
-    "vattn_batch_set": (Status, [c_void_p, c_int32, c_void_p]),
-    "vattn_batch_clear": (Status, [c_void_p, c_int32]),
-    "vattn_batch_begin_step": (Status, [c_void_p, c_int32, c_void_p]),
-    "vattn_attend_params_init": (None, [POINTER(AttendParams), c_size_t]),
-    "vattn_attend": (Status, [c_void_p, POINTER(AttendParams), c_void_p]),
-    "vattn_selection_init": (None, [POINTER(SelectionParams), c_size_t]),
+    "vattn_prefix_forget": (
+        Status,
+        {
+            "runtime": c_void_p,
+            "salt": c_void_p,
+            "salt_bytes": c_uint64,
+            "prefixes": POINTER(c_int64),
+        },
+    ),
+    "vattn_tenant_limit": (
+        Status,
+        {"runtime": c_void_p, "tenant": c_uint64, "host_bytes": c_uint64},
+    ),
+    "vattn_tenant_stats": (
+        Status,
+        {
+            "runtime": c_void_p,
+            "tenant": c_uint64,
+            "use": POINTER(TenantUseStruct),
+            "struct_size": c_size_t,
+        },
+    ),
+    "vattn_batch_create": (Status, {"runtime": c_void_p, "slots": c_int32, "out": _OUT}),
+    "vattn_batch_destroy": (None, {"batch": c_void_p}),
+    "vattn_batch_set": (Status, {"batch": c_void_p, "slot": c_int32, "sequence": c_void_p}),
+    "vattn_batch_clear": (Status, {"batch": c_void_p, "slot": c_int32}),
+    "vattn_batch_begin_step": (
+        Status,
+        {"batch": c_void_p, "new_tokens": c_int32, "stream": c_void_p},
+    ),
+    "vattn_batch_abandon": (Status, {"batch": c_void_p}),
+    "vattn_attend_params_init": (None, {"params": POINTER(AttendParams), "struct_size": c_size_t}),
+    "vattn_attend": (
+        Status,
+        {"batch": c_void_p, "params": POINTER(AttendParams), "stream": c_void_p},
+    ),
+    "vattn_selection_init": (
+        None,
+        {"selection": POINTER(SelectionParams), "struct_size": c_size_t},
+    ),
     "vattn_attend_selected": (
         Status,
-        [c_void_p, POINTER(AttendParams), POINTER(SelectionParams), c_void_p],
+        {
+            "batch": c_void_p,
+            "params": POINTER(AttendParams),
+            "selection": POINTER(SelectionParams),
+            "stream": c_void_p,
+        },
     ),
-    "vattn_select": (Status, [c_void_p, POINTER(AttendParams), POINTER(SelectionParams), c_void_p]),
-    "vattn_runtime_stats": (Status, [c_void_p, POINTER(StatsStruct), c_size_t]),
-    "vattn_stats_prometheus": (Status, _text_call(c_void_p)),
+    "vattn_select": (
+        Status,
+        {
+            "batch": c_void_p,
+            "params": POINTER(AttendParams),
+            "selection": POINTER(SelectionParams),
+            "stream": c_void_p,
+        },
+    ),
+    "vattn_runtime_stats": (
+        Status,
+        {"runtime": c_void_p, "stats": POINTER(StatsStruct), "struct_size": c_size_t},
+    ),
+    "vattn_stats_prometheus": (
+        Status,
+        {"runtime": c_void_p, "buffer": c_void_p, "size": c_size_t, "needed": POINTER(c_size_t)},
+    ),
 }

@@ -9,8 +9,9 @@
 The prompt runs through dense attention, layer by layer, and each layer's keys and values move to
 vattn's host pool as soon as that layer is done. Every further token attends there. Works with
 models whose attention goes through transformers' AttentionInterface (Llama, Qwen2, Mistral, ...),
-on the CPU and on one CUDA device, with batches of prompts of different lengths padded on the left,
-and with beams. Layers that are not plain full attention (sliding windows) stay with transformers.
+on the CPU and on one CUDA device, with batches of prompts of different lengths, padded, and with
+beams. Layers that are not plain full attention (sliding windows) stay with transformers. What is
+not served is refused by its name: models by `offload`, calls before they change anything.
 Inference only.
 """
 

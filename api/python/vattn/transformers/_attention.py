@@ -15,11 +15,14 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The padding mask [rows, tokens] as it is, or None, if attention is causal; else as sdpa."""
+    """The padding mask [rows, tokens] as it is, or None, if attention is causal; else as sdpa,
+    [rows, 1, new tokens, tokens], with the padding mask as its attribute vattn_padding."""
+    padding: torch.Tensor | None = kwargs.get("attention_mask")
     if kwargs.get("mask_function", causal_mask_function) is causal_mask_function:
-        padding: torch.Tensor | None = kwargs.get("attention_mask")
         return padding
     whole: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    if whole is not None:
+        whole.vattn_padding = padding  # type: ignore[attr-defined]
     return whole
 
 
@@ -47,24 +50,50 @@ def attention(
         raise NotImplementedError(
             "offloaded layers serve inference: use model.eval() and torch.no_grad()"
         )
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise NotImplementedError(
-            "offloaded layers need a 2D attention_mask [rows, tokens] and plain causal attention"
-        )
-    tokens = query.shape[2]
+    whole, padding = _taken_apart(attention_mask)
+    rows, _, tokens, _ = query.shape
+    if layer.index == layer.store.order[0]:
+        if whole is not None and layer.tokens:
+            _check_all_seen(whole, padding)
+        layer.cache.begin(padding, rows, tokens, query.device)
     if layer.tokens == 0:
-        padding = layer.store.padding(attention_mask, query.shape[0], tokens)
-        out = _prompt(module, query, key, value, padding, scaling, kwargs)
+        if whole is None:
+            out = _prompt(module, query, key, value, layer.store.prompt, scaling, kwargs)
+        else:
+            out = sdpa_attention_forward(
+                module, query, key, value, whole, scaling=scaling, **kwargs
+            )[0]
         layer.store.append(layer.index, query, key, value, scaling)
-    elif tokens == 1:
-        out = layer.store.attend(layer.index, query, key, value)
     else:
-        raise NotImplementedError(
-            f"{tokens} tokens at once after the prompt: vattn decodes one token a call "
-            "(the wrapped model's generate feeds them so)"
-        )
+        out = layer.store.attend(layer.index, query, key, value, scaling)
     layer.tokens += tokens
+    layer.cache.done(layer.index, tokens)
     return out, None
+
+
+def _taken_apart(
+    attention_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(mask of pairs of tokens, or None if that is causal; padding mask [rows, tokens] or None)."""
+    if attention_mask is None or attention_mask.ndim == 2:
+        return None, attention_mask
+    if not hasattr(attention_mask, "vattn_padding"):
+        raise NotImplementedError(
+            f"attention_mask is {list(attention_mask.shape)}, must be [rows, tokens] with 0 for "
+            "padding, or left out"
+        )
+    return attention_mask, attention_mask.vattn_padding
+
+
+def _check_all_seen(whole: torch.Tensor, padding: torch.Tensor | None) -> None:
+    """Refuses the mask of a new token that hides tokens which are no padding."""
+    seen = whole[:, :, -1, :]
+    real = torch.ones_like(seen) if padding is None else padding[:, None, :].bool()
+    if not bool((seen | ~real).all()):
+        raise NotImplementedError(
+            "the model's mask hides tokens from a new one: a token after the prompt attends to "
+            "all before it that are no padding"
+        )
 
 
 def _prompt(
@@ -72,18 +101,18 @@ def _prompt(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    padding: list[int],
+    chosen: list[slice | torch.Tensor],
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Dense causal attention, row by row where rows are padded: no mask, no work on padding."""
-    if not any(padding):
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
     rows, heads, tokens, _ = query.shape
+    if all(isinstance(x, slice) and x.start == 0 for x in chosen):
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
     out = query.new_zeros(rows, tokens, heads, value.shape[3])
-    for row, first in enumerate(padding):
-        q, k, v = (x[row : row + 1, :, first:] for x in (query, key, value))
-        out[row, first:] = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)[
+    for row, real in enumerate(chosen):
+        q, k, v = (x[row : row + 1, :, real] for x in (query, key, value))
+        out[row, real] = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)[
             0
         ][0]
     return out

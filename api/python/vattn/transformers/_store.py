@@ -1,18 +1,22 @@
 """The rows of one `generate`: a runtime, a sequence for each row of the batch, and the counters."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from .._attend import Report
 from .._batch import Batch
 from .._runtime import Runtime, Stats
 from .._sequence import Sequence
 from .._structs import Verdict
+from ._history import History
 
 _BLOCK = 256  # tokens of one KV head and layer that the pool hands out at a time
 _CALIBRATION = 512  # queries of a prompt's last tokens that calibrate the index
+_HEAD_DIM = 16  # the library's head dimensions are multiples of it; zeros fill what is missing
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -50,6 +54,14 @@ class LayerStats:
         )
 
 
+class _Pool:
+    """A runtime, and the stores that have rows in it: a store's copies share its runtime."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
 class Store:
     """Rows of the offloaded layers. The first prompt tells shapes, type and place."""
 
@@ -59,38 +71,40 @@ class Store:
         self.pending: int | None = None  # layer whose new rows wait for the attention function
         self._options = options
         self._max_new_tokens = max_new_tokens
-        self._runtime: Runtime | None = None
+        self._pool: _Pool | None = None
         self._sequences: list[Sequence] = []
         self._batch: Batch | None = None
-        self._padding: list[int] | None = None
+        # Tokens of the prompt by row, padding left out: a slice where it can be one.
+        self.prompt: list[slice | torch.Tensor] = []
+        self._lengths: list[int] = []
+        self._absent: list[int] = []  # rows that have padding in place of the step's token
+        self._scale = 1.0  # of the logits, in the runtime's options; layers may have others
         self._steps = 0
 
-    # ------------------------------------------------------------------ prompt
+    # ------------------------------------------------------------------ calls
 
-    def padding(self, mask: torch.Tensor | None, rows: int, tokens: int) -> list[int]:
-        """Padding tokens before each row of a prompt [rows, tokens]; read from the mask once."""
-        if self._padding is None:
-            if mask is None:
-                self._padding = [0] * rows
-            elif mask.shape != (rows, tokens):
-                raise ValueError(
-                    f"attention_mask has shape {list(mask.shape)}, must be [{rows}, {tokens}]"
-                )
-            else:
-                real = mask.sum(1)
-                if not bool(
-                    (
-                        mask == (torch.arange(tokens, device=mask.device) >= tokens - real[:, None])
-                    ).all()
-                ):
-                    raise ValueError(
-                        "attention_mask has padding between or after tokens: pad on the left "
-                        "(tokenizer.padding_side = 'left')"
-                    )
-                self._padding = (tokens - real).tolist()
-            if max(self._padding) == tokens:
-                raise ValueError(f"row {self._padding.index(tokens)} of the prompt has no token")
-        return self._padding
+    def open_call(self, history: History, tokens: int, real: torch.Tensor | None) -> None:
+        """A call of the model begins: its tokens are the last ones of `history`, those that are no
+        padding are marked in real [rows, tokens]; None: all of them."""
+        if history.tokens > tokens:
+            marks = [] if real is None else real[:, 0].tolist()
+            self._absent = [row for row, mark in enumerate(marks) if not mark]
+            return
+        self._absent = []
+        self._lengths = history.lengths(tokens)
+        for row, length in enumerate(self._lengths):
+            if length == 0:
+                raise ValueError(f"row {row} of the prompt has no token")
+        self.prompt = [slice(0, tokens)] * history.rows
+        if real is not None:
+            self.prompt = [
+                slice(tokens - length, tokens)
+                if bool(marks[tokens - length :].all())
+                else marks.nonzero().flatten()
+                for length, marks in zip(self._lengths, real)
+            ]
+
+    # ------------------------------------------------------------------ prompt
 
     def append(
         self,
@@ -102,68 +116,77 @@ class Store:
     ) -> None:
         """Moves a layer's prompt into the pool. query [rows, q_heads, tokens, d], key and value
         alike with kv_heads; padding is left out."""
-        if self._runtime is None:
-            self._open(query, key, value, scaling)
-        assert self._padding is not None
-        for sequence, padding, q, k, v in zip(self._sequences, self._padding, query, key, value):
-            q, k, v = (x.transpose(0, 1)[padding:] for x in (q, k, v))  # [tokens, heads, d]
+        if self._pool is None:
+            self._open(query, key, value, _scale(query, scaling))
+        query = self._scaled(query, scaling)
+        for sequence, tokens, *rows in zip(self._sequences, self.prompt, query, key, value):
+            q, k, v = (_padded(x.transpose(0, 1)[tokens]) for x in rows)  # [tokens, heads, d]
             sequence.append(layer, k, v, q[-_CALIBRATION:])
 
+    def _scaled(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+        """Queries that give, with the runtime's scale, the logits of a layer that has its own."""
+        own = _scale(query, scaling)
+        return query if own == self._scale else query * (own / self._scale)
+
     def _open(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> None:
         if key.dtype not in _DTYPES or {query.dtype, value.dtype} != {key.dtype}:
             raise ValueError(
                 f"query, key and value are of {query.dtype}, {key.dtype} and {value.dtype}, must "
                 "be of one type: float32, float16 or bfloat16"
             )
-        assert self._padding is not None
         kv_heads, on_cuda = key.shape[1], key.device.type == "cuda"
+        dims = [-(-x.shape[3] // _HEAD_DIM) * _HEAD_DIM for x in (key, value)]
         options: dict[str, Any] = {
             "num_layers": len(self.layers),
             "num_q_heads": query.shape[1],
             "num_kv_heads": kv_heads,
             "layer_kv_heads": [kv_heads * offloaded for offloaded in self.layers],
-            "head_dim_k": key.shape[3],
-            "head_dim_v": value.shape[3],
+            "head_dim_k": dims[0],
+            "head_dim_v": dims[1],
             "dtype": _DTYPES[key.dtype],
-            "softmax_scale": 0.0 if scaling is None else scaling,
+            "softmax_scale": scale,
             "backend": "cuda" if on_cuda else "cpu",
             "device": (key.device.index or 0) if on_cuda else 0,
-            "host_bytes": self._pool_bytes(key, value),
+            "host_bytes": self._pool_bytes(kv_heads, dims, key.element_size()),
         }
-        self._runtime = Runtime(**options | self._options)
-        self._sequences = [self._runtime.sequence() for _ in self._padding]
+        self._pool = _Pool(Runtime(**options | self._options))
+        self._pool.stores.add(self)
+        self._scale = scale
+        self._sequences = [self._pool.runtime.sequence() for _ in self._lengths]
         self._device = key.device
-        self._counts = torch.zeros(len(self.layers), 4, dtype=torch.int64, device=key.device)
-        self._verdicts = torch.zeros(
-            len(self.layers) * len(Verdict), dtype=torch.int64, device=key.device
-        )
+        self._start_counting()
         self._fill_batch()
 
-    def _pool_bytes(self, key: torch.Tensor, value: torch.Tensor) -> int:
+    def _start_counting(self) -> None:
+        self._steps = 0
+        self._counts = torch.zeros(len(self.layers), 4, dtype=torch.int64, device=self._device)
+        self._verdicts = torch.zeros(
+            len(self.layers) * len(Verdict), dtype=torch.int64, device=self._device
+        )
+
+    def _pool_bytes(self, kv_heads: int, dims: list[int], element: int) -> int:
         """Room for the prompts, max_new_tokens more each, and the blocks that beams copy."""
-        row = -(-(key.shape[3] + value.shape[3]) * key.element_size() // 128) * 128
+        row = -(-sum(dims) * element // 128) * 128
         # Indices of other kinds take what follows from the head dimension, at most a quarter of it.
         codes = (
-            max(int(self._options.get("index_bytes", 32)), key.shape[3] // 4 + 8)
-            + (value.shape[3] * int(self._options.get("value_bits", 0)) + 127) // 8
+            max(int(self._options.get("index_bytes", 32)), dims[0] // 4 + 8)
+            + (dims[1] * int(self._options.get("value_bits", 0)) + 127) // 8
         )
-        assert self._padding is not None
         blocks = sum(
-            -(-(key.shape[2] - padding + self._max_new_tokens) // _BLOCK) + 2
-            for padding in self._padding
+            -(-(length + self._max_new_tokens) // _BLOCK) + 2 for length in self._lengths
         )
-        return blocks * len(self.order) * key.shape[1] * _BLOCK * (row + codes) + (1 << 20)
+        return blocks * len(self.order) * kv_heads * _BLOCK * (row + codes) + (1 << 20)
 
     def _fill_batch(self) -> None:
         """A batch of the sequences, and report arrays [layers, rows, heads] for a whole step."""
-        assert self._runtime is not None
-        rows, options = len(self._sequences), self._runtime.options
+        assert self._pool is not None
+        rows, options = len(self._sequences), self._pool.runtime.options
         if self._batch is None or self._batch.slots != rows:
             if self._batch is not None:
                 self._batch.close()
-            self._batch = self._runtime.batch(rows)
+            self._batch = self._pool.runtime.batch(rows)
         else:
             for slot in range(rows):
                 self._batch.clear(slot)
@@ -193,32 +216,52 @@ class Store:
     # ------------------------------------------------------------------ decode
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
     ) -> torch.Tensor:
         """One new token a row: query [rows, q_heads, 1, d], its key and value ->
-        [rows, 1, q_heads, d]."""
+        [rows, 1, q_heads, d]; zeros for rows that have padding in the token's place."""
         assert self._batch is not None
+        rows, q_heads, dim = query.shape[0], query.shape[1], value.shape[3]
+        if len(self._absent) == rows:
+            return query.new_zeros(rows, 1, q_heads, dim)
         if layer == self.order[0]:
+            for row in self._absent:
+                self._batch.clear(row)
             self._batch.begin_step()
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-        out: torch.Tensor = self._batch.attend(layer, q, k, v, report=self._reports[layer])
+        query = self._scaled(query, scaling)
+        q, k, v = (_padded(x.transpose(1, 2)).contiguous() for x in (query, key, value))
+        out = q.new_zeros(rows, 1, q_heads, v.shape[3]) if self._absent else None
+        out = self._batch.attend(layer, q, k, v, out=out, report=self._reports[layer])
         if layer == self.order[-1]:
             self._count()
-        return out
+            for row in self._absent:
+                self._batch.set(row, self._sequences[row])
+        return out[..., :dim]
 
     def _count(self) -> None:
         """Adds the step's report to the counters, on the device and without waiting for it."""
+        step, bins, ones = self._step, self._bins, self._ones
+        if self._absent:
+            there = [row for row in range(len(self._sequences)) if row not in self._absent]
+            step = {name: array[:, there] for name, array in step.items()}
+            bins = bins[:, there]
+            ones = ones[: bins.numel()]
         for column, name in enumerate(("middle", "selected", "fetched", "looks")):
-            self._counts[:, column] += self._step[name].sum((1, 2))
-        bins = self._bins + self._step["verdict"]
-        self._verdicts.scatter_add_(0, bins.flatten(), self._ones)
+            self._counts[:, column] += step[name].sum((1, 2))
+        bins = bins + step["verdict"]
+        self._verdicts.scatter_add_(0, bins.flatten(), ones)
         self._steps += 1
 
     # ------------------------------------------------------------------ between steps
 
     def select(self, rows: list[int]) -> None:
         """The batch becomes `rows` of the present one; one that is named again is forked."""
-        if self._runtime is None:
+        if self._pool is None:
             return
         before, taken, after = self._sequences, set(), []
         for row in rows:
@@ -230,27 +273,52 @@ class Store:
             if row not in taken:
                 sequence.close()
 
-    def rows(self) -> int:
-        """Rows of the batch; 0 before the first prompt."""
-        return len(self._sequences)
+    def truncate(self, lengths: list[int]) -> None:
+        """Keeps the first tokens of every row."""
+        for sequence, length in zip(self._sequences, lengths):
+            sequence.truncate(length)
 
-    def drop(self, tokens: int) -> None:
-        """Takes the last `tokens` tokens off every row."""
-        for sequence in self._sequences:
-            sequence.truncate(sequence.length(self.order[0]) - tokens)
+    def abandon(self, lengths: list[int]) -> None:
+        """Gives up the step that is open, and keeps the first tokens of every row."""
+        self.pending, self._absent = None, []
+        if self._batch is not None:
+            self._batch.close()  # a new one has no step open
+            self._batch = None
+        if self._pool is not None:
+            self.truncate(lengths)
+            self._fill_batch()
+
+    def fork(self) -> "Store":
+        """Another with the same rows, in the same pool, and counters of its own."""
+        other = Store(self.layers, self._options, self._max_new_tokens)
+        if self._pool is None:
+            return other
+        other._pool, other._device, other._scale = self._pool, self._device, self._scale
+        other._sequences = [sequence.fork() for sequence in self._sequences]
+        other._pool.stores.add(other)
+        other._start_counting()
+        other._fill_batch()
+        return other
 
     def close(self) -> None:
         """Frees everything; the next prompt opens the store anew."""
-        if self._runtime is not None:
-            self._runtime.close()
-        self._runtime, self._batch, self._sequences, self._padding = None, None, [], None
+        if self._batch is not None:
+            self._batch.close()
+        for sequence in self._sequences:
+            sequence.close()
+        if self._pool is not None:
+            self._pool.stores.discard(self)
+            if not self._pool.stores:
+                self._pool.runtime.close()
+        self._pool, self._batch, self._sequences, self._absent = None, None, [], []
+        self.pending = None
         self._steps = 0
 
     # ------------------------------------------------------------------ counters
 
     def layer_stats(self) -> list[LayerStats]:
         """Counters by offloaded layer; waits for the device."""
-        if self._runtime is None:
+        if self._pool is None:
             return []
         counts, verdicts = self._counts.tolist(), self._verdicts.view(-1, len(Verdict)).tolist()
         return [
@@ -259,4 +327,15 @@ class Store:
 
     def runtime_stats(self) -> Stats | None:
         """Counters of the runtime; None before the first prompt."""
-        return None if self._runtime is None else self._runtime.stats()
+        return None if self._pool is None else self._pool.runtime.stats()
+
+
+def _scale(query: torch.Tensor, scaling: float | None) -> float:
+    """What logits are multiplied with; None: the default of attention."""
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """Rows whose last dimension is a multiple of 16: zeros change neither logits nor outputs."""
+    missing = -rows.shape[-1] % _HEAD_DIM
+    return pad(rows, (0, missing)) if missing else rows

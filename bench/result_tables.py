@@ -1,0 +1,191 @@
+"""Tables of the pages, made from the files in bench/results.
+
+    python bench/result_tables.py            # writes them into README.md and bench/RESULTS.md
+    python bench/result_tables.py --check    # says which one is not as the files have it
+
+A table stands between two lines, <!-- begin table NAME --> and <!-- end table NAME -->. NAME is a function below.
+(The tables of bench/QUALITY.md come from bench/quality.py.)
+"""
+
+import json
+import pathlib
+import re
+import statistics
+import sys
+from typing import Any
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "bench/RESULTS.md")
+STEP_FILES = ("h100_step_b1", "h100_step_b16", "h100_step_b16_1m")
+Row = dict[str, Any]
+
+
+def result(name: str) -> Row:
+    return json.loads((TOP / f"bench/results/{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    align = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *rows])
+
+
+def number(x: float, digits: int = 0) -> str:
+    return f"{x:,.{digits}f}"
+
+
+def percent(x: float, digits: int = 1) -> str:
+    return f"{100 * x:.{digits}f} %"
+
+
+def time_of(us: float) -> str:
+    return f"{number(us)} us" if us < 10000 else f"{number(us / 1000)} ms"
+
+
+def tokens(n: int) -> str:
+    return f"{n // 1048576}M" if n >= 1048576 else f"{n // 1024}K"
+
+
+def step_rows() -> list[Row]:
+    rows = [row for name in STEP_FILES for row in result(name)["rows"]]
+    return sorted(rows, key=lambda row: (row["batch"], row["tokens"]))
+
+
+def commands(*names: str) -> str:
+    lines = [result(name)["command"].rsplit(" --json", 1)[0] for name in names]
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def step_commands() -> str:
+    return commands(*STEP_FILES)
+
+
+def step() -> str:
+    head = ["tokens x batch", "verified, us", "dense with all KV in HBM, us", "dense streamed from the host, us",
+            "HiSparse-style fetch and attention, no scoring, us", "rows selected / fetched a KV head"]
+    rows = [[f"{tokens(row['tokens'])} x {row['batch']}", number(row["us"]["p50"]), number(row["dense_on_device"]["us"]),
+             number(row["dense_streamed"]["us"]), number(row["hisparse_style"]["us"]),
+             f"{number(row['selected_rows']['mean'])} / {number(row['fetched_rows']['mean'])}"] for row in step_rows()]
+    return table(head, rows)
+
+
+def stages() -> str:
+    names = list(step_rows()[0]["stage_us"])
+    rows = [[f"{tokens(row['tokens'])} x {row['batch']}", *(number(row["stage_us"][name]) for name in names),
+             number(row["of_floor"], 1)] for row in step_rows()]
+    return table(["tokens x batch", *names, "times what the bytes need"], rows)
+
+
+def decode_speed() -> str:
+    rows = []
+    for name in ("h100_decode_speed", "h100_decode_speed_random"):
+        of = result(name)
+        for row in of["rows"]:
+            rows.append([of["model"], row["name"].replace(" .", " 0."), number(row["ms_a_token"], 1),
+                         percent(row["selected"]) if "selected" in row else "-",
+                         number(row["mb_moved_a_token"], 1) if "mb_moved_a_token" in row else "-"])
+    return table(["model", "cache", "ms a token", "selected", "MB moved a token"], rows, left=2)
+
+
+def decode_commands() -> str:
+    return commands("h100_decode_speed", "h100_decode_speed_random")
+
+
+def gather() -> str:
+    of = result("h100_gather")
+    shares = sorted({row["share"] for row in of["rows"]})
+    kinds = [("memcpy", "contiguous"), ("bulk", "token"), ("team", "token"), ("warp per row", "random"), ("bulk", "random")]
+    rows = []
+    for mover, order in kinds:
+        best = [max((row["gbps"]["p50"] for row in of["rows"]
+                     if (row["mover"], row["order"], row["share"]) == (mover, order, share)), default=None)
+                for share in shares]
+        rows.append([f"{mover}, {order}", *(number(x, 1) if x is not None else "-" for x in best)])
+    return table(["mover, order of rows", *(percent(share, 2) for share in shares)], rows)
+
+
+def device_growth() -> str:
+    of = result("h100_growth")
+    rows = [[title, number(of[key]["calls"]), number(of[key]["grew"]), number(of[key]["growth_us"]["mean"], 2),
+             number(of[key]["growth_us"]["p99"], 1), number(of[key]["growth_us"]["max"], 1)]
+            for key, title in (("decode_from_empty", "steps of a growing sequence"),
+                               ("appends", "appends of 16K tokens"), ("decode_between_appends", "steps between them"))]
+    return table(["call", "calls", "that grew", "mean wait, us", "p99, us", "most, us"], rows)
+
+
+def follow() -> str:
+    rows = []
+    for name, title in (("early_2048", "of the first 2,048 tokens"), ("early_4096", "of the first 4,096 tokens"),
+                        ("early_8192", "of the first 8,192 tokens")):
+        kept = result(f"cpu_follow_code16_{name}")["all"]["kept"]
+        rows.append([title, percent(kept["share"]), percent(kept["dense"] / kept["answers"])])
+    once = result("cpu_follow_code16_early_2048")["all"]["kept_at_once"]
+    rows.append(["of all tokens at once", percent(once["share"]), percent(once["dense"] / once["answers"])])
+    return table(["index made", "rows selected", "heads read whole"], rows)
+
+
+def kl(of: Row, policy: str) -> float:
+    return 1000 * statistics.mean(x for text in of["texts"] for x in text["policies"][policy]["kl"])
+
+
+def glance() -> str:
+    replay, quality, speed = result("h100_replay_cpu"), result("quality_qwen05b_16k_agreement"), result("h100_decode_speed")
+    layers = result("h100_step_layers")
+    steps = {(row["tokens"], row["batch"]): row for row in step_rows()}
+    ms = {row["name"]: row for row in speed["rows"]}
+
+    def times(batch: int) -> str:
+        parts = []
+        for n in (131072, 1048576):
+            row = steps[n, batch]
+            parts.append(f"{tokens(n)} tokens: {time_of(row['us']['p50'])} (dense with all KV in HBM "
+                         f"{time_of(row['dense_on_device']['us'])}, streamed from the host "
+                         f"{time_of(row['dense_streamed']['us'])})")
+        return "; ".join(parts)
+
+    ours, dense = ms["vattn, verified .1"], ms["vattn, dense"]
+    rows = [
+        ["Rows read, 16K tokens of code [1]", f"{percent(replay['selected_share']['mean'])} of the middle; "
+         f"{percent(replay['fetched_share']['mean'])} fetched past a hot set of 5 %"],
+        ["Device memory, 28 layers of 128K tokens [2]",
+         f"{percent(layers['rows'][0]['device_bytes_of_kv'])} of what dense attention holds there"],
+        ["One layer on an H100, 1 sequence [2]", times(1)],
+        ["One layer on an H100, 16 sequences [2]", times(16)],
+        ["A 0.5B model from Python, 32K tokens [3]", f"{number(ours['ms_a_token'], 1)} ms and "
+         f"{number(ours['mb_moved_a_token'], 1)} MB moved a token; all rows: {number(dense['ms_a_token'], 1)} ms and "
+         f"{number(dense['mb_moved_a_token'])} MB; offloaded cache of transformers: "
+         f"{number(ms['transformers, offloaded cache']['ms_a_token'], 1)} ms"],
+        ["Quality lost, 0.5B model, 16K tokens [4]", f"KL from dense {number(kl(quality, 'verified .1'), 1)}e-3 nats; "
+         f"rounding alone {number(kl(quality, 'stock'), 1)}e-3; top-k with as many rows {number(kl(quality, 'topk'), 1)}e-3"],
+    ]
+    return table(["what", "measured"], rows, left=2) + "\n\n" + glance_sources()
+
+
+def glance_sources() -> str:
+    names = ("h100_replay_cpu", "h100_step_layers", *STEP_FILES, "h100_decode_speed", "quality_qwen05b_16k_agreement")
+    builds = sorted({match[0] for name in names
+                     for match in re.findall(r"commit ([0-9a-f]{7})()", json.dumps(result(name)))})
+    return f"Measured with commit {' and '.join(builds)}, before an index followed a growing text."
+
+
+def main() -> None:
+    check, stale = "--check" in sys.argv[1:], []
+    for page in PAGES:
+        path = TOP / page
+        text = path.read_text()
+
+        def fill(found: re.Match[str]) -> str:
+            return f"{found[1]}\n{globals()[found[2]]()}\n{found[4]}"
+
+        made = re.sub(r"(<!-- begin table (\w+) -->)\n(.*?)\n?(<!-- end table \2 -->)", fill, text, flags=re.S)
+        if made == text:
+            continue
+        if check:
+            stale.append(page)
+        else:
+            path.write_text(made)
+    if stale:
+        raise SystemExit(f"tables are not those of bench/results, python bench/result_tables.py writes them: {', '.join(stale)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+// The index of a sequence: which tokens have codes, and the segments whose tables code them.
+#include <algorithm>
+#include <cmath>
+
+#include "absl/cleanup/cleanup.h"
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/workers.h"
+#include "kernels/rng.h"
+#include "memory/status.h"
+#include "runtime/batch.h"
+#include "runtime/sequence.h"
+
+namespace vattn {
+namespace {
+
+constexpr int64_t kCalibrationTokens = 2048;  // keys that tables are learnt from, at most
+constexpr int64_t kCentreTokens = 1024;       // keys that a centre is made from, at most
+
+// Keys and values that a segment is made from, in fp32: [count][dim_k] and [count][dim_v].
+struct Sample {
+  std::vector<float> keys, values;
+  int64_t count = 0;
+};
+
+// Which tokens: of every `stride` runs of `run` tokens from `first` on, one. Which one is random (always the same
+// for i): a text with a period would show a regular walk a fraction of its keys.
+struct Walk {
+  int64_t first = 0, run = 1, stride = 1, count = 0;
+  bool others = false;  // of every stride another one than without
+
+  static Walk Over(int64_t begin, int64_t end, int64_t run, int64_t most) {
+    const int64_t n = end - begin, stride = (n + most - 1) / most;
+    return {begin, run, stride, n / run / stride * run};
+  }
+  int64_t Token(int64_t i) const {
+    const uint32_t stratum = static_cast<uint32_t>(i / run);
+    const auto random = Philox({{stratum, 0, 0, 0}}, 0, 0);
+    int64_t pick = random.word[0] % static_cast<uint64_t>(stride);
+    if (others) pick = (pick + 1 + random.word[1] % static_cast<uint64_t>(stride - 1)) % stride;
+    return first + (stratum * stride + pick) * run + i % run;
+  }
+};
+
+void LoadSample(const Storage& s, const std::vector<int32_t>& blocks, const Walk& walk, Sample& out) {
+  const size_t begin = static_cast<size_t>(out.count);
+  out.count += walk.count;
+  out.keys.resize(static_cast<size_t>(out.count) * s.row.dim_k);
+  out.values.resize(static_cast<size_t>(out.count) * s.row.dim_v);
+  for (int64_t i = 0; i < walk.count; ++i) {
+    const int64_t token = walk.Token(i);
+    const uint8_t* row = reinterpret_cast<const uint8_t*>(s.base + blocks[token / kBlockTokens] * s.block.bytes +
+                                                          token % kBlockTokens * s.row.row_bytes);
+    const size_t at = begin + static_cast<size_t>(i);
+    cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
+                  out.keys.data() + at * s.row.dim_k);
+    cpu::LoadRows({.rows = &row, .count = 1, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
+                  out.values.data() + at * s.row.dim_v);
+  }
+}
+
+// Moves the keys from number `from` on so that their mean is that of the ones before.
+void ShareMean(Sample& sample, int64_t from, int dim) {
+  std::vector<double> before(dim, 0), behind(dim, 0);
+  for (int64_t i = 0; i < sample.count; ++i) {
+    std::vector<double>& sum = i < from ? before : behind;
+    for (int c = 0; c < dim; ++c) sum[c] += static_cast<double>(sample.keys[i * dim + c]);
+  }
+  for (int c = 0; c < dim; ++c) {
+    const double move = before[c] / static_cast<double>(from) - behind[c] / static_cast<double>(sample.count - from);
+    for (int64_t i = from; i < sample.count; ++i) sample.keys[i * dim + c] += static_cast<float>(move);
+  }
+}
+
+}  // namespace
+
+absl::Status Sequence::AddQueries(const AppendRequest& r, std::vector<std::unique_ptr<QueryMoment>>& moments) const {
+  const Storage& s = runtime_->storage();
+  // Those on the device come over whole, from the first element to the last.
+  const uint8_t* q = static_cast<const uint8_t*>(r.q);
+  std::vector<uint8_t> copied;
+  if (OnDevice(r.q)) {
+    const int64_t last = (r.num_queries - 1) * r.q_token_stride +
+                         (runtime_->options().num_q_heads - 1) * r.q_head_stride + s.row.dim_k;
+    copied.resize(static_cast<size_t>(last * ElementBytes(s.row.dtype)));
+    VATTN_RETURN_IF_ERROR(runtime_->cuda()->Read(copied.data(), r.q, copied.size()));
+    q = copied.data();
+  }
+  const int group = runtime_->group(r.layer), dim = s.row.dim_k, element = ElementBytes(s.row.dtype);
+  for (size_t g = 0; g < moments.size(); ++g) {
+    const HeadGroup& heads = layers_[r.layer].groups[g];
+    moments[g] = heads.moment ? std::make_unique<QueryMoment>(*heads.moment) : std::make_unique<QueryMoment>(dim);
+    const int64_t picks = QueryMoment::NumPicks(r.num_queries, group);
+    std::vector<float> queries(static_cast<size_t>(picks * dim));
+    for (int64_t i = 0; i < picks; ++i) {
+      const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group);
+      const int64_t at = pick.token * r.q_token_stride + (static_cast<int64_t>(g) * group + pick.head) * r.q_head_stride;
+      const uint8_t* row = q + at * element;
+      cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype}, queries.data() + i * dim);
+    }
+    for (float& x : queries) x *= s.scale;
+    moments[g]->Add(queries.data(), picks, r.num_queries);
+  }
+  return absl::OkStatus();
+}
+
+int64_t Sequence::MiddleEnd(int64_t tokens) const {
+  const Options& o = runtime_->options();
+  const int64_t end = (tokens - o.window) / kCodeTokens * kCodeTokens;
+  return end - o.sinks >= o.exact_below ? end : std::min<int64_t>(o.sinks, tokens);
+}
+
+absl::Status Sequence::BuildIndex() {
+  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
+  VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0, /*in_turn=*/false));
+  if (runtime_->cuda() == nullptr) return absl::OkStatus();
+  absl::StatusOr<CudaSequence*> cuda = Cuda();
+  if (!cuda.ok()) return cuda.status();
+  Device& device = runtime_->cuda()->device();
+  VATTN_RETURN_IF_ERROR((*cuda)->Flush(*this, device.stream()));
+  return device.Synchronize(device.stream());
+}
+
+absl::Status Sequence::OpenStep(int new_tokens) {
+  states_before_step_.clear();
+  for (const Layer& layer : layers_) {
+    if (layer.groups.empty()) continue;
+    tokens_before_step_ = layer.tokens;
+    if (runtime_->cuda() != nullptr) continue;
+    for (const HeadGroup& group : layer.groups) {
+      states_before_step_.insert(states_before_step_.end(), group.states.begin(), group.states.end());
+    }
+  }
+  return MakeRoomAndCode(new_tokens, /*in_turn=*/true);
+}
+
+void Sequence::GiveUpStep() {
+  CutTo(tokens_before_step_);
+  --step_;
+  if (runtime_->cuda() != nullptr) return;
+  auto before = states_before_step_.cbegin();
+  for (Layer& layer : layers_) {
+    for (HeadGroup& group : layer.groups) {
+      std::copy_n(before, group.states.size(), group.states.begin());
+      before += static_cast<std::ptrdiff_t>(group.states.size());
+    }
+  }
+}
+
+void Sequence::TakeRecentQueries() {
+  // What a lost device had is left out; the calls that follow report it.
+  if (cuda_) cuda_->ReadQueries(*this).IgnoreError();
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    for (HeadGroup& group : layers_[l].groups) {
+      if (group.recent.empty()) continue;
+      if (!group.moment) group.moment = std::make_unique<QueryMoment>(runtime_->storage().row.dim_k);
+      group.recent.MoveTo(*group.moment, runtime_->group(l));
+    }
+  }
+}
+
+int64_t Sequence::FirstOwnBlock(const Layer& layer) const {
+  int64_t b = layer.coded / kBlockTokens;
+  const auto own = [&](int64_t block) {
+    return std::all_of(layer.groups.begin(), layer.groups.end(), [&](const HeadGroup& group) {
+      return block >= static_cast<int64_t>(group.blocks.size()) ||
+             runtime_->store().IsUnique(BlockId{group.blocks[static_cast<size_t>(block)]});
+    });
+  };
+  const int64_t least = layer.segments.empty() ? 0 : layer.segments.back().first_block;
+  while (b >= least && own(b)) --b;
+  return b + 1;
+}
+
+CodingPlan Sequence::PlanLayer(int l, int64_t end, bool in_turn) const {
+  const Layer& layer = layers_[l];
+  const int64_t sinks = runtime_->options().sinks;
+  CodingPlan plan{.begin = end};
+  if (layer.groups.empty() || end <= sinks) return plan;
+  const bool growing = runtime_->storage().code.kind == IndexKind::kBalanced;
+  plan = PlanCoding(layer.segments, sinks, layer.coded, FirstOwnBlock(layer) * kBlockTokens, end, growing);
+  // What an append brought is coded at once. While tokens come one by one a step makes the segment of one layer; the
+  // others wait, coded as before. Which one follows from the step's number, so that one given up leaves no trace.
+  const bool waits = in_turn && !layer.segments.empty() && end - layer.coded <= kCodeTokens;
+  const bool turn = step_ % layers_.size() == static_cast<uint64_t>(l);
+  if (plan.coding == Coding::kExtend || !waits || turn) return plan;
+  return {.coding = Coding::kExtend, .begin = std::max<int64_t>(layer.coded, sinks)};
+}
+
+absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
+  std::vector<Need> needs;
+  std::vector<CodingPlan> plans(layers_.size());
+  bool makes = false;
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    const Layer& layer = layers_[l];
+    const int64_t tokens = layer.tokens + new_tokens, end = MiddleEnd(tokens);
+    plans[l] = PlanLayer(l, end, in_turn);
+    makes |= plans[l].coding != Coding::kExtend;
+    // One list per layer without repeats: what is coded lies before what is written.
+    const int64_t code_from = plans[l].begin, write_from = layer.tokens / kBlockTokens * kBlockTokens;
+    if (end > code_from) ListNeeds(l, code_from, std::min(end, write_from), needs);
+    ListNeeds(l, end > code_from ? std::min(layer.tokens, std::max(code_from, write_from)) : layer.tokens, tokens,
+              needs);
+  }
+  VATTN_RETURN_IF_ERROR(Meet(needs));
+  if (new_tokens > 0) {
+    for (Layer& layer : layers_) ClaimTail(layer);
+  }
+  // Segments are made from rows and queries that steps have written.
+  if (makes) {
+    VATTN_RETURN_IF_ERROR(Pull());
+    TakeRecentQueries();
+  }
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    CodeLayer(l, plans[l], MiddleEnd(layers_[l].tokens + new_tokens));
+  }
+  CountTables();
+  return absl::OkStatus();
+}
+
+void Sequence::CodeLayer(int l, const CodingPlan& plan, int64_t end) {
+  Layer& layer = layers_[l];
+  if (end <= plan.begin || layer.groups.empty()) return;
+  if (plan.coding != Coding::kExtend) MakeSegment(l, plan, end);
+  layer.coded = end;
+  layer.coded_on_device = std::min(layer.coded_on_device, plan.begin);
+  if (runtime_->cuda() != nullptr) return;  // CudaSequence::Flush codes
+  const Stream stream = runtime_->stream();
+  uint64_t outliers = 0;
+  cpu::ParallelFor(stream, static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
+    const HeadGroup& group = layer.groups[g];
+    ForSegments(layer, plan.begin, end, [&](size_t k, int64_t from, int64_t to) {
+      runtime_->ops().encode({.storage = runtime_->storage(),
+                              .index = group.segments[k].tables,
+                              .blocks = group.blocks.data(),
+                              .begin = from,
+                              .end = to,
+                              .outliers = &outliers},
+                             stream);
+    });
+  });
+  runtime_->counters().outliers += outliers;
+}
+
+void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
+  Layer& layer = layers_[l];
+  const int64_t begin = std::max<int64_t>(plan.first_block * kBlockTokens, runtime_->options().sinks);
+  const bool replaces = !layer.segments.empty() && layer.segments.back().first_block == plan.first_block;
+  // All KV heads or none: one that fails throws.
+  std::vector<std::shared_ptr<const Index>> made;
+  // One that is learnt because of a flood stays provisional: its first few tokens do not speak for those that follow.
+  const bool provisional = plan.coding == Coding::kRecentre;
+  bool learns = !provisional;
+  if (provisional) {
+    double flooded = 0;
+    made = Recentre(layer, begin, end, &flooded);
+    learns = flooded > kFloodShare && end - begin >= kLeastFlooded;
+    runtime_->counters().index_floods += learns;
+  }
+  if (learns) made = Learn(l, begin, end);
+  std::vector<Segment> segments = layer.segments;
+  if (!replaces) {
+    // A provisional segment that ends here stays as it is.
+    if (!segments.empty()) segments.back().provisional = false;
+    segments.emplace_back();
+  }
+  segments.back() = {plan.first_block, end, provisional};
+  for (HeadGroup& group : layer.groups) {
+    group.tables.reserve(segments.size());
+    group.segments.reserve(segments.size());
+  }
+  // Nothing throws from here on: a layer has as many tables in every KV head as it has segments.
+  const bool recodes = begin < layer.coded;
+  layer.segments.swap(segments);
+  for (size_t g = 0; g < made.size(); ++g) {
+    HeadGroup& group = layer.groups[g];
+    group.tables.resize(layer.segments.size());
+    group.tables.back() = {std::move(made[g]), nullptr};
+  }
+  UpdateSegments(layer);
+  Counters& counters = runtime_->counters();
+  counters.segments_learnt += learns;
+  counters.segments_recoded += recodes;
+}
+
+std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer, int64_t begin, int64_t end,
+                                                             double* flooded) const {
+  const Storage& s = runtime_->storage();
+  // The tables of the last segment that is not provisional.
+  size_t k = layer.segments.size() - 1;
+  while (k > 0 && layer.segments[k].provisional) --k;
+  const Walk walk = Walk::Over(begin, end, 1, kCentreTokens);
+  std::vector<std::shared_ptr<const Index>> made(layer.groups.size());
+  std::vector<double> shares(layer.groups.size());
+  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
+    const HeadGroup& group = layer.groups[g];
+    Sample sample;
+    LoadSample(s, group.blocks, walk, sample);
+    made[g] = Index::Recentre(s, *group.tables[k].index, sample.keys.data(), sample.values.data(), sample.count,
+                              &shares[g]);
+  });
+  *flooded = *std::max_element(shares.begin(), shares.end());
+  return made;
+}
+
+std::vector<std::shared_ptr<const Index>> Sequence::Learn(int l, int64_t begin, int64_t end) {
+  Layer& layer = layers_[l];
+  const Storage& s = runtime_->storage();
+  const int64_t sinks = runtime_->options().sinks;
+  // Indices that speak for tiles are fitted on whole ones; the tokens are a multiple of 16.
+  const int64_t run = s.code.kind == IndexKind::kPage ? kTileTokens : 1;
+  const Walk walk = Walk::Over(begin, end, run, kCalibrationTokens);
+  // A few tokens do not say in which directions keys vary: those before help.
+  const int64_t help = std::min(begin - sinks, std::max<int64_t>(0, kLeastLearnt - walk.count));
+  std::vector<std::shared_ptr<const Index>> made(layer.groups.size());
+  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
+    HeadGroup& group = layer.groups[g];
+    Sample sample;
+    LoadSample(s, group.blocks, walk, sample);
+    if (help > 0) {
+      LoadSample(s, group.blocks, {begin - help, 1, 1, help}, sample);
+      ShareMean(sample, walk.count, s.row.dim_k);
+    }
+    const QueryMoment moment = group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
+    made[g] = Index::Make(s, sample.keys.data(), sample.values.data(), sample.count, moment,
+                          runtime_->LearnedMap(l, static_cast<int>(g)));
+    if (s.code.kind == IndexKind::kBalanced && walk.stride > 1) {
+      Walk others = walk;
+      others.others = true;
+      Sample held_out;
+      LoadSample(s, group.blocks, others, held_out);
+      made[g] = made[g]->WithLimitsOf(s, held_out.keys.data(), held_out.values.data(), held_out.count);
+    }
+    // Values are coded alike in every segment.
+    if (begin > sinks) made[g] = made[g]->WithValuesOf(s, *group.tables[0].index);
+  });
+  return made;
+}
+
+}  // namespace vattn
