@@ -167,10 +167,6 @@ CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, 
   return errors;
 }
 
-bool CodeTells(const IndexTables& index, const CodeErrors& errors) {
-  return errors.residual2 <= index.residual_limit && errors.noise2 <= index.noise_limit;  // NaN: no
-}
-
 // A code of all 0 marks a token.
 void Mark(const CodeLayout& code, int token, uint8_t* tile) {
   for (int w = 0; w < code.words(); ++w) std::memset(tile + (w * kTileTokens + token) * 4, 0, 4);
@@ -281,6 +277,10 @@ void TransformTile(const Storage& s, const IndexTables& index, const float* keys
 }
 
 }  // namespace
+
+bool CodeTells(const IndexTables& index, const CodeErrors& errors) {
+  return errors.residual2 <= index.residual_limit && errors.noise2 <= index.noise_limit;
+}
 
 void EncodeBalanced(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
   alignas(64) float x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];

@@ -19,7 +19,9 @@ void EncodeBalanced(const Storage& storage, const IndexTables& index, const floa
 struct CodeErrors {
   float residual2 = 0, noise2 = 0;
 };
-// Those of centred keys [count][dim_k].
+// True if a key with these errors is no outlier. False for NaN.
+bool CodeTells(const IndexTables& index, const CodeErrors& errors);
+// The errors of centred keys [count][dim_k].
 void FindCodeErrors(const Storage& storage, const IndexTables& index, const float* keys, int64_t count,
                     CodeErrors* out);
 

@@ -223,7 +223,7 @@ double Index::RaiseLimits(const Storage& s, const float* keys, const float* valu
   int64_t over = 0;
   for (int64_t i = 0; i < count; ++i) {
     residual2(i) = errors[i].residual2, noise2(i) = errors[i].noise2;
-    over += !(residual2(i) <= tables.residual_limit && noise2(i) <= tables.noise_limit);
+    over += !cpu::CodeTells(tables, errors[i]);
   }
   const Eigen::Map<const RowMajor> v(values, count, s.row.dim_v);
   float* const limits = floats.data() + floats.size() - NumScalars(s.code.kind);

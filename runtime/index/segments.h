@@ -2,7 +2,7 @@
 // text. Their borders are the same for all KV heads of a layer.
 //
 // The last segment may be provisional: the tokens behind the last learnt one are too few to learn from, so they are
-// coded by its tables about a centre of their own. The centre is made anew whenever those tokens have doubled; once
+// coded by its tables about a centre of their own. The centre is made anew as those tokens grow (kRemadeShare); once
 // they are enough, tables are learnt from them and they are coded again.
 #ifndef VATTN_RUNTIME_INDEX_SEGMENTS_H_
 #define VATTN_RUNTIME_INDEX_SEGMENTS_H_

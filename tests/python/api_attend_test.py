@@ -4,7 +4,18 @@ import unittest
 
 import numpy as np
 import vattn
-from fixture import DIM, KV_HEADS, Q_HEADS, TOKENS, Fixture, attend, queries, relative_error, rows
+from fixture import (
+    DIM,
+    KV_HEADS,
+    Q_HEADS,
+    TOKENS,
+    Dlpack,
+    Fixture,
+    attend,
+    queries,
+    relative_error,
+    rows,
+)
 
 
 class Attention(Fixture):
@@ -138,19 +149,6 @@ class Attention(Fixture):
             p = np.exp(s - s.max())
             want = p @ v[tokens, shared] / p.sum()
             self.assertLess(np.linalg.norm(out[0, head] - want) / np.linalg.norm(want), 1e-4)
-
-
-class Dlpack:
-    """What a library that speaks DLPack alone hands over."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **arguments):
-        return self.array.__dlpack__(**arguments)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 class Arrays(Fixture):

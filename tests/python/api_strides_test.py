@@ -4,22 +4,9 @@ import unittest
 
 import numpy as np
 import vattn
-from fixture import DIM, KV_HEADS, Fixture, attend, queries, relative_error, rows
+from fixture import DIM, KV_HEADS, Dlpack, Fixture, attend, queries, relative_error, rows
 
 TOKENS = 400
-
-
-class Bare:
-    """An array of DLPack alone, which is not copied here."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **arguments):
-        return self.array.__dlpack__(**arguments)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def strided(dtype=np.float32):
@@ -108,7 +95,7 @@ class Strides(Fixture):
         far.flags.writeable = True
         for array in (far, full[::-1]):
             with self.assertRaisesRegex(vattn.InvalidArgumentError, "k has strides .* positive"):
-                sequence.append(0, Bare(array), full)
+                sequence.append(0, Dlpack(array), full)
         self.assertEqual(sequence.length(), 0)
 
     def test_arrays_of_a_step_are_contiguous_or_refused(self):

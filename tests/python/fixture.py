@@ -48,6 +48,19 @@ def relative_error(got, want):
     return float((np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)).max())
 
 
+class Dlpack:
+    """What a library that speaks DLPack alone hands over."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **arguments):
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
 class Fixture(unittest.TestCase):
     def runtime(self, **options):
         runtime = vattn.Runtime(**OPTIONS | options)
