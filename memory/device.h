@@ -56,8 +56,8 @@ class DeviceMemory {
 
   std::byte* data_ = nullptr;
   uint64_t size_ = 0;
-  int device_ = 0;
-  bool pinned_ = false;
+  [[maybe_unused]] int device_ = 0;  // Only a build with CUDA frees anything.
+  [[maybe_unused]] bool pinned_ = false;
 };
 
 // Marks a place in a stream.

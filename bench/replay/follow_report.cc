@@ -220,7 +220,7 @@ std::string FollowTables(const Followed& followed, const Trace& trace, const Fol
        {std::tuple(kKeptGrown, kKeptAtOnce, "random numbers kept from step to step (bounds: a run is a trial)"),
         std::tuple(kFreshGrown, kFreshAtOnce, "fresh random numbers (bounds: an answer is a trial)")}) {
     if (grown == kFreshGrown && plan.forks == 0) continue;
-    const auto row = [&](const std::string& name, const Scope& scope) {
+    const auto row = [&, grown = grown, once = once](const std::string& name, const Scope& scope) {
       return Row(name, Sum(followed, trace, plan, grown, scope), Sum(followed, trace, plan, once, scope), delta);
     };
     std::vector<std::vector<std::string>> rows = {Header("tokens")};

@@ -186,12 +186,7 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     const SoftmaxState state(sums + g * floats, dim);
     if (s.value_bits > 0) state.denominator() += head.unseen - head.mass;
     head.denominator = std::max(state.denominator(), 1e-30f);
-    float norm2 = 0;
-    for (int j = 0; j < dim; ++j) {
-      const float o = state.numerator[j] / head.denominator;
-      outputs[g * dim + j] = o;
-      norm2 += o * o;
-    }
+    for (int j = 0; j < dim; ++j) outputs[g * dim + j] = state.numerator[j] / head.denominator;
     head.least_ref = 0;
     if (promise.norm == Norm::kValue) {
       // |v|^2 is summed over rows alone, also with value codes, so it has a denominator of its own.
