@@ -5,20 +5,21 @@
 
 namespace {
 
+using vattn::InvalidArgumentError;
+using vattn::OutOfRangeError;
 using vattn::api::Guard;
 using vattn::api::InitStruct;
 using vattn::api::NotNull;
 using vattn::api::Usable;
 using vattn::api::Use;
-using vattn::InvalidArgumentError;
-using vattn::OutOfRangeError;
 
 absl::Status CheckStream(const vattn_batch* batch, const CUstream_st* stream) {
   if (stream == nullptr || batch->impl->runtime().cuda() != nullptr) return absl::OkStatus();
   return InvalidArgumentError("stream is given, must be NULL on the CPU backend");
 }
 
-absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, vattn::AttendRequest& out) {
+absl::Status ToAttend(const vattn_attend_params* params, bool needs_out,
+                      vattn::AttendRequest& out) {
   vattn_attend_params p;
   vattn_attend_params_init(&p, sizeof(p));
   VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
@@ -47,7 +48,8 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, vattn::
   return absl::OkStatus();
 }
 
-absl::Status ToSelection(const vattn_selection* selection, bool needs_weights, vattn::Selection& out) {
+absl::Status ToSelection(const vattn_selection* selection, bool needs_weights,
+                         vattn::Selection& out) {
   vattn_selection s;
   vattn_selection_init(&s, sizeof(s));
   VATTN_RETURN_IF_ERROR(vattn::api::Import("selection", selection, s));
@@ -56,7 +58,8 @@ absl::Status ToSelection(const vattn_selection* selection, bool needs_weights, v
   VATTN_RETURN_IF_ERROR(NotNull("tokens", s.tokens));
   VATTN_RETURN_IF_ERROR(NotNull("counts", s.counts));
   if (needs_weights) VATTN_RETURN_IF_ERROR(NotNull("log_weights", s.log_weights));
-  out = {.capacity = s.capacity, .tokens = s.tokens, .log_weights = s.log_weights, .counts = s.counts};
+  out = {
+      .capacity = s.capacity, .tokens = s.tokens, .log_weights = s.log_weights, .counts = s.counts};
   return absl::OkStatus();
 }
 
@@ -118,7 +121,8 @@ void vattn_selection_init(vattn_selection* selection, size_t struct_size) {
   InitStruct(selection, struct_size, vattn_selection{});
 }
 
-vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params, CUstream_st* stream) {
+vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params,
+                        CUstream_st* stream) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
@@ -141,8 +145,8 @@ vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_attend_params* 
   });
 }
 
-vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params, vattn_selection* selection,
-                        CUstream_st* stream) {
+vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params,
+                        vattn_selection* selection, CUstream_st* stream) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;

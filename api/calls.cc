@@ -21,14 +21,16 @@ vattn_code Fail(vattn_code code, const char* text) noexcept {
 }
 
 absl::Status NotNull(const char* name, const void* pointer) {
-  return pointer != nullptr ? absl::OkStatus() : InvalidArgumentError(name, " is NULL, must be given");
+  return pointer != nullptr ? absl::OkStatus()
+                            : InvalidArgumentError(name, " is NULL, must be given");
 }
 
 absl::Status UsableHere(const Runtime& runtime) {
   if (runtime.cuda() == nullptr || runtime.home().IsHere()) return absl::OkStatus();
-  return InvalidArgumentError("the runtime was made by process ", runtime.home().id(),
-                              " and uses CUDA, which does not follow into a process that is forked from it, must be used "
-                              "by that one alone; make a runtime after the fork");
+  return InvalidArgumentError(
+      "the runtime was made by process ", runtime.home().id(),
+      " and uses CUDA, which does not follow into a process that is forked from it, must be used "
+      "by that one alone; make a runtime after the fork");
 }
 
 absl::Status Usable(const vattn_runtime* runtime) {
@@ -38,7 +40,8 @@ absl::Status Usable(const vattn_runtime* runtime) {
 
 absl::Status Usable(const vattn_batch* batch) {
   VATTN_RETURN_IF_ERROR(NotNull("batch", batch));
-  if (batch->impl->runtime().closed()) return InvalidArgumentError("batch outlived its runtime, may only be destroyed");
+  if (batch->impl->runtime().closed())
+    return InvalidArgumentError("batch outlived its runtime, may only be destroyed");
   return UsableHere(batch->runtime());
 }
 
@@ -51,7 +54,8 @@ absl::Status CheckLayer(const Runtime& runtime, int32_t layer) {
   const int32_t layers = runtime.options().num_layers;
   if (layer < 0 || layer >= layers) return OutOfRangeError("layer", layer, 0, layers - 1);
   if (runtime.kv_heads(layer) == 0) {
-    return InvalidArgumentError("layer is ", layer, ", which layer_kv_heads leaves out, must be one that it keeps");
+    return InvalidArgumentError("layer is ", layer,
+                                ", which layer_kv_heads leaves out, must be one that it keeps");
   }
   return absl::OkStatus();
 }
@@ -72,7 +76,8 @@ Use::Use(const vattn_sequence* sequence) {
 
 absl::Status GiveText(const std::string& text, char* buffer, size_t size, size_t* needed) {
   VATTN_RETURN_IF_ERROR(NotNull("needed", needed));
-  if (buffer == nullptr && size > 0) return InvalidArgumentError("buffer is NULL with size ", size, ", must be given");
+  if (buffer == nullptr && size > 0)
+    return InvalidArgumentError("buffer is NULL with size ", size, ", must be given");
   *needed = text.size();
   if (size > 0) {
     const size_t count = std::min(size - 1, text.size());
@@ -87,7 +92,9 @@ absl::Status GiveText(const std::string& text, char* buffer, size_t size, size_t
 extern "C" {
 
 const char* vattn_last_error(void) { return vattn::api::last_error; }
-const char* vattn_code_name(int32_t code) { return vattn::CodeName(static_cast<vattn::Code>(code)); }
+const char* vattn_code_name(int32_t code) {
+  return vattn::CodeName(static_cast<vattn::Code>(code));
+}
 const char* vattn_version(void) { return VATTN_VERSION_TEXT; }
 const char* vattn_build_info(void) { return VATTN_BUILD_TEXT; }
 

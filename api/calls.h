@@ -1,5 +1,5 @@
-// What the calls of the C API share: handles, and how what comes out of a body becomes a code. Nothing
-// thrown leaves.
+// What the calls of the C API share: handles, and how what comes out of a body becomes a code.
+// Nothing thrown leaves.
 #ifndef VATTN_API_CALLS_H_
 #define VATTN_API_CALLS_H_
 
@@ -38,8 +38,9 @@ namespace vattn::api {
 // Notes the text for vattn_last_error.
 vattn_code Fail(vattn_code code, const char* text) noexcept;
 
-// Runs a body that returns absl::Status and translates whatever comes out of it. Lines for the logger are given out
-// when the body has let go of its locks, and before the text is noted: the logger may make calls that fail.
+// Runs a body that returns absl::Status and translates whatever comes out of it. Lines for the
+// logger are given out when the body has let go of its locks, and before the text is noted: the
+// logger may make calls that fail.
 template <class F>
 vattn_code Guard(F&& body) noexcept {
   try {
@@ -61,10 +62,12 @@ vattn_code Guard(F&& body) noexcept {
 
 absl::Status NotNull(const char* name, const void* pointer);
 absl::Status UsableHere(const Runtime& runtime);
-// Also refused in a child process that was forked from the one that made a CUDA runtime: no call to CUDA works there.
+// Also refused in a child process that was forked from the one that made a CUDA runtime: no call to
+// CUDA works there.
 absl::Status Usable(const vattn_runtime* runtime);
 absl::Status Usable(const vattn_batch* batch);
-// Destroys a handle, unless its runtime's CUDA half is another process's: then its memory is left to the process's end.
+// Destroys a handle, unless its runtime's CUDA half is another process's: then its memory is left
+// to the process's end.
 template <class Handle>
 void Destroy(Handle* handle) noexcept {
   if (handle == nullptr || !UsableHere(handle->runtime()).ok()) return;

@@ -15,6 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 // Every scalar field that the C struct and Options share: X(name).
+// clang-format off
 #define VATTN_OPTION_FIELDS(X)                                                                      \
   X(num_layers) X(num_q_heads) X(num_kv_heads) X(head_dim_k) X(head_dim_v) X(dtype) X(shared_kv)    \
   X(softmax_scale) X(backend) X(device) X(num_threads) X(numa_node) X(huge_pages) X(prefault) X(zero_on_free)       \
@@ -23,13 +24,15 @@ using Json = nlohmann::json;
   X(refresh) X(min_selected) X(max_selected_share) X(topk_share) X(base_share) X(target) X(hot_share) \
   X(disk_bytes) X(spill) X(io_engine) X(io_depth) X(io_block_bytes) X(io_buffered) X(io_timeout_ms) \
   X(pilot) X(admission) X(tenant_bytes)
+// clang-format on
 
 const std::map<std::string, std::vector<std::string>>& EnumNames() {
   static const auto* const names = new std::map<std::string, std::vector<std::string>>{
       {"dtype", {"f32", "f16", "bf16"}},
       {"backend", {"auto", "cpu", "cuda"}},
       {"policy", {"verified", "topk", "topk_uniform", "dense"}},
-      {"index", {"balanced", "exact", "sign", "hadamard2", "page", "pooled", "clusters", "external"}},
+      {"index",
+       {"balanced", "exact", "sign", "hadamard2", "page", "pooled", "clusters", "external"}},
       {"norm", {"value", "output"}},
       {"on_unverified", {"dense", "best_effort"}},
       {"bound", {"sharp", "safe"}},
@@ -51,7 +54,11 @@ absl::Status SetEnum(const std::string& key, const Json& value, int32_t& field) 
       field = static_cast<int32_t>(i);
       return absl::OkStatus();
     }
-    absl::StrAppend(&list, i == 0 ? "" : i + 1 == names.size() ? " or " : ", ", "\"", names[i], "\"");
+    absl::StrAppend(&list,
+                    i == 0                  ? ""
+                    : i + 1 == names.size() ? " or "
+                                            : ", ",
+                    "\"", names[i], "\"");
   }
   return Wrong(key, value, list);
 }
@@ -62,9 +69,10 @@ absl::Status SetField(const std::string& key, const Json& value, int32_t& field)
     field = value.get<bool>() ? 1 : 0;
     return absl::OkStatus();
   }
-  const bool fits = value.is_number_integer() &&
-                    (value.is_number_unsigned() ? value.get<uint64_t>() <= std::numeric_limits<int32_t>::max()
-                                                : value.get<int64_t>() >= std::numeric_limits<int32_t>::min());
+  const bool fits =
+      value.is_number_integer() &&
+      (value.is_number_unsigned() ? value.get<uint64_t>() <= std::numeric_limits<int32_t>::max()
+                                  : value.get<int64_t>() >= std::numeric_limits<int32_t>::min());
   if (!fits) return Wrong(key, value, "a whole number of 32 bits");
   field = value.get<int32_t>();
   return absl::OkStatus();
@@ -83,14 +91,16 @@ absl::Status SetField(const std::string& key, const Json& value, float& field) {
 }
 
 absl::Status SetPath(const std::string& key, const Json& value, std::string& path) {
-  const bool text = value.is_string() && value.get_ref<const std::string&>().find('\0') == std::string::npos;
+  const bool text =
+      value.is_string() && value.get_ref<const std::string&>().find('\0') == std::string::npos;
   if (!text) return Wrong(key, value, "a string without zero bytes");
   path = value.get<std::string>();
   return absl::OkStatus();
 }
 
 absl::Status SetHeads(const Json& value, vattn_options& options, std::vector<int32_t>& heads) {
-  if (!value.is_array() || value.empty()) return Wrong("layer_kv_heads", value, "an array of whole numbers");
+  if (!value.is_array() || value.empty())
+    return Wrong("layer_kv_heads", value, "an array of whole numbers");
   heads.clear();
   for (const Json& entry : value) {
     int32_t number;
@@ -99,8 +109,8 @@ absl::Status SetHeads(const Json& value, vattn_options& options, std::vector<int
   }
   options.layer_kv_heads = heads.data();
   if (options.num_layers != static_cast<int32_t>(heads.size())) {
-    return InvalidArgumentError("layer_kv_heads has ", heads.size(), " entries, must have num_layers = ",
-                                options.num_layers);
+    return InvalidArgumentError("layer_kv_heads has ", heads.size(),
+                                " entries, must have num_layers = ", options.num_layers);
   }
   return absl::OkStatus();
 }
@@ -153,12 +163,16 @@ vattn_options FromOptions(const Options& from) {
   return to;
 }
 
-absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vector<int32_t>& heads) {
-  if (NestsTooDeep(text)) return InvalidArgumentError("json nests deeper than ", kMaxJsonDepth, " levels");
+absl::Status ApplyJson(const std::string& text, vattn_options& options,
+                       std::vector<int32_t>& heads) {
+  if (NestsTooDeep(text))
+    return InvalidArgumentError("json nests deeper than ", kMaxJsonDepth, " levels");
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return InvalidArgumentError("json is not valid JSON");
-  if (!json.is_object()) return InvalidArgumentError("json is ", json.type_name(), ", must be an object");
-  static thread_local std::string profile, disk_path, sign_maps;  // outlive the call, as options points to them
+  if (!json.is_object())
+    return InvalidArgumentError("json is ", json.type_name(), ", must be an object");
+  // Outlive the call, as options points to them
+  static thread_local std::string profile, disk_path, sign_maps;
   vattn_options changed = options;
   std::vector<int32_t> changed_heads;
   std::string changed_profile, changed_disk_path, changed_maps;
@@ -168,17 +182,25 @@ absl::Status ApplyJson(const std::string& text, vattn_options& options, std::vec
   setters[#name] = [&](const Json& value) { return SetField(#name, value, changed.name); };
   VATTN_OPTION_FIELDS(VATTN_SETTER)
 #undef VATTN_SETTER
-  setters["profile"] = [&](const Json& value) { return SetPath("profile", value, changed_profile); };
-  setters["disk_path"] = [&](const Json& value) { return SetPath("disk_path", value, changed_disk_path); };
-  setters["sign_maps"] = [&](const Json& value) { return SetPath("sign_maps", value, changed_maps); };
+  setters["profile"] = [&](const Json& value) {
+    return SetPath("profile", value, changed_profile);
+  };
+  setters["disk_path"] = [&](const Json& value) {
+    return SetPath("disk_path", value, changed_disk_path);
+  };
+  setters["sign_maps"] = [&](const Json& value) {
+    return SetPath("sign_maps", value, changed_maps);
+  };
   for (const auto& [key, value] : json.items()) {
     if (key == "preset" || key == "layer_kv_heads") continue;
     const auto setter = setters.find(key);
-    if (setter == setters.end()) return InvalidArgumentError("json has the unknown key ", ShownJson(Json(key)));
+    if (setter == setters.end())
+      return InvalidArgumentError("json has the unknown key ", ShownJson(Json(key)));
     VATTN_RETURN_IF_ERROR(setter->second(value));
   }
   // After num_layers is known.
-  if (json.contains("layer_kv_heads")) VATTN_RETURN_IF_ERROR(SetHeads(json["layer_kv_heads"], changed, changed_heads));
+  if (json.contains("layer_kv_heads"))
+    VATTN_RETURN_IF_ERROR(SetHeads(json["layer_kv_heads"], changed, changed_heads));
   if (!changed_heads.empty()) {
     heads.swap(changed_heads);
     changed.layer_kv_heads = heads.data();

@@ -18,7 +18,8 @@ vattn_options FromOptions(const Options& from);
 
 // Applies a JSON object. `heads` keeps an array that options then points to; the texts of profile
 // and disk_path are kept until the thread's next call.
-absl::Status ApplyJson(const std::string& json, vattn_options& options, std::vector<int32_t>& heads);
+absl::Status ApplyJson(const std::string& json, vattn_options& options,
+                       std::vector<int32_t>& heads);
 
 }  // namespace vattn::api
 

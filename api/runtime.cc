@@ -11,7 +11,8 @@ static_assert(static_cast<int>(vattn::DType::kBF16) == VATTN_BF16);
 static_assert(static_cast<int>(vattn::Policy::kDense) == VATTN_POLICY_DENSE);
 static_assert(static_cast<int>(vattn::IndexKind::kExternal) == VATTN_INDEX_EXTERNAL);
 static_assert(static_cast<int>(vattn::Norm::kOutput) == VATTN_NORM_OUTPUT);
-static_assert(static_cast<int>(vattn::OnUnverified::kBestEffort) == VATTN_ON_UNVERIFIED_BEST_EFFORT);
+static_assert(static_cast<int>(vattn::OnUnverified::kBestEffort) ==
+              VATTN_ON_UNVERIFIED_BEST_EFFORT);
 static_assert(static_cast<int>(vattn::Bound::kSafe) == VATTN_BOUND_SAFE);
 static_assert(static_cast<int>(vattn::Target::kDenominator) == VATTN_TARGET_DENOMINATOR);
 static_assert(static_cast<int>(vattn::Verdict::kBestEffort) == VATTN_VERDICT_BEST_EFFORT);
@@ -21,13 +22,13 @@ static_assert(static_cast<int>(vattn::Admission::kReserved) == VATTN_ADMISSION_R
 
 namespace {
 
+using vattn::InvalidArgumentError;
 using vattn::api::CheckStructSize;
 using vattn::api::GiveText;
 using vattn::api::Guard;
 using vattn::api::InitStruct;
 using vattn::api::NotNull;
 using vattn::api::Usable;
-using vattn::InvalidArgumentError;
 
 vattn::Logger ToLogger(vattn_log_function function, void* user) {
   if (function == nullptr) return nullptr;
@@ -105,7 +106,8 @@ vattn_code vattn_doctor(char* buffer, size_t size, size_t* needed) {
 vattn_code vattn_tenant_limit(vattn_runtime* runtime, uint64_t tenant, uint64_t host_bytes) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
-    if (tenant == 0) return InvalidArgumentError("tenant is 0, which has no quota, must be 1 or more");
+    if (tenant == 0)
+      return InvalidArgumentError("tenant is 0, which has no quota, must be 1 or more");
     runtime->impl->store().SetTenantLimit(tenant, host_bytes);
     return absl::OkStatus();
   });
@@ -130,7 +132,8 @@ vattn_code vattn_tenant_stats(const vattn_runtime* runtime, uint64_t tenant, vat
   });
 }
 
-vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats, size_t struct_size) {
+vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
+                               size_t struct_size) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
     VATTN_RETURN_IF_ERROR(NotNull("stats", stats));
@@ -191,11 +194,13 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
   });
 }
 
-vattn_code vattn_stats_prometheus(const vattn_runtime* runtime, char* buffer, size_t size, size_t* needed) {
+vattn_code vattn_stats_prometheus(const vattn_runtime* runtime, char* buffer, size_t size,
+                                  size_t* needed) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
     const vattn::Runtime& impl = *runtime->impl;
-    return GiveText(vattn::PrometheusText(impl.Stats(), impl.StatsOfTenants()), buffer, size, needed);
+    return GiveText(vattn::PrometheusText(impl.Stats(), impl.StatsOfTenants()), buffer, size,
+                    needed);
   });
 }
 

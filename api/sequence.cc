@@ -8,6 +8,8 @@
 
 namespace {
 
+using vattn::InvalidArgumentError;
+using vattn::OutOfRangeError;
 using vattn::api::CheckLayer;
 using vattn::api::Give;
 using vattn::api::Guard;
@@ -16,47 +18,52 @@ using vattn::api::NotNull;
 using vattn::api::ToSequenceOptions;
 using vattn::api::Usable;
 using vattn::api::Use;
-using vattn::InvalidArgumentError;
-using vattn::OutOfRangeError;
 
 constexpr int64_t kMostStride = int64_t{1} << 40;
-constexpr int64_t kMostElements = int64_t{1} << 44;  // 64 TiB of floats: more than a process can address
+// 64 TiB of floats: more than a process can address
+constexpr int64_t kMostElements = int64_t{1} << 44;
 
 // Strides of one array: those given, or those of a contiguous one.
-absl::Status ToStrides(const char* name, int64_t tokens, int64_t heads, int64_t dim, int64_t token_given,
-                       int64_t head_given, int64_t& token_stride, int64_t& head_stride) {
-  const auto resolve = [&](const char* which, int64_t given, int64_t contiguous, int64_t& out) -> absl::Status {
+absl::Status ToStrides(const char* name, int64_t tokens, int64_t heads, int64_t dim,
+                       int64_t token_given, int64_t head_given, int64_t& token_stride,
+                       int64_t& head_stride) {
+  const auto resolve = [&](const char* which, int64_t given, int64_t contiguous,
+                           int64_t& out) -> absl::Status {
     if (given < 0 && given != VATTN_STRIDE_ZERO) {
-      return InvalidArgumentError(name, which, " is ", given, ", must be 0 (contiguous), 1 to ", kMostStride,
-                                  ", or VATTN_STRIDE_ZERO");
+      return InvalidArgumentError(name, which, " is ", given, ", must be 0 (contiguous), 1 to ",
+                                  kMostStride, ", or VATTN_STRIDE_ZERO");
     }
-    if (given > kMostStride) return OutOfRangeError(absl::StrCat(name, which), given, 0, kMostStride);
+    if (given > kMostStride)
+      return OutOfRangeError(absl::StrCat(name, which), given, 0, kMostStride);
     out = given == 0 ? contiguous : given == VATTN_STRIDE_ZERO ? 0 : given;
     return absl::OkStatus();
   };
   VATTN_RETURN_IF_ERROR(resolve("_token_stride", token_given, heads * dim, token_stride));
   VATTN_RETURN_IF_ERROR(resolve("_head_stride", head_given, dim, head_stride));
   // Neither factor is over 2^40 and 2^31: the products of 128 bits cannot wrap.
-  const __int128 last = static_cast<__int128>(tokens - 1) * token_stride + static_cast<__int128>(heads - 1) * head_stride + dim;
+  const __int128 last = static_cast<__int128>(tokens - 1) * token_stride +
+                        static_cast<__int128>(heads - 1) * head_stride + dim;
   if (last <= kMostElements) return absl::OkStatus();
-  return InvalidArgumentError(name, "_token_stride is ", token_stride, " with ", tokens, " tokens and ", name,
-                              "_head_stride ", head_stride, " with ", heads, " heads, must reach at most ", kMostElements,
-                              " elements");
+  return InvalidArgumentError(name, "_token_stride is ", token_stride, " with ", tokens,
+                              " tokens and ", name, "_head_stride ", head_stride, " with ", heads,
+                              " heads, must reach at most ", kMostElements, " elements");
 }
 
-absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& p, int64_t tokens_before,
-                      vattn::AppendRequest& out) {
+absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& p,
+                      int64_t tokens_before, vattn::AppendRequest& out) {
   VATTN_RETURN_IF_ERROR(CheckLayer(runtime, p.layer));
   const vattn::Options& o = runtime.options();
   const int64_t most = (int64_t{1} << 31) - tokens_before;
-  if (p.num_tokens < 1 || p.num_tokens > most) return OutOfRangeError("num_tokens", p.num_tokens, 1, most);
+  if (p.num_tokens < 1 || p.num_tokens > most)
+    return OutOfRangeError("num_tokens", p.num_tokens, 1, most);
   if (p.num_queries < 0 || p.num_queries > p.num_tokens) {
     return OutOfRangeError("num_queries", p.num_queries, 0, p.num_tokens);
   }
   VATTN_RETURN_IF_ERROR(NotNull("k", p.k));
   if ((p.v == nullptr) != (o.shared_kv == 1)) {
     return InvalidArgumentError("v is ", p.v == nullptr ? "NULL" : "given", ", must be ",
-                                o.shared_kv == 1 ? "NULL" : "given", " with shared_kv = ", o.shared_kv);
+                                o.shared_kv == 1 ? "NULL" : "given",
+                                " with shared_kv = ", o.shared_kv);
   }
   if (p.num_queries > 0) VATTN_RETURN_IF_ERROR(NotNull("q", p.q));
   const int64_t heads = runtime.kv_heads(p.layer);
@@ -66,12 +73,13 @@ absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& 
   out.k = p.k;
   out.v = p.v;
   out.q = p.q;
-  VATTN_RETURN_IF_ERROR(ToStrides("k", p.num_tokens, heads, o.head_dim_k, p.k_token_stride, p.k_head_stride,
-                                  out.k_token_stride, out.k_head_stride));
-  VATTN_RETURN_IF_ERROR(ToStrides("v", p.num_tokens, heads, o.head_dim_v, p.v_token_stride, p.v_head_stride,
-                                  out.v_token_stride, out.v_head_stride));
-  VATTN_RETURN_IF_ERROR(ToStrides("q", std::max(1, p.num_queries), o.num_q_heads, o.head_dim_k, p.q_token_stride,
-                                  p.q_head_stride, out.q_token_stride, out.q_head_stride));
+  VATTN_RETURN_IF_ERROR(ToStrides("k", p.num_tokens, heads, o.head_dim_k, p.k_token_stride,
+                                  p.k_head_stride, out.k_token_stride, out.k_head_stride));
+  VATTN_RETURN_IF_ERROR(ToStrides("v", p.num_tokens, heads, o.head_dim_v, p.v_token_stride,
+                                  p.v_head_stride, out.v_token_stride, out.v_head_stride));
+  VATTN_RETURN_IF_ERROR(ToStrides("q", std::max(1, p.num_queries), o.num_q_heads, o.head_dim_k,
+                                  p.q_token_stride, p.q_head_stride, out.q_token_stride,
+                                  out.q_head_stride));
   return absl::OkStatus();
 }
 
@@ -122,7 +130,8 @@ vattn_code vattn_sequence_truncate(vattn_sequence* sequence, int64_t tokens) {
   return Guard([&]() -> absl::Status {
     const Use use(sequence);
     VATTN_RETURN_IF_ERROR(use.status());
-    if (tokens < 0 || tokens > int64_t{1} << 31) return OutOfRangeError("tokens", tokens, 0, int64_t{1} << 31);
+    if (tokens < 0 || tokens > int64_t{1} << 31)
+      return OutOfRangeError("tokens", tokens, 0, int64_t{1} << 31);
     VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Truncate(tokens);
   });
@@ -152,7 +161,8 @@ vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* par
     const vattn::Runtime& runtime = sequence->impl->runtime();
     const bool known = p.layer >= 0 && p.layer < runtime.options().num_layers;
     vattn::AppendRequest request;
-    VATTN_RETURN_IF_ERROR(ToAppend(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
+    VATTN_RETURN_IF_ERROR(
+        ToAppend(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
     VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Append(request);
   });
@@ -180,8 +190,8 @@ vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path, vatt
   return vattn_sequence_restore_as(runtime, path, nullptr, out);
 }
 
-vattn_code vattn_sequence_restore_as(vattn_runtime* runtime, const char* path, const vattn_sequence_options* options,
-                                     vattn_sequence** out) {
+vattn_code vattn_sequence_restore_as(vattn_runtime* runtime, const char* path,
+                                     const vattn_sequence_options* options, vattn_sequence** out) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(NotNull("out", out));
     *out = nullptr;
@@ -204,9 +214,7 @@ vattn_code vattn_sequence_hibernate(vattn_sequence* sequence, const char* path) 
 }
 
 vattn_code vattn_sequence_wake(vattn_sequence* sequence) {
-  return Guard([&]() -> absl::Status {
-    return Use(sequence).Awake();
-  });
+  return Guard([&]() -> absl::Status { return Use(sequence).Awake(); });
 }
 
 }  // extern "C"

@@ -11,20 +11,22 @@
 
 namespace vattn::api {
 
-// Copies the caller's fields over `into`, which holds defaults. A short old struct leaves newer fields
-// at their defaults; a longer new one is refused if it uses what this library does not know.
+// Copies the caller's fields over `into`, which holds defaults. A short old struct leaves newer
+// fields at their defaults; a longer new one is refused if it uses what this library does not know.
 template <class T>
 absl::Status Import(const char* name, const T* from, T& into) {
   if (from == nullptr) return InvalidArgumentError(name, " is NULL, must be given");
   const size_t size = from->struct_size;
   if (size < sizeof(size_t) || size > 4096) {
-    return InvalidArgumentError(name, ".struct_size is ", size, ", must be ", sizeof(size_t), " to 4096");
+    return InvalidArgumentError(name, ".struct_size is ", size, ", must be ", sizeof(size_t),
+                                " to 4096");
   }
   const unsigned char* bytes = reinterpret_cast<const unsigned char*>(from);
   for (size_t i = sizeof(T); i < size; ++i) {
     if (bytes[i] != 0) {
-      return InvalidArgumentError(name, ".struct_size is ", size, " with byte ", i, " set, must be at most ",
-                                  sizeof(T), ": the caller uses fields that this library does not know");
+      return InvalidArgumentError(name, ".struct_size is ", size, " with byte ", i,
+                                  " set, must be at most ", sizeof(T),
+                                  ": the caller uses fields that this library does not know");
     }
   }
   std::memcpy(&into, from, std::min(size, sizeof(T)));

@@ -4,30 +4,32 @@
  * (2) Calls that can fail return vattn_code; vattn_last_error() has the text, per thread.
  * (3) A call with a stream enqueues: its pointers stay valid until the stream has passed it. A call
  *     without a stream, or with stream NULL on the CPU backend, blocks until the result is there.
- * (4) Structs start with struct_size and have no implicit padding. Fields are only appended; zero in
- *     a new field means "as before". Fill a struct with its _init function, then change fields.
+ * (4) Structs start with struct_size and have no implicit padding. Fields are only appended; zero
+ *     in a new field means "as before". Fill a struct with its _init function, then change fields.
  * (5) A runtime serves many threads at a time, a sequence or a batch one at a time. A sequence that
  *     sits in a batch is used through the batch while a step is open.
- * (6) Nothing here exits, prints, or reads the environment but for two variables, which vattn_runtime_create
- *     looks at: VATTN_LOG_LEVEL (error, warning, info or debug: lines that matter less are not logged; unset: all
- *     are) and VATTN_BACKEND (cpu or cuda in place of backend auto). Another word in one of them is
- *     INVALID_ARGUMENT; an empty one counts as unset.
- * (7) fork(): a child has copies of its parent's handles. On the CPU it may use them: tokens, answers and the host
- *     pool are from then on each one's own. What is shared stays the parent's: a child neither writes nor removes
- *     anything in disk_path (INVALID_ARGUMENT; a full pool is FULL, as nothing can be spilled), and its ending or
- *     destroying handles touches no file and no lock of the parent. On CUDA every call of a child with such a handle
- *     is INVALID_ARGUMENT, and destroying one only forgets it. A runtime that the child makes is wholly its own. Not
- *     while another thread is inside of a call: that thread's locks would stay taken in the child.
+ * (6) Nothing here exits, prints, or reads the environment but for two variables, which
+ *     vattn_runtime_create looks at: VATTN_LOG_LEVEL (error, warning, info or debug: lines that
+ *     matter less are not logged; unset: all are) and VATTN_BACKEND (cpu or cuda in place of
+ *     backend auto). Another word in one of them is INVALID_ARGUMENT; an empty one counts as unset.
+ * (7) fork(): a child has copies of its parent's handles. On the CPU it may use them: tokens,
+ *     answers and the host pool are from then on each one's own. What is shared stays the parent's:
+ *     a child neither writes nor removes anything in disk_path (INVALID_ARGUMENT; a full pool is
+ *     FULL, as nothing can be spilled), and its ending or destroying handles touches no file and no
+ *     lock of the parent. On CUDA every call of a child with such a handle is INVALID_ARGUMENT, and
+ *     destroying one only forgets it. A runtime that the child makes is wholly its own. Not while
+ *     another thread is inside of a call: that thread's locks would stay taken in the child.
  *
  * Terms: a row is the K and V of one token and one KV head. Sinks are the first tokens, the window
  * the last ones; both are always attended exactly. The tokens between them are the middle: their
  * rows are chosen by sampling from a small index (codes). A decode step answers one query token per
  * sequence and layer. A GQA group is the query heads that share one KV head.
  *
- * The host pool is blocks of 256 tokens of one KV head. A block is free, used, or reserved: set aside for a
- * sequence (vattn_sequence_reserve), which then cannot be told FULL for it. Forks and sequences begun from
- * one prefix share blocks; a write to a shared block copies it first. Each used or reserved block counts once,
- * for the tenant (vattn_sequence_options.tenant) whose sequence took it, until nobody holds it.
+ * The host pool is blocks of 256 tokens of one KV head. A block is free, used, or reserved: set
+ * aside for a sequence (vattn_sequence_reserve), which then cannot be told FULL for it. Forks and
+ * sequences begun from one prefix share blocks; a write to a shared block copies it first. Each
+ * used or reserved block counts once, for the tenant (vattn_sequence_options.tenant) whose sequence
+ * took it, until nobody holds it.
  */
 #ifndef VATTN_H_
 #define VATTN_H_
@@ -63,8 +65,9 @@ typedef enum vattn_code {
   VATTN_NOT_SUPPORTED = 3,    /* valid, but not by this build or backend */
   VATTN_DEVICE_ERROR = 4,
   VATTN_IO_ERROR = 5,
-  VATTN_INTERNAL = 6,  /* a bug of the library */
-  VATTN_FULL = 7, /* our own pool or a quota is full: need, limit and knob are in the text; nothing is lost */
+  VATTN_INTERNAL = 6, /* a bug of the library */
+  /* our own pool or a quota is full: need, limit and knob are in the text; nothing is lost */
+  VATTN_FULL = 7,
   VATTN_DEVICE_LOST = 8,
   VATTN_DATA_LOSS = 9, /* a stored copy failed its check */
   VATTN_NOT_FOUND = 10
@@ -95,7 +98,8 @@ typedef enum vattn_backend {
 } vattn_backend;
 
 typedef enum vattn_policy {
-  VATTN_POLICY_VERIFIED = 0,     /* Poisson sampling with a checked error bound (kernels/METHOD.md) */
+  /* Poisson sampling with a checked error bound (kernels/METHOD.md) */
+  VATTN_POLICY_VERIFIED = 0,
   VATTN_POLICY_TOPK = 1,         /* the best topk_share of the middle by index score, no sample */
   VATTN_POLICY_TOPK_UNIFORM = 2, /* vAttention (arXiv 2510.05688): top-k plus a uniform sample */
   VATTN_POLICY_DENSE = 3         /* every row: exact */
@@ -103,19 +107,24 @@ typedef enum vattn_policy {
 
 typedef enum vattn_index {
   VATTN_INDEX_BALANCED = 0, /* balanced-truncation codes, index_bytes a token */
-  /* True scores: reads every key, on CUDA those of the middle over PCIe in every call (they are in no
-   * count of fetched rows). A yardstick, not a way to save bytes. */
+  /* True scores: reads every key, on CUDA those of the middle over PCIe in every call (they are
+   * in no count of fetched rows). A yardstick, not a way to save bytes. */
   VATTN_INDEX_EXACT = 1,
-  /* What others predict scores with, to compare and to build on. Verified answers need an index that
-   * ranks heavy tokens high: sign, page, pooled and clusters broke the promise for some heads of real
-   * recordings (bench/ZOO.md). CUDA has sign and hadamard2 of these. */
-  VATTN_INDEX_SIGN = 2,      /* 8 * index_bytes signs of a linear map (sign_maps), by Hamming distance */
-  VATTN_INDEX_HADAMARD2 = 3, /* 2-bit levels after a Hadamard rotation (Adamas); head_dim_k up to 256 */
-  VATTN_INDEX_PAGE = 4,      /* bounds of 16 tokens by dimension (Quest); head_dim_k / 4 bytes a token */
-  VATTN_INDEX_POOLED = 5,    /* mean key of 16 tokens (NSA, InfLLM-v2); head_dim_k / 8 bytes a token */
-  VATTN_INDEX_CLUSTERS = 6,  /* k-means of the prompt's keys, 2 bytes a token and 16,384 * index_bytes
+  /* What others predict scores with, to compare and to build on. Verified answers need an index
+   * that ranks heavy tokens high: sign, page, pooled and clusters broke the promise for some
+   * heads of real recordings (bench/ZOO.md). CUDA has sign and hadamard2 of these. */
+  /* 8 * index_bytes signs of a linear map (sign_maps), by Hamming distance */
+  VATTN_INDEX_SIGN = 2,
+  /* 2-bit levels after a Hadamard rotation (Adamas); head_dim_k up to 256 */
+  VATTN_INDEX_HADAMARD2 = 3,
+  /* bounds of 16 tokens by dimension (Quest); head_dim_k / 4 bytes a token */
+  VATTN_INDEX_PAGE = 4,
+  /* mean key of 16 tokens (NSA, InfLLM-v2); head_dim_k / 8 bytes a token */
+  VATTN_INDEX_POOLED = 5,
+  VATTN_INDEX_CLUSTERS =
+      6,                   /* k-means of the prompt's keys, 2 bytes a token and 16,384 * index_bytes
                               * bytes of centroids per KV head (RetroInfer) */
-  VATTN_INDEX_EXTERNAL = 7   /* the caller's: vattn_attend_params.scores; no codes */
+  VATTN_INDEX_EXTERNAL = 7 /* the caller's: vattn_attend_params.scores; no codes */
 } vattn_index;
 
 typedef enum vattn_norm {
@@ -133,8 +142,9 @@ typedef enum vattn_bound {
   VATTN_BOUND_SAFE = 1   /* one-dimensional normal quantile: wider, needs no rank estimate */
 } vattn_bound;
 
-typedef enum vattn_target { /* what the sample of VATTN_POLICY_TOPK_UNIFORM is sized for */
-  VATTN_TARGET_SDPA = 0,    /* the attention output */
+/* what the sample of VATTN_POLICY_TOPK_UNIFORM is sized for */
+typedef enum vattn_target {
+  VATTN_TARGET_SDPA = 0, /* the attention output */
   VATTN_TARGET_NUMERATOR = 1,
   VATTN_TARGET_DENOMINATOR = 2
 } vattn_target;
@@ -145,25 +155,31 @@ typedef enum vattn_io {
   VATTN_IO_PREAD = 2
 } vattn_io;
 
-typedef enum vattn_admission { /* what a sequence may take from the host pool */
-  VATTN_ADMISSION_OVERCOMMIT = 0, /* what it has reserved, and beyond that whatever is free when it is needed */
-  VATTN_ADMISSION_RESERVED = 1    /* what it has reserved, no more: whoever was admitted can finish */
+/* what a sequence may take from the host pool */
+typedef enum vattn_admission {
+  /* what it has reserved, and beyond that whatever is free when it is needed */
+  VATTN_ADMISSION_OVERCOMMIT = 0,
+  /* what it has reserved, no more: whoever was admitted can finish */
+  VATTN_ADMISSION_RESERVED = 1
 } vattn_admission;
 
-typedef enum vattn_tier { /* where stored prefixes are */
-  VATTN_TIER_AUTO = 0,   /* saved to the disk if there is a disk_path, else to memory; looked for in both */
+/* where stored prefixes are */
+typedef enum vattn_tier {
+  /* saved to the disk if there is a disk_path, else to memory; looked for in both */
+  VATTN_TIER_AUTO = 0,
   VATTN_TIER_MEMORY = 1, /* blocks of the host pool */
   VATTN_TIER_DISK = 2    /* files in disk_path */
 } vattn_tier;
 
 typedef enum vattn_verdict {
-  VATTN_VERDICT_EXACT = 0,      /* nothing was sampled away */
-  /* Of a head's answers with this verdict, over steps, at most a share delta is off by more than epsilon * ref. That is
-   * no statement about a single call (kernels/METHOD.md, "Promise"). */
+  VATTN_VERDICT_EXACT = 0, /* nothing was sampled away */
+  /* Of a head's answers with this verdict, over steps, at most a share delta is off by more than
+   * epsilon * ref. That is no statement about a single call (kernels/METHOD.md, "Promise"). */
   VATTN_VERDICT_VERIFIED = 1,
-  VATTN_VERDICT_DENSE = 2,      /* could not be verified, so every row was read: exact */
-  /* No promise: policy without one, or on_unverified = best effort. Also, with an infinite error, an answer on the CPU
-   * backend that is not finite, from rows or queries that are not or from sums and types too small for them. */
+  VATTN_VERDICT_DENSE = 2, /* could not be verified, so every row was read: exact */
+  /* No promise: policy without one, or on_unverified = best effort. Also, with an infinite
+   * error, an answer on the CPU backend that is not finite, from rows or queries that are not or
+   * from sums and types too small for them. */
   VATTN_VERDICT_BEST_EFFORT = 3
 } vattn_verdict;
 
@@ -173,10 +189,10 @@ typedef enum vattn_log_level {
   VATTN_LOG_INFO = 2,
   VATTN_LOG_DEBUG = 3
 } vattn_log_level;
-/* Called on the thread of the API call that caused the line, when that call has done its work and holds no lock
- * any more: it may make vattn calls, on the handle of the call as well, but for destroying that one. Lines that such
- * calls cause are dropped. An exception that it throws ends there. message ends without a newline and dies with
- * the call. */
+/* Called on the thread of the API call that caused the line, when that call has done its work
+ * and holds no lock any more: it may make vattn calls, on the handle of the call as well, but
+ * for destroying that one. Lines that such calls cause are dropped. An exception that it throws
+ * ends there. message ends without a newline and dies with the call. */
 typedef void (*vattn_log_function)(void* user, int32_t level, const char* message);
 
 typedef struct vattn_options {
@@ -196,16 +212,17 @@ typedef struct vattn_options {
   const int32_t* layer_kv_heads;
 
   /* Machine. */
-  int32_t backend;     /* vattn_backend */
-  int32_t device;      /* CUDA ordinal */
-  /* CPU threads that a call is spread over. 0: all that this process may use, by its affinity and by the CPU
-   * time that its control groups allow; 1: the calling one, so that calls of several threads run side by side.
-   * 0 to 4096; more than its affinity allows count as all. Started by vattn_runtime_create, which answers OUT_OF_MEMORY if the system refuses one. */
+  int32_t backend; /* vattn_backend */
+  int32_t device;  /* CUDA ordinal */
+  /* CPU threads that a call is spread over. 0: all that this process may use, by its affinity
+   * and by the CPU time that its control groups allow; 1: the calling one, so that calls of
+   * several threads run side by side. 0 to 4096; more than its affinity allows count as all.
+   * Started by vattn_runtime_create, which answers OUT_OF_MEMORY if the system refuses one. */
   int32_t num_threads;
-  int32_t numa_node;   /* host pool placement; -1: where the threads first touch it */
-  int32_t huge_pages;  /* 1: ask for transparent huge pages */
-  /* 1: touch the whole host pool at create, in parallel; OUT_OF_MEMORY where the machine or the control group has
-   * not as much available. */
+  int32_t numa_node;  /* host pool placement; -1: where the threads first touch it */
+  int32_t huge_pages; /* 1: ask for transparent huge pages */
+  /* 1: touch the whole host pool at create, in parallel; OUT_OF_MEMORY where the machine or the
+   * control group has not as much available. */
   int32_t prefault;
   uint64_t host_bytes; /* limit of the host pool in bytes; mapped at create, touched as used */
 
@@ -216,10 +233,12 @@ typedef struct vattn_options {
 
   /* Index and value codes. */
   int32_t index; /* vattn_index */
-  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. 0, the default: a quarter of
-   * head_dim_k, but 32 to 64, with balanced, else 32. Indices whose size follows from head_dim_k ignore it. */
+  /* Bytes of code per token and KV head: 16, 32, 48 or 64; 4, 8, 16 or 32 with sign. 0, the
+   * default: a quarter of head_dim_k, but 32 to 64, with balanced, else 32. Indices whose size
+   * follows from head_dim_k ignore it. */
   int32_t index_bytes;
-  /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device too. */
+  /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device
+     too. */
   int32_t value_bits;
 
   /* Promise. */
@@ -228,73 +247,80 @@ typedef struct vattn_options {
   int32_t on_unverified; /* vattn_on_unverified */
   int32_t bound;         /* vattn_bound */
   float epsilon;         /* relative error, over 0, at most 10 */
-  float delta;           /* share of a head's answers that may be off by more, over 0, at most .215 */
-  float norm_floor;      /* .5: c of VATTN_NORM_VALUE; 0 to 1 */
-  int32_t max_looks;     /* 6: draws in one step before on_unverified; 1 to 8 */
+  /* share of a head's answers that may be off by more, over 0, at most .215 */
+  float delta;
+  float norm_floor;  /* .5: c of VATTN_NORM_VALUE; 0 to 1 */
+  int32_t max_looks; /* 6: draws in one step before on_unverified; 1 to 8 */
 
   /* Sampling. */
-  uint64_t seed;              /* all random numbers derive from it */
-  int32_t refresh;            /* 64: 1 / refresh of the random numbers are renewed a step; 1 to 4096 */
-  int32_t min_selected;       /* 16: expected rows drawn per KV head at least; 0 to 65536 */
-  float max_selected_share;   /* .5: of the middle; above it a head counts as unverified; (0, 1] */
-  float topk_share;           /* .05: top-k of the middle per query head; [0, 1] */
-  float base_share;           /* .05: base sample of the middle, VATTN_POLICY_TOPK_UNIFORM; [0, 1] */
-  int32_t target;             /* vattn_target */
-  /* .05: share of the middle that the hot set may hold; [0, 1]. On CUDA each batch keeps one of its own
-   * in device memory, with this share of the rows of the host pool. */
+  uint64_t seed; /* all random numbers derive from it */
+  /* 64: 1 / refresh of the random numbers are renewed a step; 1 to 4096 */
+  int32_t refresh;
+  int32_t min_selected;     /* 16: expected rows drawn per KV head at least; 0 to 65536 */
+  float max_selected_share; /* .5: of the middle; above it a head counts as unverified; (0, 1] */
+  float topk_share;         /* .05: top-k of the middle per query head; [0, 1] */
+  /* .05: base sample of the middle, VATTN_POLICY_TOPK_UNIFORM; [0, 1] */
+  float base_share;
+  int32_t target; /* vattn_target */
+  /* .05: share of the middle that the hot set may hold; [0, 1]. On CUDA each batch keeps one of
+   * its own in device memory, with this share of the rows of the host pool. */
   float hot_share;
-  /* 0; 1: a block of the host pool is filled with zeros before another sequence may have it. Without it
-   * old bytes stay in memory until they are overwritten, but reach no output and no file. Codes, tables
-   * and rows in device memory are not covered. */
+  /* 0; 1: a block of the host pool is filled with zeros before another sequence may have it.
+   * Without it old bytes stay in memory until they are overwritten, but reach no output and no
+   * file. Codes, tables and rows in device memory are not covered. */
   int32_t zero_on_free;
 
   /* Logger; NULL keeps the library silent. */
   vattn_log_function log;
   void* log_user;
 
-  /* NULL or "": none. Else the path of a model profile, as `vattn calibrate` writes it: what the index
-   * is calibrated on when a sequence has had no queries (vattn_append_params.q) by the time its index
-   * is fixed. A safetensors file with the F32 tensor c_q [num_layers, most KV heads of a layer,
-   * head_dim_k, head_dim_k], the mean of q q^T over scaled queries by KV head, and metadata format =
-   * "vattn-profile-1" and softmax_scale, the factor in those queries. Read by vattn_runtime_create,
-   * which then also answers NOT_FOUND, IO_ERROR, DATA_LOSS (cut short, damaged, no safetensors file)
-   * and INVALID_ARGUMENT (another format or shape). */
+  /* NULL or "": none. Else the path of a model profile, as `vattn calibrate` writes it: what the
+   * index is calibrated on when a sequence has had no queries (vattn_append_params.q) by the
+   * time its index is fixed. A safetensors file with the F32 tensor c_q [num_layers, most KV
+   * heads of a layer, head_dim_k, head_dim_k], the mean of q q^T over scaled queries by KV head,
+   * and metadata format = "vattn-profile-1" and softmax_scale, the factor in those queries. Read
+   * by vattn_runtime_create, which then also answers NOT_FOUND, IO_ERROR, DATA_LOSS (cut short,
+   * damaged, no safetensors file) and INVALID_ARGUMENT (another format or shape). */
   const char* profile;
 
-  /* NULL or "": none. Else a directory for stored prefixes (vattn_prefix_save) and spilled sequences. The
-   * runtime owns it as long as it lives: another one, in any process, is refused with INVALID_ARGUMENT. The
-   * directory is meant, not its name: a change of the current directory or of links does not matter, and one that
-   * is moved away or replaced is IO_ERROR when it is next written to. It is made if it alone is missing. Stored prefixes are found again by the next runtime with the same
-   * layout (shape, dtype, sinks, index); files of spilled sequences of a dead process are removed.
-   * vattn_runtime_create then also answers IO_ERROR. */
+  /* NULL or "": none. Else a directory for stored prefixes (vattn_prefix_save) and spilled
+   * sequences. The runtime owns it as long as it lives: another one, in any process, is refused
+   * with INVALID_ARGUMENT. The directory is meant, not its name: a change of the current
+   * directory or of links does not matter, and one that is moved away or replaced is IO_ERROR
+   * when it is next written to. It is made if it alone is missing. Stored prefixes are found
+   * again by the next runtime with the same layout (shape, dtype, sinks, index); files of
+   * spilled sequences of a dead process are removed. vattn_runtime_create then also answers
+   * IO_ERROR. */
   const char* disk_path;
-  uint64_t disk_bytes; /* most bytes of files there; 0: no limit. Prefixes unused for longest go first */
-  /* 1: when the host pool is full, sequences that sit in no batch, that no call works on and that have no
-   * reservation hibernate in disk_path until there is room, and wake by their next use: those of the tenant
-   * that needs it first, those unused for longest first. Only then FULL. A tenant at its quota moves its own
-   * sequences alone. */
+  /* most bytes of files there; 0: no limit. Prefixes unused for longest go first */
+  uint64_t disk_bytes;
+  /* 1: when the host pool is full, sequences that sit in no batch, that no call works on and
+   * that have no reservation hibernate in disk_path until there is room, and wake by their next
+   * use: those of the tenant that needs it first, those unused for longest first. Only then
+   * FULL. A tenant at its quota moves its own sequences alone. */
   int32_t spill;
   int32_t io_engine;      /* vattn_io: how files are read and written */
   int32_t io_depth;       /* 8: transfers under way at most; 1 to 256 */
   int32_t io_block_bytes; /* 1 MiB: of a transfer; a multiple of 4096 up to 256 MiB */
-  int32_t io_buffered;    /* 1: through the page cache; 0: past it (O_DIRECT) where the file system allows */
-  int32_t io_timeout_ms;  /* 60000: IO_ERROR if no transfer of io_uring ends for so long */
+  /* 1: through the page cache; 0: past it (O_DIRECT) where the file system allows */
+  int32_t io_buffered;
+  int32_t io_timeout_ms; /* 60000: IO_ERROR if no transfer of io_uring ends for so long */
 
   /* NULL or "": random hyperplanes. Else the path of learned maps for VATTN_INDEX_SIGN, as
-   * examples/train_sign_index.py writes them: a safetensors file with the F32 tensors key and query
-   * [num_layers, most KV heads of a layer, 8 * index_bytes, head_dim_k] and metadata format =
-   * "vattn-sign-1". Bit j of a key k is [key_j . (k - mean key) >= 0], of a query q [query_j . q >= 0].
-   * Read by vattn_runtime_create, which then answers as with profile. */
+   * examples/train_sign_index.py writes them: a safetensors file with the F32 tensors key and
+   * query [num_layers, most KV heads of a layer, 8 * index_bytes, head_dim_k] and metadata
+   * format = "vattn-sign-1". Bit j of a key k is [key_j . (k - mean key) >= 0], of a query q
+   * [query_j . q >= 0]. Read by vattn_runtime_create, which then answers as with profile. */
   const char* sign_maps;
 
-  /* 0: the first draw aims at the promise, and seldom needs a second look: the least time. 1: it is a pilot
-   * for a second one in every step: fewer rows (a seventh on recorded attention), more time (a fifth on
-   * CUDA with 1M tokens). */
+  /* 0: the first draw aims at the promise, and seldom needs a second look: the least time. 1: it
+   * is a pilot for a second one in every step: fewer rows (a seventh on recorded attention),
+   * more time (a fifth on CUDA with 1M tokens). */
   int32_t pilot;
 
   int32_t admission; /* vattn_admission */
-  /* Most bytes of the host pool that one tenant may use and reserve, unless vattn_tenant_limit gives it a limit
-   * of its own; rounded down to whole blocks; 0: no limit. */
+  /* Most bytes of the host pool that one tenant may use and reserve, unless vattn_tenant_limit
+   * gives it a limit of its own; rounded down to whole blocks; 0: no limit. */
   uint64_t tenant_bytes;
 } vattn_options;
 
@@ -304,12 +330,12 @@ typedef struct vattn_options {
 VATTN_EXPORT void vattn_options_init(vattn_options* options, size_t struct_size);
 
 /* Applies a JSON object over options, for engines that pass settings through as text:
- *   {"num_layers": 28, "dtype": "bf16", "policy": "verified", "preset": "strict", "epsilon": 0.1}
+ * {"num_layers": 28, "dtype": "bf16", "policy": "verified", "preset": "strict", "epsilon": 0.1}
  * Keys are the field names above; enums by lower-case name ("f16", "value", "best_effort", ...);
- * "preset" is "strict" (.1, norm output), "default" (.1, norm value) or "fast" (.2, norm value) and
- * is applied first. layer_kv_heads is an array; it and the texts of profile, disk_path and sign_maps are
- * kept alive by the library until the thread's next call of this function. Unknown keys and wrong types are refused by
- * name. INVALID_ARGUMENT leaves options unchanged. */
+ * "preset" is "strict" (.1, norm output), "default" (.1, norm value) or "fast" (.2, norm value)
+ * and is applied first. layer_kv_heads is an array; it and the texts of profile, disk_path and
+ * sign_maps are kept alive by the library until the thread's next call of this function. Unknown
+ * keys and wrong types are refused by name. INVALID_ARGUMENT leaves options unchanged. */
 VATTN_EXPORT vattn_code vattn_options_from_json(const char* json, vattn_options* options);
 
 /* ---- Runtime -------------------------------------------------------------------------------- */
@@ -338,33 +364,36 @@ typedef struct vattn_sequence_options {
   size_t struct_size;
   uint64_t id;            /* keys the random numbers; 0: a number of the runtime's own */
   int64_t reserve_tokens; /* as vattn_sequence_reserve, before anything is created; 0: none */
-  /* Whose blocks it takes count for, and under whose quota; 0: nobody's, which has none. Forks are of the same. */
+  /* Whose blocks it takes count for, and under whose quota; 0: nobody's, which has none. Forks
+     are of the same. */
   uint64_t tenant;
 } vattn_sequence_options;
 
 VATTN_EXPORT void vattn_sequence_options_init(vattn_sequence_options* options, size_t struct_size);
 
-/* An empty sequence. options may be NULL. FULL if reserve_tokens cannot be set aside: nothing is created. */
+/* An empty sequence. options may be NULL. FULL if reserve_tokens cannot be set aside: nothing is
+   created. */
 VATTN_EXPORT vattn_code vattn_sequence_create(vattn_runtime* runtime,
                                               const vattn_sequence_options* options,
                                               vattn_sequence** out);
-/* Sets aside all blocks that the sequence still needs to have `tokens` tokens (0 to 2^31) in every layer, in place
- * of what it had set aside before; 0 gives that back. Until it has more tokens than that, appends and steps draw
- * from the reservation and are not FULL. It outlasts them: what truncation frees returns to it, and while blocks
- * are shared with forks and kept prefixes it holds room for the copies too, so that fork, truncate,
- * vattn_prefix_save and this call can be FULL, which changes nothing. A sequence with a reservation is never
- * spilled. Hibernating gives the room away; the sequence wakes with all of it or stays asleep. Forks start
- * without one. FULL names need, free, reserved, limit and knob. */
+/* Sets aside all blocks that the sequence still needs to have `tokens` tokens (0 to 2^31) in
+ * every layer, in place of what it had set aside before; 0 gives that back. Until it has more
+ * tokens than that, appends and steps draw from the reservation and are not FULL. It outlasts
+ * them: what truncation frees returns to it, and while blocks are shared with forks and kept
+ * prefixes it holds room for the copies too, so that fork, truncate, vattn_prefix_save and this
+ * call can be FULL, which changes nothing. A sequence with a reservation is never spilled.
+ * Hibernating gives the room away; the sequence wakes with all of it or stays asleep. Forks
+ * start without one. FULL names need, free, reserved, limit and knob. */
 VATTN_EXPORT vattn_code vattn_sequence_reserve(vattn_sequence* sequence, int64_t tokens);
 /* Frees its blocks. A sequence that sits in a batch is taken out of it first. */
 VATTN_EXPORT void vattn_sequence_destroy(vattn_sequence* sequence);
 /* A second sequence with the same tokens. Blocks are shared, the first write to a shared block
- * copies it. Random numbers of the copy differ (id as in vattn_sequence_options, 0: next). FULL only if the
- * first has a reservation. */
+ * copies it. Random numbers of the copy differ (id as in vattn_sequence_options, 0: next). FULL
+ * only if the first has a reservation. */
 VATTN_EXPORT vattn_code vattn_sequence_fork(const vattn_sequence* sequence, uint64_t id,
                                             vattn_sequence** out);
-/* Keeps the first `tokens` tokens of every layer; layers that have fewer are left alone. FULL only if the
- * sequence has a reservation and cuts blocks that others share. */
+/* Keeps the first `tokens` tokens of every layer; layers that have fewer are left alone. FULL
+ * only if the sequence has a reservation and cuts blocks that others share. */
 VATTN_EXPORT vattn_code vattn_sequence_truncate(vattn_sequence* sequence, int64_t tokens);
 /* Tokens held by one layer. */
 VATTN_EXPORT vattn_code vattn_sequence_length(const vattn_sequence* sequence, int32_t layer,
@@ -381,12 +410,13 @@ typedef struct vattn_append_params {
   /* [num_tokens, kv_heads, head_dim] in the runtime's dtype, post-RoPE, v NULL with shared_kv. */
   const void* k;
   const void* v;
-  /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k], post-RoPE
-   * and unscaled. They calibrate the index (kernels/METHOD.md, "Index"): pass those of all prompt tokens where they
-   * are at hand. Of each call 512, spread evenly over its tokens and heads, are used. */
+  /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k],
+   * post-RoPE and unscaled. They calibrate the index (kernels/METHOD.md, "Index"): pass those of
+   * all prompt tokens where they are at hand. Of each call 512, spread evenly over its tokens
+   * and heads, are used. */
   const void* q;
-  /* Strides in elements; 0: contiguous as above; VATTN_STRIDE_ZERO: 0, every token or head reads the same row, as
-   * of a broadcast array. The head dimension itself is contiguous. */
+  /* Strides in elements; 0: contiguous as above; VATTN_STRIDE_ZERO: 0, every token or head reads
+   * the same row, as of a broadcast array. The head dimension itself is contiguous. */
   int64_t k_token_stride, k_head_stride;
   int64_t v_token_stride, v_head_stride;
   int64_t q_token_stride, q_head_stride;
@@ -394,10 +424,10 @@ typedef struct vattn_append_params {
 
 VATTN_EXPORT void vattn_append_params_init(vattn_append_params* params, size_t struct_size);
 
-/* Adds prompt tokens to one layer, in chunks of any size. Blocks until copied. On CUDA k and v, and q
- * apart from them, may be device memory; what writes it must have ended.
- * FULL, or OUT_OF_MEMORY where the device has no room for the codes of its tokens: nothing was added
- * and the sequence goes on as before. */
+/* Adds prompt tokens to one layer, in chunks of any size. Blocks until copied. On CUDA k and v,
+ * and q apart from them, may be device memory; what writes it must have ended. FULL, or
+ * OUT_OF_MEMORY where the device has no room for the codes of its tokens: nothing was added and
+ * the sequence goes on as before. */
 VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* params);
 
 /* Codes every token that has left the window, fixing the index of layers that have none yet. The
@@ -405,31 +435,36 @@ VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_appen
 VATTN_EXPORT vattn_code vattn_sequence_build_index(vattn_sequence* sequence);
 
 /* Writes rows, codes and tables to a file that appears whole or not at all (temporary name,
- * fdatasync, rename, fsync of the directory), with checksums of all of it. An older file is replaced, its mode kept;
- * a link is followed; a path to a device, pipe, socket or directory is INVALID_ARGUMENT. A process that is killed
- * leaves nothing, but on file systems without O_TMPFILE a ".vattn-*.tmp". IO_ERROR leaves the sequence and any
- * older file as they were; if only the last fsync failed, the new file is in place (the text says so). */
+ * fdatasync, rename, fsync of the directory), with checksums of all of it. An older file is
+ * replaced, its mode kept; a link is followed; a path to a device, pipe, socket or directory is
+ * INVALID_ARGUMENT. A process that is killed leaves nothing, but on file systems without
+ * O_TMPFILE a ".vattn-*.tmp". IO_ERROR leaves the sequence and any older file as they were; if
+ * only the last fsync failed, the new file is in place (the text says so). */
 VATTN_EXPORT vattn_code vattn_sequence_save(const vattn_sequence* sequence, const char* path);
 /* Reads a saved sequence back: attention on it is bit-identical. NOT_FOUND: no such file.
  * DATA_LOSS: truncated, changed, or of another layout; nothing is created. FULL as create. */
 VATTN_EXPORT vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path,
                                                vattn_sequence** out);
-/* The same for a tenant and with a reservation, all or nothing; options.id 0: the saved one. options may be NULL. */
+/* The same for a tenant and with a reservation, all or nothing; options.id 0: the saved one.
+   options may be NULL. */
 VATTN_EXPORT vattn_code vattn_sequence_restore_as(vattn_runtime* runtime, const char* path,
-                                                  const vattn_sequence_options* options, vattn_sequence** out);
-/* Saves, then frees the host blocks; the sequence stays known, and any use of it but vattn_sequence_length wakes it
- * first, from the file that path named then (the current directory may change), and from no other that was put in
- * its place (DATA_LOSS). Refused while it sits in a batch. Errors as save. */
+                                                  const vattn_sequence_options* options,
+                                                  vattn_sequence** out);
+/* Saves, then frees the host blocks; the sequence stays known, and any use of it but
+ * vattn_sequence_length wakes it first, from the file that path named then (the current
+ * directory may change), and from no other that was put in its place (DATA_LOSS). Refused while
+ * it sits in a batch. Errors as save. */
 VATTN_EXPORT vattn_code vattn_sequence_hibernate(vattn_sequence* sequence, const char* path);
-/* Brings a hibernated sequence back from its file, which is left in place (that of a spilled one is
- * removed). Errors as restore, after which it is still hibernated; a call that would have woken it answers
- * the same. No-op on a sequence that is awake. */
+/* Brings a hibernated sequence back from its file, which is left in place (that of a spilled one
+ * is removed). Errors as restore, after which it is still hibernated; a call that would have
+ * woken it answers the same. No-op on a sequence that is awake. */
 VATTN_EXPORT vattn_code vattn_sequence_wake(vattn_sequence* sequence);
 
 /* ---- Stored prefixes ------------------------------------------------------------------------ */
 
-/* What a stored prefix is found by. Only calls with the same salt find it: let the salt name the model with
- * its weights and position encoding, and the tenant. It is kept with the prefix, also in its file. */
+/* What a stored prefix is found by. Only calls with the same salt find it: let the salt name the
+ * model with its weights and position encoding, and the tenant. It is kept with the prefix, also
+ * in its file. */
 typedef struct vattn_prefix {
   size_t struct_size;
   const void* salt;
@@ -445,52 +480,57 @@ typedef struct vattn_prefix {
 
 VATTN_EXPORT void vattn_prefix_init(vattn_prefix* prefix, size_t struct_size);
 
-/* Stores the first num_tokens tokens of a sequence, whose ids the caller vouches for. Nothing is done if that
- * prefix is there already. INVALID_ARGUMENT if a layer has fewer tokens, or tier is disk without disk_path.
- * Disk: FULL if disk_bytes has no room; IO_ERROR.
- * Memory: the sequence's blocks are shared, and stay in the host pool when it is gone, counted for its tenant.
- * Fewer than 256 tokens are not kept, nor is a prefix of a kept one, which serves for both. Builds the index first
- * (vattn_sequence_build_index), so that codes are shared too. FULL as that call, and if the sequence has a
- * reservation. When the pool or the tenant's quota is full, kept prefixes go, the tenant's own first, those unused
- * for longest first, before anything is spilled or FULL; at the quota only those of the tenant's blocks. */
-VATTN_EXPORT vattn_code vattn_prefix_save(const vattn_sequence* sequence, const vattn_prefix* prefix);
-/* A new sequence (id as in vattn_sequence_options) that begins with as many of the given tokens as one stored
- * prefix has in common with them, 256 at least: *tokens. Ids are compared, not only their digests. The rows
- * are those that were saved; index and codes are, too. From memory it shares the blocks: nothing is read or
- * copied; the disk is asked where it has at least 256 tokens more. To keep the last token for a step, pass one less.
- * NOT_FOUND: no stored prefix serves; one that fails its check or cannot be read is logged, counted and
- * passed over. FULL as create. *out is NULL and *tokens 0 after a failure. */
-VATTN_EXPORT vattn_code vattn_prefix_restore(vattn_runtime* runtime, const vattn_prefix* prefix, uint64_t id,
-                                             int64_t* tokens, vattn_sequence** out);
-/* Removes all prefixes stored under a salt, in memory and on the disk; *prefixes, unless NULL, says how many.
- * IO_ERROR: those removed so far are gone. */
-VATTN_EXPORT vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* salt, uint64_t salt_bytes,
-                                            int64_t* prefixes);
+/* Stores the first num_tokens tokens of a sequence, whose ids the caller vouches for. Nothing is
+ * done if that prefix is there already. INVALID_ARGUMENT if a layer has fewer tokens, or tier is
+ * disk without disk_path. Disk: FULL if disk_bytes has no room; IO_ERROR. Memory: the sequence's
+ * blocks are shared, and stay in the host pool when it is gone, counted for its tenant. Fewer
+ * than 256 tokens are not kept, nor is a prefix of a kept one, which serves for both. Builds the
+ * index first (vattn_sequence_build_index), so that codes are shared too. FULL as that call, and
+ * if the sequence has a reservation. When the pool or the tenant's quota is full, kept prefixes
+ * go, the tenant's own first, those unused for longest first, before anything is spilled or
+ * FULL; at the quota only those of the tenant's blocks. */
+VATTN_EXPORT vattn_code vattn_prefix_save(const vattn_sequence* sequence,
+                                          const vattn_prefix* prefix);
+/* A new sequence (id as in vattn_sequence_options) that begins with as many of the given tokens
+ * as one stored prefix has in common with them, 256 at least: *tokens. Ids are compared, not
+ * only their digests. The rows are those that were saved; index and codes are, too. From memory
+ * it shares the blocks: nothing is read or copied; the disk is asked where it has at least 256
+ * tokens more. To keep the last token for a step, pass one less. NOT_FOUND: no stored prefix
+ * serves; one that fails its check or cannot be read is logged, counted and passed over. FULL as
+ * create. *out is NULL and *tokens 0 after a failure. */
+VATTN_EXPORT vattn_code vattn_prefix_restore(vattn_runtime* runtime, const vattn_prefix* prefix,
+                                             uint64_t id, int64_t* tokens, vattn_sequence** out);
+/* Removes all prefixes stored under a salt, in memory and on the disk; *prefixes, unless NULL,
+ * says how many. IO_ERROR: those removed so far are gone. */
+VATTN_EXPORT vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* salt,
+                                            uint64_t salt_bytes, int64_t* prefixes);
 
 /* ---- Tenants -------------------------------------------------------------------------------- */
 
-/* A limit of a tenant's own in place of vattn_options.tenant_bytes: most bytes of the host pool that it may use
- * and reserve, rounded down to whole blocks; 0: tenant_bytes again. Takes no block away: a tenant above its limit
- * is FULL until it is below. The limits of all tenants may add up to more than the pool. INVALID_ARGUMENT if
- * tenant is 0. */
-VATTN_EXPORT vattn_code vattn_tenant_limit(vattn_runtime* runtime, uint64_t tenant, uint64_t host_bytes);
+/* A limit of a tenant's own in place of vattn_options.tenant_bytes: most bytes of the host pool
+ * that it may use and reserve, rounded down to whole blocks; 0: tenant_bytes again. Takes no
+ * block away: a tenant above its limit is FULL until it is below. The limits of all tenants may
+ * add up to more than the pool. INVALID_ARGUMENT if tenant is 0. */
+VATTN_EXPORT vattn_code vattn_tenant_limit(vattn_runtime* runtime, uint64_t tenant,
+                                           uint64_t host_bytes);
 
 typedef struct vattn_tenant_use {
   size_t struct_size;
-  uint64_t host_bytes_limit;    /* 0: none */
-  uint64_t host_bytes_used;     /* in blocks that its sequences took or have reserved; over all tenants, 0
+  uint64_t host_bytes_limit; /* 0: none */
+  uint64_t
+      host_bytes_used; /* in blocks that its sequences took or have reserved; over all tenants, 0
                                  * included, vattn_stats.host_bytes_used */
   uint64_t host_bytes_reserved; /* of them, reserved and not yet in use */
   uint64_t sequences;           /* alive */
-  /* Calls answered FULL, and of them those for its quota, as long as the tenant is known: it has a limit of its
-   * own, a sequence, a kept prefix or a block. */
+  /* Calls answered FULL, and of them those for its quota, as long as the tenant is known: it has
+   * a limit of its own, a sequence, a kept prefix or a block. */
   uint64_t full_refusals;
   uint64_t quota_refusals;
 } vattn_tenant_use;
 
 /* What a tenant holds now; a tenant never heard of holds nothing. */
-VATTN_EXPORT vattn_code vattn_tenant_stats(const vattn_runtime* runtime, uint64_t tenant, vattn_tenant_use* use,
-                                           size_t struct_size);
+VATTN_EXPORT vattn_code vattn_tenant_stats(const vattn_runtime* runtime, uint64_t tenant,
+                                           vattn_tenant_use* use, size_t struct_size);
 
 /* ---- Decode steps --------------------------------------------------------------------------- */
 
@@ -498,34 +538,37 @@ VATTN_EXPORT vattn_code vattn_tenant_stats(const vattn_runtime* runtime, uint64_
 VATTN_EXPORT vattn_code vattn_batch_create(vattn_runtime* runtime, int32_t slots,
                                            vattn_batch** out);
 VATTN_EXPORT void vattn_batch_destroy(vattn_batch* batch);
-/* Puts a sequence into a slot (its former one is taken out). A sequence sits in one slot at most. */
+/* Puts a sequence into a slot (its former one is taken out). A sequence sits in one slot at
+   most. */
 VATTN_EXPORT vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_sequence* sequence);
 VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
 
-/* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence, copies
- * shared tails, codes what has left the window. Every layer must have been attended in the step
- * before, or that step given up (vattn_batch_abandon). FULL, or OUT_OF_MEMORY of the host or the device: nothing changed, no step is open, and the
- * sequences stay usable.
- * On CUDA the step's tables are enqueued on stream; the calls of the step must follow in its order, on
- * it or on streams that wait for it. NULL: a stream of the library, also for calls without one. With
- * another stream than that of the batch's last step, or of the last step of one of its sequences, the
- * call waits for the device first. The new tokens count from here on. A CUDA graph that holds calls of
- * one step answers any later step when it is launched after that step's begin, with the same arrays:
- * lengths, tables and new blocks are read on the device. */
+/* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence,
+ * copies shared tails, codes what has left the window. Every layer must have been attended in
+ * the step before, or that step given up (vattn_batch_abandon). FULL, or OUT_OF_MEMORY of the
+ * host or the device: nothing changed, no step is open, and the sequences stay usable. On CUDA
+ * the step's tables are enqueued on stream; the calls of the step must follow in its order, on
+ * it or on streams that wait for it. NULL: a stream of the library, also for calls without one.
+ * With another stream than that of the batch's last step, or of the last step of one of its
+ * sequences, the call waits for the device first. The new tokens count from here on. A CUDA
+ * graph that holds calls of one step answers any later step when it is launched after that
+ * step's begin, with the same arrays: lengths, tables and new blocks are read on the device. */
 VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens,
                                                struct CUstream_st* stream);
 
-/* Gives the open step up, as after an error or an interrupt between two layers: whatever its layers did, each
- * sequence has the tokens, random numbers and, on the CPU, the controller state again that it had before
- * vattn_batch_begin_step, so that the same step answers the same when it is begun anew. What stays: an index that
- * the step fixed, codes that it made (both are of tokens from before), the hot set and the counters. On CUDA it
- * waits for the device, the controller state (which decides how many rows are read, not what is promised) is that
- * of the layers attended, and a graph that is launched before the next begin answers nothing. A step is open from
- * its begin until the next one, or until a call changes one of its sequences; all layers may have been attended.
- * No-op without an open step. A step left half attended in any other way (vattn_batch_clear, destroy of the sequence or the batch) is
- * given up for the sequences that leave; append, truncate, build_index, fork, save and vattn_prefix_save of a
- * sequence in the middle of a step, and vattn_batch_set and vattn_batch_begin_step, are INVALID_ARGUMENT. (On CUDA
- * none of that is checked: a replayed graph attends without a call.) */
+/* Gives the open step up, as after an error or an interrupt between two layers: whatever its
+ * layers did, each sequence has the tokens, random numbers and, on the CPU, the controller state
+ * again that it had before vattn_batch_begin_step, so that the same step answers the same when
+ * it is begun anew. What stays: an index that the step fixed, codes that it made (both are of
+ * tokens from before), the hot set and the counters. On CUDA it waits for the device, the
+ * controller state (which decides how many rows are read, not what is promised) is that of the
+ * layers attended, and a graph that is launched before the next begin answers nothing. A step is
+ * open from its begin until the next one, or until a call changes one of its sequences; all
+ * layers may have been attended. No-op without an open step. A step left half attended in any
+ * other way (vattn_batch_clear, destroy of the sequence or the batch) is given up for the
+ * sequences that leave; append, truncate, build_index, fork, save and vattn_prefix_save of a
+ * sequence in the middle of a step, and vattn_batch_set and vattn_batch_begin_step, are
+ * INVALID_ARGUMENT. (On CUDA none of that is checked: a replayed graph attends without a call.) */
 VATTN_EXPORT vattn_code vattn_batch_abandon(vattn_batch* batch);
 
 typedef struct vattn_attend_params {
@@ -540,24 +583,27 @@ typedef struct vattn_attend_params {
   void* out;          /* [slots, num_tokens, q_heads, head_dim_v] in out_dtype */
   float* lse;         /* [slots, num_tokens, q_heads] ln(sum exp(s)); may be NULL */
   /* Report, each may be NULL. Rows of empty slots are not written. */
-  int32_t* verdict;   /* [slots, num_tokens, q_heads] vattn_verdict */
-  float* error;       /* [slots, num_tokens, q_heads] bound on the relative error; 0 when exact */
-  int32_t* selected;  /* [slots, num_tokens, kv_heads] middle rows read */
-  int32_t* fetched;   /* [slots, num_tokens, kv_heads] of them not in the hot set */
-  int32_t* looks;     /* [slots, num_tokens, kv_heads] draws made */
-  int64_t* middle;    /* [slots, num_tokens, kv_heads] tokens in the middle */
+  int32_t* verdict;  /* [slots, num_tokens, q_heads] vattn_verdict */
+  float* error;      /* [slots, num_tokens, q_heads] bound on the relative error; 0 when exact */
+  int32_t* selected; /* [slots, num_tokens, kv_heads] middle rows read */
+  int32_t* fetched;  /* [slots, num_tokens, kv_heads] of them not in the hot set */
+  int32_t* looks;    /* [slots, num_tokens, kv_heads] draws made */
+  int64_t* middle;   /* [slots, num_tokens, kv_heads] tokens in the middle */
   /* [VATTN_TIMELINE_MARKS] nanoseconds of the device's clock when stages ended for the first filled
    * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
    * written; stages that a policy does not have are not written either. */
   uint64_t* timeline;
-  /* With VATTN_INDEX_EXTERNAL, which needs it but for policy dense; else NULL. Predicted scores of the tokens, in units of
-   * softmax_scale * q.k (their natural logarithm weights a token), [slots, num_tokens, score_heads,
-   * scores_stride]: an engine's own indexer, or a former step's scores. Better ones save rows; any are
-   * valid, but NaN and +infinity leave a head unverified. Read for tokens of the middle only. */
+  /* With VATTN_INDEX_EXTERNAL, which needs it but for policy dense; else NULL. Predicted scores
+   * of the tokens, in units of softmax_scale * q.k (their natural logarithm weights a token),
+   * [slots, num_tokens, score_heads, scores_stride]: an engine's own indexer, or a former step's
+   * scores. Better ones save rows; any are valid, but NaN and +infinity leave a head unverified.
+   * Read for tokens of the middle only. */
   const float* scores;
-  int64_t scores_stride; /* floats from one head's scores to the next one's: at least the end of the middle */
-  int32_t score_heads;   /* num_q_heads, or the layer's KV heads: their groups share them; 0: KV heads */
-  int32_t reserved1;     /* 0 */
+  /* floats from one head's scores to the next one's: at least the end of the middle */
+  int64_t scores_stride;
+  /* num_q_heads, or the layer's KV heads: their groups share them; 0: KV heads */
+  int32_t score_heads;
+  int32_t reserved1; /* 0 */
 } vattn_attend_params;
 
 typedef enum vattn_timeline {
@@ -567,27 +613,30 @@ typedef enum vattn_timeline {
   VATTN_TIMELINE_PLANNED = 3,  /* multipliers found; top-k policies: the last score that counts */
   VATTN_TIMELINE_DRAWN = 4,    /* the first look's, or the best, rows chosen */
   VATTN_TIMELINE_ATTENDED = 5, /* ... fetched and attended */
-  VATTN_TIMELINE_JUDGED = 6,   /* ... and certified; topk-uniform: base sample read, budgets known */
-  VATTN_TIMELINE_DONE = 7,     /* further looks or the sample, output */
+  /* ... and certified; topk-uniform: base sample read, budgets known */
+  VATTN_TIMELINE_JUDGED = 6,
+  VATTN_TIMELINE_DONE = 7, /* further looks or the sample, output */
   VATTN_TIMELINE_MARKS = 8
 } vattn_timeline;
 
 VATTN_EXPORT void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size);
 
-/* Writes the new token's row and attends, for every filled slot. Each layer once per step.
- * On CUDA the arrays are device memory (or pinned host memory), the call enqueues on stream, allocates
- * nothing and waits for nothing, and may be captured into a graph. With q in plain host memory every
- * array is taken to be there; then, and without a stream, the call blocks until they are filled. */
+/* Writes the new token's row and attends, for every filled slot. Each layer once per step. On
+ * CUDA the arrays are device memory (or pinned host memory), the call enqueues on stream,
+ * allocates nothing and waits for nothing, and may be captured into a graph. With q in plain
+ * host memory every array is taken to be there; then, and without a stream, the call blocks
+ * until they are filled. */
 VATTN_EXPORT vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params,
                                      struct CUstream_st* stream);
 
 /* As vattn_attend, over the caller's tokens in place of ours: DSA-like indexers, MLA top-k. */
 typedef struct vattn_selection {
   size_t struct_size;
-  int64_t capacity;          /* entries per (slot, KV head) in the arrays below */
-  int32_t* tokens;           /* [slots, kv_heads, capacity] ascending token numbers */
-  float* log_weights;        /* [slots, kv_heads, capacity] added to the logits: -ln pi; may be NULL */
-  int32_t* counts;           /* [slots, kv_heads] entries in use */
+  int64_t capacity; /* entries per (slot, KV head) in the arrays below */
+  int32_t* tokens;  /* [slots, kv_heads, capacity] ascending token numbers */
+  /* [slots, kv_heads, capacity] added to the logits: -ln pi; may be NULL */
+  float* log_weights;
+  int32_t* counts; /* [slots, kv_heads] entries in use */
 } vattn_selection;
 
 VATTN_EXPORT void vattn_selection_init(vattn_selection* selection, size_t struct_size);
@@ -598,9 +647,9 @@ VATTN_EXPORT vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_at
                                               const vattn_selection* selection,
                                               struct CUstream_st* stream);
 /* For engines with their own attention kernel: fills selection with sinks, window and the first
- * look's draw, log-weights included. Reads no row of the middle but for VATTN_INDEX_EXACT. Of params
- * layer, num_tokens, q, k_new, v_new, selected and middle are used. FULL if capacity is too small:
- * counts then hold the need. */
+ * look's draw, log-weights included. Reads no row of the middle but for VATTN_INDEX_EXACT. Of
+ * params layer, num_tokens, q, k_new, v_new, selected and middle are used. FULL if capacity is
+ * too small: counts then hold the need. */
 VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params,
                                      vattn_selection* selection, struct CUstream_st* stream);
 
@@ -608,40 +657,40 @@ VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_para
 
 typedef struct vattn_stats {
   size_t struct_size;
-  uint64_t host_bytes_limit;   /* host pool */
-  uint64_t host_bytes_used;    /* in blocks that a sequence holds or has reserved */
-  uint64_t table_bytes;        /* block tables, index tables, controller state */
-  uint64_t sequences;          /* alive */
-  uint64_t tokens;             /* over sequences and layers */
-  uint64_t steps;              /* vattn_attend calls x filled slots */
-  uint64_t heads_exact;        /* query heads by verdict */
+  uint64_t host_bytes_limit; /* host pool */
+  uint64_t host_bytes_used;  /* in blocks that a sequence holds or has reserved */
+  uint64_t table_bytes;      /* block tables, index tables, controller state */
+  uint64_t sequences;        /* alive */
+  uint64_t tokens;           /* over sequences and layers */
+  uint64_t steps;            /* vattn_attend calls x filled slots */
+  uint64_t heads_exact;      /* query heads by verdict */
   uint64_t heads_verified;
   uint64_t heads_dense;
   uint64_t heads_best_effort;
-  uint64_t rows_middle;        /* rows that dense attention would have read from the middle */
-  uint64_t rows_selected;      /* rows read */
-  uint64_t rows_fetched;       /* of them not in the hot set */
+  uint64_t rows_middle;   /* rows that dense attention would have read from the middle */
+  uint64_t rows_selected; /* rows read */
+  uint64_t rows_fetched;  /* of them not in the hot set */
   uint64_t bytes_fetched;
-  uint64_t looks;              /* draws, over KV heads */
-  uint64_t full_refusals;      /* calls answered VATTN_FULL for want of host memory */
-  uint64_t blocks_copied;      /* shared blocks copied on write */
-  uint64_t disk_bytes_used;    /* files in disk_path, written or promised */
-  uint64_t saves;              /* sequence files written: saved, hibernated, spilled, prefixes */
+  uint64_t looks;           /* draws, over KV heads */
+  uint64_t full_refusals;   /* calls answered VATTN_FULL for want of host memory */
+  uint64_t blocks_copied;   /* shared blocks copied on write */
+  uint64_t disk_bytes_used; /* files in disk_path, written or promised */
+  uint64_t saves;           /* sequence files written: saved, hibernated, spilled, prefixes */
   uint64_t bytes_saved;
-  uint64_t restores;           /* sequences read from such files */
-  uint64_t bytes_restored;     /* in their blocks */
+  uint64_t restores;       /* sequences read from such files */
+  uint64_t bytes_restored; /* in their blocks */
   uint64_t spills;
   uint64_t spill_failures;
-  uint64_t files_refused;      /* files to restore that failed their check */
-  uint64_t io_errors;          /* file operations that the system refused */
+  uint64_t files_refused; /* files to restore that failed their check */
+  uint64_t io_errors;     /* file operations that the system refused */
   uint64_t prefixes_stored;
-  uint64_t prefix_evictions;   /* removed for room */
-  uint64_t prefix_hits;        /* calls of vattn_prefix_restore that found one */
-  uint64_t prefix_tokens;      /* tokens that those began with */
-  uint64_t prefix_misses;      /* calls answered NOT_FOUND */
-  uint64_t prefix_damaged;     /* stored prefixes that failed their check and were removed */
-  uint64_t prefix_unread;      /* stored prefixes that the system could not read when wanted */
-  uint64_t prefix_unlike;      /* digests that led to other tokens */
+  uint64_t prefix_evictions; /* removed for room */
+  uint64_t prefix_hits;      /* calls of vattn_prefix_restore that found one */
+  uint64_t prefix_tokens;    /* tokens that those began with */
+  uint64_t prefix_misses;    /* calls answered NOT_FOUND */
+  uint64_t prefix_damaged;   /* stored prefixes that failed their check and were removed */
+  uint64_t prefix_unread;    /* stored prefixes that the system could not read when wanted */
+  uint64_t prefix_unlike;    /* digests that led to other tokens */
   /* On CUDA, of what grows with the tokens held: addresses set aside for codes and hot set tables
    * of the whole host pool, device memory taken for them so far, how often more was taken, and how
    * long that took. */
@@ -650,21 +699,25 @@ typedef struct vattn_stats {
   uint64_t device_growths;
   uint64_t device_growth_ns;
   uint64_t host_bytes_reserved; /* of host_bytes_used: reserved and not yet in use */
-  uint64_t quota_refusals;     /* of full_refusals: for a tenant's quota */
-  uint64_t kept_prefixes;      /* in the host pool now */
-  uint64_t prefixes_kept;      /* put there */
-  uint64_t kept_evictions;     /* let go for room */
-  uint64_t kept_hits;          /* of prefix_hits: from the host pool */
-  uint64_t segments_learnt;    /* parts of indices learnt from their tokens, over layers */
-  uint64_t index_floods;       /* of them learnt early, because new tokens were unlike those before */
-  uint64_t segments_recoded;   /* parts whose tokens were coded again by new tables */
-  uint64_t outliers;           /* tokens coded as outliers, each time that they are coded: they are read in every step */
-  uint64_t heads_noisy;        /* of heads_dense and heads_best_effort: codes too coarse for the query */
+  uint64_t quota_refusals;      /* of full_refusals: for a tenant's quota */
+  uint64_t kept_prefixes;       /* in the host pool now */
+  uint64_t prefixes_kept;       /* put there */
+  uint64_t kept_evictions;      /* let go for room */
+  uint64_t kept_hits;           /* of prefix_hits: from the host pool */
+  uint64_t segments_learnt;     /* parts of indices learnt from their tokens, over layers */
+  /* of them learnt early, because new tokens were unlike those before */
+  uint64_t index_floods;
+  uint64_t segments_recoded; /* parts whose tokens were coded again by new tables */
+  /* tokens coded as outliers, each time that they are coded: they are read in every step */
+  uint64_t outliers;
+  /* of heads_dense and heads_best_effort: codes too coarse for the query */
+  uint64_t heads_noisy;
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
                                             size_t struct_size);
-/* The same as Prometheus text, and vattn_tenant_stats of each tenant that is known; buffer, size and needed as in vattn_doctor. */
+/* The same as Prometheus text, and vattn_tenant_stats of each tenant that is known; buffer, size
+   and needed as in vattn_doctor. */
 VATTN_EXPORT vattn_code vattn_stats_prometheus(const vattn_runtime* runtime, char* buffer,
                                                size_t size, size_t* needed);
 

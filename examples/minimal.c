@@ -21,8 +21,9 @@ static void FillRandom(float* values, int count, float scale) {
 }
 
 int main(void) {
-  const char* options = "{\"num_q_heads\": 8, \"num_kv_heads\": 2, \"head_dim_k\": 64,"
-                        " \"head_dim_v\": 64, \"dtype\": \"f32\"}";
+  const char* options =
+      "{\"num_q_heads\": 8, \"num_kv_heads\": 2, \"head_dim_k\": 64,"
+      " \"head_dim_v\": 64, \"dtype\": \"f32\"}";
   vattn_runtime* runtime;
   Check(vattn_runtime_create_json(options, &runtime));
   vattn_sequence* sequence;

@@ -82,8 +82,8 @@ struct CodeLayout {
 // (recorded attention lies near it) and Gaussian quantisation noise of each precision.
 CodeLayout MakeCodeLayout(int bytes, int dim);
 
-// The layout of any kind. bytes: per token of kBalanced and kSign; of kClusters a token's share in the
-// centroids (fp32) when a sequence has 16,384 tokens; the others' sizes follow from dim.
+// The layout of any kind. bytes: per token of kBalanced and kSign; of kClusters a token's share in
+// the centroids (fp32) when a sequence has 16,384 tokens; the others' sizes follow from dim.
 CodeLayout MakeIndexLayout(IndexKind kind, int bytes, int dim);
 
 // Bytes of value code per token: dim elements of 2 or 4 bits in whole chunks; 0 bits: none.

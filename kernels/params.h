@@ -24,8 +24,8 @@ enum class Target : int32_t { kSdpa = 0, kNumerator = 1, kDenominator = 2 };
 enum class Verdict : int32_t { kExact = 0, kVerified = 1, kDense = 2, kBestEffort = 3 };
 
 constexpr int kMaxLooks = 8;
-constexpr int kMaxGroup = 1024;      // query heads per KV head
-constexpr int kQuantileBins = 256;   // of the table over mean squared cosine = 1 / effective rank
+constexpr int kMaxGroup = 1024;     // query heads per KV head
+constexpr int kQuantileBins = 256;  // of the table over mean squared cosine = 1 / effective rank
 
 // What a runtime promises and how it samples; the same for all its calls.
 struct Promise {
@@ -61,25 +61,28 @@ struct Storage {
   float scale = 1;               // of q.k
 };
 
-// The frozen index of one (sequence, layer, KV head) (METHOD.md, "Index"). Code dimension j of a key k is
-// clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q) * level.
-// kBalanced writes a key as center + sum over dim_k directions of a coordinate times the direction's vector, so
-// that calibration keys have variance 1 in each; the first `dims` coordinates are coded. A token that the codes
-// misrepresent is marked, by a code of all 0, and always read: with r_j the error of coordinate j (of one without
-// code: the coordinate), sum r_j^2 is over residual_limit, or sum weight_j r_j^2, the squared error of its score
-// that the queries known when the index was made let expect, is over noise_limit, or its |v|^2, which no score can
+// The frozen index of one (sequence, layer, KV head) (METHOD.md, "Index"). Code dimension j of a
+// key k is clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q)
+// * level. kBalanced writes a key as center + sum over dim_k directions of a coordinate times the
+// direction's vector, so that calibration keys have variance 1 in each; the first `dims`
+// coordinates are coded. A token that the codes misrepresent is marked, by a code of all 0, and
+// always read: with r_j the error of coordinate j (of one without code: the coordinate), sum r_j^2
+// is over residual_limit, or sum weight_j r_j^2, the squared error of its score that the queries
+// known when the index was made let expect, is over noise_limit, or its |v|^2, which no score can
 // tell, is over value_limit.
 struct IndexTables {
-  const float* center = nullptr;      // [dim_k] mean key
-  const float* encode = nullptr;      // [dim_k][padded_dims]
-  const float* project = nullptr;     // [dims][dim_k]
-  const float* centroids = nullptr;   // [centroids][dim_k] less the center
-  const float* step = nullptr;        // [dims] width of a level in those units; kBalanced, as rest and limits
-  const float* rest = nullptr;        // [dim_k][padded_rest] the other directions, see geometry.h
-  const float* weight = nullptr;      // [dim_k] mean squared part of a query in each direction
-  // With m_j the mean square of r_j over calibration tokens that are not marked: [dims] m_j / step_j^2, and
-  // [dim_k - dims][dim_k] the vectors of the directions without a code, each times sqrt(m_j). The variance of the
-  // score errors of a scaled query over tokens is sum_j level_noise2_j (project_j . q)^2 + sum_j (noise_j . q)^2.
+  const float* center = nullptr;     // [dim_k] mean key
+  const float* encode = nullptr;     // [dim_k][padded_dims]
+  const float* project = nullptr;    // [dims][dim_k]
+  const float* centroids = nullptr;  // [centroids][dim_k] less the center
+  // [dims] width of a level in those units; kBalanced, as rest and limits
+  const float* step = nullptr;
+  const float* rest = nullptr;    // [dim_k][padded_rest] the other directions, see geometry.h
+  const float* weight = nullptr;  // [dim_k] mean squared part of a query in each direction
+  // With m_j the mean square of r_j over calibration tokens that are not marked: [dims] m_j /
+  // step_j^2, and [dim_k - dims][dim_k] the vectors of the directions without a code, each times
+  // sqrt(m_j). The variance of the score errors of a scaled query over tokens is sum_j
+  // level_noise2_j (project_j . q)^2 + sum_j (noise_j . q)^2.
   const float* level_noise2 = nullptr;
   const float* noise = nullptr;
   const float* value_mean = nullptr;  // [dim_v], with value codes
@@ -87,8 +90,8 @@ struct IndexTables {
   float value_residual = 0;           // mean |v - v^|^2
   float value_spread = 0;             // mean |v - mean v|^2 when the index was made
   float value_norm2 = 0;              // mean |v|^2
-  // kSign and kPage: s^ = q . center + slope * raw + intercept * |q|, fitted when the index was made.
-  // raw is |q| (matches - mismatches) / 2, or the page's bound.
+  // kSign and kPage: s^ = q . center + slope * raw + intercept * |q|, fitted when the index was
+  // made. raw is |q| (matches - mismatches) / 2, or the page's bound.
   float slope = 1;
   float intercept = 0;
   float residual_limit = 0;
@@ -96,11 +99,13 @@ struct IndexTables {
   float value_limit = 0;
 };
 
-// A run of blocks whose keys were coded by the same tables. An index grows by segments: keys that come later have
-// another mean, and vary in other directions, than those from which the first tables were made.
+// A run of blocks whose keys were coded by the same tables. An index grows by segments: keys that
+// come later have another mean, and vary in other directions, than those from which the first
+// tables were made.
 constexpr int kMaxSegments = 64;
 struct IndexSegment {
-  int64_t first_block = 0;  // block number in the sequence; the segment ends where the next one begins
+  // Block number in the sequence; the segment ends where the next one begins
+  int64_t first_block = 0;
   IndexTables tables;
 };
 
@@ -127,12 +132,12 @@ struct HeadWork {
   float predicted = 0;  // variance expected of the draw
   float variance = 0;   // variance estimated from the draw: V of METHOD.md, "Certificate"
   float denominator = 0;
-  float unseen = 0;    // with value codes: e^ over the middle less the draw's estimate of it
+  float unseen = 0;       // with value codes: e^ over the middle less the draw's estimate of it
   float fixed_norm2 = 0;  // sum of e |v|^2 over the exact sets
-  float least_ref = 0;  // what the error is relative to, at least: norm_floor rms|v|, or 0
+  float least_ref = 0;    // what the error is relative to, at least: norm_floor rms|v|, or 0
   float ref = 0;
-  float cos2 = 0;      // 1 / effective rank
-  float few = 1;       // sum t^2 / (sum t)^2 over the terms t of the variance
+  float cos2 = 0;  // 1 / effective rank
+  float few = 1;   // sum t^2 / (sum t)^2 over the terms t of the variance
   float z = 0;
   float bound = 0;  // z sqrt(V) / ref
 };
@@ -144,44 +149,44 @@ struct PackedQueries {
   float offset[8];
 };
 
-// Working memory of one group, carved from one range by CarveScratch. n = the group's tokens rounded
-// up to blocks, and one block more. Pages are touched as used.
+// Working memory of one group, carved from one range by CarveScratch. n = the group's tokens
+// rounded up to blocks, and one block more. Pages are touched as used.
 struct Scratch {
-  uint16_t* estimate = nullptr;  // [blocks][G][256] e^ over its block's largest, fp16
-  float* shift = nullptr;        // [blocks][G] ln of that largest
-  float* mass = nullptr;         // [blocks][G] sum of estimate
-  float* score = nullptr;        // [G][n] s^, policies with a ranking only
-  uint32_t* token = nullptr;     // [n] selected tokens
-  float* weight = nullptr;       // [n] their inclusion probability before the cap at 1
+  uint16_t* estimate = nullptr;      // [blocks][G][256] e^ over its block's largest, fp16
+  float* shift = nullptr;            // [blocks][G] ln of that largest
+  float* mass = nullptr;             // [blocks][G] sum of estimate
+  float* score = nullptr;            // [G][n] s^, policies with a ranking only
+  uint32_t* token = nullptr;         // [n] selected tokens
+  float* weight = nullptr;           // [n] their inclusion probability before the cap at 1
   uint32_t* sparse_token = nullptr;  // [n] before compaction
   float* sparse_weight = nullptr;    // [n]
-  float* logit = nullptr;        // [G][n] s of selected
-  float* guess = nullptr;        // [G][n] s^ of selected
-  float* scaled = nullptr;       // [G][n] weights in use
-  float* residual = nullptr;     // [G][n] |e (v - o') - e^ (v^ - o')|^2 / (pi D^2) of the tail
-  float* dot = nullptr;          // [G][n] v . o' of the tail
-  float* value_norm2 = nullptr;  // [n] |v|^2 of selected
-  float* code_norm2 = nullptr;   // [n] |v^|^2 of selected, with value codes
-  float* cross = nullptr;        // [n] v . v^ of selected, with value codes
-  float* code_dot = nullptr;     // [G][n] v^ . o' of the tail, with value codes
-  const uint8_t** row = nullptr; // [n] rows of selected
-  uint32_t* tail = nullptr;      // [n] places in the list of those with pi < 1
-  float* query = nullptr;        // [G][dim_k] scaled
-  PackedQueries* packed = nullptr;  // [segments][packed_stride]
-  int32_t packed_stride = 0;     // G / 8 rounded up
-  float* prepared = nullptr;     // [G][PreparedFloats()], kinds without levels
-  // Of kBalanced, else null: by segment and head [segments][G] the standard deviation of s - s^ that codes lead to,
-  // and the ln e^ from which on a token is always drawn.
+  float* logit = nullptr;            // [G][n] s of selected
+  float* guess = nullptr;            // [G][n] s^ of selected
+  float* scaled = nullptr;           // [G][n] weights in use
+  float* residual = nullptr;         // [G][n] |e (v - o') - e^ (v^ - o')|^2 / (pi D^2) of the tail
+  float* dot = nullptr;              // [G][n] v . o' of the tail
+  float* value_norm2 = nullptr;      // [n] |v|^2 of selected
+  float* code_norm2 = nullptr;       // [n] |v^|^2 of selected, with value codes
+  float* cross = nullptr;            // [n] v . v^ of selected, with value codes
+  float* code_dot = nullptr;         // [G][n] v^ . o' of the tail, with value codes
+  const uint8_t** row = nullptr;     // [n] rows of selected
+  uint32_t* tail = nullptr;          // [n] places in the list of those with pi < 1
+  float* query = nullptr;            // [G][dim_k] scaled
+  PackedQueries* packed = nullptr;   // [segments][packed_stride]
+  int32_t packed_stride = 0;         // G / 8 rounded up
+  float* prepared = nullptr;         // [G][PreparedFloats()], kinds without levels
+  // Of kBalanced, else null: by segment and head [segments][G] the standard deviation of s - s^
+  // that codes lead to, and the ln e^ from which on a token is always drawn.
   float* noise = nullptr;
   float* sure = nullptr;
-  HeadWork* head = nullptr;      // [G]
-  float* tops = nullptr;         // [G][kTopBins] blocks by their largest e^, see kernels/sampling.h
-  float* log_gain = nullptr;     // [G] of Inclusion
-  float* floor = nullptr;        // [G]
-  float* state = nullptr;        // [segments][G][dim_v + 3] softmax states
-  float* sums = nullptr;         // [segments][G + 2] of a planning pass
-  float* work = nullptr;         // [5][G][dim_v + 3]
-  int64_t stride = 0;            // n
+  HeadWork* head = nullptr;   // [G]
+  float* tops = nullptr;      // [G][kTopBins] blocks by their largest e^, see kernels/sampling.h
+  float* log_gain = nullptr;  // [G] of Inclusion
+  float* floor = nullptr;     // [G]
+  float* state = nullptr;     // [segments][G][dim_v + 3] softmax states
+  float* sums = nullptr;      // [segments][G + 2] of a planning pass
+  float* work = nullptr;      // [5][G][dim_v + 3]
+  int64_t stride = 0;         // n
 };
 
 // One (sequence, layer, KV head) in one decode step.
@@ -192,24 +197,26 @@ struct Group {
   int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
   int32_t q_heads = 0;       // G
   int32_t out_dtype = 0;     // DType
-  IndexTables index;         // of the first segment; values are coded with its tables in every segment
-  const IndexSegment* segments = nullptr;  // [num_segments] by first block; none: all is coded with `index`
+  // Of the first segment; values are coded with its tables in every segment
+  IndexTables index;
+  // [num_segments] by first block; none: all is coded with `index`
+  const IndexSegment* segments = nullptr;
   int32_t num_segments = 0;
   HeadState* state = nullptr;  // [G]
   RandomKey key;
   uint64_t step = 0;
-  const void* q = nullptr;     // [G][dim_k] in the row dtype, unscaled
-  void* out = nullptr;         // [G][dim_v]
-  float* lse = nullptr;        // [G] or null
-  Verdict* verdict = nullptr;  // [G]
-  float* error = nullptr;      // [G] bound on the relative error
+  const void* q = nullptr;          // [G][dim_k] in the row dtype, unscaled
+  void* out = nullptr;              // [G][dim_v]
+  float* lse = nullptr;             // [G] or null
+  Verdict* verdict = nullptr;       // [G]
+  float* error = nullptr;           // [G] bound on the relative error
   const float* external = nullptr;  // kExternal: [G] times [tokens] predicted scores,
   int64_t external_stride = 0;      // so far apart; 0: one row for all heads
   // Filled by decode.
-  int64_t selected = 0;    // middle rows read: scratch.token[0..selected), unless all_read
-  bool all_read = false;   // the whole middle was read
+  int64_t selected = 0;   // middle rows read: scratch.token[0..selected), unless all_read
+  bool all_read = false;  // the whole middle was read
   int32_t looks = 0;
-  bool noisy = false;      // codes are too coarse for the queries: nothing was verified
+  bool noisy = false;  // codes are too coarse for the queries: nothing was verified
   Scratch scratch;
 };
 
@@ -248,9 +255,9 @@ struct AttendSelectedParams {
   Storage storage;
   Group* groups = nullptr;  // [num_groups]; scratch.query and scratch.work are used
   int32_t num_groups = 0;
-  const int32_t* tokens = nullptr;      // [num_groups][capacity]
-  const float* log_weights = nullptr;   // [num_groups][capacity] or null
-  const int32_t* counts = nullptr;      // [num_groups]
+  const int32_t* tokens = nullptr;     // [num_groups][capacity]
+  const float* log_weights = nullptr;  // [num_groups][capacity] or null
+  const int32_t* counts = nullptr;     // [num_groups]
   int64_t capacity = 0;
 };
 
@@ -273,14 +280,18 @@ inline const IndexTables& TablesOf(const Group& group, int segment) {
   return group.num_segments > 0 ? group.segments[segment].tables : group.index;
 }
 
-// Floats of a query head in Scratch::prepared. kPage: its positive elements, its negative ones; kPooled:
-// itself, with their offset in Scratch::packed; kClusters: the score of each centroid.
+// Floats of a query head in Scratch::prepared. kPage: its positive elements, its negative ones;
+// kPooled: itself, with their offset in Scratch::packed; kClusters: the score of each centroid.
 inline int PreparedFloats(const Storage& s) {
   switch (s.code.kind) {
-    case IndexKind::kPage: return 2 * s.row.dim_k;
-    case IndexKind::kPooled: return s.row.dim_k;
-    case IndexKind::kClusters: return s.code.centroids;
-    default: return 0;
+    case IndexKind::kPage:
+      return 2 * s.row.dim_k;
+    case IndexKind::kPooled:
+      return s.row.dim_k;
+    case IndexKind::kClusters:
+      return s.code.centroids;
+    default:
+      return 0;
   }
 }
 

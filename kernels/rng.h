@@ -43,8 +43,8 @@ struct RandomKey {
 
 VATTN_HD inline RandomKey MakeRandomKey(uint64_t seed, uint64_t sequence, uint32_t layer,
                                         uint32_t kv_head) {
-  const Philox4 mixed = Philox({{static_cast<uint32_t>(sequence), static_cast<uint32_t>(sequence >> 32),
-                                 0x76617474u, 0x6e000000u}},
+  const Philox4 mixed = Philox({{static_cast<uint32_t>(sequence),
+                                 static_cast<uint32_t>(sequence >> 32), 0x76617474u, 0x6e000000u}},
                                static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return {mixed.word[0], mixed.word[1], layer << 16 | kv_head};
 }
@@ -58,8 +58,8 @@ VATTN_HD inline float UnitFloat(uint32_t bits) {
 // order: lane t & 15 of run t >> 6, word (t >> 4) & 3.
 VATTN_HD inline uint32_t TokenCounter(uint32_t token) { return (token >> 6) * 16 + (token & 15); }
 
-// The renewal number of a counter at a step: it rises by one every `refresh` steps, at a phase of the
-// counter's own, so that 1 / refresh of the numbers are renewed in each step.
+// The renewal number of a counter at a step: it rises by one every `refresh` steps, at a phase of
+// the counter's own, so that 1 / refresh of the numbers are renewed in each step.
 VATTN_HD inline uint32_t Epoch(uint32_t counter, uint64_t step, uint32_t refresh) {
   const uint32_t phase =
       static_cast<uint32_t>((uint64_t{counter * 0x9E3779B1u} * refresh) >> 32);  // [0, refresh)

@@ -34,7 +34,8 @@ std::pair<int64_t, int64_t> BlockBitmap::FreeRun(int64_t from, int64_t most) con
 }
 
 int64_t BlockBitmap::FindRun(int64_t count) const {
-  for (auto [first, end] = FreeRun(lowest_, count); first < end; std::tie(first, end) = FreeRun(end, count)) {
+  for (auto [first, end] = FreeRun(lowest_, count); first < end;
+       std::tie(first, end) = FreeRun(end, count)) {
     if (end - first == count) return first;
   }
   return lowest_;

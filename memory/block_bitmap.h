@@ -1,5 +1,5 @@
-// Which of n equal blocks are taken: the lowest first, runs preferred, so that memory which follows the blocks
-// page by page (the host pool's own, codes on a device) stays near what is in use.
+// Which of n equal blocks are taken: the lowest first, runs preferred, so that memory which follows
+// the blocks page by page (the host pool's own, codes on a device) stays near what is in use.
 #ifndef VATTN_MEMORY_BLOCK_BITMAP_H_
 #define VATTN_MEMORY_BLOCK_BITMAP_H_
 
@@ -10,8 +10,8 @@
 
 namespace vattn {
 
-// Not thread-safe. A Take looks at every bit behind the lowest free block at worst (no run is long enough), at a
-// few as a rule.
+// Not thread-safe. A Take looks at every bit behind the lowest free block at worst (no run is long
+// enough), at a few as a rule.
 class BlockBitmap {
  public:
   explicit BlockBitmap(int64_t num_blocks);
@@ -44,15 +44,16 @@ class BlockBitmap {
   // True if a block of [first, end) is taken.
   bool AnyTaken(int64_t first, int64_t end) const { return Find(true, first, end) < end; }
 
-  // The first run [first, end) of free blocks at or after `from`, cut where it has `most` blocks; first == end if
-  // none.
+  // The first run [first, end) of free blocks at or after `from`, cut where it has `most` blocks;
+  // first == end if none.
   std::pair<int64_t, int64_t> FreeRun(int64_t from, int64_t most) const;
 
   // Bits set, counted one by one.
   int64_t CountTaken() const;
 
  private:
-  // Where the run of `count` free blocks starts that Take should use; the lowest free block if there is none.
+  // Where the run of `count` free blocks starts that Take should use; the lowest free block if
+  // there is none.
   int64_t FindRun(int64_t count) const;
   // Takes free blocks.
   void Mark(int64_t first, int64_t length);

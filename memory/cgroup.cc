@@ -98,15 +98,21 @@ std::vector<Mount> ReadMounts(const std::string& proc) {
   return all;
 }
 
-// The directories of the process's group and those above it, as far as they are mounted; the innermost first.
-std::vector<std::string> GroupDirectories(const std::vector<Membership>& memberships, const std::vector<Mount>& mounts,
+// The directories of the process's group and those above it, as far as they are mounted; the
+// innermost first.
+std::vector<std::string> GroupDirectories(const std::vector<Membership>& memberships,
+                                          const std::vector<Mount>& mounts,
                                           const std::string& controller, const std::string& root) {
   for (const Mount& mount : mounts) {
-    if (controller.empty() ? !mount.controllers.empty() : mount.controllers.count(controller) == 0) continue;
+    if (controller.empty() ? !mount.controllers.empty() : mount.controllers.count(controller) == 0)
+      continue;
     for (const Membership& member : memberships) {
-      if (controller.empty() ? !member.controllers.empty() : member.controllers.count(controller) == 0) continue;
-      // The part of the path below the group that is mounted. A container may see its own group mounted and a
-      // path from the host's root, or from somewhere that it cannot see: then what is mounted is all there is.
+      if (controller.empty() ? !member.controllers.empty()
+                             : member.controllers.count(controller) == 0)
+        continue;
+      // The part of the path below the group that is mounted. A container may see its own group
+      // mounted and a path from the host's root, or from somewhere that it cannot see: then what is
+      // mounted is all there is.
       const std::string above = mount.group == "/" ? "" : mount.group;
       std::string below = member.path;
       if (below.compare(0, above.size(), above) == 0) below.erase(0, above.size());
@@ -146,22 +152,24 @@ CgroupLimits ReadCgroupLimits(const std::string& proc, const std::string& root) 
   };
   for (const std::string& at : GroupDirectories(memberships, mounts, "", root)) {
     const uint64_t most = Number(ReadFile(at + "/memory.max"), UINT64_MAX);
-    const uint64_t high = Number(ReadFile(at + "/memory.high"), UINT64_MAX);  // over it everything is slow
+    // Over it everything is slow
+    const uint64_t high = Number(ReadFile(at + "/memory.high"), UINT64_MAX);
     if (std::min(most, high) != UINT64_MAX) {
-      Limit(std::min(most, high), Number(ReadFile(at + "/memory.current"), 0), cached(ReadFile(at + "/memory.stat"), ""),
-            limits);
+      Limit(std::min(most, high), Number(ReadFile(at + "/memory.current"), 0),
+            cached(ReadFile(at + "/memory.stat"), ""), limits);
     }
     std::istringstream quota(ReadFile(at + "/cpu.max"));  // "max 100000" or "50000 100000"
     std::string microseconds;
     double period = 0;
-    if (quota >> microseconds >> period && microseconds != "max") LimitCpus(std::atof(microseconds.c_str()), period, limits);
+    if (quota >> microseconds >> period && microseconds != "max")
+      LimitCpus(std::atof(microseconds.c_str()), period, limits);
   }
   constexpr uint64_t kNoLimit = uint64_t{1} << 62;  // version 1 says "none" by a number near 2^63
   for (const std::string& at : GroupDirectories(memberships, mounts, "memory", root)) {
     const uint64_t most = Number(ReadFile(at + "/memory.limit_in_bytes"), UINT64_MAX);
     if (most >= kNoLimit) continue;
-    Limit(most, Number(ReadFile(at + "/memory.usage_in_bytes"), 0), cached(ReadFile(at + "/memory.stat"), "total_"),
-          limits);
+    Limit(most, Number(ReadFile(at + "/memory.usage_in_bytes"), 0),
+          cached(ReadFile(at + "/memory.stat"), "total_"), limits);
   }
   for (const std::string& at : GroupDirectories(memberships, mounts, "cpu", root)) {
     LimitCpus(std::atof(ReadFile(at + "/cpu.cfs_quota_us").c_str()),

@@ -8,13 +8,14 @@
 namespace vattn {
 
 struct CgroupLimits {
-  uint64_t memory_bytes = UINT64_MAX;     // the least limit of the group and those above it; UINT64_MAX: none
+  // The least limit of the group and those above it; UINT64_MAX: none
+  uint64_t memory_bytes = UINT64_MAX;
   uint64_t available_bytes = UINT64_MAX;  // the least of limit - use + page cache over them, now
   double cpus = 0;                        // CPU time a second, the least quota over them; 0: none
 };
 
-// Of this process. proc: its directory in /proc; root: what paths in its mountinfo lie under. Both are for tests.
-// What cannot be read counts as no limit.
+// Of this process. proc: its directory in /proc; root: what paths in its mountinfo lie under. Both
+// are for tests. What cannot be read counts as no limit.
 CgroupLimits ReadCgroupLimits(const std::string& proc = "/proc/self", const std::string& root = "");
 
 }  // namespace vattn

@@ -1,5 +1,6 @@
-// A CUDA device as bytes: memory on it, host memory that it can follow, copies. The one place in memory
-// that knows CUDA is device_cuda.cc; a build without CUDA has device_none.cc, where Open says so.
+// A CUDA device as bytes: memory on it, host memory that it can follow, copies. The one place in
+// memory that knows CUDA is device_cuda.cc; a build without CUDA has device_none.cc, where Open
+// says so.
 #ifndef VATTN_MEMORY_DEVICE_H_
 #define VATTN_MEMORY_DEVICE_H_
 
@@ -73,8 +74,8 @@ class DeviceEvent {
   void* handle_ = nullptr;
 };
 
-// Thread-safe. After an error that the device does not recover from (a failed kernel, a lost device)
-// every call answers DEVICE_LOST; memory may still be freed.
+// Thread-safe. After an error that the device does not recover from (a failed kernel, a lost
+// device) every call answers DEVICE_LOST; memory may still be freed.
 class Device {
  public:
   // NOT_SUPPORTED without CUDA in this build, a driver, or such a device.

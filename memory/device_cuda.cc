@@ -9,7 +9,8 @@
 namespace vattn {
 namespace {
 
-constexpr uint64_t kRegisterChunk = uint64_t{8} << 30;  // drivers refuse very large single registrations
+// Drivers refuse very large single registrations
+constexpr uint64_t kRegisterChunk = uint64_t{8} << 30;
 
 // Errors after which nothing works on the device until the process ends.
 bool IsFinal(cudaError_t error) {
@@ -98,7 +99,8 @@ void DeviceMemory::Free() {
   size_ = 0;
 }
 
-DeviceEvent::DeviceEvent(DeviceEvent&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+DeviceEvent::DeviceEvent(DeviceEvent&& other) noexcept
+    : handle_(std::exchange(other.handle_, nullptr)) {}
 
 DeviceEvent& DeviceEvent::operator=(DeviceEvent&& other) noexcept {
   std::swap(handle_, other.handle_);
@@ -123,11 +125,13 @@ absl::StatusOr<std::unique_ptr<Device>> Device::Open(int ordinal) {
   VATTN_RETURN_IF_ERROR(device->Activate());
   device->facts_ = ReadFacts(ordinal);
   if (device->facts_.compute_major < 8) {
-    return NotSupportedError("device ", ordinal, " (", device->facts_.name, ") has compute capability ",
-                             device->facts_.compute_major, ".", device->facts_.compute_minor, ", must have 8.0 or more");
+    return NotSupportedError("device ", ordinal, " (", device->facts_.name,
+                             ") has compute capability ", device->facts_.compute_major, ".",
+                             device->facts_.compute_minor, ", must have 8.0 or more");
   }
   cudaStream_t stream;
-  VATTN_RETURN_IF_ERROR(device->Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream"));
+  VATTN_RETURN_IF_ERROR(device->Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+                                      "creating a stream"));
   device->stream_ = stream;
   return device;
 }
@@ -140,7 +144,9 @@ Device::~Device() {
 }
 
 absl::Status Device::Activate() {
-  if (lost()) return DeviceLostError("device ", ordinal_, " failed earlier; sequences can be saved, nothing else");
+  if (lost())
+    return DeviceLostError("device ", ordinal_,
+                           " failed earlier; sequences can be saved, nothing else");
   return Check(cudaSetDevice(ordinal_), "choosing the device");
 }
 
@@ -149,15 +155,18 @@ absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes) {
   std::byte* mapped = nullptr;
   for (uint64_t at = 0; at < bytes; at += kRegisterChunk) {
     const uint64_t size = std::min(kRegisterChunk, bytes - at);
-    const cudaError_t error = cudaHostRegister(base + at, size, cudaHostRegisterMapped | cudaHostRegisterPortable);
+    const cudaError_t error =
+        cudaHostRegister(base + at, size, cudaHostRegisterMapped | cudaHostRegisterPortable);
     if (error == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      return OutOfMemoryError("host_bytes is ", bytes, ", and the system would pin only ", at, " bytes of them");
+      return OutOfMemoryError("host_bytes is ", bytes, ", and the system would pin only ", at,
+                              " bytes of them");
     }
     VATTN_RETURN_IF_ERROR(Check(error, "pinning the host pool"));
     registered_.push_back(base + at);
     void* device = nullptr;
-    VATTN_RETURN_IF_ERROR(Check(cudaHostGetDevicePointer(&device, base + at, 0), "mapping the host pool"));
+    VATTN_RETURN_IF_ERROR(
+        Check(cudaHostGetDevicePointer(&device, base + at, 0), "mapping the host pool"));
     if (at == 0) mapped = static_cast<std::byte*>(device);
     if (static_cast<std::byte*>(device) != mapped + at) {
       return NotSupportedError("device ", ordinal_, " does not map host memory in one piece");
@@ -174,7 +183,8 @@ absl::StatusOr<DeviceMemory> Device::Allocate(uint64_t bytes) {
     cudaGetLastError();
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    return OutOfMemoryError("device ", ordinal_, " has no ", bytes, " bytes left: ", free, " of ", total, " are free");
+    return OutOfMemoryError("device ", ordinal_, " has no ", bytes, " bytes left: ", free, " of ",
+                            total, " are free");
   }
   VATTN_RETURN_IF_ERROR(Check(error, "allocating device memory"));
   return DeviceMemory(static_cast<std::byte*>(data), bytes, ordinal_, false);
@@ -183,7 +193,8 @@ absl::StatusOr<DeviceMemory> Device::Allocate(uint64_t bytes) {
 absl::StatusOr<DeviceMemory> Device::AllocatePinned(uint64_t bytes) {
   VATTN_RETURN_IF_ERROR(Activate());
   void* data = nullptr;
-  const cudaError_t error = cudaHostAlloc(&data, std::max<uint64_t>(bytes, 256), cudaHostAllocPortable);
+  const cudaError_t error =
+      cudaHostAlloc(&data, std::max<uint64_t>(bytes, 256), cudaHostAllocPortable);
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     return OutOfMemoryError("the system has no ", bytes, " bytes of pinned memory left");
@@ -194,34 +205,42 @@ absl::StatusOr<DeviceMemory> Device::AllocatePinned(uint64_t bytes) {
 
 absl::Status Device::Copy(void* to, const void* from, uint64_t bytes, DeviceStream stream) {
   if (bytes == 0) return absl::OkStatus();
-  return Check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)), "copying");
+  return Check(
+      cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
+      "copying");
 }
 
 absl::Status Device::Fill(void* to, int byte, uint64_t bytes, DeviceStream stream) {
   if (bytes == 0) return absl::OkStatus();
-  return Check(cudaMemsetAsync(to, byte, bytes, static_cast<cudaStream_t>(stream)), "filling memory");
+  return Check(cudaMemsetAsync(to, byte, bytes, static_cast<cudaStream_t>(stream)),
+               "filling memory");
 }
 
 absl::Status Device::Record(DeviceEvent& event, DeviceStream stream) {
   if (event.handle_ == nullptr) {
     cudaEvent_t made;
-    VATTN_RETURN_IF_ERROR(Check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "creating an event"));
+    VATTN_RETURN_IF_ERROR(
+        Check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "creating an event"));
     event.handle_ = made;
   }
-  return Check(cudaEventRecord(static_cast<cudaEvent_t>(event.handle_), static_cast<cudaStream_t>(stream)),
-               "recording an event");
+  return Check(
+      cudaEventRecord(static_cast<cudaEvent_t>(event.handle_), static_cast<cudaStream_t>(stream)),
+      "recording an event");
 }
 
 absl::Status Device::Wait(const DeviceEvent& event) {
   if (event.handle_ == nullptr) return absl::OkStatus();
-  return Check(cudaEventSynchronize(static_cast<cudaEvent_t>(event.handle_)), "waiting for an event");
+  return Check(cudaEventSynchronize(static_cast<cudaEvent_t>(event.handle_)),
+               "waiting for an event");
 }
 
 absl::Status Device::Synchronize(DeviceStream stream) {
   return Check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "waiting for a stream");
 }
 
-absl::Status Device::SynchronizeAll() { return Check(cudaDeviceSynchronize(), "waiting for the device"); }
+absl::Status Device::SynchronizeAll() {
+  return Check(cudaDeviceSynchronize(), "waiting for the device");
+}
 
 bool Device::CanFollow(const void* pointer) const {
   cudaPointerAttributes attributes;
@@ -238,7 +257,8 @@ absl::Status Device::Check(int error, const char* what) {
   cudaGetLastError();
   if (IsFinal(code)) {
     lost_.store(true, std::memory_order_relaxed);
-    return DeviceLostError("device ", ordinal_, " failed in ", what, ": ", cudaGetErrorString(code));
+    return DeviceLostError("device ", ordinal_, " failed in ", what, ": ",
+                           cudaGetErrorString(code));
   }
   return DeviceError("device ", ordinal_, " failed in ", what, ": ", cudaGetErrorString(code));
 }

@@ -5,7 +5,8 @@
 
 namespace vattn {
 
-absl::StatusOr<std::unique_ptr<DevicePages>> DevicePages::Create(int device, uint64_t keep_bytes, const PageOps& ops) {
+absl::StatusOr<std::unique_ptr<DevicePages>> DevicePages::Create(int device, uint64_t keep_bytes,
+                                                                 const PageOps& ops) {
   const absl::StatusOr<uint64_t> bytes = ops.page_bytes(device);
   if (!bytes.ok()) return bytes.status();
   return std::unique_ptr<DevicePages>(new DevicePages(device, keep_bytes, *bytes, ops));
@@ -78,7 +79,8 @@ absl::StatusOr<std::unique_ptr<DeviceRange>> DeviceRange::Reserve(DevicePages& p
   return std::unique_ptr<DeviceRange>(new DeviceRange(pages, data, size, items, item_bytes));
 }
 
-DeviceRange::DeviceRange(DevicePages& pages, std::byte* data, uint64_t size, int64_t items, uint64_t item_bytes)
+DeviceRange::DeviceRange(DevicePages& pages, std::byte* data, uint64_t size, int64_t items,
+                         uint64_t item_bytes)
     : pages_(pages),
       data_(data),
       size_(size),
@@ -152,7 +154,8 @@ void DeviceRange::Reclaim(int64_t keep, const std::function<bool(int64_t, int64_
   }
 }
 
-bool DeviceRange::IsIdleLocked(size_t page, const std::function<bool(int64_t, int64_t)>& idle) const {
+bool DeviceRange::IsIdleLocked(size_t page,
+                               const std::function<bool(int64_t, int64_t)>& idle) const {
   if (!mapped_[page]) return false;
   const uint64_t begin = page * pages_.page_bytes(), end = begin + pages_.page_bytes();
   const int64_t last = static_cast<int64_t>((end + item_bytes_ - 1) / item_bytes_);
@@ -170,7 +173,8 @@ DeviceRange::Stretches DeviceRange::mapped() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   Stretches stretches;
   for (size_t page = 0; page < mapped_.size(); ++page) {
-    if (mapped_[page]) stretches.emplace_back(page * pages_.page_bytes(), (page + 1) * pages_.page_bytes());
+    if (mapped_[page])
+      stretches.emplace_back(page * pages_.page_bytes(), (page + 1) * pages_.page_bytes());
   }
   return stretches;
 }

@@ -28,12 +28,13 @@ struct FileOps {
   int (*path_stat)(const char* path, struct stat* stat);  // stat
   int (*readlink)(const char* path, std::string* to);
   int (*link)(int fd, const char* path);  // linkat: a name for a file that was opened without one
-  int (*take_access)(int fd, const struct stat& like);  // fchmod, and fchown as far as that is allowed
+  // Fchmod, and fchown as far as that is allowed
+  int (*take_access)(int fd, const struct stat& like);
   int (*close)(int fd);
-  int (*set_direct)(int fd, bool on);  // fcntl: O_DIRECT on or off, O_NONBLOCK off
+  int (*set_direct)(int fd, bool on);     // fcntl: O_DIRECT on or off, O_NONBLOCK off
   int (*fallocate)(int fd, off_t bytes);  // from 0, as the file's size
   int (*ftruncate)(int fd, off_t bytes);
-  int (*flock)(int fd);  // LOCK_EX | LOCK_NB
+  int (*flock)(int fd);   // LOCK_EX | LOCK_NB
   int (*unlock)(int fd);  // flock: LOCK_UN
   int (*mkdir)(const char* path, mode_t mode);
   int (*list)(const char* path, std::vector<std::string>* names);  // opendir, readdir, closedir
@@ -48,7 +49,8 @@ struct FileOps {
 
 extern const FileOps kSystemFileOps;
 
-// Calls over a table that go on after EINTR, a thousand times at most. 0 or errno, but for OpenFile.
+// Calls over a table that go on after EINTR, a thousand times at most. 0 or errno, but for
+// OpenFile.
 
 // The descriptor, or -1 and errno.
 int OpenFile(const FileOps& ops, const char* path, int flags, mode_t mode);

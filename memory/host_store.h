@@ -76,8 +76,8 @@ class HostStore {
   HostStore& operator=(const HostStore&) = delete;
 
   // Hands out `count` free blocks, each with one reference, or none: FULL if there are fewer than
-  // that beside the reserved ones, or the tenant would pass its limit. Ids ascend, by one wherever a
-  // free run is long enough; the lowest that do.
+  // that beside the reserved ones, or the tenant would pass its limit. Ids ascend, by one wherever
+  // a free run is long enough; the lowest that do.
   absl::Status Allocate(int64_t count, BlockId* out /* [count] */,
                         TenantSlot tenant = TenantSlot::kNone);
 

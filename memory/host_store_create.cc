@@ -56,13 +56,15 @@ absl::Status TouchAll(const VirtualRange& range, int num_threads) {
   // Past this the system ends a process instead of refusing.
   const MemoryLimits memory = ReadMemoryLimits();
   if (range.size() > std::min(memory.limit_bytes, memory.available_bytes)) {
-    return OutOfMemoryError("prefault of ", range.size(), " bytes: ", memory.available_bytes, " are available of the ",
-                            memory.limit_bytes, " bytes of memory that ", memory.WhoLimits(), "; lower host_bytes");
+    return OutOfMemoryError("prefault of ", range.size(), " bytes: ", memory.available_bytes,
+                            " are available of the ", memory.limit_bytes, " bytes of memory that ",
+                            memory.WhoLimits(), "; lower host_bytes");
   }
   // Several huge pages to a task: no two threads fault the same one.
   constexpr uint64_t kGrainBytes = uint64_t{16} << 20;
   // oneTBB prints a warning when it is asked for more threads than it gives.
-  const size_t most = tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
+  const size_t most =
+      tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
   tbb::task_arena arena(num_threads == 0 ? tbb::task_arena::automatic
                                          : std::min(num_threads, static_cast<int>(most)));
   arena.execute([&] {
@@ -103,9 +105,8 @@ absl::StatusOr<std::unique_ptr<HostStore>> HostStore::Create(const HostStoreOpti
     return OutOfRangeError("num_threads", options.num_threads, 0, 4096);
   }
 
-  absl::StatusOr<VirtualRange> range =
-      VirtualRange::Reserve(num_blocks * block_bytes,
-                            {.huge_pages = options.huge_pages, .ops = options.memory_ops});
+  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(
+      num_blocks * block_bytes, {.huge_pages = options.huge_pages, .ops = options.memory_ops});
   VATTN_RETURN_IF_ERROR(range.status());
   absl::StatusOr<VirtualRange> states =
       VirtualRange::Reserve(num_blocks * sizeof(BlockState), {.ops = options.memory_ops});

@@ -50,7 +50,9 @@ std::string Bracketed(const char* path) {
   std::string line;
   std::getline(file, line);
   const size_t open = line.find('['), close = line.find(']');
-  return open == std::string::npos || close == std::string::npos ? "" : line.substr(open + 1, close - open - 1);
+  return open == std::string::npos || close == std::string::npos
+             ? ""
+             : line.substr(open + 1, close - open - 1);
 }
 
 bool TryIoUring() {
@@ -92,9 +94,9 @@ MachineFacts ReadMachine() {
   m.memory = ReadMemoryLimits();
   m.huge_pages = Bracketed("/sys/kernel/mm/transparent_hugepage/enabled");
   rlimit limit;
-  m.memlock_bytes = getrlimit(RLIMIT_MEMLOCK, &limit) != 0       ? 0
-                    : limit.rlim_cur == RLIM_INFINITY ? UINT64_MAX
-                                                      : limit.rlim_cur;
+  m.memlock_bytes = getrlimit(RLIMIT_MEMLOCK, &limit) != 0 ? 0
+                    : limit.rlim_cur == RLIM_INFINITY      ? UINT64_MAX
+                                                           : limit.rlim_cur;
   m.io_uring = TryIoUring();
   return m;
 }

@@ -19,8 +19,8 @@ namespace {
 
 constexpr char kLockName[] = ".vattn-lock";
 
-// Descriptors of all locks of the process. A child that is forked closes its copies at once: it would hold the locks
-// on when their owner is gone.
+// Descriptors of all locks of the process. A child that is forked closes its copies at once: it
+// would hold the locks on when their owner is gone.
 class LocksAtFork {
  public:
   static LocksAtFork& Of() {
@@ -53,7 +53,8 @@ class LocksAtFork {
 };
 
 bool LocksNoDirectories(int error) {
-  return error == EBADF || error == EINVAL || error == EISDIR || error == ENOSYS || error == EOPNOTSUPP;
+  return error == EBADF || error == EINVAL || error == EISDIR || error == ENOSYS ||
+         error == EOPNOTSUPP;
 }
 
 }  // namespace
@@ -100,7 +101,8 @@ absl::Status OwnedDirectory::Lock() {
     return UntilNotInterrupted([&] { return ops_.flock(descriptor); }) == 0 ? 0 : errno;
   };
   const auto refused = [&](int error, const std::string& path) {
-    return error == EWOULDBLOCK ? InvalidArgumentError("directory ", path_, " is in use, must be one runtime's alone")
+    return error == EWOULDBLOCK ? InvalidArgumentError("directory ", path_,
+                                                       " is in use, must be one runtime's alone")
                                 : SystemError("flock", path, error);
   };
   locks_[0] = OpenFile(ops_, path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
@@ -117,19 +119,22 @@ absl::Status OwnedDirectory::Lock() {
 
 absl::Status OwnedDirectory::CheckOwned() const {
   if (!IsHere()) {
-    return InvalidArgumentError("directory ", path_, " is of process ", home_.id(), ", from which this one (", getpid(),
-                                ") was forked, must be used by that one alone; make a runtime with a directory of its "
-                                "own after the fork");
+    return InvalidArgumentError(
+        "directory ", path_, " is of process ", home_.id(), ", from which this one (", getpid(),
+        ") was forked, must be used by that one alone; make a runtime with a directory of its "
+        "own after the fork");
   }
   struct stat now = {};
   if (ops_.path_stat(path_.c_str(), &now) != 0) return SystemError("stat", path_, errno);
   if (now.st_dev != opened_.st_dev || now.st_ino != opened_.st_ino) {
-    return IoError(path_, ": is not the directory any more that was opened there: it was moved or replaced");
+    return IoError(
+        path_, ": is not the directory any more that was opened there: it was moved or replaced");
   }
   if (!by_file_) return absl::OkStatus();
   if (ops_.fstat(locks_[1], &now) != 0) return SystemError("fstat", PathOf(kLockName), errno);
   if (now.st_nlink > 0) return absl::OkStatus();
-  return IoError(PathOf(kLockName), ": was removed, so that others may take the directory for theirs");
+  return IoError(PathOf(kLockName),
+                 ": was removed, so that others may take the directory for theirs");
 }
 
 absl::StatusOr<std::vector<std::string>> OwnedDirectory::List() const {

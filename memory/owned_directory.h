@@ -15,13 +15,14 @@
 
 namespace vattn {
 
-// The directory itself is locked, not a file in it, which whoever cleans up old files might remove; only where a file
-// system locks no directories (NFS) it is a file. The lock ends with the process, however it ends, and no process that
-// was forked from it has a part in it. Thread-safe.
+// The directory itself is locked, not a file in it, which whoever cleans up old files might remove;
+// only where a file system locks no directories (NFS) it is a file. The lock ends with the process,
+// however it ends, and no process that was forked from it has a part in it. Thread-safe.
 class OwnedDirectory {
  public:
-  // Makes the directory (mode 0700) if only it is missing, and removes what writers that died left in
-  // it (".vattn-*.tmp"). INVALID_ARGUMENT if it has an owner, in this process or another; IO_ERROR.
+  // Makes the directory (mode 0700) if only it is missing, and removes what writers that died left
+  // in it (".vattn-*.tmp"). INVALID_ARGUMENT if it has an owner, in this process or another;
+  // IO_ERROR.
   static absl::StatusOr<std::unique_ptr<OwnedDirectory>> Open(std::string path, const FileOps& ops);
   ~OwnedDirectory();
 
@@ -31,10 +32,11 @@ class OwnedDirectory {
   // From the root on, links followed: a change of directory or of links leads nowhere else.
   const std::string& path() const { return path_; }
   std::string PathOf(const std::string& name) const { return path_ + "/" + name; }
-  // False in a process that was forked from the owner: nothing there is to be removed or written by it.
+  // False in a process that was forked from the owner: nothing there is to be removed or written by
+  // it.
   bool IsHere() const { return home_.IsHere(); }
-  // Whether files may be written and removed: INVALID_ARGUMENT in a forked process; IO_ERROR where the path leads to
-  // another directory by now, or the lock was taken away.
+  // Whether files may be written and removed: INVALID_ARGUMENT in a forked process; IO_ERROR where
+  // the path leads to another directory by now, or the lock was taken away.
   absl::Status CheckOwned() const;
   // Names of everything in it but ".", ".." and the lock, sorted.
   absl::StatusOr<std::vector<std::string>> List() const;

@@ -1,5 +1,6 @@
-// Physical pages of a device and the addresses at which they are mapped: the driver's calls, as a table that
-// tests replace. The CUDA driver's are in page_ops_cuda.cc; a build without CUDA has page_ops_none.cc.
+// Physical pages of a device and the addresses at which they are mapped: the driver's calls, as a
+// table that tests replace. The CUDA driver's are in page_ops_cuda.cc; a build without CUDA has
+// page_ops_none.cc.
 #ifndef VATTN_MEMORY_PAGE_OPS_H_
 #define VATTN_MEMORY_PAGE_OPS_H_
 

@@ -1,5 +1,5 @@
-// The driver's calls are asked of the runtime by name: the library does not link against libcuda and loads on
-// machines without it.
+// The driver's calls are asked of the runtime by name: the library does not link against libcuda
+// and loads on machines without it.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -28,7 +28,8 @@ struct Driver {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 11000, cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, &found, 11000, cudaEnableDefault, &result);
 #else
     const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
 #endif
@@ -62,7 +63,8 @@ absl::Status Checked(CUresult result, const char* what) {
   if (result == CUDA_SUCCESS) return absl::OkStatus();
   const char* name = nullptr;
   TheDriver().error_name(result, &name);
-  return DeviceError("the CUDA driver failed in ", what, ": ", name == nullptr ? "unknown error" : name);
+  return DeviceError("the CUDA driver failed in ", what, ": ",
+                     name == nullptr ? "unknown error" : name);
 }
 
 CUmemAllocationProp PageOf(int device) {
@@ -78,14 +80,16 @@ absl::StatusOr<uint64_t> PageBytes(int device) {
   CUdevice handle = 0;
   int can = 0;
   if (!d.complete || d.device_get(&handle, device) != CUDA_SUCCESS ||
-      d.device_get_attribute(&can, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, handle) != CUDA_SUCCESS ||
+      d.device_get_attribute(&can, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+                             handle) != CUDA_SUCCESS ||
       can == 0) {
-    return NotSupportedError("device ", device, " or its driver cannot map memory by pages (cuMemMap)");
+    return NotSupportedError("device ", device,
+                             " or its driver cannot map memory by pages (cuMemMap)");
   }
   const CUmemAllocationProp prop = PageOf(device);
   size_t bytes = 0;
-  VATTN_RETURN_IF_ERROR(
-      Checked(d.granularity(&bytes, &prop, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED), "asking for the size of a page"));
+  VATTN_RETURN_IF_ERROR(Checked(d.granularity(&bytes, &prop, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+                                "asking for the size of a page"));
   return bytes;
 }
 
@@ -111,7 +115,8 @@ absl::StatusOr<uint64_t> Create(int device, uint64_t bytes) {
   if (result == CUDA_ERROR_OUT_OF_MEMORY) {
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    return OutOfMemoryError("device ", device, " has no ", bytes, " bytes left: ", free, " of ", total, " are free");
+    return OutOfMemoryError("device ", device, " has no ", bytes, " bytes left: ", free, " of ",
+                            total, " are free");
   }
   VATTN_RETURN_IF_ERROR(Checked(result, "making a page"));
   return page;
@@ -126,7 +131,8 @@ absl::Status Map(int device, std::byte* at, uint64_t bytes, uint64_t page) {
   CUmemAccessDesc access = {};
   access.location = PageOf(device).location;
   access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  const absl::Status status = Checked(d.set_access(address, bytes, &access, 1), "opening a page to its device");
+  const absl::Status status =
+      Checked(d.set_access(address, bytes, &access, 1), "opening a page to its device");
   if (!status.ok()) d.unmap(address, bytes);
   return status;
 }

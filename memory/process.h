@@ -1,5 +1,5 @@
-// Which process a thing belongs to. fork() copies handles, descriptors and counters, so that a child holds what
-// looks like its parent's directories and files.
+// Which process a thing belongs to. fork() copies handles, descriptors and counters, so that a
+// child holds what looks like its parent's directories and files.
 #ifndef VATTN_MEMORY_PROCESS_H_
 #define VATTN_MEMORY_PROCESS_H_
 

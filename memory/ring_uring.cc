@@ -1,12 +1,12 @@
 // Transfers by io_uring.
+#include "memory/ring.h"
+
 #include <liburing.h>
 #include <sys/uio.h>
 
 #include <cerrno>
 #include <memory>
 #include <vector>
-
-#include "memory/ring.h"
 
 namespace vattn {
 namespace {

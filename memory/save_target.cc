@@ -43,15 +43,20 @@ absl::StatusOr<SaveTarget> FindSaveTarget(const std::string& path, const FileOps
   int links = 0;
   for (std::string to; ops.readlink(target.path.c_str(), &to) == 0; ++links) {
     if (links == kMostLinks) return SystemError("readlink", path, ELOOP);
-    target.path = !to.empty() && to[0] == '/' ? to : target.path.substr(0, target.path.rfind('/') + 1) + to;
+    target.path =
+        !to.empty() && to[0] == '/' ? to : target.path.substr(0, target.path.rfind('/') + 1) + to;
   }
-  if (errno != EINVAL && errno != ENOENT) return SystemError("readlink", path, errno);  // no link, or nothing yet
+  // No link, or nothing yet
+  if (errno != EINVAL && errno != ENOENT) return SystemError("readlink", path, errno);
   if (links == 0 || !target.exists) return target;
   // A link of /proc to an open file leads to it also where no path does.
   struct stat found = {};
-  if (ops.path_stat(target.path.c_str(), &found) != 0 && errno != ENOENT) return SystemError("stat", path, errno);
+  if (ops.path_stat(target.path.c_str(), &found) != 0 && errno != ENOENT)
+    return SystemError("stat", path, errno);
   if (found.st_dev == target.like.st_dev && found.st_ino == target.like.st_ino) return target;
-  return InvalidArgumentError("path is ", path, ", which is an open file without a name, must be a plain file or nothing yet");
+  return InvalidArgumentError(
+      "path is ", path,
+      ", which is an open file without a name, must be a plain file or nothing yet");
 }
 
 }  // namespace vattn

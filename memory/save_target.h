@@ -10,13 +10,13 @@
 namespace vattn {
 
 struct SaveTarget {
-  std::string path;     // absolute, links followed: means the same after a change of directory
+  std::string path;  // absolute, links followed: means the same after a change of directory
   bool exists = false;
   struct stat like = {};  // of what exists
 };
 
-// What a rename to the path would put in place of a device, a pipe, a socket or a folder is refused with
-// INVALID_ARGUMENT: only a plain file, or nothing yet, is written over. IO_ERROR.
+// What a rename to the path would put in place of a device, a pipe, a socket or a folder is refused
+// with INVALID_ARGUMENT: only a plain file, or nothing yet, is written over. IO_ERROR.
 absl::StatusOr<SaveTarget> FindSaveTarget(const std::string& path, const FileOps& ops);
 
 // The path from the root on, without the links in it being followed.

@@ -24,20 +24,23 @@
 
 namespace vattn {
 
-// Writes into a file without a name (O_TMPFILE, mode 0600) in the directory of `path`: a process that dies
-// leaves nothing. Commit names it ".vattn-<random>.tmp" and puts it in place of whatever is there. Where the
-// file system has no such files the temporary has its name from the start; without Commit the destructor
-// removes it, a process that dies leaves it behind, and nothing reads it. One thread at a time.
+// Writes into a file without a name (O_TMPFILE, mode 0600) in the directory of `path`: a process
+// that dies leaves nothing. Commit names it ".vattn-<random>.tmp" and puts it in place of whatever
+// is there. Where the file system has no such files the temporary has its name from the start;
+// without Commit the destructor removes it, a process that dies leaves it behind, and nothing reads
+// it. One thread at a time.
 class SnapshotWriter {
  public:
   // layout: a fingerprint of everything a reader must agree on. expected_bytes: of the file, 0 if
-  // unknown; room for them is asked for before the first one is written, the file may become longer or
-  // shorter all the same.
+  // unknown; room for them is asked for before the first one is written, the file may become longer
+  // or shorter all the same.
   static absl::StatusOr<std::unique_ptr<SnapshotWriter>> Create(std::string path, uint64_t layout,
                                                                 uint64_t expected_bytes,
                                                                 const IoOptions& io);
-  // In place of a plain file, whose mode it keeps, and its owner as far as that is allowed; or where nothing is.
-  static absl::StatusOr<std::unique_ptr<SnapshotWriter>> Create(const SaveTarget& target, uint64_t layout,
+  // In place of a plain file, whose mode it keeps, and its owner as far as that is allowed; or
+  // where nothing is.
+  static absl::StatusOr<std::unique_ptr<SnapshotWriter>> Create(const SaveTarget& target,
+                                                                uint64_t layout,
                                                                 uint64_t expected_bytes,
                                                                 const IoOptions& io);
   ~SnapshotWriter();
@@ -51,11 +54,10 @@ class SnapshotWriter {
   absl::Status Add(uint32_t type, std::span<const std::span<const std::byte>> parts);
   absl::Status Add(uint32_t type, std::span<const std::byte> payload);
 
-  // Puts the file in place, durable unless nobody needs it after a power cut (durable false: nothing is
-  // synced); the writer is then of no further use. On failure the file
-  // that was there is untouched, with one exception: when only the last step fails, syncing the
-  // directory, the new file is in place and whole, but a power cut may still bring back the old
-  // one. The text says so.
+  // Puts the file in place, durable unless nobody needs it after a power cut (durable false:
+  // nothing is synced); the writer is then of no further use. On failure the file that was there is
+  // untouched, with one exception: when only the last step fails, syncing the directory, the new
+  // file is in place and whole, but a power cut may still bring back the old one. The text says so.
   absl::Status Commit(bool durable = true);
 
   // Of the file so far; after Commit of the whole file.
@@ -83,10 +85,10 @@ class SnapshotWriter {
   bool nameless_ = false;       // Commit gives the temporary its name
   bool has_temporary_ = false;  // to be unlinked
   std::unique_ptr<TransferQueue> queue_;
-  int filling_ = 0;            // buffer that the end of the file goes to
-  uint64_t start_ = 0;         // of that buffer in the file
-  uint64_t end_ = 0;           // of the file
-  uint64_t allocated_ = 0;     // bytes that the file has been given
+  int filling_ = 0;         // buffer that the end of the file goes to
+  uint64_t start_ = 0;      // of that buffer in the file
+  uint64_t end_ = 0;        // of the file
+  uint64_t allocated_ = 0;  // bytes that the file has been given
   std::array<std::byte, kSnapshotFileAlignment> first_block_{};  // written again with the header
   std::vector<SnapshotRecordHeader> records_;
   absl::Status status_;  // what the next call returns when not OK
@@ -112,11 +114,12 @@ class SnapshotReader {
   // In the order they were added.
   const std::vector<SnapshotRecord>& records() const { return records_; }
   uint64_t file_bytes() const { return file_.file_bytes; }
-  // Random, of no other file: tells whether the file under a name is still the one that was written.
+  // Random, of no other file: tells whether the file under a name is still the one that was
+  // written.
   const SnapshotFileId& file_id() const { return file_.file_id; }
 
-  // Reads records first, first + 1, ... each into the payload of its place, whose size is its bytes,
-  // and checks what has arrived there. On failure the payloads hold nothing of use.
+  // Reads records first, first + 1, ... each into the payload of its place, whose size is its
+  // bytes, and checks what has arrived there. On failure the payloads hold nothing of use.
   absl::Status Read(size_t first, std::span<const std::span<std::byte>> payloads);
   absl::Status Read(size_t index, std::span<std::byte> payload);
 

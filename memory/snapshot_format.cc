@@ -30,9 +30,7 @@ T Load(HeaderSpan bytes, size_t offset) {
   return value;
 }
 
-uint64_t HeaderChecksum(HeaderSpan bytes) {
-  return ChecksumOf(bytes.first(kChecksumOffset));
-}
+uint64_t HeaderChecksum(HeaderSpan bytes) { return ChecksumOf(bytes.first(kChecksumOffset)); }
 
 SnapshotFileId LoadFileId(HeaderSpan bytes, size_t offset) {
   SnapshotFileId id;

@@ -16,8 +16,8 @@ namespace {
 constexpr size_t kPieceBytes = size_t{128} << 10;
 
 absl::Status CheckZeros(std::span<const std::byte> bytes) {
-  const bool zero = std::all_of(bytes.begin(), bytes.end(),
-                                [](std::byte byte) { return byte == std::byte{0}; });
+  const bool zero =
+      std::all_of(bytes.begin(), bytes.end(), [](std::byte byte) { return byte == std::byte{0}; });
   return zero ? absl::OkStatus() : DataLossError("bytes that belong to no record are not zero");
 }
 
@@ -46,7 +46,8 @@ SnapshotReader::~SnapshotReader() {
 // Messages of the private functions lack the path; Open and Read put it in front.
 
 absl::Status SnapshotReader::Stream(uint64_t offset, uint64_t end, const Take& take) {
-  // Whole blocks from a boundary on, block i in buffer i modulo their number. All but one are ahead.
+  // Whole blocks from a boundary on, block i in buffer i modulo their number. All but one are
+  // ahead.
   const uint64_t begin = offset / kIoAlignment * kIoAlignment, block = queue_->block_bytes();
   const uint64_t blocks = (end - begin + block - 1) / block;
   const uint64_t buffers = static_cast<uint64_t>(queue_->num_buffers()), ahead = buffers - 1;

@@ -52,9 +52,12 @@ absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(std::stri
   return writer;
 }
 
-absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(const SaveTarget& target, uint64_t layout,
-                                                                       uint64_t expected_bytes, const IoOptions& io) {
-  absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer = Create(target.path, layout, expected_bytes, io);
+absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(const SaveTarget& target,
+                                                                       uint64_t layout,
+                                                                       uint64_t expected_bytes,
+                                                                       const IoOptions& io) {
+  absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
+      Create(target.path, layout, expected_bytes, io);
   if (!writer.ok() || !target.exists) return writer;
   // EPERM: a file system without modes.
   if (io.ops->take_access((*writer)->fd_, target.like) != 0 && errno != EPERM) {
@@ -64,13 +67,15 @@ absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(const Sav
 }
 
 absl::Status SnapshotWriter::OpenTemporary() {
-  static const bool has_proc = access("/proc/self/fd", X_OK) == 0;  // through which Commit names the file
+  // Through which Commit names the file
+  static const bool has_proc = access("/proc/self/fd", X_OK) == 0;
   if (has_proc) {
     fd_ = OpenFile(ops_, directory_.c_str(), O_WRONLY | O_TMPFILE | O_CLOEXEC, 0600);
     nameless_ = fd_ >= 0;
     if (nameless_) return absl::OkStatus();
     // Not by this file system, or a kernel that takes the flags for a directory's.
-    if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL) return SystemError("open", directory_, errno);
+    if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL)
+      return SystemError("open", directory_, errno);
   }
   fd_ = OpenFile(ops_, temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (fd_ < 0) return SystemError("open", temporary_, errno);
@@ -79,8 +84,7 @@ absl::Status SnapshotWriter::OpenTemporary() {
 }
 
 SnapshotWriter::SnapshotWriter(std::string path, std::string directory, std::string temporary,
-                               uint64_t layout, const SnapshotFileId& file_id,
-                               const FileOps& ops)
+                               uint64_t layout, const SnapshotFileId& file_id, const FileOps& ops)
     : path_(std::move(path)),
       directory_(std::move(directory)),
       temporary_(std::move(temporary)),
@@ -92,7 +96,8 @@ SnapshotWriter::~SnapshotWriter() {
   queue_.reset();
   if (fd_ >= 0) CloseFile(ops_, fd_);
   if (has_temporary_) ops_.unlink(temporary_.c_str());
-  explicit_bzero(first_block_.data(), first_block_.size());  // rows, which do not belong into the heap
+  // Rows, which do not belong into the heap
+  explicit_bzero(first_block_.data(), first_block_.size());
 }
 
 absl::Status SnapshotWriter::Prepare(uint64_t expected_bytes, const IoOptions& io) {
@@ -116,7 +121,8 @@ absl::Status SnapshotWriter::Append(std::span<const std::byte> bytes, Checksum* 
   while (!bytes.empty()) {
     const size_t filled = end_ - start_;
     const size_t room = queue_->block_bytes() - filled;
-    const std::span<const std::byte> piece = bytes.first(std::min({bytes.size(), room, kPieceBytes}));
+    const std::span<const std::byte> piece =
+        bytes.first(std::min({bytes.size(), room, kPieceBytes}));
     if (checksum != nullptr) checksum->Add(piece);
     std::memcpy(queue_->buffer(filling_) + filled, piece.data(), piece.size());
     end_ += piece.size();
@@ -180,10 +186,8 @@ absl::Status SnapshotWriter::WriteHeaders() {
   if (end_ > start_) VATTN_RETURN_IF_ERROR(WriteBuffer());
   if (const int error = queue_->FinishAll(); error != 0) return SystemError("write", path_, error);
 
-  const SnapshotHeaderBytes header = Encode(SnapshotFileHeader{.layout = layout_,
-                                                               .file_bytes = end_,
-                                                               .num_records = records_.size(),
-                                                               .file_id = file_id_});
+  const SnapshotHeaderBytes header = Encode(SnapshotFileHeader{
+      .layout = layout_, .file_bytes = end_, .num_records = records_.size(), .file_id = file_id_});
   std::copy(header.begin(), header.end(), first_block_.begin());
   std::copy(first_block_.begin(), first_block_.end(), queue_->buffer(0));
   queue_->Start(0, /*write=*/true, 0, first_block_.size());

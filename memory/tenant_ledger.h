@@ -48,9 +48,7 @@ class TenantLedger {
   void Unreserve(TenantSlot slot, int64_t blocks);
   void Refuse(TenantSlot slot, bool for_quota);
 
-  const TenantUse& use(TenantSlot slot) const {
-    return entries_[static_cast<size_t>(slot)].use;
-  }
+  const TenantUse& use(TenantSlot slot) const { return entries_[static_cast<size_t>(slot)].use; }
   // Zeros and the limit in force for one that is not known.
   TenantUse Find(uint64_t tenant) const;
   // All that are known, by number; tenant 0 first.

@@ -1,6 +1,6 @@
 // Transfers between a few buffers and one file, several under way at a time: by io_uring with
-// registered buffers and file, or by pread and pwrite where it is not to be had; past the page cache
-// (O_DIRECT) where the file system allows it.
+// registered buffers and file, or by pread and pwrite where it is not to be had; past the page
+// cache (O_DIRECT) where the file system allows it.
 #ifndef VATTN_MEMORY_TRANSFER_QUEUE_H_
 #define VATTN_MEMORY_TRANSFER_QUEUE_H_
 
@@ -21,11 +21,11 @@ inline constexpr uint64_t kIoAlignment = 4096;
 struct IoOptions {
   const FileOps* ops = &kSystemFileOps;  // outlives everything that uses it, as do memory_ops
   const MemoryOps* memory_ops = &kSystemMemoryOps;
-  bool uring = true;                     // false: pread and pwrite
-  bool direct = true;                    // false: through the page cache
-  uint32_t depth = 8;                    // transfers under way at most, 1 to 256
-  uint32_t block_bytes = 1 << 20;        // of a transfer at most; a multiple of kIoAlignment
-  int timeout_ms = 60000;                // longest wait for io_uring to finish any transfer
+  bool uring = true;               // false: pread and pwrite
+  bool direct = true;              // false: through the page cache
+  uint32_t depth = 8;              // transfers under way at most, 1 to 256
+  uint32_t block_bytes = 1 << 20;  // of a transfer at most; a multiple of kIoAlignment
+  int timeout_ms = 60000;          // longest wait for io_uring to finish any transfer
 };
 
 // Nothing here waits for ever, but for a pread or pwrite that the kernel does not end. A transfer
@@ -35,8 +35,8 @@ struct IoOptions {
 // One thread at a time. An error of a transfer is told by the Finish of its buffer.
 class TransferQueue {
  public:
-  // The file stays the caller's and open. total_bytes: as much as will be moved, 0 if unknown; spares
-  // buffers.
+  // The file stays the caller's and open. total_bytes: as much as will be moved, 0 if unknown;
+  // spares buffers.
   static absl::StatusOr<std::unique_ptr<TransferQueue>> Create(int fd, uint64_t total_bytes,
                                                                const IoOptions& io);
   // Waits for what is under way.
@@ -69,7 +69,7 @@ class TransferQueue {
     uint64_t offset = 0;
     size_t bytes = 0, moved = 0;
     int error = 0;
-    int again = 0;  // times in a row that the system moved nothing and is asked again
+    int again = 0;             // times in a row that the system moved nothing and is asked again
     bool was_refused = false;  // as direct
   };
 

@@ -14,7 +14,8 @@ namespace {
 
 absl::Status CheckNeed(int64_t need, int64_t capacity) {
   if (need <= capacity) return absl::OkStatus();
-  return FullError("capacity is ", capacity, ", this selection needs ", need, " entries; counts has them");
+  return FullError("capacity is ", capacity, ", this selection needs ", need,
+                   " entries; counts has them");
 }
 
 }  // namespace
@@ -53,7 +54,8 @@ absl::Status Batch::Set(int slot, Sequence* sequence) {
   }
   if (sequence->batch != nullptr && (sequence->batch != this || sequence->slot != slot)) {
     return InvalidArgumentError("sequence already sits in slot ", sequence->slot, " of ",
-                                sequence->batch == this ? "this" : "another", " batch, must sit in one at most");
+                                sequence->batch == this ? "this" : "another",
+                                " batch, must sit in one at most");
   }
   VATTN_RETURN_IF_ERROR(EndStep());
   if (slots_[slot] != nullptr) Forget(slots_[slot]);
@@ -72,7 +74,8 @@ absl::Status Batch::Clear(int slot) {
 int Batch::LayerToAttend() const {
   // A replayed graph attends without a call: on CUDA the caller answers for it.
   if (!open_ || new_tokens_ == 0 || runtime_->cuda() != nullptr) return -1;
-  if (std::all_of(slots_.begin(), slots_.end(), [](const Sequence* s) { return s == nullptr; })) return -1;
+  if (std::all_of(slots_.begin(), slots_.end(), [](const Sequence* s) { return s == nullptr; }))
+    return -1;
   for (int l = 0; l < runtime_->options().num_layers; ++l) {
     if (runtime_->kv_heads(l) > 0 && !attended_[l]) return l;
   }
@@ -82,8 +85,9 @@ int Batch::LayerToAttend() const {
 absl::Status Batch::CheckWhole() const {
   const int layer = LayerToAttend();
   if (layer < 0) return absl::OkStatus();
-  return InvalidArgumentError("the batch has an open step that has yet to attend layer ", layer,
-                              ", must attend every layer first, or the step be given up (vattn_batch_abandon)");
+  return InvalidArgumentError(
+      "the batch has an open step that has yet to attend layer ", layer,
+      ", must attend every layer first, or the step be given up (vattn_batch_abandon)");
 }
 
 absl::Status Batch::EndStep() {
@@ -94,7 +98,8 @@ absl::Status Batch::EndStep() {
 
 absl::Status Batch::Abandon() {
   if (!open_) return absl::OkStatus();
-  // On CUDA the first one waits for what was enqueued, and a lost device leaves everything as it is.
+  // On CUDA the first one waits for what was enqueued, and a lost device leaves everything as it
+  // is.
   for (Sequence* sequence : slots_) {
     if (sequence != nullptr) VATTN_RETURN_IF_ERROR(sequence->Pull());
   }
@@ -109,7 +114,8 @@ absl::Status Batch::Abandon() {
 absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   if (new_tokens != 0 && new_tokens != 1) return OutOfRangeError("new_tokens", new_tokens, 0, 1);
   if (const int layer = LayerToAttend(); layer >= 0) {
-    return InvalidArgumentError("layer ", layer, " was not attended in the step before, must be, once every layer; "
+    return InvalidArgumentError("layer ", layer,
+                                " was not attended in the step before, must be, once every layer; "
                                 "vattn_batch_abandon gives that step up");
   }
   const int layers = runtime_->options().num_layers;
@@ -119,13 +125,15 @@ absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
     for (int l = 0; l < layers; ++l) {
       if (runtime_->kv_heads(l) == 0) continue;
       if (tokens >= 0 && sequence->layer(l).tokens != tokens) {
-        return InvalidArgumentError("sequence in slot ", sequence->slot, " has ", sequence->layer(l).tokens,
-                                    " tokens in layer ", l, ", must have as many as in the layers before: ", tokens);
+        return InvalidArgumentError("sequence in slot ", sequence->slot, " has ",
+                                    sequence->layer(l).tokens, " tokens in layer ", l,
+                                    ", must have as many as in the layers before: ", tokens);
       }
       tokens = sequence->layer(l).tokens;
     }
     if (tokens + new_tokens < 1) {
-      return InvalidArgumentError("sequence in slot ", sequence->slot, " is empty, must have a token to attend to");
+      return InvalidArgumentError("sequence in slot ", sequence->slot,
+                                  " is empty, must have a token to attend to");
     }
     if (tokens + new_tokens > int64_t{1} << 31) {
       return InvalidArgumentError("sequence in slot ", sequence->slot, " has ", tokens,
@@ -183,7 +191,8 @@ absl::Status Batch::TakeMemory() {
                ScratchBytes(runtime_->storage(), runtime_->promise(), tokens, runtime_->group(l));
       groups += layer.groups.size();
       if (runtime_->options().hot_share == 0) continue;
-      for (HeadGroup& group : layer.groups) group.hot.Reserve(end, HotCapacity(end - runtime_->options().sinks));
+      for (HeadGroup& group : layer.groups)
+        group.hot.Reserve(end, HotCapacity(end - runtime_->options().sinks));
     }
     most = std::max(most, bytes);
     most_groups = std::max(most_groups, groups);
@@ -193,7 +202,8 @@ absl::Status Batch::TakeMemory() {
   group_slot_.reserve(most_groups);
   group_head_.reserve(most_groups);
   if (most <= scratch_.size()) return absl::OkStatus();
-  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(most + most / 8, {.ops = runtime_->io().memory_ops});
+  absl::StatusOr<VirtualRange> range =
+      VirtualRange::Reserve(most + most / 8, {.ops = runtime_->io().memory_ops});
   if (!range.ok()) return range.status();
   scratch_ = *std::move(range);
   return absl::OkStatus();
@@ -204,7 +214,8 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
   const bool wanted = external && runtime_->promise().policy != Policy::kDense;
   if (r.scores == nullptr ? wanted : !external) {
     return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
-                                external ? "given" : "NULL", " with index = ", runtime_->options().index);
+                                external ? "given" : "NULL",
+                                " with index = ", runtime_->options().index);
   }
   if (r.scores == nullptr) return absl::OkStatus();
   const int32_t q_heads = runtime_->options().num_q_heads, kv_heads = runtime_->kv_heads(r.layer);
@@ -212,43 +223,52 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
     return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,
                                 " KV heads of the layer or the ", q_heads, " query heads");
   }
-  constexpr int64_t kMostStride = int64_t{1} << 32;  // tokens of a sequence, and to spare: places do not wrap
-  if (r.scores_stride > kMostStride) return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostStride);
+  // Tokens of a sequence, and to spare: places do not wrap
+  constexpr int64_t kMostStride = int64_t{1} << 32;
+  if (r.scores_stride > kMostStride)
+    return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostStride);
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
     const int64_t end = sequence->MiddleEnd(sequence->layer(r.layer).tokens + new_tokens_);
     if (r.scores_stride < end) {
       return InvalidArgumentError("scores_stride is ", r.scores_stride, ", must be at least ", end,
-                                  ", where the middle of the sequence in slot ", sequence->slot, " ends");
+                                  ", where the middle of the sequence in slot ", sequence->slot,
+                                  " ends");
     }
   }
   return absl::OkStatus();
 }
 
 int64_t Batch::HotCapacity(int64_t middle) const {
-  return static_cast<int64_t>(std::floor(runtime_->options().hot_share * static_cast<double>(std::max<int64_t>(middle, 0))));
+  return static_cast<int64_t>(std::floor(runtime_->options().hot_share *
+                                         static_cast<double>(std::max<int64_t>(middle, 0))));
 }
 
 absl::Status Batch::CheckRequest(const AttendRequest& r) const {
   const Options& o = runtime_->options();
-  if (!open_) return InvalidArgumentError("no step is open, vattn_batch_begin_step must come first");
-  if (r.layer < 0 || r.layer >= o.num_layers) return OutOfRangeError("layer", r.layer, 0, o.num_layers - 1);
+  if (!open_)
+    return InvalidArgumentError("no step is open, vattn_batch_begin_step must come first");
+  if (r.layer < 0 || r.layer >= o.num_layers)
+    return OutOfRangeError("layer", r.layer, 0, o.num_layers - 1);
   if (runtime_->kv_heads(r.layer) == 0) {
-    return InvalidArgumentError("layer is ", r.layer, ", which layer_kv_heads leaves out, must be one that it keeps");
+    return InvalidArgumentError("layer is ", r.layer,
+                                ", which layer_kv_heads leaves out, must be one that it keeps");
   }
   if (attended_[r.layer] && runtime_->cuda() == nullptr) {
-    return InvalidArgumentError("layer is ", r.layer, ", which was attended in this step, must be attended once");
+    return InvalidArgumentError("layer is ", r.layer,
+                                ", which was attended in this step, must be attended once");
   }
   if (r.q == nullptr) return InvalidArgumentError("q is NULL, must be given");
   if ((r.k_new == nullptr) != (new_tokens_ == 0)) {
     return InvalidArgumentError("k_new is ", r.k_new == nullptr ? "NULL" : "given", ", must be ",
-                                new_tokens_ == 0 ? "NULL" : "given", " in a step with new_tokens = ", new_tokens_);
+                                new_tokens_ == 0 ? "NULL" : "given",
+                                " in a step with new_tokens = ", new_tokens_);
   }
   const bool want_v = new_tokens_ > 0 && o.shared_kv == 0;
   if ((r.v_new != nullptr) != want_v) {
     return InvalidArgumentError("v_new is ", r.v_new == nullptr ? "NULL" : "given", ", must be ",
-                                want_v ? "given" : "NULL", " with new_tokens = ", new_tokens_, " and shared_kv = ",
-                                o.shared_kv);
+                                want_v ? "given" : "NULL", " with new_tokens = ", new_tokens_,
+                                " and shared_kv = ", o.shared_kv);
   }
   return absl::OkStatus();
 }
@@ -270,8 +290,9 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       blocks_.clear();
       for (const HeadGroup& group : layer.groups) blocks_.push_back(group.blocks.data());
       const auto at = [&](const void* base, int dim) {
-        return base == nullptr ? nullptr
-                               : static_cast<const std::byte*>(base) + int64_t{slot} * kv_heads * dim * element;
+        return base == nullptr
+                   ? nullptr
+                   : static_cast<const std::byte*>(base) + int64_t{slot} * kv_heads * dim * element;
       };
       runtime_->ops().write({.storage = s,
                              .blocks = blocks_.data(),
@@ -303,10 +324,12 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group.num_segments = static_cast<int32_t>(heads.segments.size());
       if (group.num_segments > 0) group.index = heads.segments[0].tables;
       group.state = heads.states.data();
-      group.key = MakeRandomKey(o.seed, sequence->id(), static_cast<uint32_t>(r.layer), static_cast<uint32_t>(h));
+      group.key = MakeRandomKey(o.seed, sequence->id(), static_cast<uint32_t>(r.layer),
+                                static_cast<uint32_t>(h));
       group.step = sequence->step();
       group.q = static_cast<const std::byte*>(r.q) + head * s.row.dim_k * element;
-      if (r.out != nullptr) group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;
+      if (r.out != nullptr)
+        group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;
       group.lse = r.lse == nullptr ? nullptr : r.lse + head;
       group.verdict = verdicts_.data() + head;
       group.error = errors_.data() + head;
@@ -331,7 +354,9 @@ void Batch::KeepQueries(const Group& group, HeadGroup& heads) {
   const int64_t count = int64_t{group.q_heads} * s.row.dim_k;
   std::vector<float> queries(static_cast<size_t>(count));
   const uint8_t* row = static_cast<const uint8_t*>(group.q);
-  cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype}, queries.data());
+  cpu::LoadRows(
+      {.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype},
+      queries.data());
   for (float& x : queries) x *= s.scale;
   heads.recent.Add(queries.data(), count);
 }
@@ -359,9 +384,11 @@ void Batch::Account(const AttendRequest& r) {
     if (r.looks != nullptr) r.looks[at] = group.looks;
     if (r.middle != nullptr) r.middle[at] = n;
     if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.q_heads);
-    if (RecentPlace(group.step) >= 0) KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
+    if (RecentPlace(group.step) >= 0)
+      KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
     for (int g = 0; g < group.q_heads; ++g) {
-      const size_t head = static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;
+      const size_t head =
+          static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;
       if (r.verdict != nullptr) r.verdict[head] = static_cast<int32_t>(group.verdict[g]);
       if (r.error != nullptr) r.error[head] = group.error[g];
       ++verdicts[static_cast<int>(group.verdict[g])];
@@ -416,8 +443,8 @@ absl::Status Batch::CheckSelection(const AttendRequest& r, const Selection& sele
           return OutOfRangeError(absl::StrCat("tokens[", at, "][", i, "]"), list[i], 0, tokens - 1);
         }
         if (i > 0 && list[i] <= list[i - 1]) {
-          return InvalidArgumentError("tokens[", at, "][", i, "] is ", list[i], ", must be over the one before: ",
-                                      list[i - 1]);
+          return InvalidArgumentError("tokens[", at, "][", i, "] is ", list[i],
+                                      ", must be over the one before: ", list[i - 1]);
         }
       }
     }
@@ -425,7 +452,8 @@ absl::Status Batch::CheckSelection(const AttendRequest& r, const Selection& sele
   return absl::OkStatus();
 }
 
-absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& selection, DeviceStream stream) {
+absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& selection,
+                                   DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   const bool readable = !cuda_ || !runtime_->cuda()->device().CanFollow(selection.counts);
   if (readable) VATTN_RETURN_IF_ERROR(CheckSelection(r, selection));
@@ -441,7 +469,9 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
          .groups = &group,
          .num_groups = 1,
          .tokens = selection.tokens + at * selection.capacity,
-         .log_weights = selection.log_weights == nullptr ? nullptr : selection.log_weights + at * selection.capacity,
+         .log_weights = selection.log_weights == nullptr
+                            ? nullptr
+                            : selection.log_weights + at * selection.capacity,
          .counts = selection.counts + at,
          .capacity = selection.capacity},
         runtime_->stream());
@@ -458,11 +488,13 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
   return absl::OkStatus();
 }
 
-absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, DeviceStream stream) {
+absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
+                           DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   VATTN_RETURN_IF_ERROR(CheckScores(r));
   if (runtime_->promise().policy != Policy::kVerified) {
-    return NotSupportedError("vattn_select needs policy verified, policy is ", runtime_->options().policy);
+    return NotSupportedError("vattn_select needs policy verified, policy is ",
+                             runtime_->options().policy);
   }
   const int kv_heads = runtime_->kv_heads(r.layer);
   if (cuda_) {
@@ -477,8 +509,10 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
     return CheckNeed(need, selection.capacity);
   }
   PrepareGroups(r);
-  std::vector<HeadState> before;  // of the groups' heads: a call that lacks room is made again, and draws the same
-  for (const Group& group : groups_) before.insert(before.end(), group.state, group.state + group.q_heads);
+  // Of the groups' heads: a call that lacks room is made again, and draws the same
+  std::vector<HeadState> before;
+  for (const Group& group : groups_)
+    before.insert(before.end(), group.state, group.state + group.q_heads);
   runtime_->ops().select({.storage = runtime_->storage(),
                           .promise = runtime_->promise(),
                           .groups = groups_.data(),
@@ -488,7 +522,8 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = groups_[i];
     const int64_t at = int64_t{group_slot_[i]} * kv_heads + group_head_[i];
-    const int64_t n = group.middle_end - group.middle_begin, count = group.tokens - n + group.selected;
+    const int64_t n = group.middle_end - group.middle_begin,
+                  count = group.tokens - n + group.selected;
     selection.counts[at] = static_cast<int32_t>(count);
     need = std::max(need, count);
     if (r.selected != nullptr) r.selected[at] = static_cast<int32_t>(group.selected);
@@ -497,12 +532,14 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection, D
     int32_t* tokens = selection.tokens + at * selection.capacity;
     float* weights = selection.log_weights + at * selection.capacity;
     int64_t k = 0;
-    for (int64_t t = 0; t < group.middle_begin; ++t, ++k) tokens[k] = static_cast<int32_t>(t), weights[k] = 0;
+    for (int64_t t = 0; t < group.middle_begin; ++t, ++k)
+      tokens[k] = static_cast<int32_t>(t), weights[k] = 0;
     for (int64_t t = 0; t < group.selected; ++t, ++k) {
       tokens[k] = static_cast<int32_t>(group.scratch.token[t]);
       weights[k] = -std::log(group.scratch.weight[t]);
     }
-    for (int64_t t = group.middle_end; t < group.tokens; ++t, ++k) tokens[k] = static_cast<int32_t>(t), weights[k] = 0;
+    for (int64_t t = group.middle_end; t < group.tokens; ++t, ++k)
+      tokens[k] = static_cast<int32_t>(t), weights[k] = 0;
   }
   if (need > selection.capacity) {
     auto from = before.cbegin();

@@ -38,16 +38,19 @@ class Batch {
   absl::Status BeginStep(int new_tokens, DeviceStream stream = nullptr);
   // A sequence of the batch is about to change: ends the step. Refused as CheckWhole.
   absl::Status EndStep();
-  // Refused while layers of a step with a new token wait for attention: whoever reads or changes a sequence
-  // of the batch would find a token that some layers have and others do not.
+  // Refused while layers of a step with a new token wait for attention: whoever reads or changes a
+  // sequence of the batch would find a token that some layers have and others do not.
   absl::Status CheckWhole() const;
-  // Gives the open step up: its sequences are as they were before BeginStep. OK without an open step.
+  // Gives the open step up: its sequences are as they were before BeginStep. OK without an open
+  // step.
   absl::Status Abandon();
   // Calls of a step may come.
   bool open() const { return open_; }
   absl::Status Attend(const AttendRequest& request, DeviceStream stream = nullptr);
-  absl::Status AttendSelected(const AttendRequest& request, const Selection& selection, DeviceStream stream = nullptr);
-  absl::Status Select(const AttendRequest& request, const Selection& selection, DeviceStream stream = nullptr);
+  absl::Status AttendSelected(const AttendRequest& request, const Selection& selection,
+                              DeviceStream stream = nullptr);
+  absl::Status Select(const AttendRequest& request, const Selection& selection,
+                      DeviceStream stream = nullptr);
 
  private:
   // Of calls that predict scores.
@@ -72,15 +75,15 @@ class Batch {
   const std::shared_ptr<Runtime> runtime_;
   std::vector<Sequence*> slots_;
   std::vector<const int32_t*> blocks_;  // [KV heads] of the sequence whose row is written
-  std::vector<Group> groups_;      // filled slots x KV heads of the current layer
-  std::vector<int> group_slot_;    // slot of each
-  std::vector<int> group_head_;    // KV head of each
-  std::vector<Verdict> verdicts_;  // [slots, q_heads]
+  std::vector<Group> groups_;           // filled slots x KV heads of the current layer
+  std::vector<int> group_slot_;         // slot of each
+  std::vector<int> group_head_;         // KV head of each
+  std::vector<Verdict> verdicts_;       // [slots, q_heads]
   std::vector<float> errors_;
   VirtualRange scratch_;
   int new_tokens_ = 0;
-  bool open_ = false;               // a step is open
-  std::vector<char> attended_;      // [layers] in this step
+  bool open_ = false;                // a step is open
+  std::vector<char> attended_;       // [layers] in this step
   std::unique_ptr<CudaBatch> cuda_;  // on CUDA, from the first step on
 };
 

@@ -7,8 +7,8 @@
 
 namespace vattn {
 
-// Deeper than anything of ours. Comparing, copying and writing a value recurse: a text of brackets alone would
-// otherwise end the stack.
+// Deeper than anything of ours. Comparing, copying and writing a value recurse: a text of brackets
+// alone would otherwise end the stack.
 inline constexpr int kMaxJsonDepth = 64;
 
 // True if brackets lie deeper than that, whatever else is wrong with the text.
@@ -26,10 +26,12 @@ inline bool NestsTooDeep(const std::string& text) {
   return false;
 }
 
-// A value of a foreign text in a message: short, printable, without a zero byte that would end the message.
+// A value of a foreign text in a message: short, printable, without a zero byte that would end the
+// message.
 inline std::string ShownJson(const nlohmann::json& value) {
   constexpr size_t kMost = 80;
-  std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true, nlohmann::json::error_handler_t::replace);
+  std::string text =
+      value.dump(-1, ' ', /*ensure_ascii=*/true, nlohmann::json::error_handler_t::replace);
   if (text.size() > kMost) text = text.substr(0, kMost) + "...";
   return text;
 }

@@ -29,25 +29,28 @@ struct HeadGroup {
   std::vector<SegmentTables> tables;    // [segments of the layer]
   std::vector<IndexSegment> segments;   // the same as kernels see them, on the CPU
   std::unique_ptr<QueryMoment> moment;  // of the queries so far; null without any
-  RecentQueries recent;                 // of the last steps, not in the moment yet; on CUDA the device has them
-  std::vector<HeadState> states;        // [G]; on CUDA as of the last CudaSequence::Pull
+  // Of the last steps, not in the moment yet; on CUDA the device has them
+  RecentQueries recent;
+  std::vector<HeadState> states;  // [G]; on CUDA as of the last CudaSequence::Pull
   HotSet hot;
 
   // On CUDA: block table entries from here on are not on the device yet.
   int64_t changed_from = 0;
-  int64_t unseen_from = 0;  // entries from here on are not known to the hot set of Sequence::hot_set
+  // Entries from here on are not known to the hot set of Sequence::hot_set
+  int64_t unseen_from = 0;
 };
 
 struct Layer {
   int64_t tokens = 0;
-  int64_t coded = 0;  // tokens before it have codes; multiple of 64, or 0
+  int64_t coded = 0;            // tokens before it have codes; multiple of 64, or 0
   int64_t coded_on_device = 0;  // on CUDA coding is enqueued later: up to here it has been
-  bool stale_tail = false;  // the last block may have rows past `tokens`, and a hot set may know them
+  // The last block may have rows past `tokens`, and a hot set may know them
+  bool stale_tail = false;
   std::vector<Segment> segments;  // of the index: none until the first middle token is coded
   std::vector<HeadGroup> groups;  // [kv_heads]
 };
-// After a change of layer.segments or of the tables of a KV head: those of segments that are no more go, and what
-// kernels see is brought up to date.
+// After a change of layer.segments or of the tables of a KV head: those of segments that are no
+// more go, and what kernels see is brought up to date.
 void UpdateSegments(Layer& layer);
 
 // f(segment, begin, end) for the parts of tokens [begin, end) that lie in one segment each.
@@ -64,7 +67,8 @@ void ForSegments(const Layer& layer, int64_t begin, int64_t end, F&& f) {
 inline int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 // What stays coded when so many tokens stay.
 inline int64_t CodedOf(const Layer& layer, int64_t tokens) {
-  return layer.tokens <= tokens ? layer.coded : std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);
+  return layer.tokens <= tokens ? layer.coded
+                                : std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);
 }
 
 // Layers that hold references to another's blocks, and give them back.

@@ -31,7 +31,8 @@ void GiveOut(const Line& line) noexcept {
 
 }  // namespace
 
-void LogLine(const std::shared_ptr<const Logger>& logger, LogLevel level, std::string text) noexcept {
+void LogLine(const std::shared_ptr<const Logger>& logger, LogLevel level,
+             std::string text) noexcept {
   if (logger == nullptr || *logger == nullptr || giving_out) return;
   try {
     Line line = {logger, level, std::move(text)};

@@ -36,24 +36,26 @@ absl::Status CheckShape(Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("dtype", o.dtype, 0, 2));
   VATTN_RETURN_IF_ERROR(InRange("shared_kv", o.shared_kv, 0, 1));
   if (o.shared_kv == 1 && o.head_dim_v > o.head_dim_k) {
-    return InvalidArgumentError("head_dim_v is ", o.head_dim_v, ", must be at most head_dim_k = ", o.head_dim_k,
-                                " with shared_kv");
+    return InvalidArgumentError("head_dim_v is ", o.head_dim_v,
+                                ", must be at most head_dim_k = ", o.head_dim_k, " with shared_kv");
   }
   if (!(o.softmax_scale >= 0) || !std::isfinite(o.softmax_scale)) {
-    return InvalidArgumentError("softmax_scale is ", o.softmax_scale, ", must be finite and 0 or more");
+    return InvalidArgumentError("softmax_scale is ", o.softmax_scale,
+                                ", must be finite and 0 or more");
   }
   if (o.softmax_scale == 0) o.softmax_scale = 1 / std::sqrt(static_cast<float>(o.head_dim_k));
   if (o.layer_kv_heads.empty()) o.layer_kv_heads.assign(o.num_layers, o.num_kv_heads);
   if (static_cast<int>(o.layer_kv_heads.size()) != o.num_layers) {
-    return InvalidArgumentError("layer_kv_heads has ", o.layer_kv_heads.size(), " entries, must have num_layers = ",
-                                o.num_layers);
+    return InvalidArgumentError("layer_kv_heads has ", o.layer_kv_heads.size(),
+                                " entries, must have num_layers = ", o.num_layers);
   }
   for (int l = 0; l < o.num_layers; ++l) {
     const int heads = o.layer_kv_heads[l];
-    if (heads < 0 || heads > 1024) return OutOfRangeError(absl::StrCat("layer_kv_heads[", l, "]"), heads, 0, 1024);
+    if (heads < 0 || heads > 1024)
+      return OutOfRangeError(absl::StrCat("layer_kv_heads[", l, "]"), heads, 0, 1024);
     if (heads > 0 && o.num_q_heads % heads != 0) {
-      return InvalidArgumentError("num_q_heads is ", o.num_q_heads, ", must be a multiple of the ", heads,
-                                  " KV heads of layer ", l);
+      return InvalidArgumentError("num_q_heads is ", o.num_q_heads, ", must be a multiple of the ",
+                                  heads, " KV heads of layer ", l);
     }
   }
   return absl::OkStatus();
@@ -70,8 +72,8 @@ absl::Status CheckMachine(const Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("admission", o.admission, 0, 1));
   const uint64_t block = MakeStorage(o).block.bytes;
   if (o.host_bytes < block || o.host_bytes > uint64_t{1} << 46) {
-    return InvalidArgumentError("host_bytes is ", o.host_bytes, ", must be at least one block of ", block,
-                                " bytes and at most 64 TiB");
+    return InvalidArgumentError("host_bytes is ", o.host_bytes, ", must be at least one block of ",
+                                block, " bytes and at most 64 TiB");
   }
   return absl::OkStatus();
 }
@@ -116,21 +118,27 @@ absl::Status CheckIndex(Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("index", o.index, 0, 7));
   const IndexKind kind = static_cast<IndexKind>(o.index);
   // Two bits a dimension: with fewer, codes take tokens that matter for others that do not.
-  if (o.index_bytes == 0) o.index_bytes = kind == IndexKind::kBalanced ? std::clamp((o.head_dim_k / 4 + 15) / 16 * 16, 32, 64) : 32;
+  if (o.index_bytes == 0)
+    o.index_bytes =
+        kind == IndexKind::kBalanced ? std::clamp((o.head_dim_k / 4 + 15) / 16 * 16, 32, 64) : 32;
   if (kind == IndexKind::kSign) {
     if (o.index_bytes != 4 && o.index_bytes != 8 && o.index_bytes != 16 && o.index_bytes != 32) {
-      return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 4, 8, 16 or 32 with index sign");
+      return InvalidArgumentError("index_bytes is ", o.index_bytes,
+                                  ", must be 4, 8, 16 or 32 with index sign");
     }
   } else if (kind == IndexKind::kHadamard2 && o.head_dim_k > kMaxCodeDims) {
     return InvalidArgumentError("head_dim_k is ", o.head_dim_k, ", must be at most ", kMaxCodeDims,
                                 " with index hadamard2");
-  } else if (kind == IndexKind::kHadamard2 || kind == IndexKind::kPage || kind == IndexKind::kPooled) {
+  } else if (kind == IndexKind::kHadamard2 || kind == IndexKind::kPage ||
+             kind == IndexKind::kPooled) {
     o.index_bytes = MakeIndexLayout(kind, 0, o.head_dim_k).bytes();
-  } else if (o.index_bytes != 16 && o.index_bytes != 32 && o.index_bytes != 48 && o.index_bytes != 64) {
+  } else if (o.index_bytes != 16 && o.index_bytes != 32 && o.index_bytes != 48 &&
+             o.index_bytes != 64) {
     return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 16, 32, 48 or 64");
   }
   if (!o.sign_maps.empty() && kind != IndexKind::kSign) {
-    return InvalidArgumentError("sign_maps is given, must be NULL with index ", o.index, ", which has no learned maps");
+    return InvalidArgumentError("sign_maps is given, must be NULL with index ", o.index,
+                                ", which has no learned maps");
   }
   return absl::OkStatus();
 }

@@ -35,10 +35,11 @@ struct Options {
   float max_selected_share = .5f, topk_share = .05f, base_share = .05f;
   int32_t target = 0;
   float hot_share = .05f;
-  std::string profile;  // empty: none
+  std::string profile;    // empty: none
   std::string disk_path;  // empty: none
   uint64_t disk_bytes = 0;
-  int32_t spill = 0, io_engine = 0, io_depth = 8, io_block_bytes = 1 << 20, io_buffered = 0, io_timeout_ms = 60000;
+  int32_t spill = 0, io_engine = 0, io_depth = 8, io_block_bytes = 1 << 20, io_buffered = 0,
+          io_timeout_ms = 60000;
   std::string sign_maps;  // empty: random hyperplanes
   int32_t pilot = 0, admission = 0;
   uint64_t tenant_bytes = 0;

@@ -15,7 +15,8 @@ constexpr double kMaxRank = 1024;  // 1 / rank of bin 0
 }  // namespace
 
 double LookDelta(double delta, int look, int max_looks, bool pilot) {
-  const double first = pilot ? kPilotShare : kFirstShare, second = pilot ? kAfterPilotShare : kSecondShare;
+  const double first = pilot ? kPilotShare : kFirstShare,
+               second = pilot ? kAfterPilotShare : kSecondShare;
   if (max_looks == 1) return delta;
   if (look == 1) return first * delta;
   if (max_looks == 2) return (1 - first) * delta;
@@ -31,16 +32,18 @@ double SharpQuantile(double delta, double rank) {
 double SafeQuantile(double delta) { return std::max(1.0, TwoSidedNormalQuantile(delta)); }
 
 double TwoSidedNormalQuantile(double delta) {
-  return boost::math::quantile(boost::math::complement(boost::math::normal_distribution<double>(), delta / 2));
+  return boost::math::quantile(
+      boost::math::complement(boost::math::normal_distribution<double>(), delta / 2));
 }
 
-void FillQuantiles(Bound bound, double delta, int max_looks, bool pilot, float (*table)[kQuantileBins + 1]) {
+void FillQuantiles(Bound bound, double delta, int max_looks, bool pilot,
+                   float (*table)[kQuantileBins + 1]) {
   for (int look = 1; look <= max_looks; ++look) {
     const double spent = LookDelta(delta, look, max_looks, pilot);
     for (int bin = 0; bin <= kQuantileBins; ++bin) {
       const double rank = bin == 0 ? kMaxRank : static_cast<double>(kQuantileBins) / bin;
-      table[look - 1][bin] =
-          static_cast<float>(bound == Bound::kSafe ? SafeQuantile(spent) : SharpQuantile(spent, rank));
+      table[look - 1][bin] = static_cast<float>(bound == Bound::kSafe ? SafeQuantile(spent)
+                                                                      : SharpQuantile(spent, rank));
     }
   }
 }

@@ -7,19 +7,20 @@
 #include "memory/machine.h"
 #include "memory/save_target.h"
 #include "memory/status.h"
-#include "runtime/quantiles.h"
 #include "runtime/files/disk.h"
-#include "runtime/prefix/memory.h"
-#include "runtime/sequence.h"
 #include "runtime/files/sequence_file.h"
+#include "runtime/prefix/memory.h"
+#include "runtime/quantiles.h"
+#include "runtime/sequence.h"
 
 namespace vattn {
 namespace {
 
 constexpr int32_t kAuto = 0, kCpu = 1, kCuda = 2;
 
-// VATTN_BACKEND, "cpu" or "cuda", decides in place of "auto", which is CUDA where it can serve. A word that it does
-// not know is refused, also where the options decide: whoever set it meant something.
+// VATTN_BACKEND, "cpu" or "cuda", decides in place of "auto", which is CUDA where it can serve. A
+// word that it does not know is refused, also where the options decide: whoever set it meant
+// something.
 absl::StatusOr<int32_t> ChooseBackend(const Options& options) {
   const char* const given = std::getenv("VATTN_BACKEND");
   const std::string chosen = given == nullptr || *given == '\0' ? "auto" : given;
@@ -29,14 +30,16 @@ absl::StatusOr<int32_t> ChooseBackend(const Options& options) {
   }
   if (options.backend != kAuto) return options.backend;
   if (chosen != "auto") return chosen == "cpu" ? kCpu : kCuda;
-  const bool can = CudaBackend::CheckOptions(options).ok() && options.device < static_cast<int32_t>(ListDevices().size());
+  const bool can = CudaBackend::CheckOptions(options).ok() &&
+                   options.device < static_cast<int32_t>(ListDevices().size());
   return can ? kCuda : kCpu;
 }
 
 absl::Status CheckRing(const FileOps& ops) {
   Ring* ring = nullptr;
   if (ops.ring_open(1, &ring) != 0) {
-    return NotSupportedError("io_engine is uring, which is not to be had here: ", std::strerror(errno));
+    return NotSupportedError("io_engine is uring, which is not to be had here: ",
+                             std::strerror(errno));
   }
   ops.ring_close(ring);
   return absl::OkStatus();
@@ -44,22 +47,27 @@ absl::Status CheckRing(const FileOps& ops) {
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger, const FileOps& ops,
+absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger,
+                                                         const FileOps& ops,
                                                          const MemoryOps& memory_ops) {
   VATTN_RETURN_IF_ERROR(ResolveOptions(options));
-  if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring) VATTN_RETURN_IF_ERROR(CheckRing(ops));
+  if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring)
+    VATTN_RETURN_IF_ERROR(CheckRing(ops));
   LogLevel most_logged;
   VATTN_RETURN_IF_ERROR(ReadLogLevel(&most_logged));
   const absl::StatusOr<int32_t> backend = ChooseBackend(options);
   if (!backend.ok()) return backend.status();
   options.backend = *backend;
-  // A quota of CPU time, which threads beyond it would only use up together, is less than affinity says.
+  // A quota of CPU time, which threads beyond it would only use up together, is less than affinity
+  // says.
   const CpuCount cpus = CountCpus();
-  if (options.num_threads == 0 && cpus.by_quota < cpus.by_affinity) options.num_threads = cpus.by_quota;
+  if (options.num_threads == 0 && cpus.by_quota < cpus.by_affinity)
+    options.num_threads = cpus.by_quota;
   if (!options.disk_path.empty()) {
     absl::StatusOr<std::string> absolute = AbsolutePath(options.disk_path);
     if (!absolute.ok()) return absolute.status();
-    options.disk_path = *std::move(absolute);  // options in force mean the same after a change of directory
+    // Options in force mean the same after a change of directory
+    options.disk_path = *std::move(absolute);
   }
   std::optional<Profile> profile;
   if (!options.profile.empty()) {
@@ -75,8 +83,9 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   }
   auto workers = std::make_unique<cpu::Workers>(options.num_threads);
   if (options.num_threads != 1 && !workers->Start()) {
-    return OutOfMemoryError("num_threads is ", options.num_threads, ", and the system would not start ",
-                            workers->num_threads(), " threads (see RLIMIT_NPROC and the cgroup's pids.max)");
+    return OutOfMemoryError("num_threads is ", options.num_threads,
+                            ", and the system would not start ", workers->num_threads(),
+                            " threads (see RLIMIT_NPROC and the cgroup's pids.max)");
   }
   const Storage storage = MakeStorage(options);
   HostStoreOptions pool;
@@ -92,33 +101,35 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
   if (!store.ok()) return store.status();
   std::shared_ptr<Runtime> runtime(
-      new Runtime(std::move(options), std::move(logger), most_logged, std::move(profile), std::move(sign_maps),
-                  std::move(workers), *std::move(store), ops, memory_ops));
+      new Runtime(std::move(options), std::move(logger), most_logged, std::move(profile),
+                  std::move(sign_maps), std::move(workers), *std::move(store), ops, memory_ops));
   const MemoryLimits memory = ReadMemoryLimits();
   if (runtime->options_.host_bytes > memory.limit_bytes) {
-    runtime->Log(LogLevel::kWarning, absl::StrCat("host_bytes is ", runtime->options_.host_bytes, ", over the ",
-                                                  memory.limit_bytes, " bytes that ", memory.WhoLimits(),
-                                                  ": a pool that fills up would end the process"));
+    runtime->Log(LogLevel::kWarning,
+                 absl::StrCat("host_bytes is ", runtime->options_.host_bytes, ", over the ",
+                              memory.limit_bytes, " bytes that ", memory.WhoLimits(),
+                              ": a pool that fills up would end the process"));
   }
   if (!runtime->options_.disk_path.empty()) {
     const Options& o = runtime->options_;
-    absl::StatusOr<std::unique_ptr<Disk>> disk =
-        Disk::Open(o.disk_path, o.disk_bytes, LayoutOf(o, runtime->storage_), runtime->io_, runtime->counters_,
-                   [r = runtime.get()](LogLevel level, const std::string& text) { r->Log(level, text); });
+    absl::StatusOr<std::unique_ptr<Disk>> disk = Disk::Open(
+        o.disk_path, o.disk_bytes, LayoutOf(o, runtime->storage_), runtime->io_, runtime->counters_,
+        [r = runtime.get()](LogLevel level, const std::string& text) { r->Log(level, text); });
     if (!disk.ok()) return disk.status();
     runtime->disk_ = *std::move(disk);
   }
   if (runtime->options_.backend != kCuda) return runtime;
-  absl::StatusOr<std::unique_ptr<CudaBackend>> cuda =
-      CudaBackend::Create(runtime->options_, runtime->storage_, runtime->promise_, *runtime->store_);
+  absl::StatusOr<std::unique_ptr<CudaBackend>> cuda = CudaBackend::Create(
+      runtime->options_, runtime->storage_, runtime->promise_, *runtime->store_);
   if (!cuda.ok()) return cuda.status();
   runtime->cuda_ = *std::move(cuda);
   return runtime;
 }
 
-Runtime::Runtime(Options options, Logger logger, LogLevel most_logged, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
-                 std::unique_ptr<cpu::Workers> workers, std::unique_ptr<HostStore> store, const FileOps& ops,
-                 const MemoryOps& memory_ops)
+Runtime::Runtime(Options options, Logger logger, LogLevel most_logged,
+                 std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
+                 std::unique_ptr<cpu::Workers> workers, std::unique_ptr<HostStore> store,
+                 const FileOps& ops, const MemoryOps& memory_ops)
     : options_(std::move(options)),
       logger_(std::make_shared<const Logger>(std::move(logger))),
       most_logged_(most_logged),
@@ -166,7 +177,8 @@ StatsSnapshot Runtime::Stats() const {
     s.looks = c.looks;
     s.outliers = c.outliers, s.heads_noisy = c.noisy;
     const PageCounts pages = cuda_->pages().counts();
-    s.device_bytes_reserved = pages.reserved_bytes, s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;
+    s.device_bytes_reserved = pages.reserved_bytes,
+    s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;
     s.device_growths = pages.growths, s.device_growth_ns = pages.growth_ns;
   }
   s.host_bytes_limit = static_cast<uint64_t>(store_->num_blocks()) * store_->block_bytes();
@@ -176,14 +188,17 @@ StatsSnapshot Runtime::Stats() const {
   s.table_bytes = kept_->table_bytes();
   s.disk_bytes_used = disk_ ? disk_->bytes() : 0;
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Sequence* sequence : sequences_) s.table_bytes += static_cast<uint64_t>(sequence->table_bytes());
+  for (const Sequence* sequence : sequences_)
+    s.table_bytes += static_cast<uint64_t>(sequence->table_bytes());
   return s;
 }
 
 TenantSnapshot Runtime::StatsOf(const TenantUse& use) const {
   const uint64_t bytes = store_->block_bytes();
   TenantSnapshot s = {.tenant = use.tenant,
-                      .host_bytes_limit = use.limit == kNoTenantLimit ? 0 : static_cast<uint64_t>(use.limit) * bytes,
+                      .host_bytes_limit = use.limit == kNoTenantLimit
+                                              ? 0
+                                              : static_cast<uint64_t>(use.limit) * bytes,
                       .host_bytes_used = static_cast<uint64_t>(use.used + use.reserved) * bytes,
                       .host_bytes_reserved = static_cast<uint64_t>(use.reserved) * bytes,
                       .full_refusals = use.full_refusals,
@@ -251,12 +266,14 @@ void Runtime::CountRefusal(const Sequence& user, bool for_quota) {
 absl::Status Runtime::Allocate(const Sequence& user, int64_t count, BlockId* out) {
   if (static_cast<Admission>(options_.admission) == Admission::kReserved) {
     CountRefusal(user, false);
-    return FullError("the reservation is used up: need ", count, " blocks of ", store_->block_bytes(),
-                     " bytes, 0 of those for ", user.reserve_tokens(), " tokens are left, limit ",
-                     user.reserve_tokens(),
-                     " tokens; reserve more (vattn_sequence_reserve) or create with admission overcommit");
+    return FullError(
+        "the reservation is used up: need ", count, " blocks of ", store_->block_bytes(),
+        " bytes, 0 of those for ", user.reserve_tokens(), " tokens are left, limit ",
+        user.reserve_tokens(),
+        " tokens; reserve more (vattn_sequence_reserve) or create with admission overcommit");
   }
-  return TakeOrMakeRoom(user, count, [&] { return store_->Allocate(count, out, user.tenant_slot()); });
+  return TakeOrMakeRoom(user, count,
+                        [&] { return store_->Allocate(count, out, user.tenant_slot()); });
 }
 
 absl::Status Runtime::Reserve(const Sequence& user, int64_t count) {
@@ -287,7 +304,8 @@ absl::StatusOr<bool> Runtime::SpillColdest(const Sequence& user, bool for_quota)
   const absl::Status status = coldest->Spill();
   if (!status.ok()) {
     ++counters_.spill_failures;
-    Log(LogLevel::kWarning, absl::StrCat("sequence ", coldest->id(), " could not be spilled: ", status.message()));
+    Log(LogLevel::kWarning,
+        absl::StrCat("sequence ", coldest->id(), " could not be spilled: ", status.message()));
     return status;
   }
   Log(LogLevel::kInfo, absl::StrCat("sequence ", coldest->id(), " was spilled"));
@@ -303,8 +321,8 @@ void Runtime::Close() {
   }
   const int batches = batches_.load();
   if (left == 0 && batches == 0) return;
-  Log(LogLevel::kError, absl::StrCat("runtime destroyed while ", left, " of its sequences and ", batches,
-                                     " of its batches are alive"));
+  Log(LogLevel::kError, absl::StrCat("runtime destroyed while ", left, " of its sequences and ",
+                                     batches, " of its batches are alive"));
 }
 
 }  // namespace vattn

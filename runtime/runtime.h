@@ -33,9 +33,9 @@ class Sequence;
 class Runtime {
  public:
   // options need not be resolved. The system calls behind files and memory outlive the runtime.
-  static absl::StatusOr<std::shared_ptr<Runtime>> Create(Options options, Logger logger,
-                                                         const FileOps& ops = kSystemFileOps,
-                                                         const MemoryOps& memory_ops = kSystemMemoryOps);
+  static absl::StatusOr<std::shared_ptr<Runtime>> Create(
+      Options options, Logger logger, const FileOps& ops = kSystemFileOps,
+      const MemoryOps& memory_ops = kSystemMemoryOps);
 
   ~Runtime();
 
@@ -43,7 +43,8 @@ class Runtime {
   const Storage& storage() const { return storage_; }
   const Promise& promise() const { return promise_; }
   const Ops& ops() const { return *ops_; }
-  // One thread is the calling one: there are no workers that calls of several threads would wait for.
+  // One thread is the calling one: there are no workers that calls of several threads would wait
+  // for.
   Stream stream() { return options_.num_threads == 1 ? Stream{} : workers_->stream(); }
   HostStore& store() { return *store_; }
   // How files are read and written.
@@ -60,8 +61,8 @@ class Runtime {
   std::vector<TenantSnapshot> StatsOfTenants() const;
   // Through LogLine.
   void Log(LogLevel level, std::string message) const noexcept;
-  // The process that made it. A child that is forked has a copy of the host pool, which it may use; CUDA, and what
-  // is in disk_path, stay with the parent.
+  // The process that made it. A child that is forked has a copy of the host pool, which it may use;
+  // CUDA, and what is in disk_path, stay with the parent.
   const HomeProcess& home() const { return home_; }
 
   int kv_heads(int layer) const { return options_.layer_kv_heads[layer]; }  // 0: left out
@@ -80,10 +81,10 @@ class Runtime {
   uint64_t NextUse() { return next_use_.fetch_add(1); }
   void CountBatches(int change) { batches_ += change; }
 
-  // Blocks of the pool, all or none, for a sequence and charged to its tenant. Where there is no room, kept
-  // prefixes are let go, and with option spill sequences that nobody uses go to the disk: the tenant's own
-  // first, those unused for longest first. For a tenant at its quota nothing of another's is touched.
-  // FULL, counted.
+  // Blocks of the pool, all or none, for a sequence and charged to its tenant. Where there is no
+  // room, kept prefixes are let go, and with option spill sequences that nobody uses go to the
+  // disk: the tenant's own first, those unused for longest first. For a tenant at its quota nothing
+  // of another's is touched. FULL, counted.
   absl::Status Allocate(const Sequence& user, int64_t count, BlockId* out);
   absl::Status Reserve(const Sequence& user, int64_t count);
 
@@ -92,9 +93,9 @@ class Runtime {
   bool closed() const { return closed_.load(); }
 
  private:
-  Runtime(Options options, Logger logger, LogLevel most_logged, std::optional<Profile> profile, std::optional<SignMaps> sign_maps,
-          std::unique_ptr<cpu::Workers> workers, std::unique_ptr<HostStore> store, const FileOps& ops,
-          const MemoryOps& memory_ops);
+  Runtime(Options options, Logger logger, LogLevel most_logged, std::optional<Profile> profile,
+          std::optional<SignMaps> sign_maps, std::unique_ptr<cpu::Workers> workers,
+          std::unique_ptr<HostStore> store, const FileOps& ops, const MemoryOps& memory_ops);
 
   template <class Take>
   absl::Status TakeOrMakeRoom(const Sequence& user, int64_t count, const Take& take);

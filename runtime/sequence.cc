@@ -42,7 +42,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runti
 
 absl::StatusOr<CudaSequence*> Sequence::Cuda() {
   if (!cuda_) {
-    absl::StatusOr<std::unique_ptr<CudaSequence>> made = CudaSequence::Create(*runtime_->cuda(), *this);
+    absl::StatusOr<std::unique_ptr<CudaSequence>> made =
+        CudaSequence::Create(*runtime_->cuda(), *this);
     if (!made.ok()) return made.status();
     cuda_ = *std::move(made);
     for (Layer& layer : layers_) {
@@ -74,7 +75,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
 }
 
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromLayers(std::shared_ptr<Runtime> runtime,
-                                                               const SequenceOptions& options, SharedLayers layers) {
+                                                               const SequenceOptions& options,
+                                                               SharedLayers layers) {
   std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), options));
   sequence->Adopt(std::move(layers));
   sequence->ResetStates();
@@ -139,18 +141,21 @@ absl::Status Sequence::Append(const AppendRequest& r) {
 }
 
 bool Sequence::OnDevice(const void* pointer) const {
-  return runtime_->cuda() != nullptr && pointer != nullptr && runtime_->cuda()->device().CanFollow(pointer);
+  return runtime_->cuda() != nullptr && pointer != nullptr &&
+         runtime_->cuda()->device().CanFollow(pointer);
 }
 
 void Sequence::CountTables() {
-  int64_t bytes = static_cast<int64_t>(sizeof(Sequence) + states_before_step_.capacity() * sizeof(HeadState));
+  int64_t bytes =
+      static_cast<int64_t>(sizeof(Sequence) + states_before_step_.capacity() * sizeof(HeadState));
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
       bytes += static_cast<int64_t>(sizeof(HeadGroup) + group.blocks.capacity() * sizeof(int32_t) +
                                     group.states.capacity() * sizeof(HeadState)) +
                group.hot.bytes();
       for (const SegmentTables& tables : group.tables) bytes += tables.index->bytes();
-      bytes += group.recent.bytes() + static_cast<int64_t>(group.segments.capacity() * sizeof(IndexSegment));
+      bytes += group.recent.bytes() +
+               static_cast<int64_t>(group.segments.capacity() * sizeof(IndexSegment));
       if (group.moment) bytes += int64_t{group.moment->dim()} * group.moment->dim() * 8;
     }
   }

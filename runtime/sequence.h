@@ -49,8 +49,8 @@ struct SequenceOptions {
   uint64_t tenant = 0;
 };
 
-// Used by one thread at a time, which holds use() unless the sequence sits in a batch: other threads take
-// what nobody uses to spill it.
+// Used by one thread at a time, which holds use() unless the sequence sits in a batch: other
+// threads take what nobody uses to spill it.
 class Sequence {
  public:
   static constexpr int64_t kAllTokens = int64_t{1} << 31;
@@ -60,7 +60,8 @@ class Sequence {
                                                           const SequenceOptions& options);
   // A sequence of the layers of a kept prefix. FULL as Create.
   static absl::StatusOr<std::unique_ptr<Sequence>> FromLayers(std::shared_ptr<Runtime> runtime,
-                                                              const SequenceOptions& options, SharedLayers layers);
+                                                              const SequenceOptions& options,
+                                                              SharedLayers layers);
   ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
@@ -69,10 +70,11 @@ class Sequence {
   absl::StatusOr<std::unique_ptr<Sequence>> Fork(uint64_t id);
   absl::StatusOr<SharedLayers> Share(int64_t tokens);
   absl::Status Append(const AppendRequest& request);
-  // FULL if the sequence has a reservation, and blocks that others hold too would leave it one short.
+  // FULL if the sequence has a reservation, and blocks that others hold too would leave it one
+  // short.
   absl::Status Truncate(int64_t tokens);
-  // Sets aside what the sequence needs beside its blocks to have so many tokens in every layer, in place of
-  // what it had set aside before. FULL changes nothing.
+  // Sets aside what the sequence needs beside its blocks to have so many tokens in every layer, in
+  // place of what it had set aside before. FULL changes nothing.
   absl::Status Reserve(int64_t tokens);
   int64_t reserve_tokens() const { return reserve_tokens_; }
   absl::Status BuildIndex();
@@ -80,7 +82,8 @@ class Sequence {
   // Files: sequence_sleep.cc and files/sequence_file.cc.
   absl::Status Save(const std::string& path);
   // options.id 0: that of the file.
-  static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime, const std::string& path,
+  static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime,
+                                                           const std::string& path,
                                                            const SequenceOptions& options = {});
   absl::Status Hibernate(const std::string& path);
   // Hibernates into a file of the runtime's disk, which goes with the sequence or its wakening.
@@ -90,12 +93,15 @@ class Sequence {
   bool HoldsBlocks() const;
   // About the bytes that Save writes, and at least nearly so many.
   uint64_t SavedBytes() const;
-  // For the disk: a file with as many tokens as the prefix has, and a sequence of the first `tokens` of such a
-  // file, which is open.
-  absl::StatusOr<SavedFile> SaveAs(const SaveTarget& target, const StoredPrefix* prefix, bool durable);
+  // For the disk: a file with as many tokens as the prefix has, and a sequence of the first
+  // `tokens` of such a file, which is open.
+  absl::StatusOr<SavedFile> SaveAs(const SaveTarget& target, const StoredPrefix* prefix,
+                                   bool durable);
   static absl::StatusOr<std::unique_ptr<Sequence>> FromPrefix(std::shared_ptr<Runtime> runtime,
-                                                              const SequenceOptions& options, SnapshotReader& reader,
-                                                              const std::string& path, int64_t tokens);
+                                                              const SequenceOptions& options,
+                                                              SnapshotReader& reader,
+                                                              const std::string& path,
+                                                              int64_t tokens);
 
   // Held over every use outside of a batch.
   std::mutex& use() { return use_; }
@@ -103,16 +109,17 @@ class Sequence {
   void Touch() { last_use_ = runtime_->NextUse(); }
   uint64_t last_use() const { return last_use_; }
 
-  // One decode step, by the batch. Makes room for `new_tokens` more in every layer and codes what the
-  // window then no longer holds; FULL changes nothing.
+  // One decode step, by the batch. Makes room for `new_tokens` more in every layer and codes what
+  // the window then no longer holds; FULL changes nothing.
   absl::Status OpenStep(int new_tokens);
-  // Back to before OpenStep, but for what was coded and copied for it: tokens, step number, and on the CPU the
-  // controller states. Cannot fail: a reservation gets back what the step drew from it, or is ready already for
-  // the copy of a block that was shared since. On CUDA after a Pull.
+  // Back to before OpenStep, but for what was coded and copied for it: tokens, step number, and on
+  // the CPU the controller states. Cannot fail: a reservation gets back what the step drew from it,
+  // or is ready already for the copy of a block that was shared since. On CUDA after a Pull.
   void GiveUpStep();
   // Gives back blocks that no token lies in: room of a step that was not opened after all.
   void ReleaseSpare();
-  // The middle of a layer with `tokens` tokens is [sinks, MiddleEnd(tokens)); MiddleEnd = sinks: none.
+  // The middle of a layer with `tokens` tokens is [sinks, MiddleEnd(tokens)); MiddleEnd = sinks:
+  // none.
   int64_t MiddleEnd(int64_t tokens) const;
 
   Runtime& runtime() const { return *runtime_; }
@@ -130,7 +137,8 @@ class Sequence {
   // On CUDA: the device half, made at the first use; null on the CPU.
   absl::StatusOr<CudaSequence*> Cuda();
   const CudaSequence* cuda() const { return cuda_.get(); }
-  // Blocks whose codes were written by the host and that the device has not loaded; some may be let go since.
+  // Blocks whose codes were written by the host and that the device has not loaded; some may be let
+  // go since.
   std::vector<int32_t>& codes_to_load() { return codes_to_load_; }
   // On CUDA: waits for steps that were enqueued and brings their state to the host. Before the host
   // reads or changes the sequence.
@@ -154,33 +162,36 @@ class Sequence {
   };
   bool OnDevice(const void* pointer) const;
   // The queries of an append beside those that each group has had.
-  absl::Status AddQueries(const AppendRequest& request,
-                          std::vector<std::unique_ptr<QueryMoment>>& moments /* [kv_heads] */) const;
+  absl::Status AddQueries(
+      const AppendRequest& request,
+      std::vector<std::unique_ptr<QueryMoment>>& moments /* [kv_heads] */) const;
   // Lists what writing tokens [begin, end) of a layer needs.
   void ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const;
   // Takes them all from the pool and the device, or none (FULL, OUT_OF_MEMORY).
   absl::Status Meet(const std::vector<Need>& needs);
-  // `count` free blocks, with memory on the device if there is one; the first `own` of the reservation. All or none.
+  // `count` free blocks, with memory on the device if there is one; the first `own` of the
+  // reservation. All or none.
   absl::Status TakeBlocks(int64_t own, int64_t count, BlockId* out);
   absl::Status MakeRoomAndCode(int new_tokens, bool in_turn);
   // Brings the queries of the last steps into the moments.
   void TakeRecentQueries();
   // The first block from which on no other sequence holds the coded blocks of the last segment.
   int64_t FirstOwnBlock(const Layer& layer) const;
-  // What codes a layer up to `end`. in_turn: tokens come one by one, and a segment may wait for the turn of its layer.
+  // What codes a layer up to `end`. in_turn: tokens come one by one, and a segment may wait for the
+  // turn of its layer.
   CodingPlan PlanLayer(int l, int64_t end, bool in_turn) const;
   void CodeLayer(int l, const CodingPlan& plan, int64_t end);
   // The plan's segment of every KV head, from tokens up to `end`.
   void MakeSegment(int l, const CodingPlan& plan, int64_t end);
-  // Tables [kv_heads] for tokens [begin, end): those of the last learnt segment about another centre ...
-  // flooded: share of the tokens that they would make outliers, of the worst KV head.
+  // Tables [kv_heads] for tokens [begin, end): those of the last learnt segment about another
+  // centre ... flooded: share of the tokens that they would make outliers, of the worst KV head.
   std::vector<std::shared_ptr<const Index>> Recentre(const Layer& layer, int64_t begin, int64_t end,
                                                      double* flooded) const;
   // ... and those learnt from the tokens and from all queries so far.
   std::vector<std::shared_ptr<const Index>> Learn(int l, int64_t begin, int64_t end);
 
-  // Blocks that a reservation of so many tokens still has to hold ready, once `keep_tokens` tokens are left
-  // and blocks of the first `shared_tokens` are shared.
+  // Blocks that a reservation of so many tokens still has to hold ready, once `keep_tokens` tokens
+  // are left and blocks of the first `shared_tokens` are shared.
   int64_t Unmet(int64_t reserve_tokens, int64_t keep_tokens, int64_t shared_tokens) const;
   // Brings reserved_ up to so many blocks (FULL), and down to what is unmet.
   absl::Status ReserveUpTo(int64_t blocks);
@@ -201,7 +212,8 @@ class Sequence {
   // Known to the runtime from then on.
   void Enlist() { runtime_->Enlist(this); }
 
-  absl::StatusOr<SavedFile> WriteFile(const SaveTarget& target, const StoredPrefix* prefix, bool durable);
+  absl::StatusOr<SavedFile> WriteFile(const SaveTarget& target, const StoredPrefix* prefix,
+                                      bool durable);
   // The first `most` tokens of a file.
   absl::Status Load(SnapshotReader& reader, const std::string& path, int64_t most);
   absl::Status LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most);
@@ -216,12 +228,12 @@ class Sequence {
   const uint64_t id_;
   std::vector<Layer> layers_;
   uint64_t step_ = 0;
-  int64_t tokens_before_step_ = 0;  // of every layer, when the last step was opened
+  int64_t tokens_before_step_ = 0;             // of every layer, when the last step was opened
   std::vector<HeadState> states_before_step_;  // of all layers' groups; on CUDA not kept
-  int64_t reserve_tokens_ = 0;  // what the reservation is for; kept while it hibernates
-  int64_t reserved_ = 0;  // blocks promised by the pool: Unmet or more
-  std::string hibernate_path_;  // absolute; empty: awake
-  SnapshotFileId hibernate_file_{};  // what was written there: a name is no proof
+  int64_t reserve_tokens_ = 0;          // what the reservation is for; kept while it hibernates
+  int64_t reserved_ = 0;                // blocks promised by the pool: Unmet or more
+  std::string hibernate_path_;          // absolute; empty: awake
+  SnapshotFileId hibernate_file_{};     // what was written there: a name is no proof
   std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
   SpillFile spill_;
   std::unique_ptr<CudaSequence> cuda_;

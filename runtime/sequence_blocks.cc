@@ -1,9 +1,9 @@
 // Blocks of a sequence: what it takes from the pool, shares, has reserved, and gives back.
 //
-// A reservation is for a number of tokens in every layer. As long as it is kept, the pool holds a block
-// ready for each block number below it that the sequence has not yet, or that it has, shares, and may
-// have to copy: Unmet. What the sequence takes there it draws from its reservation, and what it gives
-// back there returns to it.
+// A reservation is for a number of tokens in every layer. As long as it is kept, the pool holds a
+// block ready for each block number below it that the sequence has not yet, or that it has, shares,
+// and may have to copy: Unmet. What the sequence takes there it draws from its reservation, and
+// what it gives back there returns to it.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -62,7 +62,8 @@ absl::StatusOr<SharedLayers> Sequence::Share(int64_t tokens) {
   VATTN_RETURN_IF_ERROR(Pull());
   if (cuda_) VATTN_RETURN_IF_ERROR(cuda_->ReadQueries(*this));
   // What was the sequence's own is to be copied before it is written again.
-  if (reserve_tokens_ > 0) VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, kAllTokens, tokens)));
+  if (reserve_tokens_ > 0)
+    VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, kAllTokens, tokens)));
   const absl::Cleanup settle = [this] { Settle(); };
   return SharedLayers(runtime_->store(), layers_, tokens);
 }
@@ -93,7 +94,8 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
   std::vector<BlockId> taken(needs.size());
   bool copies = false;
   int64_t own = 0;
-  for (auto need = needs.rbegin(); need != needs.rend(); ++need) {  // the most blocks of a group first
+  // The most blocks of a group first
+  for (auto need = needs.rbegin(); need != needs.rend(); ++need) {
     std::vector<int32_t>& blocks = layers_[need->layer].groups[need->group].blocks;
     const size_t room = static_cast<size_t>(need->block) + 1;
     if (blocks.capacity() < room) blocks.reserve(std::max(room, blocks.capacity() * 3 / 2));
@@ -121,7 +123,8 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
     store.Release(shared);
     ++runtime_->counters().blocks_copied;
   }
-  if (reserve_tokens_ > 0) Settle();  // others may have made copies that this sequence was ready for
+  // Others may have made copies that this sequence was ready for
+  if (reserve_tokens_ > 0) Settle();
   return absl::OkStatus();
 }
 
@@ -163,7 +166,8 @@ absl::Status Sequence::Truncate(int64_t tokens) {
     for (const Layer& layer : layers_) {
       const int64_t keep = BlocksFor(std::min(layer.tokens, tokens));
       for (const HeadGroup& group : layer.groups) {
-        for (int64_t b = keep; b < static_cast<int64_t>(group.blocks.size()); ++b) returned += Returns(group, b);
+        for (int64_t b = keep; b < static_cast<int64_t>(group.blocks.size()); ++b)
+          returned += Returns(group, b);
       }
     }
     VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, tokens, 0) - returned));
@@ -197,7 +201,8 @@ void Sequence::CutTo(int64_t tokens) {
 bool Sequence::Returns(const HeadGroup& group, int64_t block) const {
   const HostStore& store = runtime_->store();
   const BlockId id{group.blocks[static_cast<size_t>(block)]};
-  return block < BlocksFor(reserve_tokens_) && store.IsUnique(id) && store.TenantOf(id) == tenant_.slot();
+  return block < BlocksFor(reserve_tokens_) && store.IsUnique(id) &&
+         store.TenantOf(id) == tenant_.slot();
 }
 
 void Sequence::ReleaseSpare() {

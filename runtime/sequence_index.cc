@@ -22,8 +22,8 @@ struct Sample {
   int64_t count = 0;
 };
 
-// Which tokens: of every `stride` runs of `run` tokens from `first` on, one. Which one is random (always the same
-// for i): a text with a period would show a regular walk a fraction of its keys.
+// Which tokens: of every `stride` runs of `run` tokens from `first` on, one. Which one is random
+// (always the same for i): a text with a period would show a regular walk a fraction of its keys.
 struct Walk {
   int64_t first = 0, run = 1, stride = 1, count = 0;
   bool others = false;  // of every stride another one than without
@@ -41,19 +41,25 @@ struct Walk {
   }
 };
 
-void LoadSample(const Storage& s, const std::vector<int32_t>& blocks, const Walk& walk, Sample& out) {
+void LoadSample(const Storage& s, const std::vector<int32_t>& blocks, const Walk& walk,
+                Sample& out) {
   const size_t begin = static_cast<size_t>(out.count);
   out.count += walk.count;
   out.keys.resize(static_cast<size_t>(out.count) * s.row.dim_k);
   out.values.resize(static_cast<size_t>(out.count) * s.row.dim_v);
   for (int64_t i = 0; i < walk.count; ++i) {
     const int64_t token = walk.Token(i);
-    const uint8_t* row = reinterpret_cast<const uint8_t*>(s.base + blocks[token / kBlockTokens] * s.block.bytes +
-                                                          token % kBlockTokens * s.row.row_bytes);
+    const uint8_t* row =
+        reinterpret_cast<const uint8_t*>(s.base + blocks[token / kBlockTokens] * s.block.bytes +
+                                         token % kBlockTokens * s.row.row_bytes);
     const size_t at = begin + static_cast<size_t>(i);
     cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
                   out.keys.data() + at * s.row.dim_k);
-    cpu::LoadRows({.rows = &row, .count = 1, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
+    cpu::LoadRows({.rows = &row,
+                   .count = 1,
+                   .offset = s.row.v_offset,
+                   .dim = s.row.dim_v,
+                   .dtype = s.row.dtype},
                   out.values.data() + at * s.row.dim_v);
   }
 }
@@ -66,14 +72,17 @@ void ShareMean(Sample& sample, int64_t from, int dim) {
     for (int c = 0; c < dim; ++c) sum[c] += static_cast<double>(sample.keys[i * dim + c]);
   }
   for (int c = 0; c < dim; ++c) {
-    const double move = before[c] / static_cast<double>(from) - behind[c] / static_cast<double>(sample.count - from);
-    for (int64_t i = from; i < sample.count; ++i) sample.keys[i * dim + c] += static_cast<float>(move);
+    const double move = before[c] / static_cast<double>(from) -
+                        behind[c] / static_cast<double>(sample.count - from);
+    for (int64_t i = from; i < sample.count; ++i)
+      sample.keys[i * dim + c] += static_cast<float>(move);
   }
 }
 
 }  // namespace
 
-absl::Status Sequence::AddQueries(const AppendRequest& r, std::vector<std::unique_ptr<QueryMoment>>& moments) const {
+absl::Status Sequence::AddQueries(const AppendRequest& r,
+                                  std::vector<std::unique_ptr<QueryMoment>>& moments) const {
   const Storage& s = runtime_->storage();
   // Those on the device come over whole, from the first element to the last.
   const uint8_t* q = static_cast<const uint8_t*>(r.q);
@@ -85,17 +94,21 @@ absl::Status Sequence::AddQueries(const AppendRequest& r, std::vector<std::uniqu
     VATTN_RETURN_IF_ERROR(runtime_->cuda()->Read(copied.data(), r.q, copied.size()));
     q = copied.data();
   }
-  const int group = runtime_->group(r.layer), dim = s.row.dim_k, element = ElementBytes(s.row.dtype);
+  const int group = runtime_->group(r.layer), dim = s.row.dim_k,
+            element = ElementBytes(s.row.dtype);
   for (size_t g = 0; g < moments.size(); ++g) {
     const HeadGroup& heads = layers_[r.layer].groups[g];
-    moments[g] = heads.moment ? std::make_unique<QueryMoment>(*heads.moment) : std::make_unique<QueryMoment>(dim);
+    moments[g] = heads.moment ? std::make_unique<QueryMoment>(*heads.moment)
+                              : std::make_unique<QueryMoment>(dim);
     const int64_t picks = QueryMoment::NumPicks(r.num_queries, group);
     std::vector<float> queries(static_cast<size_t>(picks * dim));
     for (int64_t i = 0; i < picks; ++i) {
       const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group);
-      const int64_t at = pick.token * r.q_token_stride + (static_cast<int64_t>(g) * group + pick.head) * r.q_head_stride;
+      const int64_t at = pick.token * r.q_token_stride +
+                         (static_cast<int64_t>(g) * group + pick.head) * r.q_head_stride;
       const uint8_t* row = q + at * element;
-      cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype}, queries.data() + i * dim);
+      cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype},
+                    queries.data() + i * dim);
     }
     for (float& x : queries) x *= s.scale;
     moments[g]->Add(queries.data(), picks, r.num_queries);
@@ -127,7 +140,8 @@ absl::Status Sequence::OpenStep(int new_tokens) {
     tokens_before_step_ = layer.tokens;
     if (runtime_->cuda() != nullptr) continue;
     for (const HeadGroup& group : layer.groups) {
-      states_before_step_.insert(states_before_step_.end(), group.states.begin(), group.states.end());
+      states_before_step_.insert(states_before_step_.end(), group.states.begin(),
+                                 group.states.end());
     }
   }
   return MakeRoomAndCode(new_tokens, /*in_turn=*/true);
@@ -152,7 +166,8 @@ void Sequence::TakeRecentQueries() {
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     for (HeadGroup& group : layers_[l].groups) {
       if (group.recent.empty()) continue;
-      if (!group.moment) group.moment = std::make_unique<QueryMoment>(runtime_->storage().row.dim_k);
+      if (!group.moment)
+        group.moment = std::make_unique<QueryMoment>(runtime_->storage().row.dim_k);
       group.recent.MoveTo(*group.moment, runtime_->group(l));
     }
   }
@@ -177,9 +192,11 @@ CodingPlan Sequence::PlanLayer(int l, int64_t end, bool in_turn) const {
   CodingPlan plan{.begin = end};
   if (layer.groups.empty() || end <= sinks) return plan;
   const bool growing = runtime_->storage().code.kind == IndexKind::kBalanced;
-  plan = PlanCoding(layer.segments, sinks, layer.coded, FirstOwnBlock(layer) * kBlockTokens, end, growing);
-  // What an append brought is coded at once. While tokens come one by one a step makes the segment of one layer; the
-  // others wait, coded as before. Which one follows from the step's number, so that one given up leaves no trace.
+  plan = PlanCoding(layer.segments, sinks, layer.coded, FirstOwnBlock(layer) * kBlockTokens, end,
+                    growing);
+  // What an append brought is coded at once. While tokens come one by one a step makes the segment
+  // of one layer; the others wait, coded as before. Which one follows from the step's number, so
+  // that one given up leaves no trace.
   const bool waits = in_turn && !layer.segments.empty() && end - layer.coded <= kCodeTokens;
   const bool turn = step_ % layers_.size() == static_cast<uint64_t>(l);
   if (plan.coding == Coding::kExtend || !waits || turn) return plan;
@@ -196,10 +213,12 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
     plans[l] = PlanLayer(l, end, in_turn);
     makes |= plans[l].coding != Coding::kExtend;
     // One list per layer without repeats: what is coded lies before what is written.
-    const int64_t code_from = plans[l].begin, write_from = layer.tokens / kBlockTokens * kBlockTokens;
+    const int64_t code_from = plans[l].begin,
+                  write_from = layer.tokens / kBlockTokens * kBlockTokens;
     if (end > code_from) ListNeeds(l, code_from, std::min(end, write_from), needs);
-    ListNeeds(l, end > code_from ? std::min(layer.tokens, std::max(code_from, write_from)) : layer.tokens, tokens,
-              needs);
+    ListNeeds(
+        l, end > code_from ? std::min(layer.tokens, std::max(code_from, write_from)) : layer.tokens,
+        tokens, needs);
   }
   VATTN_RETURN_IF_ERROR(Meet(needs));
   if (new_tokens > 0) {
@@ -243,11 +262,14 @@ void Sequence::CodeLayer(int l, const CodingPlan& plan, int64_t end) {
 
 void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
   Layer& layer = layers_[l];
-  const int64_t begin = std::max<int64_t>(plan.first_block * kBlockTokens, runtime_->options().sinks);
-  const bool replaces = !layer.segments.empty() && layer.segments.back().first_block == plan.first_block;
+  const int64_t begin =
+      std::max<int64_t>(plan.first_block * kBlockTokens, runtime_->options().sinks);
+  const bool replaces =
+      !layer.segments.empty() && layer.segments.back().first_block == plan.first_block;
   // All KV heads or none: one that fails throws.
   std::vector<std::shared_ptr<const Index>> made;
-  // One that is learnt because of a flood stays provisional: its first few tokens do not speak for those that follow.
+  // One that is learnt because of a flood stays provisional: its first few tokens do not speak for
+  // those that follow.
   const bool provisional = plan.coding == Coding::kRecentre;
   bool learns = !provisional;
   if (provisional) {
@@ -282,8 +304,8 @@ void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
   counters.segments_recoded += recodes;
 }
 
-std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer, int64_t begin, int64_t end,
-                                                             double* flooded) const {
+std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer, int64_t begin,
+                                                             int64_t end, double* flooded) const {
   const Storage& s = runtime_->storage();
   // The tables of the last segment that is not provisional.
   size_t k = layer.segments.size() - 1;
@@ -295,8 +317,8 @@ std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer,
     const HeadGroup& group = layer.groups[g];
     Sample sample;
     LoadSample(s, group.blocks, walk, sample);
-    made[g] = Index::Recentre(s, *group.tables[k].index, sample.keys.data(), sample.values.data(), sample.count,
-                              &shares[g]);
+    made[g] = Index::Recentre(s, *group.tables[k].index, sample.keys.data(), sample.values.data(),
+                              sample.count, &shares[g]);
   });
   *flooded = *std::max_element(shares.begin(), shares.end());
   return made;
@@ -320,7 +342,8 @@ std::vector<std::shared_ptr<const Index>> Sequence::Learn(int l, int64_t begin, 
       LoadSample(s, group.blocks, {begin - help, 1, 1, help}, sample);
       ShareMean(sample, walk.count, s.row.dim_k);
     }
-    const QueryMoment moment = group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
+    const QueryMoment moment =
+        group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
     made[g] = Index::Make(s, sample.keys.data(), sample.values.data(), sample.count, moment,
                           runtime_->LearnedMap(l, static_cast<int>(g)));
     if (s.code.kind == IndexKind::kBalanced && walk.stride > 1) {
@@ -328,7 +351,8 @@ std::vector<std::shared_ptr<const Index>> Sequence::Learn(int l, int64_t begin, 
       others.others = true;
       Sample held_out;
       LoadSample(s, group.blocks, others, held_out);
-      made[g] = made[g]->WithLimitsOf(s, held_out.keys.data(), held_out.values.data(), held_out.count);
+      made[g] =
+          made[g]->WithLimitsOf(s, held_out.keys.data(), held_out.values.data(), held_out.count);
     }
     // Values are coded alike in every segment.
     if (begin > sinks) made[g] = made[g]->WithValuesOf(s, *group.tables[0].index);

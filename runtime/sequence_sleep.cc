@@ -29,7 +29,8 @@ absl::Status Sequence::Save(const std::string& path) {
   return SaveAs(*target, nullptr, /*durable=*/true).status();
 }
 
-absl::StatusOr<SavedFile> Sequence::SaveAs(const SaveTarget& target, const StoredPrefix* prefix, bool durable) {
+absl::StatusOr<SavedFile> Sequence::SaveAs(const SaveTarget& target, const StoredPrefix* prefix,
+                                           bool durable) {
   VATTN_RETURN_IF_ERROR(CheckWhole());
   absl::StatusOr<SavedFile> saved = WriteFile(target, prefix, durable);
   VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", saved.status()));
@@ -49,7 +50,8 @@ absl::Status Sequence::LoadCounted(SnapshotReader& reader, const std::string& pa
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runtime> runtime, const std::string& path,
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runtime> runtime,
+                                                            const std::string& path,
                                                             const SequenceOptions& options) {
   Runtime& r = *runtime;
   SavedHead head;
@@ -67,8 +69,10 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Restore(std::shared_ptr<Runt
 }
 
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromPrefix(std::shared_ptr<Runtime> runtime,
-                                                               const SequenceOptions& options, SnapshotReader& reader,
-                                                               const std::string& path, int64_t tokens) {
+                                                               const SequenceOptions& options,
+                                                               SnapshotReader& reader,
+                                                               const std::string& path,
+                                                               int64_t tokens) {
   std::unique_ptr<Sequence> sequence(new Sequence(std::move(runtime), options));
   sequence->reserve_tokens_ = options.reserve_tokens;
   VATTN_RETURN_IF_ERROR(sequence->LoadCounted(reader, path, tokens));
@@ -80,7 +84,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromPrefix(std::shared_ptr<R
 absl::Status Sequence::Hibernate(const std::string& path) {
   if (hibernated()) return InvalidArgumentError("sequence hibernates already, must be awake");
   if (batch.load() != nullptr) {
-    return InvalidArgumentError("sequence sits in slot ", slot, " of a batch, must be taken out first");
+    return InvalidArgumentError("sequence sits in slot ", slot,
+                                " of a batch, must be taken out first");
   }
   absl::StatusOr<SaveTarget> target = FindSaveTarget(path, *runtime_->io().ops);
   VATTN_RETURN_IF_ERROR(Told(*runtime_, "save", target.status()));
@@ -120,7 +125,8 @@ std::vector<int64_t> Sequence::Lengths() const {
   return tokens;
 }
 
-void Sequence::Sleep(std::string path, const SnapshotFileId& file, std::vector<int64_t> tokens) noexcept {
+void Sequence::Sleep(std::string path, const SnapshotFileId& file,
+                     std::vector<int64_t> tokens) noexcept {
   hibernate_file_ = file;
   asleep_tokens_ = std::move(tokens);
   ReleaseBlocks();

@@ -5,18 +5,21 @@
 namespace vattn {
 namespace {
 
-void Append(std::string& out, const char* name, const char* type, const char* help, uint64_t value) {
-  absl::StrAppend(&out, "# HELP vattn_", name, " ", help, "\n# TYPE vattn_", name, " ", type, "\nvattn_", name, " ",
-                  value, "\n");
+void Append(std::string& out, const char* name, const char* type, const char* help,
+            uint64_t value) {
+  absl::StrAppend(&out, "# HELP vattn_", name, " ", help, "\n# TYPE vattn_", name, " ", type,
+                  "\nvattn_", name, " ", value, "\n");
 }
 
 // One line for each tenant.
 void AppendTenants(std::string& out, const char* name, const char* type, const char* help,
-                   const std::vector<TenantSnapshot>& tenants, uint64_t TenantSnapshot::* value) {
+                   const std::vector<TenantSnapshot>& tenants, uint64_t TenantSnapshot::*value) {
   if (tenants.empty()) return;
-  absl::StrAppend(&out, "# HELP vattn_tenant_", name, " ", help, "\n# TYPE vattn_tenant_", name, " ", type, "\n");
+  absl::StrAppend(&out, "# HELP vattn_tenant_", name, " ", help, "\n# TYPE vattn_tenant_", name,
+                  " ", type, "\n");
   for (const TenantSnapshot& tenant : tenants) {
-    absl::StrAppend(&out, "vattn_tenant_", name, "{tenant=\"", tenant.tenant, "\"} ", tenant.*value, "\n");
+    absl::StrAppend(&out, "vattn_tenant_", name, "{tenant=\"", tenant.tenant, "\"} ", tenant.*value,
+                    "\n");
   }
 }
 
@@ -36,26 +39,32 @@ std::string PrometheusText(const StatsSnapshot& s, const std::vector<TenantSnaps
   Append(out, "host_bytes_used", "gauge", "Bytes in blocks in use or reserved", s.host_bytes_used);
   Append(out, "host_bytes_reserved", "gauge", "Bytes of them that are reserved and not yet in use",
          s.host_bytes_reserved);
-  Append(out, "table_bytes", "gauge", "Bytes of block tables, index tables and state", s.table_bytes);
-  Append(out, "disk_bytes_used", "gauge", "Bytes of files in the disk directory, written or promised",
-         s.disk_bytes_used);
-  Append(out, "device_bytes_reserved", "gauge", "Device addresses set aside for what grows with the tokens",
-         s.device_bytes_reserved);
-  Append(out, "device_bytes_mapped", "gauge", "Device memory mapped at them", s.device_bytes_mapped);
+  Append(out, "table_bytes", "gauge", "Bytes of block tables, index tables and state",
+         s.table_bytes);
+  Append(out, "disk_bytes_used", "gauge",
+         "Bytes of files in the disk directory, written or promised", s.disk_bytes_used);
+  Append(out, "device_bytes_reserved", "gauge",
+         "Device addresses set aside for what grows with the tokens", s.device_bytes_reserved);
+  Append(out, "device_bytes_mapped", "gauge", "Device memory mapped at them",
+         s.device_bytes_mapped);
   Append(out, "device_growths", "counter", "Times that more was mapped", s.device_growths);
   Append(out, "device_growth_ns", "counter", "Nanoseconds that this took", s.device_growth_ns);
   Append(out, "kept_prefixes", "gauge", "Prefixes in the host pool", s.kept_prefixes);
 #define VATTN_APPEND(name, type, help) Append(out, #name, type, help, s.name);
   VATTN_COUNTERS(VATTN_APPEND)
 #undef VATTN_APPEND
-  AppendTenants(out, "host_bytes_limit", "gauge", "Quota of a tenant", tenants, &TenantSnapshot::host_bytes_limit);
-  AppendTenants(out, "host_bytes_used", "gauge", "Bytes in blocks that it took or has reserved", tenants,
-                &TenantSnapshot::host_bytes_used);
-  AppendTenants(out, "host_bytes_reserved", "gauge", "Bytes of them that are reserved and not yet in use", tenants,
+  AppendTenants(out, "host_bytes_limit", "gauge", "Quota of a tenant", tenants,
+                &TenantSnapshot::host_bytes_limit);
+  AppendTenants(out, "host_bytes_used", "gauge", "Bytes in blocks that it took or has reserved",
+                tenants, &TenantSnapshot::host_bytes_used);
+  AppendTenants(out, "host_bytes_reserved", "gauge",
+                "Bytes of them that are reserved and not yet in use", tenants,
                 &TenantSnapshot::host_bytes_reserved);
-  AppendTenants(out, "sequences", "gauge", "Sequences of a tenant alive", tenants, &TenantSnapshot::sequences);
-  AppendTenants(out, "full_refusals", "counter", "Its calls refused because the host pool or its quota was full",
-                tenants, &TenantSnapshot::full_refusals);
+  AppendTenants(out, "sequences", "gauge", "Sequences of a tenant alive", tenants,
+                &TenantSnapshot::sequences);
+  AppendTenants(out, "full_refusals", "counter",
+                "Its calls refused because the host pool or its quota was full", tenants,
+                &TenantSnapshot::full_refusals);
   AppendTenants(out, "quota_refusals", "counter", "Its calls refused because of its quota", tenants,
                 &TenantSnapshot::quota_refusals);
   return out;

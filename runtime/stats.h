@@ -10,6 +10,7 @@
 namespace vattn {
 
 // X(name, Prometheus type, help)
+// clang-format off
 #define VATTN_COUNTERS(X)                                                                    \
   X(sequences, "gauge", "Sequences alive")                                                   \
   X(tokens, "gauge", "Tokens held, over sequences and layers")                               \
@@ -50,6 +51,7 @@ namespace vattn {
   X(prefix_damaged, "counter", "Stored prefixes removed because they failed their check")    \
   X(prefix_unread, "counter", "Stored prefixes that the system could not read when wanted")  \
   X(prefix_unlike, "counter", "Stored prefixes found by a digest that held other tokens")
+// clang-format on
 
 struct Counters {
 #define VATTN_DECLARE(name, type, help) std::atomic<uint64_t> name{0};
@@ -59,8 +61,10 @@ struct Counters {
 
 // Plain copies of the counters plus what is computed on demand.
 struct StatsSnapshot {
-  uint64_t host_bytes_limit = 0, host_bytes_used = 0, host_bytes_reserved = 0, table_bytes = 0, disk_bytes_used = 0;
-  uint64_t device_bytes_reserved = 0, device_bytes_mapped = 0, device_growths = 0, device_growth_ns = 0;
+  uint64_t host_bytes_limit = 0, host_bytes_used = 0, host_bytes_reserved = 0, table_bytes = 0,
+           disk_bytes_used = 0;
+  uint64_t device_bytes_reserved = 0, device_bytes_mapped = 0, device_growths = 0,
+           device_growth_ns = 0;
   uint64_t kept_prefixes = 0;
 #define VATTN_DECLARE(name, type, help) uint64_t name = 0;
   VATTN_COUNTERS(VATTN_DECLARE)
@@ -69,7 +73,8 @@ struct StatsSnapshot {
 
 // What vattn_tenant_stats has.
 struct TenantSnapshot {
-  uint64_t tenant = 0, host_bytes_limit = 0, host_bytes_used = 0, host_bytes_reserved = 0, sequences = 0;
+  uint64_t tenant = 0, host_bytes_limit = 0, host_bytes_used = 0, host_bytes_reserved = 0,
+           sequences = 0;
   uint64_t full_refusals = 0, quota_refusals = 0;
 };
 

@@ -30,7 +30,8 @@ Json Machine() {
   std::string text;
   do {  // it may have become longer between two calls
     text.resize(needed + 1);
-    if (vattn_doctor(text.data(), text.size(), &needed) != VATTN_OK) throw Failure(vattn_last_error());
+    if (vattn_doctor(text.data(), text.size(), &needed) != VATTN_OK)
+      throw Failure(vattn_last_error());
   } while (needed >= text.size());
   text.resize(needed);
   return Json::parse(text);
@@ -100,8 +101,8 @@ Json ResultHeader(const CommandLine& command) {
 
 std::string EnvironmentLine() {
   return std::string("vattn ") + vattn_version() + ", " + CpuModel() + ", " +
-         std::to_string(UsableCores()) + " cores, " +
-         Bytes(static_cast<double>(MemoryBytes())) + ", " + Date();
+         std::to_string(UsableCores()) + " cores, " + Bytes(static_cast<double>(MemoryBytes())) +
+         ", " + Date();
 }
 
 void WriteJson(const std::string& path, const Json& json) {
@@ -111,7 +112,8 @@ void WriteJson(const std::string& path, const Json& json) {
 
 void WriteFile(const std::string& path, const std::string& text) {
   std::FILE* const file = std::fopen(path.c_str(), "wb");
-  bool done = file != nullptr && std::fwrite(text.data(), 1, text.size(), file) == text.size() && std::fflush(file) == 0;
+  bool done = file != nullptr && std::fwrite(text.data(), 1, text.size(), file) == text.size() &&
+              std::fflush(file) == 0;
   int error = errno;
   // A full disk may show no earlier than here.
   if (file != nullptr && std::fclose(file) != 0 && done) {

@@ -18,10 +18,13 @@ class FileArguments {
   CLI::Option* AddOutput(const std::string& name, std::string* path, const std::string& help,
                          const std::string& type = "FILE");
   // --json, which every command has.
-  CLI::Option* AddJson(std::string* path) { return AddOutput("--json", path, "Write everything to this file"); }
+  CLI::Option* AddJson(std::string* path) {
+    return AddOutput("--json", path, "Write everything to this file");
+  }
 
-  // After parsing. UsageError where an output is a file that is read, whatever its name (links, relative paths), or
-  // that of another output; Failure where it cannot be written. Changes no file.
+  // After parsing. UsageError where an output is a file that is read, whatever its name (links,
+  // relative paths), or that of another output; Failure where it cannot be written. Changes no
+  // file.
   void Check() const;
 
  private:

@@ -28,9 +28,7 @@ void AddTrace(FileArguments* files, std::string* trace) {
 }
 
 void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds) {
-  app->add_option("--seeds", *seeds, help)
-      ->capture_default_str()
-      ->check(Whole(1, 1000000));
+  app->add_option("--seeds", *seeds, help)->capture_default_str()->check(Whole(1, 1000000));
 }
 
 void AddSteps(CLI::App* app, int64_t* steps) {
@@ -61,12 +59,14 @@ void OptionArguments::Add(CLI::App* app) {
   AddChoice(app, "--bound", BoundChoices(), "How the error is bounded (sharp)", &options_.bound);
   AddChoice(app, "--on-unverified", OnUnverifiedChoices(),
             "What becomes of a head that cannot be verified (dense)", &options_.on_unverified);
-  app->add_flag_callback("--pilot", [this] { options_.pilot = 1; },
-                         "The first draw is a pilot for the second: fewer rows, more time");
+  app->add_flag_callback(
+      "--pilot", [this] { options_.pilot = 1; },
+      "The first draw is a pilot for the second: fewer rows, more time");
   app->add_option("--hot-share", options_.hot_share,
                   "Share of the middle that the hot set may hold")
       ->capture_default_str();
-  app->add_option("--refresh", options_.refresh, "1 / refresh of the random numbers are renewed a step")
+  app->add_option("--refresh", options_.refresh,
+                  "1 / refresh of the random numbers are renewed a step")
       ->capture_default_str();
   app->add_option("--seed", options_.seed, "First seed; every result prints it")
       ->check(Seed())

@@ -28,8 +28,8 @@ void AddSeeds(CLI::App* app, const std::string& help, int32_t* seeds);
 // --steps; 0, if it was not given: all.
 void AddSteps(CLI::App* app, int64_t* steps);
 
-// --layers. The list stays empty if the argument is not given, which means all layers: ResolveLayers in
-// bench/trace/trace_arguments.h turns it into their numbers.
+// --layers. The list stays empty if the argument is not given, which means all layers:
+// ResolveLayers in bench/trace/trace_arguments.h turns it into their numbers.
 void AddLayers(CLI::App* app, std::vector<int32_t>* layers);
 
 class OptionArguments {

@@ -1,4 +1,5 @@
-// What is being done, on stderr: one line that is rewritten in place on a terminal, elsewhere a line now and then.
+// What is being done, on stderr: one line that is rewritten in place on a terminal, elsewhere a
+// line now and then.
 #ifndef VATTN_BENCH_CLI_PROGRESS_H_
 #define VATTN_BENCH_CLI_PROGRESS_H_
 
@@ -18,7 +19,10 @@ class Progress {
 
   // Off a terminal short runs say nothing, and long ones fill no log.
   explicit Progress(std::chrono::milliseconds between_lines = std::chrono::seconds(10))
-      : terminal_(isatty(STDERR_FILENO) != 0), between_lines_(between_lines), shown_(Clock::now()), started_(shown_) {}
+      : terminal_(isatty(STDERR_FILENO) != 0),
+        between_lines_(between_lines),
+        shown_(Clock::now()),
+        started_(shown_) {}
   ~Progress() { Clear(); }
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -29,7 +33,8 @@ class Progress {
     if (terminal_ || Due()) Show(subject_);
   }
   void Count(int64_t done, int64_t total) {
-    if (terminal_ || Due()) Show(subject_ + " " + std::to_string(done) + "/" + std::to_string(total));
+    if (terminal_ || Due())
+      Show(subject_ + " " + std::to_string(done) + "/" + std::to_string(total));
   }
   void Clear() {
     if (terminal_) Show("");
@@ -43,8 +48,10 @@ class Progress {
       return;
     }
     shown_ = Clock::now();
-    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(shown_ - started_).count();
-    std::fprintf(stderr, "vattn: %s, after %lld s\n", text.c_str(), static_cast<long long>(seconds));
+    const auto seconds =
+        std::chrono::duration_cast<std::chrono::seconds>(shown_ - started_).count();
+    std::fprintf(stderr, "vattn: %s, after %lld s\n", text.c_str(),
+                 static_cast<long long>(seconds));
   }
 
   const bool terminal_;

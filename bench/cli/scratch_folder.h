@@ -1,4 +1,5 @@
-// A folder of its own for files that are gone when the command ends, also by a signal that stops it.
+// A folder of its own for files that are gone when the command ends, also by a signal that stops
+// it.
 #ifndef VATTN_BENCH_CLI_SCRATCH_FOLDER_H_
 #define VATTN_BENCH_CLI_SCRATCH_FOLDER_H_
 

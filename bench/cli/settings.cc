@@ -10,10 +10,10 @@ Choices BackendChoices() {
 Choices BoundChoices() { return {{"sharp", VATTN_BOUND_SHARP}, {"safe", VATTN_BOUND_SAFE}}; }
 Choices DTypeChoices() { return {{"f32", VATTN_F32}, {"f16", VATTN_F16}, {"bf16", VATTN_BF16}}; }
 Choices IndexChoices() {
-  return {{"balanced", VATTN_INDEX_BALANCED},   {"exact", VATTN_INDEX_EXACT},
-          {"sign", VATTN_INDEX_SIGN},           {"hadamard2", VATTN_INDEX_HADAMARD2},
-          {"page", VATTN_INDEX_PAGE},           {"pooled", VATTN_INDEX_POOLED},
-          {"clusters", VATTN_INDEX_CLUSTERS},   {"external", VATTN_INDEX_EXTERNAL}};
+  return {{"balanced", VATTN_INDEX_BALANCED}, {"exact", VATTN_INDEX_EXACT},
+          {"sign", VATTN_INDEX_SIGN},         {"hadamard2", VATTN_INDEX_HADAMARD2},
+          {"page", VATTN_INDEX_PAGE},         {"pooled", VATTN_INDEX_POOLED},
+          {"clusters", VATTN_INDEX_CLUSTERS}, {"external", VATTN_INDEX_EXTERNAL}};
 }
 Choices NormChoices() { return {{"value", VATTN_NORM_VALUE}, {"output", VATTN_NORM_OUTPUT}}; }
 Choices OnUnverifiedChoices() {
@@ -85,8 +85,9 @@ std::string DescribePolicy(const vattn_options& options) {
 }
 
 std::string DescribeCodes(const vattn_options& options) {
-  const std::string keys =
-      options.index_bytes == 0 ? "codes of the default size" : std::to_string(options.index_bytes) + " bytes of code";
+  const std::string keys = options.index_bytes == 0
+                               ? "codes of the default size"
+                               : std::to_string(options.index_bytes) + " bytes of code";
   return options.value_bits == 0
              ? keys
              : keys + ", values of " + std::to_string(options.value_bits) + " bits";

@@ -18,7 +18,8 @@ void RequireStandardOutput() {
     open_there[fd] = fcntl(fd, F_GETFD) >= 0;
     if (!open_there[fd]) (void)!open("/dev/null", fd == STDERR_FILENO ? O_WRONLY : O_RDONLY);
   }
-  if (!open_there[STDOUT_FILENO]) throw Failure("standard output is closed: there is nowhere to write the result to");
+  if (!open_there[STDOUT_FILENO])
+    throw Failure("standard output is closed: there is nowhere to write the result to");
 }
 
 int FinishStandardOutput(int exit_code) {

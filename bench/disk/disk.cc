@@ -102,12 +102,13 @@ DiskFigures MeasureDisk(const DiskPlan& plan, Progress* progress) {
       for (int32_t i = 0; i < plan.repetitions; ++i) {
         ForgetPages(source);
         Sequence sequence;
-        line.restore_gbps.push_back(
-            gigabytes / Seconds([&] { sequence = Restore(runtime.get(), source); }));
+        line.restore_gbps.push_back(gigabytes /
+                                    Seconds([&] { sequence = Restore(runtime.get(), source); }));
         std::remove(target.c_str());
         line.save_gbps.push_back(gigabytes / Seconds([&] {
-          Check(vattn_sequence_save(sequence.get(), target.c_str()), "vattn_sequence_save");
-        }));
+                                   Check(vattn_sequence_save(sequence.get(), target.c_str()),
+                                         "vattn_sequence_save");
+                                 }));
       }
       figures.lines.push_back(std::move(line));
     }
@@ -136,8 +137,9 @@ RestoredFigures CompareRestored(const Trace& trace, const vattn_options& options
     const StepResult &a = first.result(), &b = second.result();
     for (int64_t head = 0; head < trace.layers * trace.q_heads; ++head) {
       ++figures.answers;
-      figures.different += !(same(a.out, b.out, head * trace.head_dim_v, trace.head_dim_v) &&
-                             same(a.error, b.error, head, 1) && same(a.verdict, b.verdict, head, 1));
+      figures.different +=
+          !(same(a.out, b.out, head * trace.head_dim_v, trace.head_dim_v) &&
+            same(a.error, b.error, head, 1) && same(a.verdict, b.verdict, head, 1));
     }
   }
   return figures;

@@ -13,7 +13,7 @@
 namespace vattn::bench {
 
 struct DiskPlan {
-  std::string directory;  // for a folder of files, which are removed afterwards
+  std::string directory;     // for a folder of files, which are removed afterwards
   int64_t mebibytes = 1024;  // of a file, about
   std::vector<int32_t> block_kib = {1024};
   std::vector<int32_t> depths = {8};
@@ -32,12 +32,13 @@ struct DiskFigures {
   std::vector<DiskLine> lines;  // block sizes x depths
 };
 
-// Saves include fdatasync, rename and fsync of the directory; restores start from files that the page
-// cache was asked to forget.
+// Saves include fdatasync, rename and fsync of the directory; restores start from files that the
+// page cache was asked to forget.
 DiskFigures MeasureDisk(const DiskPlan& plan, Progress* progress);
 
 struct RestoredFigures {
-  int64_t answers = 0, different = 0;  // query heads x layers x steps; bits of output, error or verdict differ
+  // Query heads x layers x steps; bits of output, error or verdict differ
+  int64_t answers = 0, different = 0;
   uint64_t file_bytes = 0;
 };
 

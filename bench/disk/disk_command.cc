@@ -20,11 +20,15 @@ namespace vattn::bench {
 namespace {
 
 constexpr char kNotes[] =
-    "A sequence of random rows (4 layers, 8 KV heads, head_dim 128, bf16) is restored and saved, by\n"
-    "turns, in a pool whose pages are there already. A save ends when the file is durable; a restore\n"
-    "begins with a file that the page cache was asked to forget, and checks every byte. Rates are of\n"
+    "A sequence of random rows (4 layers, 8 KV heads, head_dim 128, bf16) is restored and saved, "
+    "by\n"
+    "turns, in a pool whose pages are there already. A save ends when the file is durable; a "
+    "restore\n"
+    "begins with a file that the page cache was asked to forget, and checks every byte. Rates are "
+    "of\n"
     "the file's bytes. bench/disk/disk_fio.sh puts fio's beside them.\n"
-    "With --trace a recording is decoded beside a sequence that was saved halfway and restored, and\n"
+    "With --trace a recording is decoded beside a sequence that was saved halfway and restored, "
+    "and\n"
     "the answers are compared to the bit; nothing is timed.";
 
 struct Arguments {
@@ -49,7 +53,8 @@ void RunCompare(const Arguments& arguments, const CommandLine& command) {
   const RestoredFigures figures = CompareRestored(trace, options, folder.path(0));
   std::printf("%s\n%s: saved after %ld of %ld steps (%s) and restored: %ld of %ld answers differ\n",
               EnvironmentLine().c_str(), trace.path.c_str(), static_cast<long>(trace.steps / 2),
-              static_cast<long>(trace.steps), Bytes(static_cast<double>(figures.file_bytes)).c_str(),
+              static_cast<long>(trace.steps),
+              Bytes(static_cast<double>(figures.file_bytes)).c_str(),
               static_cast<long>(figures.different), static_cast<long>(figures.answers));
   if (!arguments.json.empty()) {
     Json json = ResultHeader(command);
@@ -69,8 +74,8 @@ void RunDisk(Arguments arguments, const CommandLine& command) {
   if (!arguments.trace.empty()) return RunCompare(arguments, command);
   Progress progress;
   const DiskFigures figures = MeasureDisk(arguments.plan, &progress);
-  std::vector<std::vector<std::string>> rows = {{"block KiB", "depth", "save GB/s, p50", "best",
-                                                 "restore GB/s, p50", "best"}};
+  std::vector<std::vector<std::string>> rows = {
+      {"block KiB", "depth", "save GB/s, p50", "best", "restore GB/s, p50", "best"}};
   Json lines = Json::array();
   for (const DiskLine& line : figures.lines) {
     const auto best = [](const std::vector<double>& gbps) {

@@ -164,7 +164,8 @@ void AddGatherCommand(CLI::App* app, const CommandLine& command) {
       arguments->shape.shares.push_back(std::stod(entry));
     }
   };
-  sub->add_option_function<std::vector<std::string>>("--shares", shares, "Shares of the tokens to move, as .005,.02")
+  sub->add_option_function<std::vector<std::string>>("--shares", shares,
+                                                     "Shares of the tokens to move, as .005,.02")
       ->type_name("LIST");
   sub->add_option("--repetitions", shape.repetitions, "Timed sets of rows")
       ->check(Whole(1, 10000))
@@ -172,7 +173,9 @@ void AddGatherCommand(CLI::App* app, const CommandLine& command) {
   sub->add_option("--threads", arguments->threads, "Threads that fill the region (0: all cores)")
       ->check(Whole(0, 1 << 16))
       ->capture_default_str();
-  sub->add_option("--seed", shape.seed, "Of the rows that are drawn")->check(Seed())->capture_default_str();
+  sub->add_option("--seed", shape.seed, "Of the rows that are drawn")
+      ->check(Seed())
+      ->capture_default_str();
   files->AddJson(&arguments->json);
   sub->callback([arguments, files, &command] {
     files->Check();

@@ -24,9 +24,12 @@ namespace vattn::bench {
 namespace {
 
 constexpr char kNotes[] =
-    "One sequence of random rows (bf16) grows from nothing: --decode steps first, then appends of --piece tokens\n"
-    "with --steps decode steps after each. Growing: reserving nothing, mapping pages below addresses that are\n"
-    "there already; the time is the host's, inside of appends and of vattn_batch_begin_step. The address of the\n"
+    "One sequence of random rows (bf16) grows from nothing: --decode steps first, then appends of "
+    "--piece tokens\n"
+    "with --steps decode steps after each. Growing: reserving nothing, mapping pages below "
+    "addresses that are\n"
+    "there already; the time is the host's, inside of appends and of vattn_batch_begin_step. The "
+    "address of the\n"
     "codes is looked at after every append, and a sequence that is not forked must copy no block.";
 
 struct Arguments {
@@ -37,7 +40,8 @@ struct Arguments {
 };
 
 double Since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start)
+      .count();
 }
 
 void Must(const absl::Status& status, const char* call) {
@@ -61,13 +65,15 @@ class Growing {
     o.device = a.device;
     o.prefault = 1;
     o.on_unverified = 1;  // the answers are of no interest: no head is read whole
-    const uint64_t blocks = static_cast<uint64_t>(a.tokens / kBlockTokens + 2) * a.kv_heads * a.layers;
+    const uint64_t blocks =
+        static_cast<uint64_t>(a.tokens / kBlockTokens + 2) * a.kv_heads * a.layers;
     const Storage storage = MakeStorage(o);
     o.host_bytes = blocks * static_cast<uint64_t>(storage.block.bytes + 64);
     absl::StatusOr<std::shared_ptr<vattn::Runtime>> runtime = vattn::Runtime::Create(o, nullptr);
     Must(runtime.status(), "creating a runtime");
     runtime_ = *runtime;
-    absl::StatusOr<std::unique_ptr<vattn::Sequence>> sequence = vattn::Sequence::Create(runtime_, {.id = 1});
+    absl::StatusOr<std::unique_ptr<vattn::Sequence>> sequence =
+        vattn::Sequence::Create(runtime_, {.id = 1});
     Must(sequence.status(), "creating a sequence");
     sequence_ = *std::move(sequence);
     batch_ = std::make_unique<vattn::Batch>(runtime_, 1);
@@ -106,9 +112,11 @@ class Growing {
   // begin_step alone is timed: attention never grows.
   void Step(int64_t step, Calls& calls) {
     Time(calls, [&] { Must(batch_->BeginStep(1), "vattn_batch_begin_step"); });
-    const uint16_t* const row = rows_.data() + static_cast<size_t>(step % 64) * a_.q_heads * a_.head_dim;
+    const uint16_t* const row =
+        rows_.data() + static_cast<size_t>(step % 64) * a_.q_heads * a_.head_dim;
     for (int l = 0; l < a_.layers; ++l) {
-      Must(batch_->Attend({.layer = l, .q = row, .k_new = row, .v_new = row, .out = out_.data()}), "vattn_attend");
+      Must(batch_->Attend({.layer = l, .q = row, .k_new = row, .v_new = row, .out = out_.data()}),
+           "vattn_attend");
     }
   }
 
@@ -142,23 +150,32 @@ class Growing {
 
 Json Figures(const Calls& calls) {
   return {{"calls", calls.us.size()},
-          {"grew", std::count_if(calls.growth_us.begin(), calls.growth_us.end(), [](double us) { return us > 0; })},
+          {"grew", std::count_if(calls.growth_us.begin(), calls.growth_us.end(),
+                                 [](double us) { return us > 0; })},
           {"us_p50", Quantile(calls.us, .5)},
           {"growth_us",
            {{"mean", Mean(calls.growth_us)},
             {"p99", Quantile(calls.growth_us, .99)},
-            {"max", calls.growth_us.empty() ? 0 : *std::max_element(calls.growth_us.begin(), calls.growth_us.end())}}}};
+            {"max", calls.growth_us.empty()
+                        ? 0
+                        : *std::max_element(calls.growth_us.begin(), calls.growth_us.end())}}}};
 }
 
 std::vector<std::string> Row(const char* name, const Json& f) {
   const auto us = [&](const char* key) { return Fixed(f["growth_us"][key].get<double>(), 2); };
-  return {name, std::to_string(f["calls"].get<int64_t>()), Fixed(f["us_p50"].get<double>(), 1),
-          std::to_string(f["grew"].get<int64_t>()), us("mean"), us("p99"), us("max")};
+  return {name,
+          std::to_string(f["calls"].get<int64_t>()),
+          Fixed(f["us_p50"].get<double>(), 1),
+          std::to_string(f["grew"].get<int64_t>()),
+          us("mean"),
+          us("p99"),
+          us("max")};
 }
 
 void RunGrowthCost(const Arguments& a, const CommandLine& command) {
   if (a.q_heads % a.kv_heads != 0) throw UsageError("--q-heads must be a multiple of --kv-heads");
-  if (a.piece < 64 * a.q_heads / a.kv_heads) throw UsageError("--piece is too short to take queries from");
+  if (a.piece < 64 * a.q_heads / a.kv_heads)
+    throw UsageError("--piece is too short to take queries from");
   Growing growing(a);
   Progress progress;
   Calls decode, appends, steps;
@@ -173,10 +190,12 @@ void RunGrowthCost(const Arguments& a, const CommandLine& command) {
     const int64_t piece = std::min(a.piece, a.tokens - tokens);
     growing.Append(piece, appends);
     tokens += piece;
-    for (int32_t s = 0; s < a.steps && tokens < a.tokens; ++s, ++tokens) growing.Step(step++, steps);
+    for (int32_t s = 0; s < a.steps && tokens < a.tokens; ++s, ++tokens)
+      growing.Step(step++, steps);
     growing.CheckPlaces();
     const PageCounts pages = growing.pages();
-    list.push_back({{"tokens", tokens}, {"bytes_mapped", pages.mapped_bytes}, {"growths", pages.growths}});
+    list.push_back(
+        {{"tokens", tokens}, {"bytes_mapped", pages.mapped_bytes}, {"growths", pages.growths}});
     progress.Count(tokens, a.tokens);
   }
   progress.Clear();
@@ -198,13 +217,15 @@ void RunGrowthCost(const Arguments& a, const CommandLine& command) {
       Row("begin_step, from empty", json["decode_from_empty"]),
       Row("append", json["appends"]),
       Row("begin_step, between appends", json["decode_between_appends"])};
-  std::printf("%s\n%s: %lld tokens, %d layers, %d KV heads, d %d\n%s of addresses, %s mapped in %lld growths of %s ms; "
-              "codes did not move, no block was copied\n\n%s\nreproduce: %s\n",
-              EnvironmentLine().c_str(), growing.device().c_str(), static_cast<long long>(tokens), a.layers,
-              a.kv_heads, a.head_dim, Bytes(static_cast<double>(pages.reserved_bytes)).c_str(),
-              Bytes(static_cast<double>(pages.mapped_bytes)).c_str(), static_cast<long long>(pages.growths),
-              Fixed(static_cast<double>(pages.growth_ns) / 1e6, 2).c_str(), MarkdownTable(rows).c_str(),
-              command.Text().c_str());
+  std::printf(
+      "%s\n%s: %lld tokens, %d layers, %d KV heads, d %d\n%s of addresses, %s mapped in %lld "
+      "growths of %s ms; "
+      "codes did not move, no block was copied\n\n%s\nreproduce: %s\n",
+      EnvironmentLine().c_str(), growing.device().c_str(), static_cast<long long>(tokens), a.layers,
+      a.kv_heads, a.head_dim, Bytes(static_cast<double>(pages.reserved_bytes)).c_str(),
+      Bytes(static_cast<double>(pages.mapped_bytes)).c_str(), static_cast<long long>(pages.growths),
+      Fixed(static_cast<double>(pages.growth_ns) / 1e6, 2).c_str(), MarkdownTable(rows).c_str(),
+      command.Text().c_str());
   std::fflush(stdout);
   if (!a.json.empty()) WriteJson(a.json, json);
 }
@@ -212,7 +233,8 @@ void RunGrowthCost(const Arguments& a, const CommandLine& command) {
 }  // namespace
 
 void AddGrowthCostCommand(CLI::App* app, const CommandLine& command) {
-  CLI::App* sub = app->add_subcommand("growth-cost", "What it costs a CUDA device to grow with a sequence");
+  CLI::App* sub =
+      app->add_subcommand("growth-cost", "What it costs a CUDA device to grow with a sequence");
   sub->footer(kNotes);
   auto a = std::make_shared<Arguments>();
   auto files = std::make_shared<FileArguments>(sub);

@@ -34,7 +34,9 @@ class IndexView {
   const Storage& storage() const { return runtime_->storage(); }
   const Promise& promise() const { return runtime_->promise(); }
   // Of the tables of one KV head.
-  size_t table_bytes(int64_t layer, int64_t h) const { return Of(layer).groups[h].tables[0].index->bytes(); }
+  size_t table_bytes(int64_t layer, int64_t h) const {
+    return Of(layer).groups[h].tables[0].index->bytes();
+  }
 
  private:
   struct Freed {

@@ -1,5 +1,5 @@
-// Tail terms (METHOD.md, "Tail terms") as difference estimators: something stands in for every row of the
-// middle, and the drawn rows correct it. Sums in float64; the certificate is the library's
+// Tail terms (METHOD.md, "Tail terms") as difference estimators: something stands in for every row
+// of the middle, and the drawn rows correct it. Sums in float64; the certificate is the library's
 // (kernels/sampling.h).
 #ifndef VATTN_BENCH_INSIDE_TAIL_TERMS_H_
 #define VATTN_BENCH_INSIDE_TAIL_TERMS_H_

@@ -23,13 +23,20 @@ namespace {
 
 constexpr char kNotes[] =
     "tables: of a KV head, beside the codes. exact has no codes and reads the keys.\n"
-    "recall: of the 1 % of the middle with the largest scores, how many are among the 1 % with the largest\n"
-    "predictions; mass: attention of the latter over that of the former; noise: standard deviation of\n"
-    "prediction - score over the middle; ns/token: a scan on one thread, for all query heads of a KV head,\n"
-    "codes in cache as far as they fit. Selected, fetched and dense: what policy verified needs with this\n"
-    "index for the same promise. reused: exact scores of up to 8 steps ago, given as external ones.\n"
-    "heads over delta: (layer, query head) pairs that are wrong more often than promised, at 99 % confidence.\n"
-    "An index that ranks heavy tokens among the light ones breaks the promise: what is not drawn is not seen.";
+    "recall: of the 1 % of the middle with the largest scores, how many are among the 1 % with the "
+    "largest\n"
+    "predictions; mass: attention of the latter over that of the former; noise: standard deviation "
+    "of\n"
+    "prediction - score over the middle; ns/token: a scan on one thread, for all query heads of a "
+    "KV head,\n"
+    "codes in cache as far as they fit. Selected, fetched and dense: what policy verified needs "
+    "with this\n"
+    "index for the same promise. reused: exact scores of up to 8 steps ago, given as external "
+    "ones.\n"
+    "heads over delta: (layer, query head) pairs that are wrong more often than promised, at 99 % "
+    "confidence.\n"
+    "An index that ranks heavy tokens among the light ones breaks the promise: what is not drawn "
+    "is not seen.";
 constexpr int64_t kEvery = 8;  // steps between those whose scans are compared
 
 struct Arguments {
@@ -63,7 +70,8 @@ std::vector<Entry> Entries(const Arguments& arguments) {
   if (arguments.only.empty()) return all;
   std::vector<Entry> chosen;
   for (const std::string& name : arguments.only) {
-    const auto at = std::find_if(all.begin(), all.end(), [&](const Entry& e) { return e.name == name; });
+    const auto at =
+        std::find_if(all.begin(), all.end(), [&](const Entry& e) { return e.name == name; });
     if (at == all.end()) {
       std::string names;
       for (const Entry& entry : all) names += (names.empty() ? "" : ", ") + entry.name;
@@ -99,7 +107,8 @@ int64_t HeadsOverDelta(const Run& run) {
   int64_t over = 0;
   for (const Run::Layer& layer : run.layers) {
     for (const Figures& head : layer.heads) {
-      over += 1 - ClopperPearsonUpper(head.verified - head.failures, head.verified, .99) > run.options.delta;
+      over += 1 - ClopperPearsonUpper(head.verified - head.failures, head.verified, .99) >
+              run.options.delta;
     }
   }
   return over;
@@ -118,9 +127,9 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
   progress.Begin("exact attention in float64");
   const Reference reference =
       ComputeReference(trace, plan.layers, plan.steps, ResolveThreads(asked.num_threads));
-  std::vector<std::vector<std::string>> table = {{"index", "bytes/token", "tables", "recall", "mass", "noise", "ns/token",
-                                                  "selected", "fetched", "fetched/step", "dense",
-                                                  "over epsilon (95 % upper)", "heads over delta"}};
+  std::vector<std::vector<std::string>> table = {
+      {"index", "bytes/token", "tables", "recall", "mass", "noise", "ns/token", "selected",
+       "fetched", "fetched/step", "dense", "over epsilon (95 % upper)", "heads over delta"}};
   Json json = ResultHeader(command);
   json["trace"] = trace.path;
   json["indices"] = Json::array();
@@ -129,13 +138,16 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
     const vattn_options options = OptionsFor(entry, arguments, asked);
     progress.Begin(entry.name);
     const ScanFigures scan = MeasureScan(trace, plan.layers, options, plan.steps, kEvery);
-    const Run run = MakeRun(entry.name, trace, plan, options, Replay(trace, plan, options, reference, &progress));
+    const Run run = MakeRun(entry.name, trace, plan, options,
+                            Replay(trace, plan, options, reference, &progress));
     const Figures& all = run.all;
     spread = scan.spread;
-    table.push_back({entry.name, Number(scan.bytes, 3), Bytes(scan.table_bytes), Fixed(scan.recall, 3), Fixed(scan.mass, 3),
-                     Fixed(scan.noise, 3), Fixed(scan.ns, 2), Percent(all.selected_mean), Percent(all.fetched_mean),
+    table.push_back({entry.name, Number(scan.bytes, 3), Bytes(scan.table_bytes),
+                     Fixed(scan.recall, 3), Fixed(scan.mass, 3), Fixed(scan.noise, 3),
+                     Fixed(scan.ns, 2), Percent(all.selected_mean), Percent(all.fetched_mean),
                      Bytes(run.bytes_per_step),
-                     Percent(static_cast<double>(all.dense) / static_cast<double>(std::max<int64_t>(1, all.heads))),
+                     Percent(static_cast<double>(all.dense) /
+                             static_cast<double>(std::max<int64_t>(1, all.heads))),
                      std::to_string(all.failures) + " of " + std::to_string(all.verified) + " (" +
                          Number(all.upper95, 2) + ")",
                      std::to_string(HeadsOverDelta(run))});
@@ -151,10 +163,12 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
                                {"run", RunJson(run)}});
   }
   progress.Clear();
-  std::printf("%s\n%s: %zu layers, %lld steps; scores have a standard deviation of %s\n%s\n\n%s\nreproduce: %s\n",
-              EnvironmentLine().c_str(), trace.path.c_str(), plan.layers.size(), static_cast<long long>(plan.steps),
-              Fixed(spread, 2).c_str(), DescribePolicy(asked).c_str(), MarkdownTable(table).c_str(),
-              command.Reproduce(asked.seed).c_str());
+  std::printf(
+      "%s\n%s: %zu layers, %lld steps; scores have a standard deviation of "
+      "%s\n%s\n\n%s\nreproduce: %s\n",
+      EnvironmentLine().c_str(), trace.path.c_str(), plan.layers.size(),
+      static_cast<long long>(plan.steps), Fixed(spread, 2).c_str(), DescribePolicy(asked).c_str(),
+      MarkdownTable(table).c_str(), command.Reproduce(asked.seed).c_str());
   std::fflush(stdout);
   if (!arguments.json.empty()) WriteJson(arguments.json, json);
 }
@@ -162,18 +176,24 @@ void RunZoo(const Arguments& arguments, const CommandLine& command) {
 }  // namespace
 
 void AddZooCommand(CLI::App* app, const CommandLine& command) {
-  CLI::App* sub = app->add_subcommand("zoo", "Every kind of index on a recording: how well it predicts, what it costs");
+  CLI::App* sub = app->add_subcommand(
+      "zoo", "Every kind of index on a recording: how well it predicts, what it costs");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
   auto files = std::make_shared<FileArguments>(sub);
   AddTrace(files.get(), &arguments->trace);
   arguments->options.Add(sub);
-  for (const char* const own : {"--index", "--index-bytes"}) sub->remove_option(sub->get_option(own));
+  for (const char* const own : {"--index", "--index-bytes"})
+    sub->remove_option(sub->get_option(own));
   sub->add_option_function<std::vector<std::string>>(
-         "--only", [arguments](const std::vector<std::string>& words) { arguments->only = SplitList("--only", words); },
+         "--only",
+         [arguments](const std::vector<std::string>& words) {
+           arguments->only = SplitList("--only", words);
+         },
          "Indices by their names in the table, as balanced-32,page (all)")
       ->type_name("LIST");
-  files->AddInput("--sign-maps", &arguments->sign_maps, "Adds sign-learned, with these maps (vattn-sign-1)");
+  files->AddInput("--sign-maps", &arguments->sign_maps,
+                  "Adds sign-learned, with these maps (vattn-sign-1)");
   AddSeeds(sub, "Runs, with consecutive seeds", &arguments->seeds);
   AddLayers(sub, &arguments->layers);
   AddSteps(sub, &arguments->steps);

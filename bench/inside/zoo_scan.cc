@@ -32,10 +32,12 @@ std::vector<int32_t> Largest(std::span<const float> scores, int64_t count) {
 
 // What the head's predictions add to the sums of all.
 void Compare(std::span<const float> exact, std::span<const float> predicted, ScanFigures* sum) {
-  const int64_t count = std::max<int64_t>(1, std::llround(kTopShare * static_cast<double>(exact.size())));
+  const int64_t count =
+      std::max<int64_t>(1, std::llround(kTopShare * static_cast<double>(exact.size())));
   const std::vector<int32_t> best = Largest(exact, count), found = Largest(predicted, count);
   std::vector<int32_t> both;
-  std::set_intersection(best.begin(), best.end(), found.begin(), found.end(), std::back_inserter(both));
+  std::set_intersection(best.begin(), best.end(), found.begin(), found.end(),
+                        std::back_inserter(both));
   const float most = *std::max_element(exact.begin(), exact.end());
   const auto mass = [&](const std::vector<int32_t>& tokens) {
     double all = 0;
@@ -57,8 +59,8 @@ void Compare(std::span<const float> exact, std::span<const float> predicted, Sca
 
 }  // namespace
 
-ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers, const vattn_options& options,
-                        int64_t steps, int64_t every) {
+ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers,
+                        const vattn_options& options, int64_t steps, int64_t every) {
   IndexView view(trace, layers, options);
   const Storage& s = view.storage();
   const IndexKind kind = view.promise().index;
@@ -73,7 +75,8 @@ ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers, 
         Group group = view.Prepare(static_cast<int64_t>(l), h, step);
         const int heads = group.q_heads;
         if (external != nullptr) {
-          group.external = external + (static_cast<int64_t>(l) * trace.q_heads + h * heads) * reused.stride();
+          group.external =
+              external + (static_cast<int64_t>(l) * trace.q_heads + h * heads) * reused.stride();
           group.external_stride = reused.stride();
         }
         const int64_t n = group.middle_end - group.middle_begin;
@@ -83,7 +86,8 @@ ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers, 
           const auto start = std::chrono::steady_clock::now();
           cpu::PrepareQueries(s, kind, group);
           cpu::ScanEstimates(s, kind, group, {});
-          const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - start;
+          const std::chrono::duration<double, std::nano> took =
+              std::chrono::steady_clock::now() - start;
           fastest = std::min(fastest, took.count());
         }
         least_ns += fastest / static_cast<double>(n);

@@ -1,5 +1,5 @@
-// How well and how fast an index predicts the scores of a recording: the library's own index and scan, looked
-// into.
+// How well and how fast an index predicts the scores of a recording: the library's own index and
+// scan, looked into.
 #ifndef VATTN_BENCH_INSIDE_ZOO_SCAN_H_
 #define VATTN_BENCH_INSIDE_ZOO_SCAN_H_
 
@@ -15,17 +15,20 @@ namespace vattn::bench {
 struct ScanFigures {
   double bytes = 0;        // of code per token and KV head
   double table_bytes = 0;  // of tables per KV head
-  double recall = 0;       // of the best 1 % of the middle by exact score, found among as many by prediction
-  double mass = 0;         // attention that those found by prediction have, over that of the best ones
-  double noise = 0;        // standard deviation of prediction - score over the middle
-  double spread = 0;       // standard deviation of the scores
-  double ns = 0;           // of a scan on one thread, per token and KV head: all query heads of the group
+  // Of the best 1 % of the middle by exact score, found among as many by prediction
+  double recall = 0;
+  // Attention that those found by prediction have, over that of the best ones
+  double mass = 0;
+  double noise = 0;   // standard deviation of prediction - score over the middle
+  double spread = 0;  // standard deviation of the scores
+  // Of a scan on one thread, per token and KV head: all query heads of the group
+  double ns = 0;
 };
 
-// options are shaped for the trace (SetShape); a step in `every` is looked at, of the first `steps`. Layers are
-// those of the runtime. Throws Failure.
-ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers, const vattn_options& options,
-                        int64_t steps, int64_t every);
+// options are shaped for the trace (SetShape); a step in `every` is looked at, of the first
+// `steps`. Layers are those of the runtime. Throws Failure.
+ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers,
+                        const vattn_options& options, int64_t steps, int64_t every);
 
 }  // namespace vattn::bench
 

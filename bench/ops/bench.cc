@@ -80,7 +80,8 @@ Workload::Workload(const Shape& shape) : shape_(shape), data_(std::make_unique<D
   (void)ResolveOptions(options);
   storage_ = MakeStorage(options);
   promise_ = MakePromise(options);
-  FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, promise_.pilot, data_->quantile);
+  FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, promise_.pilot,
+                data_->quantile);
   promise_.quantile = data_->quantile;
 
   std::minstd_rand random(1);

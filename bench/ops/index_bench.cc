@@ -1,5 +1,5 @@
-// Making an index from a sample of keys and values, its long loops alone, and the queries it is made for. One KV head,
-// one thread.
+// Making an index from a sample of keys and values, its long loops alone, and the queries it is
+// made for. One KV head, one thread.
 #include <cmath>
 #include <random>
 #include <vector>
@@ -41,8 +41,8 @@ void SampleAxes(benchmark::internal::Benchmark* benchmark) {
 // GFLOP/s of products with sample x dim x dim multiplications.
 void SetFlops(benchmark::State& state) {
   const double flops = 2e-9 * static_cast<double>(state.range(0) * state.range(1) * state.range(1));
-  state.counters["GFLOP/s"] =
-      benchmark::Counter(flops * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
+  state.counters["GFLOP/s"] = benchmark::Counter(flops * static_cast<double>(state.iterations()),
+                                                 benchmark::Counter::kIsRate);
 }
 
 void BM_MakeIndex(benchmark::State& state) {
@@ -52,7 +52,8 @@ void BM_MakeIndex(benchmark::State& state) {
   const std::vector<float> rows = SampleRows(count, dim);
   QueryMoment moment(dim);
   moment.Add(rows.data(), 512, 512);
-  for (auto _ : state) benchmark::DoNotOptimize(Index::Make(storage, rows.data(), rows.data(), count, moment));
+  for (auto _ : state)
+    benchmark::DoNotOptimize(Index::Make(storage, rows.data(), rows.data(), count, moment));
 }
 BENCHMARK(BM_MakeIndex)->Apply(SampleAxes);
 
@@ -86,7 +87,13 @@ void BM_AddQueries(benchmark::State& state) {
   QueryMoment moment(dim);
   for (auto _ : state) moment.Add(rows.data(), 512, 4096);
 }
-BENCHMARK(BM_AddQueries)->ArgName("dim")->Arg(64)->Arg(kDim)->Arg(256)->Arg(576)->Unit(benchmark::kMillisecond);
+BENCHMARK(BM_AddQueries)
+    ->ArgName("dim")
+    ->Arg(64)
+    ->Arg(kDim)
+    ->Arg(256)
+    ->Arg(576)
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 }  // namespace vattn::bench

@@ -49,7 +49,8 @@ Bounds ByRun(const Observations& seen, const Part& part, double epsilon, bool an
     bounds.failures += failures;
     bounds.verified += verified;
     if (any) failed += failures > 0;
-    if (!any && verified > 0) failed += static_cast<double>(failures) / static_cast<double>(verified);
+    if (!any && verified > 0)
+      failed += static_cast<double>(failures) / static_cast<double>(verified);
   }
   const auto runs = static_cast<double>(seen.seeds);
   bounds.rate = failed / runs;
@@ -57,8 +58,9 @@ Bounds ByRun(const Observations& seen, const Part& part, double epsilon, bool an
   bounds.upper = any ? ClopperPearsonUpper(static_cast<int64_t>(failed), seen.seeds, kConfidence)
                      : ClusterUpper(failed, seen.seeds, kConfidence);
   const auto lower = [&](double confidence) {
-    return 1 - (any ? ClopperPearsonUpper(static_cast<int64_t>(runs - failed), seen.seeds, confidence)
-                    : ClusterUpper(runs - failed, seen.seeds, confidence));
+    return 1 -
+           (any ? ClopperPearsonUpper(static_cast<int64_t>(runs - failed), seen.seeds, confidence)
+                : ClusterUpper(runs - failed, seen.seeds, confidence));
   };
   bounds.lower = lower(kConfidence);
   bounds.alarm = lower(1 - kAlarm);
@@ -78,8 +80,8 @@ Bounds ByAnswer(int64_t failures, int64_t verified) {
 }
 
 // Of one (layer, query head, step) over the runs [begin, end).
-Bounds ByCall(const Observations& seen, int64_t layer, int64_t head, int64_t step, int64_t begin, int64_t end,
-              double epsilon) {
+Bounds ByCall(const Observations& seen, int64_t layer, int64_t head, int64_t step, int64_t begin,
+              int64_t end, double epsilon) {
   int64_t failures = 0, verified = 0;
   for (int64_t run = begin; run < end; ++run) {
     const int64_t index = seen.QHeadIndex(run, layer, head, step);
@@ -109,7 +111,8 @@ Coverage MeasureCoverage(const Trace& trace, const ReplayPlan& plan, const vattn
   asked.delta = cell.delta;
   if (cell.trials == Trials::kFresh || cell.trials == Trials::kCall) asked.refresh = 1;
   if (cell.trials == Trials::kRequest) {
-    asked.delta /= static_cast<float>(static_cast<int64_t>(plan.layers.size()) * trace.q_heads * plan.steps);
+    asked.delta /=
+        static_cast<float>(static_cast<int64_t>(plan.layers.size()) * trace.q_heads * plan.steps);
   }
   const Observations seen = Replay(trace, plan, asked, reference, progress);
   const Figures all = Summarize(seen, {0, seen.layers, 0, seen.q_heads}, cell.epsilon, cell.delta);
@@ -128,8 +131,10 @@ Coverage MeasureCoverage(const Trace& trace, const ReplayPlan& plan, const vattn
   c.worst_upper = -1;
   const auto note = [&](const std::string& name, const Bounds& bounds) {
     c.refuted = c.refuted || bounds.alarm > cell.delta;
-    const bool more = bounds.lower > c.suspect.lower || (bounds.lower == c.suspect.lower && bounds.upper > c.suspect.upper);
-    if (bounds.verified > 0 && more) c.suspect = {name, bounds.failures, bounds.verified, bounds.lower, bounds.upper};
+    const bool more = bounds.lower > c.suspect.lower ||
+                      (bounds.lower == c.suspect.lower && bounds.upper > c.suspect.upper);
+    if (bounds.verified > 0 && more)
+      c.suspect = {name, bounds.failures, bounds.verified, bounds.lower, bounds.upper};
     if (bounds.upper <= c.worst_upper) return;
     c.worst = name;
     c.worst_rate = bounds.rate;
@@ -149,7 +154,8 @@ Coverage MeasureCoverage(const Trace& trace, const ReplayPlan& plan, const vattn
         }
       }
     }
-    note(trace.layer_names[plan.layers[at[0]]] + "/" + std::to_string(at[1]) + " step " + std::to_string(at[2]),
+    note(trace.layer_names[plan.layers[at[0]]] + "/" + std::to_string(at[1]) + " step " +
+             std::to_string(at[2]),
          ByCall(seen, at[0], at[1], at[2], half, seen.seeds, cell.epsilon));
     return c;
   }
@@ -172,18 +178,23 @@ Coverage MeasureCoverage(const Trace& trace, const ReplayPlan& plan, const vattn
 std::vector<std::vector<std::string>> CoverageRows(const std::string& name,
                                                    const std::vector<Coverage>& list) {
   std::vector<std::vector<std::string>> rows = {
-      {"recording", "trials", "epsilon", "delta", "answers", "verified", "dense", "off, of verified",
-       "worst layer/head", "its rate", "95 % upper", "holds", "highest lower bound", "of", "off / verified", "selected", "fetched", "sharpness", "looks"}};
+      {"recording", "trials", "epsilon", "delta", "answers", "verified", "dense",
+       "off, of verified", "worst layer/head", "its rate", "95 % upper", "holds",
+       "highest lower bound", "of", "off / verified", "selected", "fetched", "sharpness", "looks"}};
   for (const Coverage& c : list) {
     const auto share = [&](int64_t count, int64_t of) {
       return of == 0 ? "-" : Percent(static_cast<double>(count) / static_cast<double>(of));
     };
-    rows.push_back({name, Name(c.cell.trials), Number(c.cell.epsilon, 2), Number(c.cell.delta, 2),
-                    std::to_string(c.answers), share(c.verified, c.answers), share(c.dense, c.answers),
-                    share(c.failures, c.verified), c.worst, Percent(c.worst_rate), Number(c.worst_upper, 3),
-                    c.refuted ? "REFUTED" : c.holds() ? "yes" : "not shown", Number(c.suspect.lower, 3), c.suspect.name,
-                    std::to_string(c.suspect.failures) + " / " + std::to_string(c.suspect.verified), Percent(c.selected),
-                    Percent(c.fetched), Fixed(c.sharpness, 2), Fixed(c.looks, 2)});
+    rows.push_back(
+        {name, Name(c.cell.trials), Number(c.cell.epsilon, 2), Number(c.cell.delta, 2),
+         std::to_string(c.answers), share(c.verified, c.answers), share(c.dense, c.answers),
+         share(c.failures, c.verified), c.worst, Percent(c.worst_rate), Number(c.worst_upper, 3),
+         c.refuted   ? "REFUTED"
+         : c.holds() ? "yes"
+                     : "not shown",
+         Number(c.suspect.lower, 3), c.suspect.name,
+         std::to_string(c.suspect.failures) + " / " + std::to_string(c.suspect.verified),
+         Percent(c.selected), Percent(c.fetched), Fixed(c.sharpness, 2), Fixed(c.looks, 2)});
   }
   return rows;
 }

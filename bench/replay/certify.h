@@ -1,5 +1,5 @@
-// Coverage of the promise, by layer and query head: how often a result that is flagged VERIFIED is off by
-// more than epsilon, with exact upper bounds on that probability.
+// Coverage of the promise, by layer and query head: how often a result that is flagged VERIFIED is
+// off by more than epsilon, with exact upper bounds on that probability.
 #ifndef VATTN_BENCH_REPLAY_CERTIFY_H_
 #define VATTN_BENCH_REPLAY_CERTIFY_H_
 
@@ -18,11 +18,12 @@ namespace vattn::bench {
 
 // What a trial is.
 enum class Trials {
-  kFresh,    // an answer, all random numbers new: given the past, each is off with probability <= delta
+  // An answer, all random numbers new: given the past, each is off with probability <= delta
+  kFresh,
   kKept,     // an answer, random numbers kept from step to step as in production; runs are clusters
   kRequest,  // a whole request: delta is for any of its answers, each of which gets an equal part
-  kCall,     // one (step, query head), all random numbers new: a trial is a run. Which is worst is seen in the
-             // first half of the runs, and judged on the other
+  kCall,  // one (step, query head), all random numbers new: a trial is a run. Which is worst is seen in the
+          // first half of the runs, and judged on the other
 };
 
 struct Cell {
@@ -42,21 +43,21 @@ struct Coverage {
   std::string worst;
   double worst_rate = 0;   // of its verified answers, or of its requests
   double worst_upper = 1;  // 95 % upper bound on the probability
-  // The head or call that speaks most against the promise: whose 95 % lower bound is highest. With kCall its
-  // numbers are of the second half of the runs.
+  // The head or call that speaks most against the promise: whose 95 % lower bound is highest. With
+  // kCall its numbers are of the second half of the runs.
   struct Suspect {
     std::string name = "-";
     int64_t failures = 0, verified = 0;
     double lower = 0, upper = 0;
   } suspect;
-  bool refuted = false;    // some lower bound, at confidence 1 - 1e-6, lies above delta
+  bool refuted = false;              // some lower bound, at confidence 1 - 1e-6, lies above delta
   double selected = 0, fetched = 0;  // mean shares of the middle
   double sharpness = 0, looks = 0;
   bool holds() const { return worst_upper <= cell.delta; }
 };
 
-// Runs plan.seeds forks of the recording's prompt. options, shaped by SetShape for a plan with forks, say
-// everything but epsilon, delta, refresh.
+// Runs plan.seeds forks of the recording's prompt. options, shaped by SetShape for a plan with
+// forks, say everything but epsilon, delta, refresh.
 Coverage MeasureCoverage(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
                          const Reference& reference, const Cell& cell, Progress* progress);
 

@@ -32,16 +32,19 @@ void RunCertify(const CertifyJob& job, const std::string& path, const CommandLin
     }
     const auto more = CoverageRows(job.names[i], cells);
     rows.insert(rows.end(), more.begin() + (rows.empty() ? 0 : 1), more.end());
-    Json entry = {{"recording", job.names[i]}, {"layers", plan.layers.size()}, {"q_heads", trace.q_heads},
-                  {"steps", plan.steps},       {"runs", plan.seeds},           {"cells", Json::array()}};
+    Json entry = {{"recording", job.names[i]}, {"layers", plan.layers.size()},
+                  {"q_heads", trace.q_heads},  {"steps", plan.steps},
+                  {"runs", plan.seeds},        {"cells", Json::array()}};
     for (const Coverage& cell : cells) entry["cells"].push_back(CoverageJson(cell));
     list.push_back(std::move(entry));
   }
   progress.Clear();
   const std::string reproduce = command.Reproduce(job.options.seed);
-  std::printf("%s\n%d runs of %lld steps, seed %llu\n\n%s\nreproduce: %s\n", EnvironmentLine().c_str(),
-              static_cast<int>(job.plan.seeds), static_cast<long long>(job.plan.steps),
-              static_cast<unsigned long long>(job.options.seed), MarkdownTable(rows).c_str(), reproduce.c_str());
+  std::printf("%s\n%d runs of %lld steps, seed %llu\n\n%s\nreproduce: %s\n",
+              EnvironmentLine().c_str(), static_cast<int>(job.plan.seeds),
+              static_cast<long long>(job.plan.steps),
+              static_cast<unsigned long long>(job.options.seed), MarkdownTable(rows).c_str(),
+              reproduce.c_str());
   std::fflush(stdout);
   if (path.empty()) return;
   Json json = ResultHeader(command);

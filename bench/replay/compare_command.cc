@@ -18,9 +18,12 @@ namespace vattn::bench {
 namespace {
 
 constexpr char kNotes[] =
-    "Every line has the 95th percentile of the error that verified has in the last one (epsilon, top-k\n"
-    "and base sample are searched for it with the first seed). topk-uniform knows the exact scores.\n"
-    "selection: verified over topk-uniform, each query head with rows of its own; sharing: one draw\n"
+    "Every line has the 95th percentile of the error that verified has in the last one (epsilon, "
+    "top-k\n"
+    "and base sample are searched for it with the first seed). topk-uniform knows the exact "
+    "scores.\n"
+    "selection: verified over topk-uniform, each query head with rows of its own; sharing: one "
+    "draw\n"
     "for the query heads of a KV head; hot set: rows kept on the device from step to step.";
 
 struct Arguments {
@@ -50,10 +53,12 @@ class Comparison {
     }
     CreateRuntime(Shaped(trace, options_));  // a wrong option shows before the long part
     progress_.Begin("exact attention in float64");
-    reference_ = ComputeReference(trace, plan_.layers, plan_.steps, ResolveThreads(options_.num_threads));
+    reference_ =
+        ComputeReference(trace, plan_.layers, plan_.steps, ResolveThreads(options_.num_threads));
     split_ = SplitHeads(trace, plan_.layers);
     split_plan_ = plan_;
-    for (size_t i = 0; i < plan_.layers.size(); ++i) split_plan_.layers[i] = static_cast<int32_t>(i);
+    for (size_t i = 0; i < plan_.layers.size(); ++i)
+      split_plan_.layers[i] = static_cast<int32_t>(i);
   }
 
   std::vector<Line> Measure() {
@@ -67,10 +72,11 @@ class Comparison {
       return MatchTopKUniform(trace, plan, Shaped(trace, exact), reference_, target, &progress_);
     };
     const vattn_options own = uniform(split_, split_plan_), united = uniform(trace_, plan_);
-    const vattn_options alone =
-        MatchVerified(split_, split_plan_, Shaped(split_, options_), reference_, target, &progress_);
+    const vattn_options alone = MatchVerified(split_, split_plan_, Shaped(split_, options_),
+                                              reference_, target, &progress_);
     std::vector<Line> lines;
-    lines.push_back(Selected(RunOf("topk-uniform, exact scores, rows by query head", split_, split_plan_, own)));
+    lines.push_back(Selected(
+        RunOf("topk-uniform, exact scores, rows by query head", split_, split_plan_, own)));
     lines.push_back(Selected(RunOf("the same, union over the group", trace_, plan_, united)));
     lines.push_back(RunOf("the same, union and hot set", trace_, plan_, united));
     lines.push_back(Selected(RunOf("verified, rows by query head", split_, split_plan_, alone)));
@@ -91,9 +97,11 @@ class Comparison {
     return options;
   }
 
-  Line RunOf(const std::string& name, const Trace& trace, const ReplayPlan& plan, const vattn_options& options) {
+  Line RunOf(const std::string& name, const Trace& trace, const ReplayPlan& plan,
+             const vattn_options& options) {
     progress_.Begin(name);
-    Run run = MakeRun(name, trace, plan, options, Replay(trace, plan, options, reference_, &progress_));
+    Run run =
+        MakeRun(name, trace, plan, options, Replay(trace, plan, options, reference_, &progress_));
     return {name, run, run.bytes_per_step};
   }
 
@@ -129,19 +137,22 @@ void RunCompare(const Arguments& arguments, const CommandLine& command) {
       {"", "setting", "p95 error", "rows selected", "bytes a step", "fewer by"}};
   for (const Line& line : lines) {
     rows.push_back({line.name, DescribePolicy(line.run.options), Fixed(line.run.all.error_p95, 4),
-                    Percent(line.run.all.selected_mean), Bytes(line.bytes), Fixed(first / line.bytes, 1)});
+                    Percent(line.run.all.selected_mean), Bytes(line.bytes),
+                    Fixed(first / line.bytes, 1)});
   }
-  const std::string factors = "selection " + Fixed(lines[0].bytes / lines[3].bytes, 2) + " x sharing " +
-                              Fixed(lines[3].bytes / lines[4].bytes, 2) + " x hot set " +
-                              Fixed(lines[4].bytes / lines[5].bytes, 2) + " = " +
+  const std::string factors = "selection " + Fixed(lines[0].bytes / lines[3].bytes, 2) +
+                              " x sharing " + Fixed(lines[3].bytes / lines[4].bytes, 2) +
+                              " x hot set " + Fixed(lines[4].bytes / lines[5].bytes, 2) + " = " +
                               Fixed(lines[0].bytes / lines[5].bytes, 1) +
                               " times fewer; with sharing and hot set on both sides " +
                               Fixed(lines[2].bytes / lines[5].bytes, 1);
   const std::string reproduce = command.Reproduce(comparison.options().seed);
-  std::printf("%s\n%s: %d layers, %lld steps, %d seeds\n\n%s\n%s\nreproduce: %s\n", EnvironmentLine().c_str(),
-              trace.path.c_str(), static_cast<int>(comparison.plan().layers.size()),
-              static_cast<long long>(comparison.plan().steps), static_cast<int>(comparison.plan().seeds),
-              MarkdownTable(rows).c_str(), factors.c_str(), reproduce.c_str());
+  std::printf("%s\n%s: %d layers, %lld steps, %d seeds\n\n%s\n%s\nreproduce: %s\n",
+              EnvironmentLine().c_str(), trace.path.c_str(),
+              static_cast<int>(comparison.plan().layers.size()),
+              static_cast<long long>(comparison.plan().steps),
+              static_cast<int>(comparison.plan().seeds), MarkdownTable(rows).c_str(),
+              factors.c_str(), reproduce.c_str());
   std::fflush(stdout);
   if (arguments.json.empty()) return;
   Json json = ResultHeader(command);
@@ -155,7 +166,8 @@ void RunCompare(const Arguments& arguments, const CommandLine& command) {
 
 void AddCompareCommand(CLI::App* app, const CommandLine& command) {
   CLI::App* sub = app->add_subcommand(
-      "compare", "Bytes over PCIe for the same error: verified against top-k with a uniform sample");
+      "compare",
+      "Bytes over PCIe for the same error: verified against top-k with a uniform sample");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
   auto files = std::make_shared<FileArguments>(sub);

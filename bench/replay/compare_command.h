@@ -1,4 +1,5 @@
-// `vattn compare`: rows over PCIe at equal error, against top-k with a uniform sample, factor by factor.
+// `vattn compare`: rows over PCIe at equal error, against top-k with a uniform sample, factor by
+// factor.
 #ifndef VATTN_BENCH_REPLAY_COMPARE_COMMAND_H_
 #define VATTN_BENCH_REPLAY_COMPARE_COMMAND_H_
 

@@ -15,15 +15,18 @@ constexpr uint64_t kFirstFork = 1000;
 // Counts what a step gave. place: of the position in the reference.
 class Judge {
  public:
-  Judge(const Trace& trace, const FollowPlan& plan, const vattn_options& options, const Reference& reference)
+  Judge(const Trace& trace, const FollowPlan& plan, const vattn_options& options,
+        const Reference& reference)
       : trace_(trace), plan_(plan), options_(options), reference_(reference) {}
 
   void Count(const StepResult& result, int64_t place, Tally* tally) const {
     const auto layers = static_cast<int64_t>(plan_.layers.size());
     for (int64_t layer = 0; layer < layers; ++layer) {
       for (int64_t head = 0; head < trace_.q_heads; ++head) {
-        const int64_t i = layer * trace_.q_heads + head, exact = reference_.Index(layer, head, place);
-        const double distance = DistanceToReference(reference_, exact, &result.out[i * reference_.head_dim_v]);
+        const int64_t i = layer * trace_.q_heads + head,
+                      exact = reference_.Index(layer, head, place);
+        const double distance =
+            DistanceToReference(reference_, exact, &result.out[i * reference_.head_dim_v]);
         const double ref = reference_.Ref(exact, options_.norm, options_.norm_floor);
         HeadTally& t = tally->heads[i];
         ++t.answers;
@@ -56,8 +59,8 @@ class Judge {
 // One growing sequence, and what it is compared with.
 class Run {
  public:
-  Run(const Trace& trace, const FollowPlan& plan, const vattn_options& options, const Judge& judge, int32_t run,
-      Progress* progress, Followed* followed)
+  Run(const Trace& trace, const FollowPlan& plan, const vattn_options& options, const Judge& judge,
+      int32_t run, Progress* progress, Followed* followed)
       : trace_(trace),
         plan_(plan),
         options_(options),
@@ -80,7 +83,8 @@ class Run {
         continue;
       }
       for (int64_t position = piece.begin; position < piece.end; ++position) {
-        const bool judged = stretch < followed_->stretches.size() && position >= followed_->stretches[stretch].begin;
+        const bool judged = stretch < followed_->stretches.size() &&
+                            position >= followed_->stretches[stretch].begin;
         if (judged) Forks(session, position, Place(stretch, position), At(kFreshGrown, stretch));
         us += session.StepAt(position);
         ++steps;
@@ -92,7 +96,8 @@ class Run {
         us = 0, steps = 0;
         if (plan_.at_once) AtOnce(stretch);
         ++stretch;
-        progress_->Count(run_ * static_cast<int64_t>(followed_->stretches.size()) + static_cast<int64_t>(stretch),
+        progress_->Count(run_ * static_cast<int64_t>(followed_->stretches.size()) +
+                             static_cast<int64_t>(stretch),
                          plan_.runs * static_cast<int64_t>(followed_->stretches.size()));
       }
     }
@@ -100,13 +105,15 @@ class Run {
 
  private:
   Tally* At(int answers, size_t stretch) {
-    return &followed_->tallies[(answers * followed_->stretches.size() + stretch) * plan_.runs + run_];
+    return &followed_
+                ->tallies[(answers * followed_->stretches.size() + stretch) * plan_.runs + run_];
   }
 
   // Of a judged position in the reference.
   int64_t Place(size_t stretch, int64_t position) const {
     int64_t place = position - followed_->stretches[stretch].begin;
-    for (size_t i = 0; i < stretch; ++i) place += followed_->stretches[i].end - followed_->stretches[i].begin;
+    for (size_t i = 0; i < stretch; ++i)
+      place += followed_->stretches[i].end - followed_->stretches[i].begin;
     return place;
   }
 
@@ -128,7 +135,8 @@ class Run {
       const bool judged = position >= part.begin;
       if (judged) Forks(session, position, Place(stretch, position), At(kFreshAtOnce, stretch));
       session.StepAt(position);
-      if (judged) judge_.Count(session.result(), Place(stretch, position), At(kKeptAtOnce, stretch));
+      if (judged)
+        judge_.Count(session.result(), Place(stretch, position), At(kKeptAtOnce, stretch));
     }
   }
 
@@ -150,8 +158,9 @@ std::vector<Piece> PiecesOf(const Trace& trace, const FollowPlan& plan) {
     const int64_t end = std::min(plan.prompt, begin + (begin == 0 ? plan.first : plan.chunk));
     const int64_t stepped = end < plan.prompt ? end - plan.between : end;
     if (stepped <= begin) {
-      throw UsageError("--between: " + std::to_string(plan.between) + ", must be below the chunk of " +
-                       std::to_string(end - begin) + " tokens at " + std::to_string(begin));
+      throw UsageError("--between: " + std::to_string(plan.between) +
+                       ", must be below the chunk of " + std::to_string(end - begin) +
+                       " tokens at " + std::to_string(begin));
     }
     pieces.push_back({begin, stepped, false});
     if (stepped < end) pieces.push_back({stepped, end, true});
@@ -159,12 +168,14 @@ std::vector<Piece> PiecesOf(const Trace& trace, const FollowPlan& plan) {
   }
   if (plan.prompt < plan.end) pieces.push_back({plan.prompt, plan.end, true});
   for (const Piece& piece : pieces) {
-    const int64_t last = trace.prompt_tokens + (piece.steps ? trace.steps : trace.tokens - trace.prompt_tokens);
+    const int64_t last =
+        trace.prompt_tokens + (piece.steps ? trace.steps : trace.tokens - trace.prompt_tokens);
     if (piece.end > last || (piece.steps && piece.begin < FirstQuery(trace))) {
-      throw UsageError((piece.steps ? "steps over tokens " : "tokens ") + std::to_string(piece.begin) + " to " +
-                       std::to_string(piece.end - 1) + ": the recording has " +
-                       (piece.steps ? "queries of " + std::to_string(FirstQuery(trace)) : std::string("0")) + " to " +
-                       std::to_string(last - 1));
+      throw UsageError(
+          (piece.steps ? "steps over tokens " : "tokens ") + std::to_string(piece.begin) + " to " +
+          std::to_string(piece.end - 1) + ": the recording has " +
+          (piece.steps ? "queries of " + std::to_string(FirstQuery(trace)) : std::string("0")) +
+          " to " + std::to_string(last - 1));
     }
   }
   return pieces;
@@ -188,7 +199,8 @@ const char* AnswersName(int answers) {
   return kNames[answers];
 }
 
-Followed Follow(const Trace& trace, const FollowPlan& plan, const vattn_options& options, Progress* progress) {
+Followed Follow(const Trace& trace, const FollowPlan& plan, const vattn_options& options,
+                Progress* progress) {
   const std::vector<Piece> pieces = PiecesOf(trace, plan);
   Followed followed;
   followed.stretches = StretchesOf(pieces, plan);
@@ -201,7 +213,8 @@ Followed Follow(const Trace& trace, const FollowPlan& plan, const vattn_options&
   followed.counters.resize(followed.stretches.size());
   std::vector<int64_t> positions;
   for (const Stretch& stretch : followed.stretches) {
-    for (int64_t position = stretch.begin; position < stretch.end; ++position) positions.push_back(position);
+    for (int64_t position = stretch.begin; position < stretch.end; ++position)
+      positions.push_back(position);
   }
   progress->Begin("exact attention in float64");
   const Reference reference =

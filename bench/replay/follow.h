@@ -1,5 +1,6 @@
-// A recording replayed as it grows: its tokens come in chunks and by decode steps, as an engine adds them, and
-// chosen positions are judged against exact attention, beside sequences that got everything at once.
+// A recording replayed as it grows: its tokens come in chunks and by decode steps, as an engine
+// adds them, and chosen positions are judged against exact attention, beside sequences that got
+// everything at once.
 #ifndef VATTN_BENCH_REPLAY_FOLLOW_H_
 #define VATTN_BENCH_REPLAY_FOLLOW_H_
 
@@ -17,16 +18,17 @@ namespace vattn::bench {
 
 struct FollowPlan {
   std::vector<int32_t> layers;  // places in the trace
-  // The first `prompt` tokens come in chunks of `chunk`, the first of `first`. The last `between` tokens of
-  // every chunk but the last are decode steps. What follows up to `end` is decode steps.
+  // The first `prompt` tokens come in chunks of `chunk`, the first of `first`. The last `between`
+  // tokens of every chunk but the last are decode steps. What follows up to `end` is decode steps.
   int64_t prompt = 0, chunk = 0, first = 0, between = 0, end = 0;
   bool build_each = false;  // the index is built after every chunk, as by vattn_prefix_save
   AppendedQueries queries = AppendedQueries::kOwn;
-  // Judged are the last `judged` steps of every run of steps, and those before every multiple of `every`.
+  // Judged are the last `judged` steps of every run of steps, and those before every multiple of
+  // `every`.
   int64_t every = 1024, judged = 16;
-  int32_t runs = 1;    // with seeds of their own
-  int32_t forks = 8;   // at every judged position, each of which takes that step with fresh numbers
-  bool at_once = true;  // compare with an index built on everything up to the judged positions
+  int32_t runs = 1;   // with seeds of their own
+  int32_t forks = 8;  // at every judged position, each of which takes that step with fresh numbers
+  bool at_once = true;    // compare with an index built on everything up to the judged positions
   int64_t settling = 16;  // steps that such a sequence takes first
 };
 
@@ -72,7 +74,8 @@ struct Tally {
 struct Followed {
   std::vector<Stretch> stretches;
   std::vector<Tally> tallies;  // [kAnswers, stretches, runs]
-  std::vector<double> step_us;  // [stretches, runs] mean of the growing sequence's steps since the last one
+  // [stretches, runs] mean of the growing sequence's steps since the last one
+  std::vector<double> step_us;
   // Every counter of the growing sequence's runtime after each stretch of the last run.
   std::vector<std::map<std::string, double>> counters;
   int32_t runs = 0;
@@ -83,7 +86,8 @@ struct Followed {
 };
 
 // REQUIRES options shaped by SetShape for a plan with forks.
-Followed Follow(const Trace& trace, const FollowPlan& plan, const vattn_options& options, Progress* progress);
+Followed Follow(const Trace& trace, const FollowPlan& plan, const vattn_options& options,
+                Progress* progress);
 
 }  // namespace vattn::bench
 

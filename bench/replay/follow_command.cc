@@ -19,11 +19,16 @@ namespace vattn::bench {
 namespace {
 
 constexpr char kNotes[] =
-    "Rows are those that a KV head selects in a step. Every chunk is passed with the queries of its own\n"
-    "tokens, as far as they were recorded (--queries own). Judged are the last --judged steps before every\n"
-    "multiple of --every and before the end of a run of steps: the sequence's own answers (kept), and those of\n"
-    "--forks forks of it (fresh). \"At once\" is a second sequence that got everything up to --settling steps\n"
-    "before in one call. A lower bound over delta (marked !) says that the promise does not hold there.\n"
+    "Rows are those that a KV head selects in a step. Every chunk is passed with the queries of "
+    "its own\n"
+    "tokens, as far as they were recorded (--queries own). Judged are the last --judged steps "
+    "before every\n"
+    "multiple of --every and before the end of a run of steps: the sequence's own answers (kept), "
+    "and those of\n"
+    "--forks forks of it (fresh). \"At once\" is a second sequence that got everything up to "
+    "--settling steps\n"
+    "before in one call. A lower bound over delta (marked !) says that the promise does not hold "
+    "there.\n"
     "  a long answer            --prompt 512\n"
     "  eight chunks with steps  --prompt 16384 --chunk 2048 --between 64\n"
     "  an index made early      --prompt 16384 --first 4096 --build-each --queries prompt";
@@ -55,7 +60,8 @@ void RunFollow(const Arguments& arguments, const CommandLine& command) {
   const int64_t last = trace.prompt_tokens + trace.steps;
   plan.end = arguments.steps > 0 ? plan.prompt + arguments.steps : std::max(plan.prompt, last);
   vattn_options options = arguments.options.Resolve();
-  if (options.index == VATTN_INDEX_EXTERNAL) throw UsageError("--index: external scores are not recorded");
+  if (options.index == VATTN_INDEX_EXTERNAL)
+    throw UsageError("--index: external scores are not recorded");
   ReplayPlan shape;
   shape.layers = plan.layers;
   shape.forks = true;
@@ -66,10 +72,12 @@ void RunFollow(const Arguments& arguments, const CommandLine& command) {
   const Followed followed = Follow(trace, plan, options, &progress);
   progress.Clear();
   const std::string reproduce = command.Reproduce(options.seed);
-  std::printf("%s\n%s, %d layers, %d query heads, %d KV heads, head_dim %d, %s, %s\n%s\n", EnvironmentLine().c_str(),
-              trace.path.c_str(), static_cast<int>(plan.layers.size()), static_cast<int>(trace.q_heads),
-              static_cast<int>(trace.kv_heads), static_cast<int>(trace.head_dim_k), DescribePolicy(options).c_str(),
-              DescribeCodes(options).c_str(), FollowTables(followed, trace, plan, options.delta).c_str());
+  std::printf("%s\n%s, %d layers, %d query heads, %d KV heads, head_dim %d, %s, %s\n%s\n",
+              EnvironmentLine().c_str(), trace.path.c_str(), static_cast<int>(plan.layers.size()),
+              static_cast<int>(trace.q_heads), static_cast<int>(trace.kv_heads),
+              static_cast<int>(trace.head_dim_k), DescribePolicy(options).c_str(),
+              DescribeCodes(options).c_str(),
+              FollowTables(followed, trace, plan, options.delta).c_str());
   std::printf("counters of the last run, those that are not 0:\n");
   if (!followed.counters.empty()) {
     for (const auto& [name, value] : followed.counters.back()) {
@@ -96,21 +104,25 @@ void AddFollowCommand(CLI::App* app, const CommandLine& command) {
   auto arguments = std::make_shared<Arguments>();
   FollowPlan& plan = arguments->plan;
   const auto tokens = [&](const char* name, const char* help, int64_t* value) {
-    sub->add_option(name, *value, help)->check(CLI::Range(int64_t{0}, int64_t{1} << 40).description(""));
+    sub->add_option(name, *value, help)
+        ->check(CLI::Range(int64_t{0}, int64_t{1} << 40).description(""));
   };
   auto files = std::make_shared<FileArguments>(sub);
   AddTrace(files.get(), &arguments->trace);
   tokens("--prompt", "Tokens that are not decoded (the recording's prompt)", &plan.prompt);
   tokens("--chunk", "Tokens of a chunk of the prompt (all of it)", &plan.chunk);
   tokens("--first", "Tokens of the first chunk (as the others)", &plan.first);
-  tokens("--between", "The last tokens of every chunk but the last are decode steps (0)", &plan.between);
-  sub->add_flag("--build-each", plan.build_each, "Build the index after every chunk, as storing a prefix does");
-  AddChoice(sub, "--queries", QueryChoices(), "Passed with appended tokens: theirs, q_prompt, none (own)",
-            &arguments->queries);
+  tokens("--between", "The last tokens of every chunk but the last are decode steps (0)",
+         &plan.between);
+  sub->add_flag("--build-each", plan.build_each,
+                "Build the index after every chunk, as storing a prefix does");
+  AddChoice(sub, "--queries", QueryChoices(),
+            "Passed with appended tokens: theirs, q_prompt, none (own)", &arguments->queries);
   AddSteps(sub, &arguments->steps);
   tokens("--every", "Steps are judged before every multiple of this (1024)", &plan.every);
   tokens("--judged", "Steps that are judged there (16)", &plan.judged);
-  tokens("--settling", "Steps that a sequence appended at once takes before those (16)", &plan.settling);
+  tokens("--settling", "Steps that a sequence appended at once takes before those (16)",
+         &plan.settling);
   sub->add_option("--forks", plan.forks, "Trials with fresh random numbers of a judged step (8)")
       ->check(CLI::Range(0, 100000).description(""));
   sub->add_flag("--grown-only", arguments->grown_only, "No sequence that is appended at once");

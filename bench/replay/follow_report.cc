@@ -30,11 +30,16 @@ struct Sums {
   RowTally rows;
   Bounds worst;  // the (layer, query head) with the highest lower bound, then the highest upper one
 
-  double Selected() const { return rows.steps > 0 ? rows.selected / static_cast<double>(rows.steps) : kUnknown; }
-  double Fetched() const { return rows.steps > 0 ? rows.fetched / static_cast<double>(rows.steps) : kUnknown; }
+  double Selected() const {
+    return rows.steps > 0 ? rows.selected / static_cast<double>(rows.steps) : kUnknown;
+  }
+  double Fetched() const {
+    return rows.steps > 0 ? rows.fetched / static_cast<double>(rows.steps) : kUnknown;
+  }
   double Share() const { return rows.middle > 0 ? rows.selected / rows.middle : kUnknown; }
   double Of(int64_t count) const {
-    return heads.answers > 0 ? static_cast<double>(count) / static_cast<double>(heads.answers) : kUnknown;
+    return heads.answers > 0 ? static_cast<double>(count) / static_cast<double>(heads.answers)
+                             : kUnknown;
   }
 };
 
@@ -55,8 +60,8 @@ void Add(const RowTally& from, RowTally* to) {
   to->looks += from.looks;
 }
 
-// Bounds on the probability that a verified answer of one head is off. With fresh numbers every answer is a
-// trial; with kept ones a run is, and of the answers only the share that is off counts.
+// Bounds on the probability that a verified answer of one head is off. With fresh numbers every
+// answer is a trial; with kept ones a run is, and of the answers only the share that is off counts.
 Bounds HeadBounds(const Followed& followed, int answers, const Scope& scope, size_t head) {
   Bounds b;
   double failed = 0;
@@ -83,24 +88,29 @@ Bounds HeadBounds(const Followed& followed, int answers, const Scope& scope, siz
   return b;
 }
 
-Sums Sum(const Followed& followed, const Trace& trace, const FollowPlan& plan, int answers, const Scope& scope) {
+Sums Sum(const Followed& followed, const Trace& trace, const FollowPlan& plan, int answers,
+         const Scope& scope) {
   Sums sums;
   for (int32_t run = 0; run < followed.runs; ++run) {
     for (size_t s = scope.stretch_begin; s < scope.stretch_end; ++s) {
       const Tally& tally = followed.At(answers, s, run);
-      for (int64_t i = scope.layer_begin * trace.q_heads; i < scope.layer_end * trace.q_heads; ++i) {
+      for (int64_t i = scope.layer_begin * trace.q_heads; i < scope.layer_end * trace.q_heads;
+           ++i) {
         Add(tally.heads[i], &sums.heads);
       }
-      for (int64_t i = scope.layer_begin * trace.kv_heads; i < scope.layer_end * trace.kv_heads; ++i) {
+      for (int64_t i = scope.layer_begin * trace.kv_heads; i < scope.layer_end * trace.kv_heads;
+           ++i) {
         Add(tally.rows[i], &sums.rows);
       }
     }
   }
   for (int64_t i = scope.layer_begin * trace.q_heads; i < scope.layer_end * trace.q_heads; ++i) {
     Bounds b = HeadBounds(followed, answers, scope, i);
-    const bool more = b.lower > sums.worst.lower || (b.lower == sums.worst.lower && b.upper > sums.worst.upper);
+    const bool more =
+        b.lower > sums.worst.lower || (b.lower == sums.worst.lower && b.upper > sums.worst.upper);
     if (b.verified == 0 || !more) continue;
-    b.head = trace.layer_names[plan.layers[i / trace.q_heads]] + "/" + std::to_string(i % trace.q_heads);
+    b.head =
+        trace.layer_names[plan.layers[i / trace.q_heads]] + "/" + std::to_string(i % trace.q_heads);
     sums.worst = b;
   }
   return sums;
@@ -131,7 +141,8 @@ Json SumsJson(const Sums& s) {
 }
 
 // Of all four kinds of answers.
-Json ScopeJson(const Followed& followed, const Trace& trace, const FollowPlan& plan, const Scope& scope) {
+Json ScopeJson(const Followed& followed, const Trace& trace, const FollowPlan& plan,
+               const Scope& scope) {
   Json json;
   constexpr const char* kKeys[] = {"kept", "fresh", "kept_at_once", "fresh_at_once"};
   std::vector<Sums> sums;
@@ -151,14 +162,16 @@ Scope Everything(const Followed& followed, const FollowPlan& plan) {
 }
 
 std::vector<std::string> Header(const std::string& first) {
-  return {first,   "rows", "of the middle", "fetched",    "verified",      "dense", "exact",
-          "off",   "worst", "95 % lower",   "95 % upper", "at once: rows", "dense", "off",
-          "worst", "95 % upper", "ratio"};
+  return {first,   "rows", "of the middle", "fetched",    "verified",   "dense",
+          "exact", "off",  "worst",         "95 % lower", "95 % upper", "at once: rows",
+          "dense", "off",  "worst",         "95 % upper", "ratio"};
 }
 
-std::vector<std::string> Row(const std::string& name, const Sums& grown, const Sums& once, double delta) {
+std::vector<std::string> Row(const std::string& name, const Sums& grown, const Sums& once,
+                             double delta) {
   const auto upper = [&](const Sums& s) {
-    return s.worst.verified == 0 ? std::string("-") : Fixed(s.worst.upper, 4) + (s.worst.lower > delta ? " !" : "");
+    return s.worst.verified == 0 ? std::string("-")
+                                 : Fixed(s.worst.upper, 4) + (s.worst.lower > delta ? " !" : "");
   };
   return {name,
           Fixed(grown.Selected(), 0),
@@ -181,7 +194,8 @@ std::vector<std::string> Row(const std::string& name, const Sums& grown, const S
 
 }  // namespace
 
-Json FollowJson(const Followed& followed, const Trace& trace, const FollowPlan& plan, double delta) {
+Json FollowJson(const Followed& followed, const Trace& trace, const FollowPlan& plan,
+                double delta) {
   Json json;
   const auto layers = static_cast<int64_t>(plan.layers.size());
   json["delta"] = delta;
@@ -189,7 +203,8 @@ Json FollowJson(const Followed& followed, const Trace& trace, const FollowPlan& 
   json["layers"] = Json::array();
   for (int64_t layer = 0; layer < layers; ++layer) {
     Json entry = {{"layer", trace.layer_names[plan.layers[layer]]}};
-    entry.update(ScopeJson(followed, trace, plan, {0, followed.stretches.size(), layer, layer + 1}));
+    entry.update(
+        ScopeJson(followed, trace, plan, {0, followed.stretches.size(), layer, layer + 1}));
     json["layers"].push_back(std::move(entry));
   }
   json["positions"] = Json::array();
@@ -197,13 +212,16 @@ Json FollowJson(const Followed& followed, const Trace& trace, const FollowPlan& 
     Json entry = {{"begin", followed.stretches[s].begin}, {"end", followed.stretches[s].end}};
     entry.update(ScopeJson(followed, trace, plan, {s, s + 1, 0, layers}));
     double us = 0;
-    for (int32_t run = 0; run < followed.runs; ++run) us += followed.step_us[s * followed.runs + run];
+    for (int32_t run = 0; run < followed.runs; ++run)
+      us += followed.step_us[s * followed.runs + run];
     entry["step_us"] = us / followed.runs;
     Json counters = Json::object();
-    // Gauges and counters of the index by name, whichever the library has; all of them once, at the end.
+    // Gauges and counters of the index by name, whichever the library has; all of them once, at the
+    // end.
     for (const auto& [name, value] : followed.counters[s]) {
-      const bool of_index = name.find("index") != std::string::npos || name.find("recoded") != std::string::npos ||
-                            name.find("outlier") != std::string::npos || name.find("segment") != std::string::npos;
+      const bool of_index =
+          name.find("index") != std::string::npos || name.find("recoded") != std::string::npos ||
+          name.find("outlier") != std::string::npos || name.find("segment") != std::string::npos;
       if (of_index) counters[name] = value;
     }
     if (!counters.empty()) entry["counters"] = std::move(counters);
@@ -213,15 +231,19 @@ Json FollowJson(const Followed& followed, const Trace& trace, const FollowPlan& 
   return json;
 }
 
-std::string FollowTables(const Followed& followed, const Trace& trace, const FollowPlan& plan, double delta) {
+std::string FollowTables(const Followed& followed, const Trace& trace, const FollowPlan& plan,
+                         double delta) {
   const auto layers = static_cast<int64_t>(plan.layers.size());
   std::string text;
   for (const auto& [grown, once, title] :
-       {std::tuple(kKeptGrown, kKeptAtOnce, "random numbers kept from step to step (bounds: a run is a trial)"),
-        std::tuple(kFreshGrown, kFreshAtOnce, "fresh random numbers (bounds: an answer is a trial)")}) {
+       {std::tuple(kKeptGrown, kKeptAtOnce,
+                   "random numbers kept from step to step (bounds: a run is a trial)"),
+        std::tuple(kFreshGrown, kFreshAtOnce,
+                   "fresh random numbers (bounds: an answer is a trial)")}) {
     if (grown == kFreshGrown && plan.forks == 0) continue;
     const auto row = [&, grown = grown, once = once](const std::string& name, const Scope& scope) {
-      return Row(name, Sum(followed, trace, plan, grown, scope), Sum(followed, trace, plan, once, scope), delta);
+      return Row(name, Sum(followed, trace, plan, grown, scope),
+                 Sum(followed, trace, plan, once, scope), delta);
     };
     std::vector<std::vector<std::string>> rows = {Header("tokens")};
     for (size_t s = 0; s < followed.stretches.size(); ++s) {

@@ -10,8 +10,10 @@
 namespace vattn::bench {
 
 Json FollowJson(const Followed& followed, const Trace& trace, const FollowPlan& plan, double delta);
-// A table by position for answers with kept and one for those with fresh random numbers, then one by layer.
-std::string FollowTables(const Followed& followed, const Trace& trace, const FollowPlan& plan, double delta);
+// A table by position for answers with kept and one for those with fresh random numbers, then one
+// by layer.
+std::string FollowTables(const Followed& followed, const Trace& trace, const FollowPlan& plan,
+                         double delta);
 
 }  // namespace vattn::bench
 

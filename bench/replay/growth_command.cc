@@ -24,7 +24,8 @@ namespace {
 
 constexpr char kNotes[] =
     "Contexts are the recording's first 16 and its last tokens, with the same queries. topk and\n"
-    "topk-uniform are set to the 95th percentile of the error that verified has at that length. The last\n"
+    "topk-uniform are set to the 95th percentile of the error that verified has at that length. "
+    "The last\n"
     "line is the exponent a of rows ~ tokens^a, by least squares over the lengths.";
 
 constexpr int64_t kSinks = 16;
@@ -48,7 +49,8 @@ struct Need {
 Need NeedOf(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
             const Reference& reference, Progress* progress) {
   const Observations seen = Replay(trace, plan, options, reference, progress);
-  const Figures f = Summarize(seen, {0, seen.layers, 0, seen.q_heads}, options.epsilon, options.delta);
+  const Figures f =
+      Summarize(seen, {0, seen.layers, 0, seen.q_heads}, options.epsilon, options.delta);
   const auto mean = [](const std::vector<int32_t>& rows) {
     return std::accumulate(rows.begin(), rows.end(), 0.) / static_cast<double>(rows.size());
   };
@@ -66,19 +68,21 @@ double Exponent(const std::vector<int64_t>& x, const std::vector<double>& y) {
   return (n * sxy - sx * sy) / (n * sxx - sx * sx);
 }
 
-// The lengths that were asked for, or the usual ones that the recording has; of a short one halves of its own. The
-// longest may be shortened by the steps that the recording took.
+// The lengths that were asked for, or the usual ones that the recording has; of a short one halves
+// of its own. The longest may be shortened by the steps that the recording took.
 std::vector<int64_t> ResolveLengths(const Trace& trace, const std::vector<int64_t>& given) {
   std::vector<int64_t> lengths = given;
   for (const int64_t tokens : given) {
     if (tokens > kSinks && tokens <= trace.tokens) continue;
-    throw UsageError("--tokens: " + std::to_string(tokens) + ", must be from " + std::to_string(kSinks + 1) +
-                     " to the recording's " + std::to_string(trace.tokens));
+    throw UsageError("--tokens: " + std::to_string(tokens) + ", must be from " +
+                     std::to_string(kSinks + 1) + " to the recording's " +
+                     std::to_string(trace.tokens));
   }
   if (given.empty()) {
     std::copy_if(kUsual.begin(), kUsual.end(), std::back_inserter(lengths),
                  [&](int64_t tokens) { return tokens <= trace.tokens; });
-    if (lengths.size() < 2) lengths = {trace.prompt_tokens / 4, trace.prompt_tokens / 2, trace.prompt_tokens};
+    if (lengths.size() < 2)
+      lengths = {trace.prompt_tokens / 4, trace.prompt_tokens / 2, trace.prompt_tokens};
   }
   for (int64_t& tokens : lengths) tokens = std::min(tokens, trace.prompt_tokens);
   std::sort(lengths.begin(), lengths.end());
@@ -127,8 +131,10 @@ void RunGrowth(const Arguments& arguments, const CommandLine& command) {
       if (i == 0) target = need.error_p95;
       figures[2 * i].push_back(need.selected);
       figures[2 * i + 1].push_back(need.fetched);
-      row.insert(row.end(), {Fixed(need.selected, 0), Fixed(need.fetched, 0), Fixed(need.error_p95, 4)});
-      entry[policies[i]] = {{"selected", need.selected}, {"fetched", need.fetched}, {"error_p95", need.error_p95}};
+      row.insert(row.end(),
+                 {Fixed(need.selected, 0), Fixed(need.fetched, 0), Fixed(need.error_p95, 4)});
+      entry[policies[i]] = {
+          {"selected", need.selected}, {"fetched", need.fetched}, {"error_p95", need.error_p95}};
     }
     rows.push_back(row);
     list.push_back(std::move(entry));
@@ -137,14 +143,16 @@ void RunGrowth(const Arguments& arguments, const CommandLine& command) {
   std::vector<std::string> last = {"exponent"};
   Json exponents = Json::object();
   for (size_t i = 0; i < policies.size(); ++i) {
-    const double selected = Exponent(lengths, figures[2 * i]), fetched = Exponent(lengths, figures[2 * i + 1]);
+    const double selected = Exponent(lengths, figures[2 * i]),
+                 fetched = Exponent(lengths, figures[2 * i + 1]);
     last.insert(last.end(), {Fixed(selected, 2), Fixed(fetched, 2), "-"});
     exponents[policies[i]] = {{"selected", selected}, {"fetched", fetched}};
   }
   rows.push_back(last);
   const std::string reproduce = command.Reproduce(arguments.options.Resolve().seed);
-  std::printf("%s\nrows a KV head and step, %s, %d layers\n\n%s\nreproduce: %s\n", EnvironmentLine().c_str(),
-              whole.path.c_str(), static_cast<int>(layers.size()), MarkdownTable(rows).c_str(), reproduce.c_str());
+  std::printf("%s\nrows a KV head and step, %s, %d layers\n\n%s\nreproduce: %s\n",
+              EnvironmentLine().c_str(), whole.path.c_str(), static_cast<int>(layers.size()),
+              MarkdownTable(rows).c_str(), reproduce.c_str());
   std::fflush(stdout);
   if (arguments.json.empty()) return;
   Json json = ResultHeader(command);
@@ -157,13 +165,15 @@ void RunGrowth(const Arguments& arguments, const CommandLine& command) {
 }  // namespace
 
 void AddGrowthCommand(CLI::App* app, const CommandLine& command) {
-  CLI::App* sub = app->add_subcommand("growth", "How the rows that a policy needs grow with the context");
+  CLI::App* sub =
+      app->add_subcommand("growth", "How the rows that a policy needs grow with the context");
   sub->footer(kNotes);
   auto arguments = std::make_shared<Arguments>();
   auto files = std::make_shared<FileArguments>(sub);
   AddTrace(files.get(), &arguments->trace);
   AddNumbers(sub, "--tokens", &arguments->tokens,
-             "Lengths of context (those of 4096,8192,16384,32768 that the recording has)", 1, int64_t{1} << 40);
+             "Lengths of context (those of 4096,8192,16384,32768 that the recording has)", 1,
+             int64_t{1} << 40);
   sub->add_flag("--verified-only", arguments->verified_only, "Not the policies that take a search");
   arguments->options.Add(sub);
   AddSeeds(sub, "Runs of each line, with consecutive seeds", &arguments->seeds);

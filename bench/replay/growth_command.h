@@ -1,4 +1,5 @@
-// `vattn growth`: rows that each policy needs for the same promise against the length of the context.
+// `vattn growth`: rows that each policy needs for the same promise against the length of the
+// context.
 #ifndef VATTN_BENCH_REPLAY_GROWTH_COMMAND_H_
 #define VATTN_BENCH_REPLAY_GROWTH_COMMAND_H_
 

@@ -69,8 +69,9 @@ double LargestEpsilon(Search* search, double best, vattn_options* options) {
 
 }  // namespace
 
-vattn_options MatchVerified(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
-                            const Reference& reference, double target_p95, Progress* progress) {
+vattn_options MatchVerified(const Trace& trace, const ReplayPlan& plan,
+                            const vattn_options& options, const Reference& reference,
+                            double target_p95, Progress* progress) {
   Search search(trace, plan, reference, target_p95, progress);
   vattn_options matched = options;
   matched.policy = VATTN_POLICY_VERIFIED;

@@ -10,8 +10,9 @@ namespace vattn::bench {
 
 // Searches go over all layers and steps of the plan with its first seed.
 // epsilon for VATTN_POLICY_VERIFIED, to 3 %.
-vattn_options MatchVerified(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
-                            const Reference& reference, double target_p95, Progress* progress);
+vattn_options MatchVerified(const Trace& trace, const ReplayPlan& plan,
+                            const vattn_options& options, const Reference& reference,
+                            double target_p95, Progress* progress);
 // topk_share for VATTN_POLICY_TOPK, to 2 %.
 vattn_options MatchTopK(const Trace& trace, const ReplayPlan& plan, const vattn_options& options,
                         const Reference& reference, double target_p95, Progress* progress);

@@ -32,11 +32,16 @@ constexpr char kNotes[] =
     "needs\n"
     "for the same 95th percentile of the error; that takes a search, which --layers and --steps\n"
     "make shorter.\n"
-    "--certify measures coverage by layer and query head for epsilon .05 .1 .2 and delta .05 .1 (or\n"
-    "those given), over --seeds forks of the prompt with random numbers of their own. Trials: fresh =\n"
-    "all numbers new in every step, an exact test; kept = as in production, runs are clusters (bound\n"
-    "of Bentkus); request = delta for a whole run, each of its answers gets an equal part; call = one step and\n"
-    "query head, the worst of the first half of the runs judged on the other half (only with --trials).";
+    "--certify measures coverage by layer and query head for epsilon .05 .1 .2 and delta .05 .1 "
+    "(or\n"
+    "those given), over --seeds forks of the prompt with random numbers of their own. Trials: "
+    "fresh =\n"
+    "all numbers new in every step, an exact test; kept = as in production, runs are clusters "
+    "(bound\n"
+    "of Bentkus); request = delta for a whole run, each of its answers gets an equal part; call = "
+    "one step and\n"
+    "query head, the worst of the first half of the runs judged on the other half (only with "
+    "--trials).";
 
 enum Calibration : int32_t { kPrompt = 0, kProfile = 1, kIdentity = 2 };
 Choices CalibrationChoices() {
@@ -198,14 +203,17 @@ constexpr int64_t kRepeated = 200;  // times
 // The recording, split elsewhere or with a step repeated, as the command line says.
 Trace ReadAsked(const Arguments& arguments) {
   Trace trace = ReadTrace(arguments.trace);
-  const bool split = arguments.prompt_tokens > 0 || arguments.queries_end > 0 || arguments.queries > 0;
+  const bool split =
+      arguments.prompt_tokens > 0 || arguments.queries_end > 0 || arguments.queries > 0;
   if (split) {
-    const int64_t prompt = arguments.prompt_tokens > 0 ? arguments.prompt_tokens : trace.prompt_tokens;
-    trace = SplitAt(trace, prompt, arguments.repeat_step < 0 ? arguments.steps : 0, arguments.queries,
-                    arguments.queries_end);
+    const int64_t prompt =
+        arguments.prompt_tokens > 0 ? arguments.prompt_tokens : trace.prompt_tokens;
+    trace = SplitAt(trace, prompt, arguments.repeat_step < 0 ? arguments.steps : 0,
+                    arguments.queries, arguments.queries_end);
   }
   if (arguments.repeat_step < 0) return trace;
-  return RepeatStep(trace, arguments.repeat_step, arguments.steps > 0 ? arguments.steps : kRepeated);
+  return RepeatStep(trace, arguments.repeat_step,
+                    arguments.steps > 0 ? arguments.steps : kRepeated);
 }
 
 // Those that the command line names: by a part of the name, or every kind.
@@ -215,7 +223,8 @@ std::vector<Trace> HostileOf(const Arguments& arguments, int64_t steps) {
   for (Trace& trace : all) {
     if (trace.path.find(arguments.inputs) != std::string::npos) some.push_back(std::move(trace));
   }
-  if (some.empty()) throw UsageError("--inputs: no hostile input has \"" + arguments.inputs + "\" in its name");
+  if (some.empty())
+    throw UsageError("--inputs: no hostile input has \"" + arguments.inputs + "\" in its name");
   return some;
 }
 
@@ -230,7 +239,8 @@ std::vector<Cell> CellsOf(const Arguments& arguments, const vattn_options& optio
     if (arguments.options.epsilon_given()) cell.epsilon = options.epsilon;
     if (arguments.options.delta_given()) cell.delta = options.delta;
     const bool there = std::any_of(cells.begin(), cells.end(), [&](const Cell& other) {
-      return other.epsilon == cell.epsilon && other.delta == cell.delta && other.trials == cell.trials;
+      return other.epsilon == cell.epsilon && other.delta == cell.delta &&
+             other.trials == cell.trials;
     });
     if (!there) cells.push_back(cell);
   }
@@ -242,7 +252,8 @@ void RunCertifyOf(const Arguments& arguments, const CommandLine& command) {
   job.options = arguments.options.Resolve();
   job.plan.steps = kHostileSteps;
   if (arguments.hostile) {
-    if (!arguments.options.index_bytes_given()) job.options.index_bytes = 16;  // rows have a quarter of a model's bytes
+    // Rows have a quarter of a model's bytes
+    if (!arguments.options.index_bytes_given()) job.options.index_bytes = 16;
     job.options.hot_share = 0;
     job.options.on_unverified = VATTN_ON_UNVERIFIED_BEST_EFFORT;
     if (arguments.steps > 0) job.plan.steps = std::min(arguments.steps, test::kCalibration);
@@ -265,8 +276,10 @@ void RunCertifyOf(const Arguments& arguments, const CommandLine& command) {
 void RunReplay(const Arguments& arguments, const CommandLine& command) {
   CheckCalibration(arguments);
   if (arguments.hostile && !arguments.certify) throw UsageError("--hostile: needs --certify");
-  if (!arguments.inputs.empty() && !arguments.hostile) throw UsageError("--inputs: needs --hostile");
-  if (arguments.trials != kGrid && !arguments.certify) throw UsageError("--trials: needs --certify");
+  if (!arguments.inputs.empty() && !arguments.hostile)
+    throw UsageError("--inputs: needs --hostile");
+  if (arguments.trials != kGrid && !arguments.certify)
+    throw UsageError("--trials: needs --certify");
   if (arguments.trace.empty() == !arguments.hostile) {
     throw UsageError(arguments.hostile ? "--trace: not with --hostile" : "--trace is required");
   }
@@ -334,20 +347,27 @@ void AddReplayCommand(CLI::App* app, const CommandLine& command) {
   sub->add_flag("--certify", arguments->certify, "Coverage of the promise, with upper bounds");
   sub->add_flag("--hostile", arguments->hostile,
                 "With --certify, instead of a recording: inputs made to break the promise");
-  sub->add_option("--inputs", arguments->inputs, "Hostile inputs with this in their name (all)")->type_name("TEXT");
-  AddChoice(sub, "--trials", TrialChoices(), "What --certify counts as a trial (grid: fresh, kept, request)",
-            &arguments->trials);
+  sub->add_option("--inputs", arguments->inputs, "Hostile inputs with this in their name (all)")
+      ->type_name("TEXT");
+  AddChoice(sub, "--trials", TrialChoices(),
+            "What --certify counts as a trial (grid: fresh, kept, request)", &arguments->trials);
   const auto tokens = [&](const char* name, const char* help, int64_t* value) {
-    sub->add_option(name, *value, help)->check(CLI::Range(int64_t{0}, int64_t{1} << 40).description(""));
+    sub->add_option(name, *value, help)
+        ->check(CLI::Range(int64_t{0}, int64_t{1} << 40).description(""));
   };
-  tokens("--prompt-tokens", "Split the recording here: what follows is steps (the recording's prompt)",
+  tokens("--prompt-tokens",
+         "Split the recording here: what follows is steps (the recording's prompt)",
          &arguments->prompt_tokens);
-  tokens("--queries", "Calibrate on the queries of so many tokens (all recorded)", &arguments->queries);
+  tokens("--queries", "Calibrate on the queries of so many tokens (all recorded)",
+         &arguments->queries);
   tokens("--queries-end", "... before this token (the prompt's end)", &arguments->queries_end);
-  tokens("--repeat-step", "A loop: this step's token and query --steps (200) times", &arguments->repeat_step);
+  tokens("--repeat-step", "A loop: this step's token and query --steps (200) times",
+         &arguments->repeat_step);
   files->AddJson(&arguments->json);
-  files->AddOutput("--plot", &arguments->plot,
-                   "Draw error and share by layer and head, and error against share for the policies", "FILE.svg");
+  files->AddOutput(
+      "--plot", &arguments->plot,
+      "Draw error and share by layer and head, and error against share for the policies",
+      "FILE.svg");
   sub->callback([arguments, files, &command] {
     files->Check();
     RunReplay(*arguments, command);

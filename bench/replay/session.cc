@@ -27,7 +27,8 @@ void Gather(const Tensor& tensor, std::span<const int32_t> layers, int64_t token
 
 }  // namespace
 
-Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options, NoSequence)
+Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
+                 NoSequence)
     : trace_(trace),
       layers_(layers),
       runtime_(CreateRuntime(options)),
@@ -40,7 +41,8 @@ Session::Session(const Trace& trace, std::span<const int32_t> layers, const vatt
     list->resize(num_layers * trace.kv_heads);
   }
   result_.middle.resize(num_layers * trace.kv_heads);
-  if (options.index == VATTN_INDEX_EXTERNAL && options.policy != VATTN_POLICY_DENSE) scores_.emplace(trace, layers);
+  if (options.index == VATTN_INDEX_EXTERNAL && options.policy != VATTN_POLICY_DENSE)
+    scores_.emplace(trace, layers);
 }
 
 Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options)
@@ -51,7 +53,8 @@ Session::Session(const Trace& trace, std::span<const int32_t> layers, const vatt
 Session::Session(const Trace& trace, std::span<const int32_t> layers, const vattn_options& options,
                  bool prompt_queries)
     : Session(trace, layers, options) {
-  Append(0, trace.prompt_tokens, prompt_queries ? AppendedQueries::kPrompt : AppendedQueries::kNone);
+  Append(0, trace.prompt_tokens,
+         prompt_queries ? AppendedQueries::kPrompt : AppendedQueries::kNone);
   BuildIndex();
 }
 
@@ -75,9 +78,11 @@ void Session::Save(const std::string& path) const {
 void Session::Append(int64_t begin, int64_t count, AppendedQueries queries) {
   int64_t first = begin + count;  // position of the first query that is passed
   if (queries == AppendedQueries::kOwn) first = std::max(begin, FirstQuery(trace_));
-  if (queries == AppendedQueries::kPrompt) first = begin + count - std::min(count, trace_.prompt_queries);
+  if (queries == AppendedQueries::kPrompt)
+    first = begin + count - std::min(count, trace_.prompt_queries);
   // With kPrompt, the recording's queries stand in for those of the last tokens.
-  const int64_t shift = queries == AppendedQueries::kPrompt ? trace_.prompt_tokens - begin - count : 0;
+  const int64_t shift =
+      queries == AppendedQueries::kPrompt ? trace_.prompt_tokens - begin - count : 0;
   const int64_t num_queries = std::max<int64_t>(0, begin + count - first);
   for (size_t i = 0; i < layers_.size(); ++i) {
     vattn_append_params params;
@@ -106,7 +111,9 @@ void Session::Append(int64_t begin, int64_t count, AppendedQueries queries) {
   }
 }
 
-void Session::BuildIndex() { Check(vattn_sequence_build_index(sequence_.get()), "vattn_sequence_build_index"); }
+void Session::BuildIndex() {
+  Check(vattn_sequence_build_index(sequence_.get()), "vattn_sequence_build_index");
+}
 
 void Session::Restart(uint64_t id) {
   vattn_sequence* fork = nullptr;
@@ -177,13 +184,16 @@ std::map<std::string, double> Session::counters() const {
   size_t size = 0;
   vattn_stats_prometheus(runtime_.get(), nullptr, 0, &size);
   std::string text(size + 1, '\0');
-  Check(vattn_stats_prometheus(runtime_.get(), text.data(), text.size(), &size), "vattn_stats_prometheus");
+  Check(vattn_stats_prometheus(runtime_.get(), text.data(), text.size(), &size),
+        "vattn_stats_prometheus");
   text.resize(size);
   std::map<std::string, double> counters;
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
     const size_t blank = line.find(' ');
-    if (line.empty() || line[0] == '#' || line.find("tenant=") != std::string::npos || blank == std::string::npos) continue;
+    if (line.empty() || line[0] == '#' || line.find("tenant=") != std::string::npos ||
+        blank == std::string::npos)
+      continue;
     counters[line.substr(0, blank)] = std::strtod(line.c_str() + blank, nullptr);
   }
   return counters;

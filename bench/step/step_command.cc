@@ -219,13 +219,15 @@ void AddStepCommand(CLI::App* app, const CommandLine& command) {
   shape.dtype = VATTN_BF16;
   shape.head_dim = 0;  // not given
   const CLI::Validator count = Whole(1, 1 << 20);
-  AddNumbers(sub, "--tokens", &arguments->tokens, "Lengths of the sequences, as 4096,32768", 1, int64_t{1} << 40);
+  AddNumbers(sub, "--tokens", &arguments->tokens, "Lengths of the sequences, as 4096,32768", 1,
+             int64_t{1} << 40);
   sub->add_option("--layers", shape.layers, "Layers")->check(count)->capture_default_str();
   sub->add_option("--q-heads", shape.q_heads, "Query heads")->check(count)->capture_default_str();
   sub->add_option("--kv-heads", shape.kv_heads, "KV heads")->check(count)->capture_default_str();
   sub->add_option("--head-dim", shape.head_dim, "Elements of K and of V (the trace's, else 128)")
       ->check(count);
-  AddNumbers(sub, "--batch", &arguments->batches, "Sequences in a step; several on CUDA, as 1,4", 1, 1 << 20);
+  AddNumbers(sub, "--batch", &arguments->batches, "Sequences in a step; several on CUDA, as 1,4", 1,
+             1 << 20);
   AddChoice(sub, "--dtype", DTypeChoices(), "Type of rows and queries (bf16)", &shape.dtype);
   sub->add_option("--steps", arguments->steps, "Timed steps (32; 64 on CUDA)")->check(count);
   files->AddInput("--trace", &arguments->trace, "Recording to lengthen (synthetic without)");

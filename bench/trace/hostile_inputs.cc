@@ -231,8 +231,9 @@ HostileInput Unseen(std::string name, uint32_t seed, const Logits& logits) {
 }
 
 HostileInput EmptySink() {
-  // Of the second head, a sink without a value holds nearly all of the mass, and few tokens the rest. What
-  // errors are relative to is then far below what values in the middle are, and a first step does not know it.
+  // Of the second head, a sink without a value holds nearly all of the mass, and few tokens the
+  // rest. What errors are relative to is then far below what values in the middle are, and a first
+  // step does not know it.
   const Logits noise = Noise(42, 1);
   const std::vector<int64_t> rank = Ranks(43);
   HostileInput input = Make("sink without a value", 44, [&](int64_t h, int64_t t) {

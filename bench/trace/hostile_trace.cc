@@ -49,7 +49,8 @@ Trace IsotropicTrace(const test::IsotropicInput& input, const std::string& name)
   trace.k = MakeTensor(1, input.tokens, input.keys);
   trace.v = MakeTensor(1, input.tokens, input.values);
   trace.q = MakeTensor(input.heads, trace.steps, HeadsFirst(input.queries, input.heads, input.dim));
-  trace.q_prompt = MakeTensor(input.heads, trace.prompt_queries, HeadsFirst(input.calibration, input.heads, input.dim));
+  trace.q_prompt = MakeTensor(input.heads, trace.prompt_queries,
+                              HeadsFirst(input.calibration, input.heads, input.dim));
   return trace;
 }
 
@@ -61,7 +62,8 @@ Trace HostileTrace(const test::HostileInput& input, int64_t steps) {
   for (int64_t step = 0; step < steps; ++step) {
     for (int64_t i = 0; i < row; ++i) {
       const float toward = input.calibration[step % test::kCalibration * row + i];
-      queries.push_back(input.query[i] + kDrift * static_cast<float>(step) * (toward - input.query[i]));
+      queries.push_back(input.query[i] +
+                        kDrift * static_cast<float>(step) * (toward - input.query[i]));
     }
   }
   Trace trace;
@@ -78,7 +80,8 @@ Trace HostileTrace(const test::HostileInput& input, int64_t steps) {
   trace.k = MakeTensor(1, test::kTokens, input.keys);
   trace.v = MakeTensor(1, test::kTokens, input.values);
   trace.q = MakeTensor(test::kHeads, steps, HeadsFirst(queries, test::kHeads, test::kDim));
-  trace.q_prompt = MakeTensor(test::kHeads, test::kCalibration, HeadsFirst(input.calibration, test::kHeads, test::kDim));
+  trace.q_prompt = MakeTensor(test::kHeads, test::kCalibration,
+                              HeadsFirst(input.calibration, test::kHeads, test::kDim));
   return trace;
 }
 
@@ -87,14 +90,15 @@ std::vector<Trace> IsotropicTraces(int64_t steps) {
   std::vector<Trace> traces;
   for (const int64_t dim : test::kIsotropicDims) {
     for (const double spread : test::kIsotropicSpreads) {
-      traces.push_back(
-          IsotropicTrace(test::MakeIsotropic(dim, spread, kHeads, kContext + steps, kCalibrated, steps),
-                         "isotropic " + std::to_string(dim) + ", deviation " + Number(spread, 3)));
+      traces.push_back(IsotropicTrace(
+          test::MakeIsotropic(dim, spread, kHeads, kContext + steps, kCalibrated, steps),
+          "isotropic " + std::to_string(dim) + ", deviation " + Number(spread, 3)));
     }
   }
   for (const double mean : {.05, .1}) {
-    traces.push_back(IsotropicTrace(test::MakeFaintMean(128, mean, kHeads, kContext + steps, kCalibrated, steps),
-                                    "values of mean " + Number(mean, 3)));
+    traces.push_back(
+        IsotropicTrace(test::MakeFaintMean(128, mean, kHeads, kContext + steps, kCalibrated, steps),
+                       "values of mean " + Number(mean, 3)));
   }
   return traces;
 }

@@ -10,15 +10,17 @@
 
 namespace vattn::bench {
 
-// `steps` decode steps, the first with the input's query, later ones drifting towards the calibration
-// queries; the last `steps` of the input's tokens are theirs. metadata model is the input's name.
+// `steps` decode steps, the first with the input's query, later ones drifting towards the
+// calibration queries; the last `steps` of the input's tokens are theirs. metadata model is the
+// input's name.
 Trace HostileTrace(const test::HostileInput& input, int64_t steps);
 
-// Isotropic inputs, of every head_dim and spread, then values with a faint mean. Every step has a query of its
-// own of the same distribution.
+// Isotropic inputs, of every head_dim and spread, then values with a faint mean. Every step has a
+// query of its own of the same distribution.
 std::vector<Trace> IsotropicTraces(int64_t steps);
 
-std::vector<Trace> HostileTraces(int64_t steps);  // where the promise must hold, then the known hole
+// Where the promise must hold, then the known hole
+std::vector<Trace> HostileTraces(int64_t steps);
 
 }  // namespace vattn::bench
 

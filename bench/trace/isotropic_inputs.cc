@@ -20,8 +20,8 @@ std::vector<float> Gaussian(std::mt19937& engine, int64_t count, double scale) {
 
 }  // namespace
 
-IsotropicInput MakeIsotropic(int64_t dim, double spread, int64_t heads, int64_t tokens, int64_t calibration_tokens,
-                             int64_t query_tokens) {
+IsotropicInput MakeIsotropic(int64_t dim, double spread, int64_t heads, int64_t tokens,
+                             int64_t calibration_tokens, int64_t query_tokens) {
   std::mt19937 engine(static_cast<uint32_t>(1000 * dim + 10 * spread));
   IsotropicInput input{.dim = dim,
                        .heads = heads,
@@ -35,8 +35,8 @@ IsotropicInput MakeIsotropic(int64_t dim, double spread, int64_t heads, int64_t 
   return input;
 }
 
-IsotropicInput MakeFaintMean(int64_t dim, double mean, int64_t heads, int64_t tokens, int64_t calibration_tokens,
-                             int64_t query_tokens) {
+IsotropicInput MakeFaintMean(int64_t dim, double mean, int64_t heads, int64_t tokens,
+                             int64_t calibration_tokens, int64_t query_tokens) {
   IsotropicInput input = MakeIsotropic(dim, .1, heads, tokens, calibration_tokens, query_tokens);
   for (float& value : input.values) value += static_cast<float>(mean);
   return input;

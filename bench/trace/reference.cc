@@ -43,8 +43,8 @@ void MultiplyRow(const double* x, const double* a, int64_t rows, int64_t columns
 // Up to kQueries rows of one KV head's query heads, walked over all tokens with an online softmax.
 class Chunk {
  public:
-  Chunk(const Trace& trace, int64_t layer, int64_t kv_head, std::span<const int64_t> positions, int64_t first,
-        int64_t count)
+  Chunk(const Trace& trace, int64_t layer, int64_t kv_head, std::span<const int64_t> positions,
+        int64_t first, int64_t count)
       : trace_(trace),
         layer_(layer),
         kv_head_(kv_head),
@@ -60,7 +60,8 @@ class Chunk {
         row_(std::max(trace.head_dim_k, trace.head_dim_v)) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(trace.head_dim_k));
     for (int64_t i = 0; i < count; ++i) {
-      ToFloat(trace.q.dtype, QueryRow(trace, layer, QHead(i), positions[Step(i)]), trace.head_dim_k, row_.data());
+      ToFloat(trace.q.dtype, QueryRow(trace, layer, QHead(i), positions[Step(i)]), trace.head_dim_k,
+              row_.data());
       for (int64_t d = 0; d < trace.head_dim_k; ++d) {
         queries_[i * trace.head_dim_k + d] = row_[d] * scale;
       }

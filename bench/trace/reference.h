@@ -30,7 +30,8 @@ struct Reference {
 // 1 / sqrt(head_dim_k). Sums are in double; out is rounded to float at the end.
 Reference ComputeReference(const Trace& trace, std::span<const int32_t> layers, int64_t steps,
                            int num_threads);
-// The same for chosen tokens of the recording, which must have queries; they take the place of steps.
+// The same for chosen tokens of the recording, which must have queries; they take the place of
+// steps.
 Reference ComputeReferenceAt(const Trace& trace, std::span<const int32_t> layers,
                              std::span<const int64_t> positions, int num_threads);
 

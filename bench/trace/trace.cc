@@ -69,7 +69,8 @@ nlohmann::json ReadHeader(Reader& reader, uint64_t* data_begin) {
   }
   std::string text(length, '\0');
   reader.Read(8, text.data(), length);
-  if (NestsTooDeep(text)) reader.Fail("header: nests deeper than " + std::to_string(kMaxJsonDepth) + " levels");
+  if (NestsTooDeep(text))
+    reader.Fail("header: nests deeper than " + std::to_string(kMaxJsonDepth) + " levels");
   nlohmann::json header = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) reader.Fail("header: not a JSON object");
   *data_begin = 8 + length;
@@ -261,8 +262,9 @@ const std::byte* Tensor::Row(int64_t layer, int64_t head, int64_t token) const {
 int64_t FirstQuery(const Trace& trace) { return trace.prompt_tokens - trace.prompt_queries; }
 
 const std::byte* QueryRow(const Trace& trace, int64_t layer, int64_t q_head, int64_t position) {
-  return position < trace.prompt_tokens ? trace.q_prompt.Row(layer, q_head, position - FirstQuery(trace))
-                                        : trace.q.Row(layer, q_head, position - trace.prompt_tokens);
+  return position < trace.prompt_tokens
+             ? trace.q_prompt.Row(layer, q_head, position - FirstQuery(trace))
+             : trace.q.Row(layer, q_head, position - trace.prompt_tokens);
 }
 
 Trace ReadTrace(const std::string& path) {

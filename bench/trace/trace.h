@@ -36,7 +36,8 @@ struct Trace {
   Tensor k, v, q, q_prompt;
 };
 
-// Queries are there for tokens FirstQuery .. prompt_tokens + steps - 1, those of the prompt in q_prompt.
+// Queries are there for tokens FirstQuery .. prompt_tokens + steps - 1, those of the prompt in
+// q_prompt.
 int64_t FirstQuery(const Trace& trace);
 // REQUIRES a position of those.
 const std::byte* QueryRow(const Trace& trace, int64_t layer, int64_t q_head, int64_t position);

@@ -14,7 +14,8 @@ namespace {
 
 // Rows [layers][heads][tokens] of `from`; head_of and token_of say which row of it goes where.
 Tensor Pick(const Tensor& from, std::span<const int32_t> layers, int64_t heads, int64_t tokens,
-            const std::function<int64_t(int64_t)>& head_of, const std::function<int64_t(int64_t)>& token_of) {
+            const std::function<int64_t(int64_t)>& head_of,
+            const std::function<int64_t(int64_t)>& token_of) {
   const int64_t dim = from.shape[3];
   const size_t row = static_cast<size_t>(dim) * ElementBytes(from.dtype);
   Tensor to;
@@ -60,7 +61,8 @@ Trace Rest(const Trace& trace, std::span<const int32_t> layers) {
 namespace {
 
 // Queries of the tokens that position_of gives, for all layers.
-Tensor PickQueries(const Trace& trace, int64_t count, const std::function<int64_t(int64_t)>& position_of) {
+Tensor PickQueries(const Trace& trace, int64_t count,
+                   const std::function<int64_t(int64_t)>& position_of) {
   Tensor to;
   if (count == 0) return to;
   const size_t row = static_cast<size_t>(trace.head_dim_k) * ElementBytes(trace.q.dtype);
@@ -85,7 +87,8 @@ std::vector<int32_t> AllLayers(const Trace& trace) {
 }
 
 // With q and q_prompt of the new split.
-Trace Resplit(const Trace& trace, int64_t prompt_tokens, int64_t tokens, Tensor q_prompt, Tensor q) {
+Trace Resplit(const Trace& trace, int64_t prompt_tokens, int64_t tokens, Tensor q_prompt,
+              Tensor q) {
   Trace to;
   to.path = trace.path;
   to.metadata = trace.metadata;
@@ -114,11 +117,13 @@ Trace SplitHeads(const Trace& trace, std::span<const int32_t> layers) {
   return to;
 }
 
-Trace Shorten(const Trace& trace, std::span<const int32_t> layers, int64_t prompt_tokens, int64_t sinks) {
-  if (prompt_tokens > trace.prompt_tokens || prompt_tokens < std::max(sinks, trace.prompt_queries)) {
+Trace Shorten(const Trace& trace, std::span<const int32_t> layers, int64_t prompt_tokens,
+              int64_t sinks) {
+  if (prompt_tokens > trace.prompt_tokens ||
+      prompt_tokens < std::max(sinks, trace.prompt_queries)) {
     throw UsageError("--tokens: " + std::to_string(prompt_tokens) + ", must be " +
-                     std::to_string(std::max(sinks, trace.prompt_queries)) + " to the recording's " +
-                     std::to_string(trace.prompt_tokens));
+                     std::to_string(std::max(sinks, trace.prompt_queries)) +
+                     " to the recording's " + std::to_string(trace.prompt_tokens));
   }
   Trace to = Rest(trace, layers);
   const int64_t left_out = trace.prompt_tokens - prompt_tokens;
@@ -131,23 +136,26 @@ Trace Shorten(const Trace& trace, std::span<const int32_t> layers, int64_t promp
   return to;
 }
 
-Trace SplitAt(const Trace& trace, int64_t prompt_tokens, int64_t steps, int64_t queries, int64_t queries_end) {
+Trace SplitAt(const Trace& trace, int64_t prompt_tokens, int64_t steps, int64_t queries,
+              int64_t queries_end) {
   const int64_t first = FirstQuery(trace), last = trace.prompt_tokens + trace.steps;
   if (queries_end == 0) queries_end = prompt_tokens;
   if (queries == 0) queries = std::max<int64_t>(0, queries_end - first);
   if (steps == 0) steps = last - prompt_tokens;
   const auto check = [&](const char* what, int64_t begin, int64_t end) {
     if (begin >= first && end <= last && begin <= end) return;
-    throw UsageError(std::string(what) + ": tokens " + std::to_string(begin) + " to " + std::to_string(end - 1) +
-                     ", the recording has queries of " + std::to_string(first) + " to " + std::to_string(last - 1));
+    throw UsageError(std::string(what) + ": tokens " + std::to_string(begin) + " to " +
+                     std::to_string(end - 1) + ", the recording has queries of " +
+                     std::to_string(first) + " to " + std::to_string(last - 1));
   };
   check("--prompt-tokens", prompt_tokens, prompt_tokens + steps);
   check("--queries-end", queries_end - queries, queries_end);
   const std::vector<int32_t> layers = AllLayers(trace);
   const auto same = [](int64_t i) { return i; };
-  Trace to = Resplit(trace, prompt_tokens, prompt_tokens + steps,
-                     PickQueries(trace, queries, [&](int64_t i) { return queries_end - queries + i; }),
-                     PickQueries(trace, steps, [&](int64_t i) { return prompt_tokens + i; }));
+  Trace to =
+      Resplit(trace, prompt_tokens, prompt_tokens + steps,
+              PickQueries(trace, queries, [&](int64_t i) { return queries_end - queries + i; }),
+              PickQueries(trace, steps, [&](int64_t i) { return prompt_tokens + i; }));
   to.k = Pick(trace.k, layers, trace.kv_heads, to.tokens, same, same);
   to.v = Pick(trace.v, layers, trace.kv_heads, to.tokens, same, same);
   return to;
@@ -155,16 +163,17 @@ Trace SplitAt(const Trace& trace, int64_t prompt_tokens, int64_t steps, int64_t 
 
 Trace RepeatStep(const Trace& trace, int64_t step, int64_t times) {
   if (step >= trace.steps) {
-    throw UsageError("--repeat-step: " + std::to_string(step) + ", the recording has " + std::to_string(trace.steps) +
-                     ", counted from 0");
+    throw UsageError("--repeat-step: " + std::to_string(step) + ", the recording has " +
+                     std::to_string(trace.steps) + ", counted from 0");
   }
   const int64_t at = trace.prompt_tokens + step;
   const std::vector<int32_t> layers = AllLayers(trace);
   const auto same = [](int64_t i) { return i; };
   const auto token_of = [&](int64_t token) { return std::min(token, at); };
-  Trace to = Resplit(trace, at, at + times,
-                     PickQueries(trace, trace.prompt_queries, [&](int64_t i) { return FirstQuery(trace) + i; }),
-                     PickQueries(trace, times, [&](int64_t) { return at; }));
+  Trace to = Resplit(
+      trace, at, at + times,
+      PickQueries(trace, trace.prompt_queries, [&](int64_t i) { return FirstQuery(trace) + i; }),
+      PickQueries(trace, times, [&](int64_t) { return at; }));
   to.k = Pick(trace.k, layers, trace.kv_heads, to.tokens, same, token_of);
   to.v = Pick(trace.v, layers, trace.kv_heads, to.tokens, same, token_of);
   return to;

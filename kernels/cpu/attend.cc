@@ -21,17 +21,19 @@ void ScaleQueries(const Storage& s, Group& group) {
   for (int g = 0; g < group.q_heads; ++g, q += s.row.dim_k * ElementBytes(s.row.dtype)) {
     LoadRows(list, group.scratch.query + int64_t{g} * s.row.dim_k);
   }
-  for (int64_t i = 0; i < int64_t{group.q_heads} * s.row.dim_k; ++i) group.scratch.query[i] *= s.scale;
+  for (int64_t i = 0; i < int64_t{group.q_heads} * s.row.dim_k; ++i)
+    group.scratch.query[i] *= s.scale;
 }
 
-void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int listed, const float* queries,
-                int heads, const float* log_weights, float* states, bool value_norms) {
+void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int listed,
+                const float* queries, int heads, const float* log_weights, float* states,
+                bool value_norms) {
   constexpr int kHeads = 8;
   alignas(64) float p[kHeads * kTileRows];
   alignas(64) float norm2[kTileRows];
   const int dim_v = s.row.dim_v;
-  // The next tile's rows come in evenly over the work on this one: half with the keys, half with the
-  // values.
+  // The next tile's rows come in evenly over the work on this one: half with the keys, half with
+  // the values.
   const int next = std::min(listed - count, kTileRows);
   RowList keys{.rows = rows,
                .count = count,
@@ -73,8 +75,8 @@ void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int lis
   }
 }
 
-void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t end, const float* queries,
-                 int heads, float* states, Stream stream, bool value_norms) {
+void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t end,
+                 const float* queries, int heads, float* states, Stream stream, bool value_norms) {
   const int64_t floats = heads * StateFloats(s.row.dim_v);
   const int64_t segments = (end - begin + kSegmentTokens - 1) / kSegmentTokens;
   const auto attend = [&](int64_t from, int64_t to, float* into) {
@@ -82,7 +84,8 @@ void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t en
     const int listed = static_cast<int>(to - from);
     for (int i = 0; i < listed; ++i) rows[i] = RowOf(s, group, from + i);
     for (int i = 0; i < listed; i += kTileRows) {
-      AttendRows(s, rows + i, std::min(kTileRows, listed - i), listed - i, queries, heads, nullptr, into, value_norms);
+      AttendRows(s, rows + i, std::min(kTileRows, listed - i), listed - i, queries, heads, nullptr,
+                 into, value_norms);
     }
   };
   if (segments <= 1) return attend(begin, end, states);
@@ -118,8 +121,14 @@ void MarkNotFinite(const Storage& s, const Group& group) {
     for (int from = 0; from < s.row.dim_v; from += kPiece) {
       float values[kPiece];
       const int count = std::min(kPiece, s.row.dim_v - from);
-      LoadRows({.rows = &output, .count = 1, .offset = from * ElementBytes(dtype), .dim = count, .dtype = dtype}, values);
-      finite = finite && std::all_of(values, values + count, [](float x) { return std::isfinite(x); });
+      LoadRows({.rows = &output,
+                .count = 1,
+                .offset = from * ElementBytes(dtype),
+                .dim = count,
+                .dtype = dtype},
+               values);
+      finite =
+          finite && std::all_of(values, values + count, [](float x) { return std::isfinite(x); });
     }
     if (finite) continue;
     group.verdict[g] = Verdict::kBestEffort;
@@ -136,11 +145,13 @@ void AttendSelected(const AttendSelectedParams& p, Stream stream) {
     float* states = group.scratch.work;
     const int64_t floats = StateFloats(s.row.dim_v);
     ScaleQueries(s, group);
-    for (int g = 0; g < group.q_heads; ++g) ResetState({states + g * floats, s.row.dim_v}, s.row.dim_v);
+    for (int g = 0; g < group.q_heads; ++g)
+      ResetState({states + g * floats, s.row.dim_v}, s.row.dim_v);
     for (int i = 0; i < p.counts[index]; ++i) group.scratch.row[i] = RowOf(s, group, tokens[i]);
     for (int i = 0; i < p.counts[index]; i += kTileRows) {
-      AttendRows(s, group.scratch.row + i, std::min(kTileRows, p.counts[index] - i), p.counts[index] - i,
-                 group.scratch.query, group.q_heads, weights == nullptr ? nullptr : weights + i, states,
+      AttendRows(s, group.scratch.row + i, std::min(kTileRows, p.counts[index] - i),
+                 p.counts[index] - i, group.scratch.query, group.q_heads,
+                 weights == nullptr ? nullptr : weights + i, states,
                  /*value_norms=*/false);
     }
     for (int g = 0; g < group.q_heads; ++g) {

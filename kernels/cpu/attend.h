@@ -13,7 +13,8 @@ void ScaleQueries(const Storage& storage, Group& group);
 
 // The row of a token.
 inline const uint8_t* RowOf(const Storage& s, const Group& group, int64_t token) {
-  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
+  return reinterpret_cast<const uint8_t*>(s.base +
+                                          group.blocks[token / kBlockTokens] * s.block.bytes) +
          token % kBlockTokens * s.row.row_bytes;
 }
 
@@ -22,7 +23,8 @@ inline const uint8_t* RowOf(const Storage& s, const Group& group, int64_t token)
 // log_weights [count] are added to the logits; may be null. Without value_norms the states' sums of
 // e |v|^2 stay as they are, which saves a pass over the values.
 void AttendRows(const Storage& storage, const uint8_t* const* rows, int count, int listed,
-                const float* queries, int heads, const float* log_weights, float* states, bool value_norms = true);
+                const float* queries, int heads, const float* log_weights, float* states,
+                bool value_norms = true);
 
 // Adds tokens [begin, end) of the group to states; long ranges in parallel through scratch.state.
 void AttendRange(const Storage& storage, const Group& group, int64_t begin, int64_t end,
@@ -30,9 +32,11 @@ void AttendRange(const Storage& storage, const Group& group, int64_t begin, int6
                  bool value_norms = true);
 
 // Writes out and lse of one head from a finished state.
-void WriteHead(const Storage& storage, const Group& group, int head, const float* output, float lse);
-// After all heads are written: those whose output has an element that is not finite, because rows or queries had, or
-// because a sum, a score or the type of the output has no room for it, become kBestEffort with an infinite error.
+void WriteHead(const Storage& storage, const Group& group, int head, const float* output,
+               float lse);
+// After all heads are written: those whose output has an element that is not finite, because rows
+// or queries had, or because a sum, a score or the type of the output has no room for it, become
+// kBestEffort with an infinite error.
 void MarkNotFinite(const Storage& storage, const Group& group);
 
 // Op attend_selected.

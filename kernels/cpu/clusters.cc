@@ -1,4 +1,5 @@
-// kClusters: a token's code is the number of its nearest centroid (RetroInfer, Tactic), whose score it has.
+// kClusters: a token's code is the number of its nearest centroid (RetroInfer, Tactic), whose score
+// it has.
 #include <algorithm>
 #include <cstring>
 
@@ -12,15 +13,17 @@ constexpr int kAtOnce = 64;  // centroids
 
 // f(first, count, products [heads][kAtOnce]) of the rows of `queries` with all centroids.
 template <class F>
-void ForCentroids(const Storage& s, const IndexTables& index, const float* queries, int heads, float* products, F&& f) {
+void ForCentroids(const Storage& s, const IndexTables& index, const float* queries, int heads,
+                  float* products, F&& f) {
   for (int first = 0; first < s.code.centroids; first += kAtOnce) {
     const int count = std::min(kAtOnce, s.code.centroids - first);
     const uint8_t* rows[kAtOnce];
     for (int i = 0; i < count; ++i) {
-      rows[i] = reinterpret_cast<const uint8_t*>(index.centroids + int64_t{first + i} * s.row.dim_k);
+      rows[i] =
+          reinterpret_cast<const uint8_t*>(index.centroids + int64_t{first + i} * s.row.dim_k);
     }
-    DotRows({.rows = rows, .count = count, .offset = 0, .dim = s.row.dim_k, .dtype = DType::kF32}, queries, heads,
-            products, kAtOnce);
+    DotRows({.rows = rows, .count = count, .offset = 0, .dim = s.row.dim_k, .dtype = DType::kF32},
+            queries, heads, products, kAtOnce);
     f(first, count);
   }
 }
@@ -37,7 +40,8 @@ void EncodeClusters(const Storage& s, const IndexTables& index, const float* key
       for (int c = 0; c < s.row.dim_k; ++c) half += centroid[c] * centroid[c];
       half *= .5f;
       for (int t = 0; t < kTileTokens; ++t) {
-        const float closeness = products[t * kAtOnce + i] - half;  // half of |key|^2 less its squared distance
+        // Half of |key|^2 less its squared distance
+        const float closeness = products[t * kAtOnce + i] - half;
         if (first + i == 0 || closeness > best[t]) {
           best[t] = closeness;
           nearest[t] = static_cast<uint16_t>(first + i);

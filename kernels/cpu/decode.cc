@@ -23,7 +23,8 @@ namespace {
 constexpr int kMaxDim = 1024;
 
 // Scan, units and plan of the first look.
-Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states, Stream stream) {
+Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states,
+             Stream stream) {
   PrepareQueries(s, promise.index, group);
   ScanEstimates(s, promise.index, group, stream);
   SumEstimates(s, group, states);
@@ -31,16 +32,17 @@ Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float
 }
 
 // Certificates of all heads at this look; true if all pass.
-bool Verify(const Storage& s, const Promise& promise, const Group& group, const Draw& draw, int64_t tail,
-            int look, const float* outputs) {
+bool Verify(const Storage& s, const Promise& promise, const Group& group, const Draw& draw,
+            int64_t tail, int look, const float* outputs) {
   const Scratch& w = group.scratch;
   const int dim = s.row.dim_v;
   const uint8_t* rows[kTileRows];
   for (int64_t t = 0; t < tail; t += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, tail - t));
     for (int i = 0; i < count; ++i) rows[i] = w.row[w.tail[t + i]];
-    DotRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype}, outputs,
-            group.q_heads, w.dot + t, w.stride);
+    DotRows(
+        {.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype},
+        outputs, group.q_heads, w.dot + t, w.stride);
     if (s.value_bits == 0) continue;
     float decoded[kTileRows * kMaxDim];
     const uint8_t* codes[kTileRows];
@@ -49,8 +51,8 @@ bool Verify(const Storage& s, const Promise& promise, const Group& group, const 
       rows[i] = reinterpret_cast<const uint8_t*>(decoded + i * dim);
     }
     DecodeValues(s, group.index, codes, count, decoded);
-    DotRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, outputs, group.q_heads,
-            w.code_dot + t, w.stride);
+    DotRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, outputs,
+            group.q_heads, w.code_dot + t, w.stride);
   }
   bool all = true;
   for (int g = 0; g < group.q_heads; ++g) {
@@ -82,7 +84,8 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     group.all_read = true;
     return;
   }
-  const bool sampled = std::isfinite(plan.expected);  // NaN in one head's query or in codes draws nothing
+  // NaN in one head's query or in codes draws nothing
+  const bool sampled = std::isfinite(plan.expected);
   Inclusion inclusion = plan.inclusion;
   Randomness randomness{.refresh = promise.refresh};
   Draw draw;
@@ -101,7 +104,8 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     if (look == 1) Learn(promise, group);
     if (passed || look == promise.max_looks || !plan.feasible) break;
     const float growth = Growth(promise, group, draw, tail, look + 1);
-    if (GrownCount(draw.count, tail, growth) > promise.max_selected_share * static_cast<float>(n)) break;
+    if (GrownCount(draw.count, tail, growth) > promise.max_selected_share * static_cast<float>(n))
+      break;
     if (growth <= kMostGrowth) {
       previous = inclusion.scale;
       inclusion.scale *= growth;
@@ -112,7 +116,8 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
       FixDrawn(group, draw.count);
       SumEstimates(s, group, states);
       ++randomness.redraw;
-      if (randomness.redraw > 1) inclusion.scale *= kMostGrowth;  // one more of its kind: there are many
+      // One more of its kind: there are many
+      if (randomness.redraw > 1) inclusion.scale *= kMostGrowth;
       previous = kept = 0;
     }
   }
@@ -125,7 +130,8 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
   int num_failed = 0;
   for (int g = 0; g < group.q_heads; ++g) {
     const HeadWork& head = group.scratch.head[g];
-    const float bound = sampled && !plan.noisy ? head.bound : std::numeric_limits<float>::infinity();
+    const float bound =
+        sampled && !plan.noisy ? head.bound : std::numeric_limits<float>::infinity();
     const bool ok = bound <= promise.epsilon;
     group.verdict[g] = ok ? Verdict::kVerified : Verdict::kBestEffort;
     group.error[g] = bound;
@@ -163,17 +169,19 @@ void AttendFixed(const Storage& s, const Group& group, float* states, Stream str
     ResetState({states + g * StateFloats(s.row.dim_v), s.row.dim_v}, s.row.dim_v);
   }
   AttendRange(s, group, 0, group.middle_begin, group.scratch.query, group.q_heads, states, stream);
-  AttendRange(s, group, group.middle_end, group.tokens, group.scratch.query, group.q_heads, states, stream);
+  AttendRange(s, group, group.middle_end, group.tokens, group.scratch.query, group.q_heads, states,
+              stream);
 }
 
-void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads, Verdict verdict,
-                 Stream stream) {
+void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads,
+                 Verdict verdict, Stream stream) {
   const int64_t floats = StateFloats(s.row.dim_v);
   float* queries = group.scratch.query;  // the chosen heads' queries move to the front
   float* states = group.scratch.work;
   for (int i = 0; i < num_heads; ++i) {
     if (heads[i] != i) {
-      std::copy_n(queries + int64_t{heads[i]} * s.row.dim_k, s.row.dim_k, queries + int64_t{i} * s.row.dim_k);
+      std::copy_n(queries + int64_t{heads[i]} * s.row.dim_k, s.row.dim_k,
+                  queries + int64_t{i} * s.row.dim_k);
     }
     ResetState({states + i * floats, s.row.dim_v}, s.row.dim_v);
   }
@@ -207,7 +215,8 @@ void Select(const SelectParams& p, Stream stream) {
     ScaleQueries(s, group);
     AttendFixed(s, group, group.scratch.work, stream);
     const Plan plan = Prepare(s, p.promise, group, group.scratch.work, stream);
-    group.selected = DrawTokens(group, plan.inclusion, 0, {.refresh = p.promise.refresh}, 0, stream);
+    group.selected =
+        DrawTokens(group, plan.inclusion, 0, {.refresh = p.promise.refresh}, 0, stream);
     for (int64_t t = 0; t < group.selected; ++t) {
       group.scratch.weight[t] = std::min(1.f, plan.inclusion.scale * group.scratch.weight[t]);
     }

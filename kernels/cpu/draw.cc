@@ -73,10 +73,15 @@ void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t fr
              .dim = s.row.dim_k,
              .dtype = s.row.dtype,
              .soon = rows + count,
-             .soon_count = static_cast<int32_t>(std::min<int64_t>(kTileRows, draw.count - first - count)),
+             .soon_count =
+                 static_cast<int32_t>(std::min<int64_t>(kTileRows, draw.count - first - count)),
              .soon_bytes = s.row.row_bytes},
             w.query, group.q_heads, w.logit + first, w.stride, s.scale);
-    NormRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
+    NormRows({.rows = rows,
+              .count = count,
+              .offset = s.row.v_offset,
+              .dim = s.row.dim_v,
+              .dtype = s.row.dtype},
              w.value_norm2 + first);
     if (s.value_bits == 0) return;
     float decoded[kTileRows * kMaxDim];
@@ -84,7 +89,11 @@ void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t fr
     DecodeDrawn(s, group, first, count, decoded, codes);
     NormRows({.rows = codes, .count = count, .offset = 0, .dim = s.row.dim_v, .dtype = DType::kF32},
              w.code_norm2 + first);
-    DotPairs({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
+    DotPairs({.rows = rows,
+              .count = count,
+              .offset = s.row.v_offset,
+              .dim = s.row.dim_v,
+              .dtype = s.row.dtype},
              decoded, w.cross + first);
   });
 }
@@ -123,11 +132,11 @@ void MakeBase(const Storage& s, const Group& group, const float* states, float* 
       factors[2 * g + 1] = w.mass[at];
     }
     const int count = static_cast<int>(std::min<int64_t>(kBlockTokens, group.middle_end - token));
-    const uint8_t* codes =
-        reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
-        s.block.value_codes;
-    AddValueCodes(s, group.index, codes, w.estimate + b * group.q_heads * kBlockTokens, kBlockTokens, count,
-                  group.q_heads, factors, base, floats);
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(
+                               s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
+                           s.block.value_codes;
+    AddValueCodes(s, group.index, codes, w.estimate + b * group.q_heads * kBlockTokens,
+                  kBlockTokens, count, group.q_heads, factors, base, floats);
   }
 }
 
@@ -140,7 +149,7 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
   std::copy_n(base, heads * floats, sums);
   float masses[kMaxGroup];  // of rows alone
   for (int g = 0; g < heads; ++g) w.head[g].unseen = s.value_bits > 0 ? w.head[g].mass : 0;
-  float* inverse = w.dot;   // [count] 1 / pi; verification writes there later
+  float* inverse = w.dot;  // [count] 1 / pi; verification writes there later
   for (int64_t i = 0; i < draw.count; ++i) inverse[i] = 1 / std::min(1.f, draw.scale * w.weight[i]);
   for (int g = 0; g < heads; ++g) {
     const float shift = w.head[g].shift;
@@ -148,7 +157,8 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     const float* logit = w.logit + g * w.stride;
     float* weight = w.scaled + g * w.stride;
     for (int64_t i = 0; i < draw.count; i += kTileRows) {
-      ExpRow(logit + i, static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i)), shift, weight + i);
+      ExpRow(logit + i, static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i)), shift,
+             weight + i);
     }
     const Sums sum = WeighRow(weight, inverse, w.value_norm2, static_cast<int>(draw.count));
     masses[g] = sum.mass;
@@ -157,7 +167,11 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
   }
   for (int64_t i = 0; i < draw.count; i += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i));
-    AddRows({.rows = w.row + i, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype},
+    AddRows({.rows = w.row + i,
+             .count = count,
+             .offset = s.row.v_offset,
+             .dim = dim,
+             .dtype = s.row.dtype},
             w.scaled + i, w.stride, heads, sums, floats);
   }
   if (s.value_bits > 0) {
@@ -165,8 +179,8 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
       for (int64_t i = 0; i < draw.count; ++i) {
         const uint32_t token = w.token[i];
         const int64_t block = token / kBlockTokens - FirstBlock(group);
-        const float guess = EstimateOf(group, token, g) *
-                            std::exp(w.shift[block * heads + g] - w.head[g].shift);
+        const float guess =
+            EstimateOf(group, token, g) * std::exp(w.shift[block * heads + g] - w.head[g].shift);
         w.guess[g * w.stride + i] = guess;
         w.scaled[g * w.stride + i] = -guess / std::min(1.f, draw.scale * w.weight[i]);
         w.head[g].unseen += w.scaled[g * w.stride + i];
@@ -177,8 +191,8 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     for (int64_t i = 0; i < draw.count; i += kTileRows) {
       const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - i));
       DecodeDrawn(s, group, i, count, decoded, rows);
-      AddRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, w.scaled + i,
-              w.stride, heads, sums, floats);
+      AddRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32},
+              w.scaled + i, w.stride, heads, sums, floats);
     }
   }
   for (int g = 0; g < heads; ++g) {
@@ -190,7 +204,8 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     head.least_ref = 0;
     if (promise.norm == Norm::kValue) {
       // |v|^2 is summed over rows alone, also with value codes, so it has a denominator of its own.
-      const float mass = base[g * floats + dim + 1] - (s.value_bits > 0 ? head.mass : 0) + masses[g];
+      const float mass =
+          base[g * floats + dim + 1] - (s.value_bits > 0 ? head.mass : 0) + masses[g];
       head.least_ref = promise.norm_floor * std::sqrt(std::max(state.value_norm2() / mass, 0.f));
     }
   }

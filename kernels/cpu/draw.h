@@ -8,7 +8,8 @@
 namespace vattn::cpu {
 
 // Rows, logits, |v|^2 and (with value codes) e^ of places [from, draw.count) of the list.
-void ReadDraw(const Storage& storage, const Group& group, const Draw& draw, int64_t from, Stream stream);
+void ReadDraw(const Storage& storage, const Group& group, const Draw& draw, int64_t from,
+              Stream stream);
 
 // Brings scratch.head[h].shift up to the largest logit of the draw, and the sums with it.
 void RaiseShift(const Group& group, const Draw& draw);

@@ -48,8 +48,8 @@ void Transform(const float* keys, int dim_k, const float* encode, int padded, fl
 // Elements of a value code byte lie 16 apart, so one load of 16 bytes gives runs of 16 elements.
 // sum [heads][sum_ld] += weight * level for one chunk of `count` tokens; weights fp32 [heads][ld].
 template <int kBits, int kHeads>
-void AddChunk(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count, float* sum,
-              int sum_ld) {
+void AddChunk(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count,
+              float* sum, int sum_ld) {
   const D d;
   const hn::RebindToSigned<D> di;
   const hn::Rebind<uint8_t, D> d8;
@@ -78,19 +78,21 @@ void AddChunk(const uint8_t* codes, int stride, const float* weights, int64_t ld
 }
 
 template <int kBits>
-void AddChunks(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count, int heads,
-               float* sum, int sum_ld) {
+void AddChunks(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count,
+               int heads, float* sum, int sum_ld) {
   constexpr int kChunk = 128 / kBits;
   for (int b = 0; b < stride / 16; ++b, codes += 16, sum += kChunk) {
     int g = 0;
-    for (; g + 4 <= heads; g += 4) AddChunk<kBits, 4>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
-    for (; g < heads; ++g) AddChunk<kBits, 1>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
+    for (; g + 4 <= heads; g += 4)
+      AddChunk<kBits, 4>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
+    for (; g < heads; ++g)
+      AddChunk<kBits, 1>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
   }
 }
 
 // weights [heads][ld] in fp16; at most a block of tokens and 8 heads at a time.
-void AddLevels(int bits, const uint8_t* codes, int stride, const uint16_t* weights, int64_t ld, int count,
-               int heads, float* sum, int sum_ld) {
+void AddLevels(int bits, const uint8_t* codes, int stride, const uint16_t* weights, int64_t ld,
+               int count, int heads, float* sum, int sum_ld) {
   const D d;
   const hn::Rebind<hwy::float16_t, D> half;
   alignas(64) float wide[8 * kBlockTokens];
@@ -108,7 +110,8 @@ void AddLevels(int bits, const uint8_t* codes, int stride, const uint16_t* weigh
 }
 
 // One token's levels as values: mean + (level + middle) * step, dim elements.
-void DecodeLevels(int bits, const uint8_t* codes, const float* mean, const float* step, int dim, float* out) {
+void DecodeLevels(int bits, const uint8_t* codes, const float* mean, const float* step, int dim,
+                  float* out) {
   const D d;
   const hn::RebindToSigned<D> di;
   const hn::Rebind<uint8_t, D> d8;
@@ -145,11 +148,12 @@ constexpr int kMaxDim = 1024;
 uint8_t Level(float x, int bits) {
   const int half = 1 << (bits - 1);
   const float level = std::floor(x) + static_cast<float>(half);
-  return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
+  // NaN: 0
+  return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));
 }
 
-// The errors that IndexTables limits of a key with coordinates x [dims] of the code and rest [dim_k - dims]. Plain
-// sums in this order on every backend.
+// The errors that IndexTables limits of a key with coordinates x [dims] of the code and rest [dim_k
+// - dims]. Plain sums in this order on every backend.
 CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
   const int dims = s.code.dims();
   CodeErrors errors;
@@ -159,7 +163,8 @@ CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, 
   };
   for (int j = 0; j < dims; ++j) {
     const float half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
-    const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;  // NaN: any, r is NaN
+    // NaN: any, r is NaN
+    const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;
     const float r = (x[j] - level) * index.step[j];
     add(j, r * r);
   }
@@ -173,10 +178,12 @@ void Mark(const CodeLayout& code, int token, uint8_t* tile) {
 }
 
 // values [16][dim_v].
-void MarkHugeValues(const Storage& s, const IndexTables& index, const float* values, uint8_t* tile) {
+void MarkHugeValues(const Storage& s, const IndexTables& index, const float* values,
+                    uint8_t* tile) {
   for (int t = 0; t < kTileTokens; ++t) {
     float norm2 = 0;
-    for (int j = 0; j < s.row.dim_v; ++j) norm2 += values[t * s.row.dim_v + j] * values[t * s.row.dim_v + j];
+    for (int j = 0; j < s.row.dim_v; ++j)
+      norm2 += values[t * s.row.dim_v + j] * values[t * s.row.dim_v + j];
     if (!(norm2 <= index.value_limit)) Mark(s.code, t, tile);
   }
 }
@@ -205,7 +212,8 @@ void PackTile(const CodeLayout& code, const float* x, int padded, uint8_t* out) 
         uint8_t* bytes = out + (word * kTileTokens + t) * 4;
         std::memset(bytes, 0, 4);
         for (int i = 0; i < 4 * 8 / bits; ++i) {
-          bytes[i % 4] |= static_cast<uint8_t>(Level(x[t * padded + dim + i], stored) << (i / 4 * bits));
+          bytes[i % 4] |=
+              static_cast<uint8_t>(Level(x[t * padded + dim + i], stored) << (i / 4 * bits));
         }
       }
       dim += 4 * 8 / bits;
@@ -237,7 +245,9 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   }
   uint8_t* tile = reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes();
   alignas(64) float keys[kTileTokens * kMaxDim];
-  LoadRows({.rows = rows, .count = kTileTokens, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype}, keys);
+  LoadRows(
+      {.rows = rows, .count = kTileTokens, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
+      keys);
   if (s.code.bytes() > 0) {
     for (int t = 0; t < kTileTokens; ++t) {
       for (int c = 0; c < s.row.dim_k; ++c) keys[t * s.row.dim_k + c] -= p.index.center[c];
@@ -247,7 +257,11 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   const bool marks = s.code.kind == IndexKind::kBalanced;
   if (!marks && s.value_bits == 0) return;
   float* values = keys;
-  LoadRows({.rows = rows, .count = kTileTokens, .offset = s.row.v_offset, .dim = s.row.dim_v, .dtype = s.row.dtype},
+  LoadRows({.rows = rows,
+            .count = kTileTokens,
+            .offset = s.row.v_offset,
+            .dim = s.row.dim_v,
+            .dtype = s.row.dtype},
            values);
   if (marks) MarkHugeValues(s, p.index, values, tile);
   if (marks && p.outliers != nullptr) CountMarked(s.code, tile, p.outliers);
@@ -269,11 +283,14 @@ void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys,
 
 namespace {
 
-// Coordinates of a tile's keys [16][dim_k]: of the code, x [16][padded_dims], and the others, rest [16][padded_rest].
-void TransformTile(const Storage& s, const IndexTables& index, const float* keys, float* x, float* rest) {
+// Coordinates of a tile's keys [16][dim_k]: of the code, x [16][padded_dims], and the others, rest
+// [16][padded_rest].
+void TransformTile(const Storage& s, const IndexTables& index, const float* keys, float* x,
+                   float* rest) {
   const int padded_rest = s.code.padded_rest(s.row.dim_k);
   HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, s.code.padded_dims(), x);
-  if (padded_rest > 0) HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
+  if (padded_rest > 0)
+    HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
 }
 
 }  // namespace
@@ -288,19 +305,23 @@ void EncodeBalanced(const Storage& s, const IndexTables& index, const float* key
   TransformTile(s, index, keys, x, rest);
   PackTile(s.code, x, padded, tile);
   for (int t = 0; t < kTileTokens; ++t) {
-    if (!CodeTells(index, ErrorsOf(s, index, x + t * padded, rest + t * padded_rest))) Mark(s.code, t, tile);
+    if (!CodeTells(index, ErrorsOf(s, index, x + t * padded, rest + t * padded_rest)))
+      Mark(s.code, t, tile);
   }
 }
 
-void FindCodeErrors(const Storage& s, const IndexTables& index, const float* keys, int64_t count, CodeErrors* out) {
-  alignas(64) float tile[kTileTokens * kMaxDim], x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
+void FindCodeErrors(const Storage& s, const IndexTables& index, const float* keys, int64_t count,
+                    CodeErrors* out) {
+  alignas(64) float tile[kTileTokens * kMaxDim], x[kTileTokens * kMaxCodeDims],
+      rest[kTileTokens * kMaxDim];
   const int dim = s.row.dim_k, padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(dim);
   for (int64_t i = 0; i < count; i += kTileTokens) {
     const int n = static_cast<int>(std::min<int64_t>(kTileTokens, count - i));
     std::copy_n(keys + i * dim, n * dim, tile);
     std::fill(tile + n * dim, tile + kTileTokens * dim, 0.f);
     TransformTile(s, index, tile, x, rest);
-    for (int t = 0; t < n; ++t) out[i + t] = ErrorsOf(s, index, x + t * padded, rest + t * padded_rest);
+    for (int t = 0; t < n; ++t)
+      out[i + t] = ErrorsOf(s, index, x + t * padded, rest + t * padded_rest);
   }
 }
 
@@ -309,11 +330,12 @@ void Encode(const EncodeParams& p, Stream stream) {
               [&](int64_t tile) { EncodeTile(p, p.begin + tile * kTileTokens); });
 }
 
-void DecodeValues(const Storage& s, const IndexTables& index, const uint8_t* const* codes, int count,
-                  float* out) {
+void DecodeValues(const Storage& s, const IndexTables& index, const uint8_t* const* codes,
+                  int count, float* out) {
   for (int i = 0; i < count; ++i) {
     HWY_DYNAMIC_DISPATCH(DecodeLevels)
-    (s.value_bits, codes[i], index.value_mean, index.value_step, s.row.dim_v, out + i * s.row.dim_v);
+    (s.value_bits, codes[i], index.value_mean, index.value_step, s.row.dim_v,
+     out + i * s.row.dim_v);
   }
 }
 
@@ -328,8 +350,8 @@ void AddValueCodes(const Storage& s, const IndexTables& index, const uint8_t* co
   for (int g = 0; g < heads; g += kHeads) {
     const int n = std::min(kHeads, heads - g);
     std::fill(levels, levels + n * padded, 0.f);
-    HWY_DYNAMIC_DISPATCH(AddLevels)(bits, codes, s.value_code_bytes, weights + g * ld, ld, count, n,
-                                    levels, padded);
+    HWY_DYNAMIC_DISPATCH(AddLevels)
+    (bits, codes, s.value_code_bytes, weights + g * ld, ld, count, n, levels, padded);
     for (int h = 0; h < n; ++h) {
       const float f = factors[2 * (g + h)], mass = factors[2 * (g + h) + 1];
       for (int j = 0; j < s.row.dim_v; ++j) {

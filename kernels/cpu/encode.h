@@ -11,9 +11,11 @@ namespace vattn::cpu {
 void Encode(const EncodeParams& params, Stream stream);
 
 // Codes of one tile of centred keys [16][dim_k], of a layout with levels (kernels/geometry.h).
-void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
+void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys,
+                  uint8_t* tile);
 // The same, with tokens marked whose key the code misrepresents (IndexTables).
-void EncodeBalanced(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
+void EncodeBalanced(const Storage& storage, const IndexTables& index, const float* keys,
+                    uint8_t* tile);
 
 // What EncodeBalanced compares with the limits of IndexTables.
 struct CodeErrors {
@@ -22,12 +24,13 @@ struct CodeErrors {
 // True if a key with these errors is no outlier. False for NaN.
 bool CodeTells(const IndexTables& index, const CodeErrors& errors);
 // The errors of centred keys [count][dim_k].
-void FindCodeErrors(const Storage& storage, const IndexTables& index, const float* keys, int64_t count,
-                    CodeErrors* out);
+void FindCodeErrors(const Storage& storage, const IndexTables& index, const float* keys,
+                    int64_t count, CodeErrors* out);
 
 // The value code of a token.
 inline const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t token) {
-  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
+  return reinterpret_cast<const uint8_t*>(s.base +
+                                          group.blocks[token / kBlockTokens] * s.block.bytes) +
          s.block.value_codes + int64_t{token % kBlockTokens} * s.value_code_bytes;
 }
 

@@ -36,14 +36,14 @@ void CopyExternal(const Storage&, const Group& group, const BlockPart& part, flo
 
 constexpr IndexFunctions kLevels = {EncodeLevels, PackQueries, ScoreLevels};
 constexpr IndexFunctions kFunctions[] = {
-    {EncodeBalanced, PackQueries, ScoreLevels},       // kBalanced
-    {nullptr, nullptr, ScoreExact},                   // kExact
-    kLevels,                                          // kSign
-    kLevels,                                          // kHadamard2
-    {EncodeBounds, PreparePages, ScorePages},         // kPage
-    {EncodeMeans, PreparePages, ScorePages},          // kPooled
+    {EncodeBalanced, PackQueries, ScoreLevels},        // kBalanced
+    {nullptr, nullptr, ScoreExact},                    // kExact
+    kLevels,                                           // kSign
+    kLevels,                                           // kHadamard2
+    {EncodeBounds, PreparePages, ScorePages},          // kPage
+    {EncodeMeans, PreparePages, ScorePages},           // kPooled
     {EncodeClusters, PrepareClusters, ScoreClusters},  // kClusters
-    {nullptr, nullptr, CopyExternal},                 // kExternal
+    {nullptr, nullptr, CopyExternal},                  // kExternal
 };
 
 }  // namespace

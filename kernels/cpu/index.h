@@ -6,8 +6,8 @@
 
 namespace vattn::cpu {
 
-// Tokens [begin, end) of a sequence's block, both multiples of 16. The codes of block number `soon`, if not
-// negative, are wanted next.
+// Tokens [begin, end) of a sequence's block, both multiples of 16. The codes of block number
+// `soon`, if not negative, are wanted next.
 struct BlockPart {
   int64_t block = 0;
   int begin = 0, end = 0;
@@ -29,15 +29,19 @@ void PackQueries(const Storage& storage, Group& group);
 void ScoreLevels(const Storage& storage, const Group& group, const BlockPart& part, float* scores);
 
 // kPage and kPooled: one score for the 16 tokens of a tile.
-void EncodeBounds(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
-void EncodeMeans(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
+void EncodeBounds(const Storage& storage, const IndexTables& index, const float* keys,
+                  uint8_t* tile);
+void EncodeMeans(const Storage& storage, const IndexTables& index, const float* keys,
+                 uint8_t* tile);
 void PreparePages(const Storage& storage, Group& group);
 void ScorePages(const Storage& storage, const Group& group, const BlockPart& part, float* scores);
 
 // kClusters: a token has the score of its centroid.
-void EncodeClusters(const Storage& storage, const IndexTables& index, const float* keys, uint8_t* tile);
+void EncodeClusters(const Storage& storage, const IndexTables& index, const float* keys,
+                    uint8_t* tile);
 void PrepareClusters(const Storage& storage, Group& group);
-void ScoreClusters(const Storage& storage, const Group& group, const BlockPart& part, float* scores);
+void ScoreClusters(const Storage& storage, const Group& group, const BlockPart& part,
+                   float* scores);
 
 // |q| of a scaled query.
 float QueryNorm(const Storage& storage, const Group& group, int head);

@@ -1,6 +1,8 @@
-// kPage (Quest, Tang et al., ICML 2024) and kPooled (the compressed keys of NSA and InfLLM-v2): codes that
-// speak for a tile of 16 tokens. Quest's bound sum_c max(q_c least_c, q_c largest_c) is the product of
-// | positive elements of q | negative ones | with | largest | least |, so both kinds score rows in bf16.
+// kPage (Quest, Tang et al., ICML 2024) and kPooled (the compressed keys of NSA and InfLLM-v2):
+// codes that speak for a tile of 16 tokens. Quest's bound sum_c max(q_c least_c, q_c largest_c) is
+// the product of
+// | positive elements of q | negative ones | with | largest | least |, so both kinds score rows in
+// bf16.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -17,7 +19,8 @@ constexpr int kTiles = kBlockTokens / kTileTokens;
 // The nearest bf16 that is not below x; NaN and infinities stay what they are.
 uint16_t RoundUp(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const bool up = (bits & 0xffff) != 0 && bits < 0x7f800000u;  // positive and finite: truncation lowers it
+  // Positive and finite: truncation lowers it
+  const bool up = (bits & 0xffff) != 0 && bits < 0x7f800000u;
   return static_cast<uint16_t>((bits >> 16) + (up ? 1 : 0));
 }
 uint16_t RoundDown(float x) { return RoundUp(-x) ^ 0x8000; }
@@ -69,16 +72,21 @@ void PreparePages(const Storage& s, Group& group) {
 }
 
 void ScorePages(const Storage& s, const Group& group, const BlockPart& part, float* scores) {
-  const uint8_t* codes =
-      reinterpret_cast<const uint8_t*>(s.base + group.blocks[part.block] * s.block.bytes + s.block.codes);
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(
+      s.base + group.blocks[part.block] * s.block.bytes + s.block.codes);
   const int first = part.begin / kTileTokens, count = part.end / kTileTokens - first;
   const uint8_t* rows[kTiles];
-  for (int t = 0; t < count; ++t) rows[t] = codes + int64_t{first + t} * kTileTokens * s.code.bytes();
+  for (int t = 0; t < count; ++t)
+    rows[t] = codes + int64_t{first + t} * kTileTokens * s.code.bytes();
   constexpr int kHeads = 8;
   float raw[kHeads * kTiles];
   for (int g = 0; g < group.q_heads; g += kHeads) {
     const int heads = std::min(kHeads, group.q_heads - g);
-    DotRows({.rows = rows, .count = count, .offset = 0, .dim = PreparedFloats(s), .dtype = DType::kBF16},
+    DotRows({.rows = rows,
+             .count = count,
+             .offset = 0,
+             .dim = PreparedFloats(s),
+             .dtype = DType::kBF16},
             group.scratch.prepared + int64_t{g} * PreparedFloats(s), heads, raw, kTiles);
     for (int h = 0; h < heads; ++h) {
       const float offset = group.scratch.packed[g / 8].offset[h];

@@ -56,7 +56,8 @@ float SureTokens(const Group& group, Stream stream) {
   std::fill(w.log_gain, w.log_gain + group.q_heads, -HUGE_VALF);
   std::fill(w.floor, w.floor + group.q_heads, 0.f);
   float variance[kMaxGroup];
-  return PredictVariance(group, {.log_gain = w.log_gain, .floor = w.floor, .sure = w.sure}, 1, 0, variance, stream);
+  return PredictVariance(group, {.log_gain = w.log_gain, .floor = w.floor, .sure = w.sure}, 1, 0,
+                         variance, stream);
 }
 
 // Variance of the blocks' largest tokens under the multiplier in group.state.
@@ -75,7 +76,8 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
   const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
   for (int g = 0; g < group.q_heads; ++g) {
-    const SoftmaxState fixed(const_cast<float*>(states) + g * StateFloats(s.row.dim_v), s.row.dim_v);
+    const SoftmaxState fixed(const_cast<float*>(states) + g * StateFloats(s.row.dim_v),
+                             s.row.dim_v);
     float top = -std::numeric_limits<float>::infinity();
     for (int64_t b = 0; b < blocks; ++b) top = std::max(top, w.shift[b * group.q_heads + g]);
     const float shift = std::max(top, fixed.max());
@@ -114,7 +116,8 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     Predict(group, plan, stride, phase, stream);
     float worst = -100;
     for (int g = 0; g < heads; ++g) {
-      worst = std::max(worst, MoveMultiplier(tiny, PredictTops(group, g), w.head[g], group.state[g]));
+      worst =
+          std::max(worst, MoveMultiplier(tiny, PredictTops(group, g), w.head[g], group.state[g]));
     }
     if (std::abs(worst) < kClose) break;
   }
@@ -123,7 +126,8 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   float scale = kLeastScale;
   for (int g = 0; g < heads; ++g) scale = std::max(scale, w.head[g].predicted / w.head[g].target);
   scale = std::min(scale, kMostScale);
-  scale = std::max(scale, static_cast<float>(promise.min_selected) / std::max(plan.expected, 1e-6f));
+  scale =
+      std::max(scale, static_cast<float>(promise.min_selected) / std::max(plan.expected, 1e-6f));
   const float most = promise.max_selected_share * n;
   // A scale below 1 takes nothing off tokens that are sure.
   float sure = 0;

@@ -1,4 +1,5 @@
-// The plan of a draw (METHOD.md, "Selection"): multipliers for which every head is expected to meet its bound.
+// The plan of a draw (METHOD.md, "Selection"): multipliers for which every head is expected to meet
+// its bound.
 #ifndef VATTN_KERNELS_CPU_PLAN_H_
 #define VATTN_KERNELS_CPU_PLAN_H_
 
@@ -9,9 +10,10 @@ namespace vattn::cpu {
 
 struct Plan {
   Inclusion inclusion;
-  float expected = 0;  // tokens drawn
+  float expected = 0;    // tokens drawn
   bool feasible = true;  // false: more than max_selected_share of the middle would be needed
-  bool noisy = false;    // that many tokens are sure already: what codes leave out could hold anything
+  // That many tokens are sure already: what codes leave out could hold anything
+  bool noisy = false;
 };
 
 // Units and sums of the scan: scratch.head[h].shift, mass and denominator, given the states of the

@@ -15,18 +15,21 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 using D = hn::CappedTag<float, 16>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
-constexpr int kPanel = 16;    // columns of a product at a time
-constexpr int kDepth = 256;   // terms at a time: a panel of b and six rows of a stay in the first-level cache
+constexpr int kPanel = 16;  // columns of a product at a time
+// Terms at a time: a panel of b and six rows of a stay in the first-level cache
+constexpr int kDepth = 256;
 
 // c [kRows][c_row] += a b, with a(i, k) at a[i * a_row + k * a_column] and b a panel [depth][16].
 template <int kRows>
-void AddPanel(const float* a, int64_t a_row, int64_t a_column, const float* b, int depth, float* c, int64_t c_row) {
+void AddPanel(const float* a, int64_t a_row, int64_t a_column, const float* b, int depth, float* c,
+              int64_t c_row) {
   const D d;
   constexpr int kVectors = kPanel / kLanes < 2 ? 1 : 2;
   for (int part = 0; part < kPanel; part += kVectors * kLanes) {
     hn::Vec<D> sum[kRows][kVectors];
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = hn::LoadU(d, c + i * c_row + part + v * kLanes);
+      for (int v = 0; v < kVectors; ++v)
+        sum[i][v] = hn::LoadU(d, c + i * c_row + part + v * kLanes);
     }
     for (int k = 0; k < depth; ++k) {
       hn::Vec<D> right[kVectors];
@@ -37,30 +40,35 @@ void AddPanel(const float* a, int64_t a_row, int64_t a_column, const float* b, i
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[i][v], d, c + i * c_row + part + v * kLanes);
+      for (int v = 0; v < kVectors; ++v)
+        hn::StoreU(sum[i][v], d, c + i * c_row + part + v * kLanes);
     }
   }
 }
 
 // c [m][n] += a b over `terms` terms; a(i, k) as above, b [terms][n], n a multiple of 16.
-void AddProduct(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t m, int64_t n, int64_t terms,
-                float* c) {
+void AddProduct(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t m,
+                int64_t n, int64_t terms, float* c) {
   constexpr int kRows = 6;
   alignas(64) float panel[kDepth * kPanel];
   for (int64_t k = 0; k < terms; k += kDepth) {
     const int depth = static_cast<int>(std::min<int64_t>(kDepth, terms - k));
     const float* left = a + k * a_column;
     for (int64_t j = 0; j < n; j += kPanel) {
-      for (int t = 0; t < depth; ++t) std::memcpy(panel + t * kPanel, b + (k + t) * n + j, kPanel * sizeof(float));
+      for (int t = 0; t < depth; ++t)
+        std::memcpy(panel + t * kPanel, b + (k + t) * n + j, kPanel * sizeof(float));
       int64_t i = 0;
-      for (; i + kRows <= m; i += kRows) AddPanel<kRows>(left + i * a_row, a_row, a_column, panel, depth, c + i * n + j, n);
-      for (; i < m; ++i) AddPanel<1>(left + i * a_row, a_row, a_column, panel, depth, c + i * n + j, n);
+      for (; i + kRows <= m; i += kRows)
+        AddPanel<kRows>(left + i * a_row, a_row, a_column, panel, depth, c + i * n + j, n);
+      for (; i < m; ++i)
+        AddPanel<1>(left + i * a_row, a_row, a_column, panel, depth, c + i * n + j, n);
     }
   }
 }
 
 // Width 0: not coded. All [dim].
-void SquareLevels(const float* width, const float* inverse, const float* half, int64_t count, int dim, float* x) {
+void SquareLevels(const float* width, const float* inverse, const float* half, int64_t count,
+                  int dim, float* x) {
   const D d;
   const auto one = hn::Set(d, 1.f), middle = hn::Set(d, .5f);
   for (int64_t i = 0; i < count; ++i, x += dim) {
@@ -78,7 +86,8 @@ void DotWeights(const float* rows, int64_t count, int dim, const float* weight, 
   const D d;
   for (int64_t i = 0; i < count; ++i, rows += dim) {
     auto sum = hn::Zero(d);
-    for (int j = 0; j < dim; j += kLanes) sum = hn::MulAdd(hn::LoadU(d, weight + j), hn::LoadU(d, rows + j), sum);
+    for (int j = 0; j < dim; j += kLanes)
+      sum = hn::MulAdd(hn::LoadU(d, weight + j), hn::LoadU(d, rows + j), sum);
     out[i] = hn::GetLane(hn::SumOfLanes(d, sum));
   }
 }

@@ -1,5 +1,6 @@
-// The long loops of making an index: products over a sample of keys, and what its codes leave of them
-// (METHOD.md, "Index"). Everything is fp32, row-major and without gaps; dim is a multiple of 16.
+// The long loops of making an index: products over a sample of keys, and what its codes leave of
+// them (METHOD.md, "Index"). Everything is fp32, row-major and without gaps; dim is a multiple of
+// 16.
 #ifndef VATTN_KERNELS_CPU_PRODUCTS_H_
 #define VATTN_KERNELS_CPU_PRODUCTS_H_
 
@@ -16,8 +17,8 @@ void AddOuterProducts(const float* rows, int64_t count, int dim, float* sum);
 // out [count][columns] = rows [count][dim] map [dim][columns]; columns a multiple of 16.
 void MapRows(const float* rows, int64_t count, int dim, const float* map, int columns, float* out);
 
-// x [count][dim]: whitened coordinates, the first code.dims() of them coded in levels step [dims] wide. In place of
-// each, its squared error if coded, else its square.
+// x [count][dim]: whitened coordinates, the first code.dims() of them coded in levels step [dims]
+// wide. In place of each, its squared error if coded, else its square.
 void SquareResiduals(const CodeLayout& code, const float* step, int64_t count, int dim, float* x);
 
 // out[i] = sum over j of weight[j] * rows[i][j]; rows [count][dim].

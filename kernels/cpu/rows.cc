@@ -26,7 +26,8 @@ HWY_INLINE V Load(const uint8_t* at, int element) {
     return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(at) + element));
   } else {
     const hn::Rebind<hwy::bfloat16_t, D> half;
-    return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::bfloat16_t*>(at) + element));
+    return hn::PromoteTo(d,
+                         hn::LoadU(half, reinterpret_cast<const hwy::bfloat16_t*>(at) + element));
   }
 }
 
@@ -68,8 +69,9 @@ class Soon {
   int bytes_, at_ = 0, each_ = 0;
 };
 
-// Sums of kCount vectors over each kCount-th of their lanes: with kLanes vectors, lane i is the sum of
-// vector i. Each level of the recursion halves, first inside blocks of 4 lanes, then across them.
+// Sums of kCount vectors over each kCount-th of their lanes: with kLanes vectors, lane i is the sum
+// of vector i. Each level of the recursion halves, first inside blocks of 4 lanes, then across
+// them.
 template <int kCount>
 HWY_INLINE V LaneSums(const V* acc) {
   const D d;
@@ -103,8 +105,8 @@ struct Widened {
 };
 
 #if HWY_TARGET == HWY_AVX3
-// bf16 rows and bf16 queries, two elements a lane, by AVX512_BF16, which this Highway's targets do not
-// let the compiler use.
+// bf16 rows and bf16 queries, two elements a lane, by AVX512_BF16, which this Highway's targets do
+// not let the compiler use.
 struct Pairs {
   using Query = uint16_t;
   static constexpr int kStep = 2 * kLanes;
@@ -119,10 +121,11 @@ struct Pairs {
 };
 #endif
 
-// kHeads heads by kLanes / kHeads rows at a time: kLanes sums fill one vector. list.dim is a multiple of
-// Form::kStep.
+// kHeads heads by kLanes / kHeads rows at a time: kLanes sums fill one vector. list.dim is a
+// multiple of Form::kStep.
 template <class Form, int kHeads>
-void DotHeads(const RowList& list, const typename Form::Query* queries, Soon& soon, float* out, int64_t ld) {
+void DotHeads(const RowList& list, const typename Form::Query* queries, Soon& soon, float* out,
+              int64_t ld) {
   const D d;
   constexpr int kRows = kLanes / kHeads;
   alignas(64) float sums[kLanes];
@@ -140,7 +143,8 @@ void DotHeads(const RowList& list, const typename Form::Query* queries, Soon& so
       for (int r = 0; r < kRows; ++r) row[r] = Form::Row(at[r], c);
       for (int g = 0; g < kHeads; ++g) {
         const V q = Form::LoadQuery(queries + g * list.dim + c);
-        for (int r = 0; r < kRows; ++r) acc[g * kRows + r] = Form::Multiply(row[r], q, acc[g * kRows + r]);
+        for (int r = 0; r < kRows; ++r)
+          acc[g * kRows + r] = Form::Multiply(row[r], q, acc[g * kRows + r]);
       }
     }
     hn::Store(LaneSums<kLanes>(acc), d, sums);
@@ -151,10 +155,12 @@ void DotHeads(const RowList& list, const typename Form::Query* queries, Soon& so
 }
 
 template <class Form>
-void DotForm(const RowList& list, const typename Form::Query* queries, int heads, float* out, int64_t ld) {
+void DotForm(const RowList& list, const typename Form::Query* queries, int heads, float* out,
+             int64_t ld) {
   Soon soon(list, heads / 4 + (heads % 4 + 1) / 2);
   int g = 0;
-  for (; g + 4 <= heads; g += 4) DotHeads<Form, 4>(list, queries + g * list.dim, soon, out + g * ld, ld);
+  for (; g + 4 <= heads; g += 4)
+    DotHeads<Form, 4>(list, queries + g * list.dim, soon, out + g * ld, ld);
   if (g + 2 <= heads) {
     DotHeads<Form, 2>(list, queries + g * list.dim, soon, out + g * ld, ld);
     g += 2;
@@ -187,7 +193,8 @@ bool NarrowQueries(const float* queries, int count, float unit, uint16_t* narrow
 }
 
 // DotRows by pairs, if rows, queries and processor allow it.
-bool DotPacked(const RowList& list, const float* queries, int heads, float unit, float* out, int64_t ld) {
+bool DotPacked(const RowList& list, const float* queries, int heads, float unit, float* out,
+               int64_t ld) {
   constexpr int kMostDim = 1024, kMostHeads = 8;
   constexpr int kLeastRows = 8;  // fewer do not pay for narrowing the queries
   if (list.dtype != DType::kBF16 || unit == 0 || list.count < kLeastRows || list.dim > kMostDim ||
@@ -206,7 +213,8 @@ bool DotPacked(const RowList& list, const float* queries, int heads, float unit,
 bool DotPacked(const RowList&, const float*, int, float, float*, int64_t) { return false; }
 #endif
 
-void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld, float unit) {
+void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld,
+             float unit) {
   if (DotPacked(list, queries, heads, unit, out, ld)) return;
   WithDType(list.dtype, [&](auto type) {
     DotForm<Widened<decltype(type)::value>>(list, queries, heads, out, ld);
@@ -236,8 +244,8 @@ void AddChunk(const RowList& list, int c, const float* weights, int64_t ld, Soon
   }
 }
 
-// The same for kPairs times two vectors of bf16: even and odd elements are kept apart, as they lie in
-// words of 32 bits.
+// The same for kPairs times two vectors of bf16: even and odd elements are kept apart, as they lie
+// in words of 32 bits.
 template <int kHeads, int kPairs>
 void AddPairs(const RowList& list, int c, const float* weights, int64_t ld, Soon& soon, float* sum,
               int64_t sum_ld) {
@@ -275,7 +283,8 @@ void AddPairs(const RowList& list, int c, const float* weights, int64_t ld, Soon
 }
 
 template <DType kType, int kHeads>
-void AddHeads(const RowList& list, const float* weights, int64_t ld, Soon& soon, float* sum, int64_t sum_ld) {
+void AddHeads(const RowList& list, const float* weights, int64_t ld, Soon& soon, float* sum,
+              int64_t sum_ld) {
   int c = 0;
   if constexpr (kType == DType::kBF16) {
     for (; c + 4 * kLanes <= list.dim; c += 4 * kLanes) {
@@ -285,15 +294,18 @@ void AddHeads(const RowList& list, const float* weights, int64_t ld, Soon& soon,
   for (; c + 4 * kLanes <= list.dim; c += 4 * kLanes) {
     AddChunk<kType, kHeads, 4>(list, c, weights, ld, soon, sum, sum_ld);
   }
-  for (; c < list.dim; c += kLanes) AddChunk<kType, kHeads, 1>(list, c, weights, ld, soon, sum, sum_ld);
+  for (; c < list.dim; c += kLanes)
+    AddChunk<kType, kHeads, 1>(list, c, weights, ld, soon, sum, sum_ld);
 }
 
-void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum, int64_t sum_ld) {
+void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum,
+             int64_t sum_ld) {
   WithDType(list.dtype, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
     Soon soon(list, (heads / 4 + (heads % 4 + 1) / 2) * std::max(1, list.dim / (4 * kLanes)));
     int g = 0;
-    for (; g + 4 <= heads; g += 4) AddHeads<kType, 4>(list, weights + g * ld, ld, soon, sum + g * sum_ld, sum_ld);
+    for (; g + 4 <= heads; g += 4)
+      AddHeads<kType, 4>(list, weights + g * ld, ld, soon, sum + g * sum_ld, sum_ld);
     if (g + 2 <= heads) {
       AddHeads<kType, 2>(list, weights + g * ld, ld, soon, sum + g * sum_ld, sum_ld);
       g += 2;
@@ -328,7 +340,8 @@ void NormRows(const RowList& list, float* out) {
       V acc[kLanes];
       for (int r = 0; r < kLanes; r += 4) {
         const uint8_t* at[4];
-        for (int k = 0; k < 4; ++k) at[k] = list.rows[first + (r + k < rows ? r + k : 0)] + list.offset;
+        for (int k = 0; k < 4; ++k)
+          at[k] = list.rows[first + (r + k < rows ? r + k : 0)] + list.offset;
         SquareFour<kType>(at, list.dim, acc + r);
       }
       hn::Store(LaneSums<kLanes>(acc), d, sums);
@@ -344,7 +357,8 @@ void DotPairs(const RowList& list, const float* other, float* out) {
     for (int i = 0; i < list.count; ++i) {
       V acc = hn::Zero(d);
       for (int c = 0; c < list.dim; c += kLanes) {
-        acc = hn::MulAdd(Load<kType>(list.rows[i] + list.offset, c), hn::LoadU(d, other + i * list.dim + c), acc);
+        acc = hn::MulAdd(Load<kType>(list.rows[i] + list.offset, c),
+                         hn::LoadU(d, other + i * list.dim + c), acc);
       }
       out[i] = hn::GetLane(hn::SumOfLanes(d, acc));
     }
@@ -366,11 +380,13 @@ void LoadRows(const RowList& list, float* out) {
 void StoreRow(const float* values, int count, DType dtype, void* out) {
   const D d;
   if (dtype == DType::kF32) {
-    for (int c = 0; c < count; c += kLanes) hn::StoreU(hn::LoadU(d, values + c), d, static_cast<float*>(out) + c);
+    for (int c = 0; c < count; c += kLanes)
+      hn::StoreU(hn::LoadU(d, values + c), d, static_cast<float*>(out) + c);
   } else if (dtype == DType::kF16) {
     const hn::Rebind<hwy::float16_t, D> half;
     for (int c = 0; c < count; c += kLanes) {
-      hn::StoreU(hn::DemoteTo(half, hn::LoadU(d, values + c)), half, static_cast<hwy::float16_t*>(out) + c);
+      hn::StoreU(hn::DemoteTo(half, hn::LoadU(d, values + c)), half,
+                 static_cast<hwy::float16_t*>(out) + c);
     }
   } else {  // round to nearest even, by integer arithmetic: the same on every target
     const hn::RebindToUnsigned<D> du;
@@ -380,8 +396,8 @@ void StoreRow(const float* values, int count, DType dtype, void* out) {
       const auto bits = hn::BitCast(du, x);
       const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
       const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFFu))));
-      const auto kept = hn::IfThenElse(hn::RebindMask(du, hn::Eq(x, x)), rounded,
-                                       hn::Set(du, 0x7FC0u));
+      const auto kept =
+          hn::IfThenElse(hn::RebindMask(du, hn::Eq(x, x)), rounded, hn::Set(du, 0x7FC0u));
       hn::StoreU(hn::DemoteTo(narrow, hn::BitCast(hn::RebindToSigned<D>(), kept)), narrow,
                  static_cast<uint16_t*>(out) + c);
     }
@@ -404,7 +420,8 @@ HWY_EXPORT(LoadRows);
 HWY_EXPORT(StoreRow);
 HWY_EXPORT(SimdTarget);
 
-void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld, float unit) {
+void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld,
+             float unit) {
   HWY_DYNAMIC_DISPATCH(DotRows)(list, queries, heads, out, ld, unit);
 }
 void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum,

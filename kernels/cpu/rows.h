@@ -15,21 +15,23 @@ struct RowList {
   int32_t offset = 0;  // bytes from the start of each row
   int32_t dim = 0;
   DType dtype = DType::kBF16;
-  const uint8_t* const* soon = nullptr;  // [soon_count] rows needed next, of which the first soon_bytes
-  int32_t soon_count = 0;                // are fetched on the way by DotRows and AddRows
-  int32_t soon_bytes = 0;                // a multiple of 128
+  // [soon_count] rows needed next, of which the first soon_bytes
+  const uint8_t* const* soon = nullptr;
+  int32_t soon_count = 0;  // are fetched on the way by DotRows and AddRows
+  int32_t soon_bytes = 0;  // a multiple of 128
 };
 
-// Fetches the cache line of `at` into the second level. The first level has too few misses in flight to
-// hide memory behind work, and a burst of fetches stalls what follows: spread them over the work.
-// Always inline: GCC 12 takes a call of it for one without effect and drops it.
+// Fetches the cache line of `at` into the second level. The first level has too few misses in
+// flight to hide memory behind work, and a burst of fetches stalls what follows: spread them over
+// the work. Always inline: GCC 12 takes a call of it for one without effect and drops it.
 [[gnu::always_inline]] inline void FetchSoon(const void* at) {
   __builtin_prefetch(at, /*rw=*/0, /*locality=*/2);
 }
 
-// out[g * ld + i] = queries[g] . row_i; queries [heads][dim]. Queries that are `unit` times numbers of
-// the rows' dtype can be faster; the result is right whatever unit is.
-void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld, float unit = 0);
+// out[g * ld + i] = queries[g] . row_i; queries [heads][dim]. Queries that are `unit` times numbers
+// of the rows' dtype can be faster; the result is right whatever unit is.
+void DotRows(const RowList& list, const float* queries, int heads, float* out, int64_t ld,
+             float unit = 0);
 // sum[g * sum_ld ..] += weights[g * ld + i] * row_i over i; dim elements a head.
 void AddRows(const RowList& list, const float* weights, int64_t ld, int heads, float* sum,
              int64_t sum_ld);

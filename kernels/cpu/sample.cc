@@ -39,9 +39,9 @@ HWY_INLINE V InverseSqrt(V x) {
   return hn::Mul(r, hn::Sub(hn::Set(d, 1.5f), half));
 }
 
-// Sum over n heads of (gain e + floor)^2 of the tokens from `estimate` on, and their e [n]. A token outside
-// the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn; an outlier has e < 0, a sure
-// one e >= `sure` of some head, and both are always drawn.
+// Sum over n heads of (gain e + floor)^2 of the tokens from `estimate` on, and their e [n]. A token
+// outside the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn; an
+// outlier has e < 0, a sure one e >= `sure` of some head, and both are always drawn.
 HWY_INLINE V SquaredWeight(const uint16_t* estimate, const BlockWeights& by, int n, V* e) {
   const D d;
   const V always = hn::Set(d, kMarkedWeight2), zero = hn::Zero(d);
@@ -56,11 +56,12 @@ HWY_INLINE V SquaredWeight(const uint16_t* estimate, const BlockWeights& by, int
   return hn::IfThenElse(hn::Lt(e[0], zero), always, weight2);
 }
 
-// sums [G + 1] over `blocks` blocks: per head (gain e)^2 (1 / pi - 1) over tiles phase, phase + stride, ...
-// of the first block, phase + 1, ... of the next, and so on; then the expected draws. `by` is of the first block,
-// the next ones' gain and sure lie behind it.
+// sums [G + 1] over `blocks` blocks: per head (gain e)^2 (1 / pi - 1) over tiles phase, phase +
+// stride, ... of the first block, phase + 1, ... of the next, and so on; then the expected draws.
+// `by` is of the first block, the next ones' gain and sure lie behind it.
 template <int kHeads>
-void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blocks, float scale, int stride, int phase, float* sums) {
+void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blocks, float scale,
+                   int stride, int phase, float* sums) {
   const D d;
   const int n = kHeads > 0 ? kHeads : heads;
   const V one = hn::Set(d, 1.f);
@@ -69,7 +70,8 @@ void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blo
   V variance[kHeld];
   for (int g = 0; g < n; ++g) variance[g] = hn::Zero(d);
   const V inverse_scale = hn::Set(d, 1.f / scale);
-  for (int b = 0; b < blocks; ++b, estimate += n * kBlockTokens, by.gain += n, by.sure += n, phase = (phase + 1) % stride) {
+  for (int b = 0; b < blocks; ++b, estimate += n * kBlockTokens, by.gain += n, by.sure += n,
+           phase = (phase + 1) % stride) {
     V part[kHeld];
     for (int g = 0; g < n; ++g) part[g] = hn::Zero(d);
     for (int tile = phase; tile < kBlockTokens / kTileTokens; tile += stride) {
@@ -93,23 +95,31 @@ void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blo
   sums[n] = hn::GetLane(hn::SumOfLanes(d, expected));
 }
 
-void PredictDispatch(const uint16_t* estimate, const BlockWeights& by, int heads, int blocks, float scale, int stride, int phase, float* sums) {
+void PredictDispatch(const uint16_t* estimate, const BlockWeights& by, int heads, int blocks,
+                     float scale, int stride, int phase, float* sums) {
   switch (heads) {
-    case 1: return PredictBlocks<1>(estimate, by, heads, blocks, scale, stride, phase, sums);
-    case 2: return PredictBlocks<2>(estimate, by, heads, blocks, scale, stride, phase, sums);
-    case 3: return PredictBlocks<3>(estimate, by, heads, blocks, scale, stride, phase, sums);
-    case 4: return PredictBlocks<4>(estimate, by, heads, blocks, scale, stride, phase, sums);
-    case 6: return PredictBlocks<6>(estimate, by, heads, blocks, scale, stride, phase, sums);
-    case 8: return PredictBlocks<8>(estimate, by, heads, blocks, scale, stride, phase, sums);
-    default: return PredictBlocks<0>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 1:
+      return PredictBlocks<1>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 2:
+      return PredictBlocks<2>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 3:
+      return PredictBlocks<3>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 4:
+      return PredictBlocks<4>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 6:
+      return PredictBlocks<6>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    case 8:
+      return PredictBlocks<8>(estimate, by, heads, blocks, scale, stride, phase, sums);
+    default:
+      return PredictBlocks<0>(estimate, by, heads, blocks, scale, stride, phase, sums);
   }
 }
 
 // u of `count` tokens, a multiple of 64, whose counters start at `counter`; kernels/rng.h has the
-// definition. Counters of even and odd number go apart, each in the low half of a 64-bit lane: products
-// then need no sorting, and what gathers in the high halves never counts.
-void Uniform(const RandomKey& key, uint32_t use, uint32_t counter, uint32_t epoch, uint32_t step_phase,
-             uint32_t refresh, int count, float* u) {
+// definition. Counters of even and odd number go apart, each in the low half of a 64-bit lane:
+// products then need no sorting, and what gathers in the high halves never counts.
+void Uniform(const RandomKey& key, uint32_t use, uint32_t counter, uint32_t epoch,
+             uint32_t step_phase, uint32_t refresh, int count, float* u) {
   const D d;
   const DU du;
   const hn::RebindToSigned<D> di;
@@ -156,9 +166,10 @@ void Uniform(const RandomKey& key, uint32_t use, uint32_t counter, uint32_t epoc
   }
 }
 
-// Appends lanes `in` of tokens and their weights at place `count`. Compresses in a register, then plain
-// stores: some processors compress to memory very slowly.
-HWY_INLINE void AppendDrawn(hn::Mask<D> in, VU token, V weight, int count, uint32_t* tokens, float* weights) {
+// Appends lanes `in` of tokens and their weights at place `count`. Compresses in a register, then
+// plain stores: some processors compress to memory very slowly.
+HWY_INLINE void AppendDrawn(hn::Mask<D> in, VU token, V weight, int count, uint32_t* tokens,
+                            float* weights) {
   const D d;
   const DU du;
   hn::StoreU(hn::Compress(weight, in), d, weights + count);
@@ -168,7 +179,8 @@ HWY_INLINE void AppendDrawn(hn::Mask<D> in, VU token, V weight, int count, uint3
 // Tokens of one block with low * weight <= u < scale * weight, to tokens, weights and, if not null,
 // their u to kept; the number.
 template <int kHeads>
-int DrawBlock(const uint16_t* estimate, const BlockWeights& by, int heads, float low, float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
+int DrawBlock(const uint16_t* estimate, const BlockWeights& by, int heads, float low, float scale,
+              const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
   const D d;
   const DU du;
   const int n = kHeads > 0 ? kHeads : heads;
@@ -193,27 +205,36 @@ int DrawBlock(const uint16_t* estimate, const BlockWeights& by, int heads, float
   return count;
 }
 
-int DrawDispatch(const uint16_t* estimate, const BlockWeights& by, int heads, float low, float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
+int DrawDispatch(const uint16_t* estimate, const BlockWeights& by, int heads, float low,
+                 float scale, const float* u, uint32_t first, uint32_t* tokens, float* weights,
+                 float* kept) {
   const auto draw = [&](auto n) {
-    return DrawBlock<decltype(n)::value>(estimate, by, heads, low, scale, u, first, tokens, weights, kept);
+    return DrawBlock<decltype(n)::value>(estimate, by, heads, low, scale, u, first, tokens, weights,
+                                         kept);
   };
   switch (heads) {
-    case 4: return draw(std::integral_constant<int, 4>());
-    case 6: return draw(std::integral_constant<int, 6>());
-    case 8: return draw(std::integral_constant<int, 8>());
-    default: return draw(std::integral_constant<int, 0>());
+    case 4:
+      return draw(std::integral_constant<int, 4>());
+    case 6:
+      return draw(std::integral_constant<int, 6>());
+    case 8:
+      return draw(std::integral_constant<int, 8>());
+    default:
+      return draw(std::integral_constant<int, 0>());
   }
 }
 
-// Of `count` kept tokens those with low * weight <= u < scale * weight, to tokens and weights; the number.
-int FilterKept(const uint32_t* kept_token, const float* kept_weight, const float* kept_u, int count, float low,
-               float scale, uint32_t* tokens, float* weights) {
+// Of `count` kept tokens those with low * weight <= u < scale * weight, to tokens and weights; the
+// number.
+int FilterKept(const uint32_t* kept_token, const float* kept_weight, const float* kept_u, int count,
+               float low, float scale, uint32_t* tokens, float* weights) {
   const D d;
   const DU du;
   int drawn = 0;
   for (int i = 0; i < count; i += kLanes) {
     const V weight = hn::LoadU(d, kept_weight + i), u = hn::LoadU(d, kept_u + i);
-    auto in = hn::And(hn::Lt(u, hn::Mul(weight, hn::Set(d, scale))), hn::Ge(u, hn::Mul(weight, hn::Set(d, low))));
+    auto in = hn::And(hn::Lt(u, hn::Mul(weight, hn::Set(d, scale))),
+                      hn::Ge(u, hn::Mul(weight, hn::Set(d, low))));
     in = hn::And(in, hn::FirstN(d, static_cast<size_t>(count - i)));
     AppendDrawn(in, hn::LoadU(du, kept_token + i), weight, drawn, tokens, weights);
     drawn += static_cast<int>(hn::CountTrue(d, in));
@@ -234,7 +255,8 @@ HWY_EXPORT(FilterKept);
 
 namespace {
 
-// Work is cut into the same segments whatever the number of threads, so that sums do not depend on it.
+// Work is cut into the same segments whatever the number of threads, so that sums do not depend on
+// it.
 constexpr int kSegmentBlocks = 16;
 
 // A draw writes whole vectors, past the last kept lane.
@@ -245,30 +267,37 @@ constexpr int kSlack = 64;
 constexpr int kSegmentPlaces = kSegmentBlocks * kBlockTokens + kSlack;
 constexpr int Half(int64_t blocks) { return static_cast<int>(blocks * kBlockTokens + kSlack) / 2; }
 constexpr int kKeepBlocks = 4;  // segments with fewer have no room to speak of
-constexpr float kKeep = 2;      // candidates: what a draw with so much higher probabilities would find
+// Candidates: what a draw with so much higher probabilities would find
+constexpr float kKeep = 2;
 
 constexpr int kGainSlack = 16;  // ExpRow works on whole vectors
 
 // Weights of up to kSegmentBlocks blocks from number `block` of the scan on: [blocks][G].
 struct Weights {
-  float gain[kSegmentBlocks * kMaxGroup + kGainSlack], sure[kSegmentBlocks * kMaxGroup + kGainSlack];
+  float gain[kSegmentBlocks * kMaxGroup + kGainSlack],
+      sure[kSegmentBlocks * kMaxGroup + kGainSlack];
   const float* floor;
 
-  Weights(const Group& group, const Inclusion& inclusion, int64_t block, int blocks) : floor(inclusion.floor) {
+  Weights(const Group& group, const Inclusion& inclusion, int64_t block, int blocks)
+      : floor(inclusion.floor) {
     const float* shift = group.scratch.shift + block * group.q_heads;
     const int count = blocks * group.q_heads;
     for (int b = 0, at = 0; b < blocks; ++b) {
       const int k = SegmentOf(group.segments, group.num_segments, FirstBlock(group) + block + b);
-      const float* least = inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.q_heads;
+      const float* least =
+          inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.q_heads;
       for (int g = 0; g < group.q_heads; ++g, ++at) {
         gain[at] = inclusion.log_gain[g] + shift[at];
-        sure[at] = least == nullptr ? 1 : std::min(1.f, least[g] - shift[at]);  // e^1 is over every estimate
+        // E^1 is over every estimate
+        sure[at] = least == nullptr ? 1 : std::min(1.f, least[g] - shift[at]);
       }
     }
     ExpRow(gain, count, 0, gain);
     ExpRow(sure, count, 0, sure);
   }
-  BlockWeights At(int64_t block, int heads) const { return {gain + block * heads, sure + block * heads, floor}; }
+  BlockWeights At(int64_t block, int heads) const {
+    return {gain + block * heads, sure + block * heads, floor};
+  }
 };
 
 }  // namespace
@@ -283,8 +312,9 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
     const int count = static_cast<int>(std::min<int64_t>(blocks - first, kSegmentBlocks));
     const Weights weights(group, inclusion, first, count);
     HWY_DYNAMIC_DISPATCH(PredictDispatch)
-    (group.scratch.estimate + first * heads * kBlockTokens, weights.At(0, heads), heads, count, inclusion.scale,
-     stride, static_cast<int>((phase + first) % stride), group.scratch.sums + s * (heads + 2));
+    (group.scratch.estimate + first * heads * kBlockTokens, weights.At(0, heads), heads, count,
+     inclusion.scale, stride, static_cast<int>((phase + first) % stride),
+     group.scratch.sums + s * (heads + 2));
   });
   std::fill(variance, variance + heads, 0.f);
   float expected = 0;
@@ -309,7 +339,9 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
                            : static_cast<uint32_t>(RandomUse::kSelect);
   const uint32_t epoch = static_cast<uint32_t>(group.step / refresh);
   const uint32_t step_phase = static_cast<uint32_t>(group.step % refresh);
-  const auto blocks_of = [&](int64_t s) { return std::min<int64_t>(blocks - s * kSegmentBlocks, kSegmentBlocks); };
+  const auto blocks_of = [&](int64_t s) {
+    return std::min<int64_t>(blocks - s * kSegmentBlocks, kSegmentBlocks);
+  };
   // Tokens found in a segment, or minus that number if they are candidates.
   const auto found = [&](int64_t s) -> float& { return w.sums[s * (heads + 2)]; };
   // Tokens between two scales; -1 if they are to be kept with their u and are too many for that.
@@ -324,7 +356,8 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
     for (int64_t b = begin; b < end; ++b) {
       if (keep && n + kBlockTokens + kSlack / 2 > half) return -1;
       const uint32_t first = static_cast<uint32_t>((FirstBlock(group) + b) * kBlockTokens);
-      HWY_DYNAMIC_DISPATCH(Uniform)(group.key, use, TokenCounter(first), epoch, step_phase, refresh, kBlockTokens, u);
+      HWY_DYNAMIC_DISPATCH(Uniform)
+      (group.key, use, TokenCounter(first), epoch, step_phase, refresh, kBlockTokens, u);
       float* kept_u = keep ? w.sparse_weight + at + half + n : nullptr;
       n += HWY_DYNAMIC_DISPATCH(DrawDispatch)(
           w.estimate + b * heads * kBlockTokens, weights.At(b - begin, heads), heads, low, scale, u,
@@ -337,7 +370,8 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
   ParallelFor(stream, segments, [&](int64_t s) {
     if (candidates && found(s) < 0) return;
     const int n = keep ? draw(s, 0, kKeep * inclusion.scale, true) : -1;
-    found(s) = static_cast<float>(n > 0 ? -n : draw(s, previous_scale, inclusion.scale, false));  // below 2^24: exact
+    // Below 2^24: exact
+    found(s) = static_cast<float>(n > 0 ? -n : draw(s, previous_scale, inclusion.scale, false));
   });
   // NOLINTNEXTLINE(clang-analyzer-core.NullDereference): keep says that kept is not null.
   if (keep) *kept = kKeep * inclusion.scale;
@@ -345,9 +379,9 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
     const int64_t at = s * kSegmentPlaces;
     const int n = static_cast<int>(found(s));
     if (n < 0) {
-      count += HWY_DYNAMIC_DISPATCH(FilterKept)(w.sparse_token + at, w.sparse_weight + at,
-                                                w.sparse_weight + at + Half(blocks_of(s)), -n, previous_scale, inclusion.scale,
-                                                w.token + count, w.weight + count);
+      count += HWY_DYNAMIC_DISPATCH(FilterKept)(
+          w.sparse_token + at, w.sparse_weight + at, w.sparse_weight + at + Half(blocks_of(s)), -n,
+          previous_scale, inclusion.scale, w.token + count, w.weight + count);
     } else {
       std::copy_n(w.sparse_token + at, n, w.token + count);
       std::copy_n(w.sparse_weight + at, n, w.weight + count);

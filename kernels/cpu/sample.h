@@ -1,4 +1,5 @@
-// Poisson sampling of the middle (METHOD.md, "Selection"): predicted variance of given multipliers, and the draw.
+// Poisson sampling of the middle (METHOD.md, "Selection"): predicted variance of given multipliers,
+// and the draw.
 #ifndef VATTN_KERNELS_CPU_SAMPLE_H_
 #define VATTN_KERNELS_CPU_SAMPLE_H_
 
@@ -17,7 +18,8 @@ struct Inclusion {
   float scale = 1;
 };
 
-// The same for one block, with its shift: gain_h e^_h = gain [G] * estimate, and pi = 1 where estimate >= sure [G].
+// The same for one block, with its shift: gain_h e^_h = gain [G] * estimate, and pi = 1 where
+// estimate >= sure [G].
 struct BlockWeights {
   const float* gain = nullptr;
   const float* sure = nullptr;
@@ -39,9 +41,10 @@ struct Randomness {
 
 // Appends the tokens with previous_scale * weight <= u < scale * weight, ascending, with their
 // weights to scratch.token and scratch.weight after the first `count`; previous_scale 0: all below
-// scale * weight. Returns the new count. A draw that may be followed by others of the same weights and
-// random numbers gets `kept`, 0 at first: it then leaves its candidates in the sparse arrays, and draws
-// of scales up to *kept need no more than those. They find the same tokens in the same order.
+// scale * weight. Returns the new count. A draw that may be followed by others of the same weights
+// and random numbers gets `kept`, 0 at first: it then leaves its candidates in the sparse arrays,
+// and draws of scales up to *kept need no more than those. They find the same tokens in the same
+// order.
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
                    Randomness randomness, int64_t count, Stream stream, float* kept = nullptr);
 

@@ -58,11 +58,11 @@ bool HasVnni() {
 #endif
 }
 
-// scores [heads][256] of kVectors vectors of tokens from `token` on: sums of several tiles at once hide
-// the latency of a product. With kBalanced, a code of all 0 has kMarkedScore.
+// scores [heads][256] of kVectors vectors of tokens from `token` on: sums of several tiles at once
+// hide the latency of a product. With kBalanced, a code of all 0 has kMarkedScore.
 template <int kHeads, int kVectors, bool kVnni>
-HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int token,
-                             float* scores) {
+HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q,
+                             int token, float* scores) {
   const D d;
   const DI di;
   const int words8 = layout.dims8 / 4, words4 = layout.dims4 / 8, words2 = layout.dims2 / 16;
@@ -70,7 +70,8 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
   const int32_t* at[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const int i = token + v * kLanes;
-    at[v] = reinterpret_cast<const int32_t*>(codes) + i / kTileTokens * tile_words + i % kTileTokens;
+    at[v] =
+        reinterpret_cast<const int32_t*>(codes) + i / kTileTokens * tile_words + i % kTileTokens;
   }
   const int32_t(*run)[8] = q.run;
   VI acc[kVectors][kHeads];
@@ -107,11 +108,14 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
   for (int w = 0; w < words2; ++w, word += kTileTokens, run += 4) {
     for (int v = 0; v < kVectors; ++v) level[v] = hn::And(load(v), pair);
     add(level, run[0]);
-    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<2>(hn::LoadU(di, at[v] + word)), pair);
+    for (int v = 0; v < kVectors; ++v)
+      level[v] = hn::And(hn::ShiftRight<2>(hn::LoadU(di, at[v] + word)), pair);
     add(level, run[1]);
-    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<4>(hn::LoadU(di, at[v] + word)), pair);
+    for (int v = 0; v < kVectors; ++v)
+      level[v] = hn::And(hn::ShiftRight<4>(hn::LoadU(di, at[v] + word)), pair);
     add(level, run[2]);
-    for (int v = 0; v < kVectors; ++v) level[v] = hn::And(hn::ShiftRight<6>(hn::LoadU(di, at[v] + word)), pair);
+    for (int v = 0; v < kVectors; ++v)
+      level[v] = hn::And(hn::ShiftRight<6>(hn::LoadU(di, at[v] + word)), pair);
     add(level, run[3]);
   }
   const VI bit = hn::Set(di, 0x01010101);
@@ -127,15 +131,16 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
   for (int v = 0; v < kVectors; ++v) {
     const auto marked = hn::RebindMask(d, hn::Eq(hn::Or(any[v], unmarked), hn::Zero(di)));
     for (int g = 0; g < kHeads; ++g) {
-      const auto s = hn::MulAdd(hn::ConvertTo(d, acc[v][g]), hn::Set(d, q.scale[g]), hn::Set(d, q.offset[g]));
+      const auto s =
+          hn::MulAdd(hn::ConvertTo(d, acc[v][g]), hn::Set(d, q.scale[g]), hn::Set(d, q.offset[g]));
       hn::StoreU(hn::IfThenElse(marked, hn::Set(d, kMarkedScore), s), d,
                  scores + g * kBlockTokens + token + v * kLanes);
     }
   }
 }
 
-// scores [heads][256] of tiles [first, last) of a block. On the way the same tiles of the block `soon`
-// are fetched, if not null.
+// scores [heads][256] of tiles [first, last) of a block. On the way the same tiles of the block
+// `soon` are fetched, if not null.
 template <int kHeads, bool kVnni>
 void ScoreTiles(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int first,
                 int last, const uint8_t* soon, float* scores) {
@@ -150,14 +155,16 @@ void ScoreTiles(const uint8_t* codes, const CodeLayout& layout, const PackedQuer
     }
     ScoreVectors<kHeads, kVectors, kVnni>(codes, layout, q, token, scores);
   }
-  for (; token < end; token += kLanes) ScoreVectors<kHeads, 1, kVnni>(codes, layout, q, token, scores);
+  for (; token < end; token += kLanes)
+    ScoreVectors<kHeads, 1, kVnni>(codes, layout, q, token, scores);
 }
 
 template <int kHeads>
 void ScoreHeads(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q, int heads,
                 int first, int last, const uint8_t* soon, float* scores) {
   if constexpr (kHeads > 1) {
-    if (heads < kHeads) return ScoreHeads<kHeads - 1>(codes, layout, q, heads, first, last, soon, scores);
+    if (heads < kHeads)
+      return ScoreHeads<kHeads - 1>(codes, layout, q, heads, first, last, soon, scores);
   }
   if (HasVnni()) return ScoreTiles<kHeads, true>(codes, layout, q, first, last, soon, scores);
   return ScoreTiles<kHeads, false>(codes, layout, q, first, last, soon, scores);
@@ -168,8 +175,8 @@ void ScoreCodes(const uint8_t* codes, const CodeLayout& layout, const PackedQuer
   ScoreHeads<8>(codes, layout, q, heads, first, last, soon, scores);
 }
 
-// 2^y for y <= 0, relative error below 5e-5 (the fp16 it is rounded to has 5e-4); less than 2^-29 where
-// the true value is, -infinity included.
+// 2^y for y <= 0, relative error below 5e-5 (the fp16 it is rounded to has 5e-4); less than 2^-29
+// where the true value is, -infinity included.
 HWY_INLINE hn::Vec<D> PowerOf2(hn::Vec<D> y) {
   const D d;
 #if HWY_TARGET == HWY_AVX3
@@ -191,8 +198,8 @@ HWY_INLINE hn::Vec<D> PowerOf2(hn::Vec<D> y) {
 #endif
 }
 
-// scores [256] -> fp16 estimates [256] relative to the largest; returns it, and the sum in *mass. Only
-// tokens outside the middle have estimate 0: the others must all have a chance to be drawn.
+// scores [256] -> fp16 estimates [256] relative to the largest; returns it, and the sum in *mass.
+// Only tokens outside the middle have estimate 0: the others must all have a chance to be drawn.
 template <bool kWhole>
 float EstimateScores(const float* scores, uint16_t* estimate, float* mass) {
   const D d;
@@ -220,7 +227,8 @@ float EstimateScores(const float* scores, uint16_t* estimate, float* mass) {
 
 // whole: all tokens are in the middle.
 float EstimateBlock(const float* scores, bool whole, uint16_t* estimate, float* mass) {
-  return whole ? EstimateScores<true>(scores, estimate, mass) : EstimateScores<false>(scores, estimate, mass);
+  return whole ? EstimateScores<true>(scores, estimate, mass)
+               : EstimateScores<false>(scores, estimate, mass);
 }
 
 float HalfToFloat(uint16_t bits) {
@@ -269,9 +277,10 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
   out.offset[lane] = offset;
 }
 
-// One head's query for codes that are signs: of its projection only signs are left too, and the sum over
-// dimensions is half of matches less mismatches.
-void PackSigns(const CodeLayout& code, const float* y, float scale, float offset, PackedQueries& out, int lane) {
+// One head's query for codes that are signs: of its projection only signs are left too, and the sum
+// over dimensions is half of matches less mismatches.
+void PackSigns(const CodeLayout& code, const float* y, float scale, float offset,
+               PackedQueries& out, int lane) {
   for (int r = 0; r < code.runs(); ++r) {
     uint32_t word = 0;
     for (int i = 0; i < 4; ++i) {
@@ -286,11 +295,12 @@ void PackSigns(const CodeLayout& code, const float* y, float scale, float offset
 }
 
 const uint8_t* CodesOf(const Storage& s, const Group& group, int64_t block) {
-  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[block] * s.block.bytes + s.block.codes);
+  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[block] * s.block.bytes +
+                                          s.block.codes);
 }
 
-// The group with `heads` of its query heads, from `first`, a multiple of 8, on: what a scan works with at a
-// time.
+// The group with `heads` of its query heads, from `first`, a multiple of 8, on: what a scan works
+// with at a time.
 Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
   Group part = group;
   part.q_heads = heads;
@@ -307,8 +317,8 @@ namespace {
 
 constexpr int kMaxDim = 1024;
 
-// Standard deviation of s - s^ over tokens, from products of the query: y [dims] with the directions of the code, one
-// with the center, and [uncoded] with the noise of the others.
+// Standard deviation of s - s^ over tokens, from products of the query: y [dims] with the
+// directions of the code, one with the center, and [uncoded] with the noise of the others.
 float NoiseOf(const IndexTables& index, int dims, int uncoded, const float* y) {
   float sum = 0;
   for (int j = 0; j < dims; ++j) sum += index.level_noise2[j] * y[j] * y[j];
@@ -319,7 +329,8 @@ float NoiseOf(const IndexTables& index, int dims, int uncoded, const float* y) {
 // Queries in the coordinates of one segment's codes.
 void PackSegment(const Storage& s, const Group& group, int segment) {
   const IndexTables& index = TablesOf(group, segment);
-  PackedQueries* const packed = group.scratch.packed + int64_t{segment} * group.scratch.packed_stride;
+  PackedQueries* const packed =
+      group.scratch.packed + int64_t{segment} * group.scratch.packed_stride;
   constexpr int kMostRows = kMaxCodeDims + 1 + kMaxDim;
   const uint8_t* rows[kMostRows];
   const int dims = s.code.dims(), dim_k = s.row.dim_k;
@@ -331,7 +342,8 @@ void PackSegment(const Storage& s, const Group& group, int segment) {
   for (int j = 0; j < uncoded; ++j) {
     rows[dims + 1 + j] = reinterpret_cast<const uint8_t*>(index.noise + int64_t{j} * dim_k);
   }
-  const RowList list{.rows = rows, .count = dims + 1 + uncoded, .offset = 0, .dim = dim_k, .dtype = DType::kF32};
+  const RowList list{
+      .rows = rows, .count = dims + 1 + uncoded, .offset = 0, .dim = dim_k, .dtype = DType::kF32};
   float y[8 * kMostRows];
   for (int g = 0; g < group.q_heads; g += 8) {
     const int heads = std::min(8, group.q_heads - g);
@@ -343,7 +355,8 @@ void PackSegment(const Storage& s, const Group& group, int segment) {
       }
       if (s.code.dims1 > 0) {
         const float norm = QueryNorm(s, group, g + h);
-        PackSigns(s.code, at, index.slope * norm, at[dims] + index.intercept * norm, packed[g / 8], h);
+        PackSigns(s.code, at, index.slope * norm, at[dims] + index.intercept * norm, packed[g / 8],
+                  h);
       } else {
         PackHead(s.code, at, at[dims], packed[g / 8], h);
       }
@@ -360,13 +373,14 @@ void PackQueries(const Storage& s, Group& group) {
 void ScoreLevels(const Storage& s, const Group& group, const BlockPart& part, float* scores) {
   const uint8_t* codes = CodesOf(s, group, part.block);
   const PackedQueries* const packed =
-      group.scratch.packed +
-      int64_t{SegmentOf(group.segments, group.num_segments, part.block)} * group.scratch.packed_stride;
+      group.scratch.packed + int64_t{SegmentOf(group.segments, group.num_segments, part.block)} *
+                                 group.scratch.packed_stride;
   for (int g = 0; g < group.q_heads; g += 8) {
     const bool fetch = g == 0 && part.soon >= 0;
     HWY_DYNAMIC_DISPATCH(ScoreCodes)
     (codes, s.code, packed[g / 8], std::min(8, group.q_heads - g), part.begin / kTileTokens,
-     part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon) : nullptr, scores + int64_t{g} * kBlockTokens);
+     part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon) : nullptr,
+     scores + int64_t{g} * kBlockTokens);
   }
 }
 
@@ -376,10 +390,11 @@ void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t to
   const int end = static_cast<int>(std::min(group.middle_end - token, int64_t{kBlockTokens}));
   const int heads = group.q_heads;
   if (begin > 0 || end < kBlockTokens) {
-    std::fill(scores, scores + int64_t{heads} * kBlockTokens, -std::numeric_limits<float>::infinity());
+    std::fill(scores, scores + int64_t{heads} * kBlockTokens,
+              -std::numeric_limits<float>::infinity());
   }
-  FunctionsOf(kind).score(s, group, {.block = token / kBlockTokens, .begin = begin, .end = end, .soon = soon},
-                          scores);
+  FunctionsOf(kind).score(
+      s, group, {.block = token / kBlockTokens, .begin = begin, .end = end, .soon = soon}, scores);
 }
 
 void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream stream) {
@@ -399,7 +414,8 @@ void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream 
           const int64_t at = b * heads + h + g;
           // The next block's estimates are written soon.
           const uint16_t* next = group.scratch.estimate + (at + heads) * kBlockTokens;
-          for (int i = 0; i < kBlockTokens; i += 32) __builtin_prefetch(next + i, /*rw=*/1, /*locality=*/2);
+          for (int i = 0; i < kBlockTokens; i += 32)
+            __builtin_prefetch(next + i, /*rw=*/1, /*locality=*/2);
           group.scratch.shift[at] = HWY_DYNAMIC_DISPATCH(EstimateBlock)(
               scores + g * kBlockTokens, whole, group.scratch.estimate + at * kBlockTokens,
               group.scratch.mass + at);
@@ -422,9 +438,10 @@ void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream str
       ScoreBlock(s, kind, part, token, scores);
       for (int g = 0; g < part.q_heads; ++g) {
         // Of a ranking, marked tokens are the first.
-        std::replace_copy(scores + g * kBlockTokens + (begin - token), scores + g * kBlockTokens + (end - token),
-                          group.scratch.score + (h + g) * group.scratch.stride + (begin - group.middle_begin),
-                          kMarkedScore, -kMarkedScore);
+        std::replace_copy(
+            scores + g * kBlockTokens + (begin - token), scores + g * kBlockTokens + (end - token),
+            group.scratch.score + (h + g) * group.scratch.stride + (begin - group.middle_begin),
+            kMarkedScore, -kMarkedScore);
       }
     }
   });

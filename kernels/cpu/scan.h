@@ -6,18 +6,19 @@
 
 namespace vattn::cpu {
 
-// Makes of the group's scaled queries (scratch.query) what the scan of an index of this kind works with.
+// Makes of the group's scaled queries (scratch.query) what the scan of an index of this kind works
+// with.
 void PrepareQueries(const Storage& storage, IndexKind kind, Group& group);
 
-// Predicted scores of the block that holds `token` (a multiple of 256) for all heads into
-// scores [G][256], natural logarithm units; -inf outside the middle. The codes of block number `soon`
-// of the sequence, if any, are fetched on the way.
+// Predicted scores of the block that holds `token` (a multiple of 256) for all heads into scores
+// [G][256], natural logarithm units; -inf outside the middle. The codes of block number `soon` of
+// the sequence, if any, are fetched on the way.
 void ScoreBlock(const Storage& storage, IndexKind kind, const Group& group, int64_t token,
                 float* scores, int64_t soon = -1);
 
-// The whole middle as scratch.estimate, shift and mass. e^ of a token is
-// estimate * exp(shift of its block and head), estimates are rounded to fp16 and at most 1; they are 0
-// outside the middle only.
+// The whole middle as scratch.estimate, shift and mass. e^ of a token is estimate * exp(shift of
+// its block and head), estimates are rounded to fp16 and at most 1; they are 0 outside the middle
+// only.
 void ScanEstimates(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
 
 // The whole middle as scratch.score [G][stride], token - middle_begin along the row.

@@ -8,8 +8,8 @@
 namespace vattn {
 namespace {
 
-constexpr int64_t kSegmentSlack = 64;     // per segment of 16 blocks, see sample.cc
-constexpr int64_t kDenseSegment = 2048;   // tokens, see attend.cc
+constexpr int64_t kSegmentSlack = 64;    // per segment of 16 blocks, see sample.cc
+constexpr int64_t kDenseSegment = 2048;  // tokens, see attend.cc
 
 // Hands out pieces of memory; with a null base it only counts.
 struct Carver {
@@ -79,7 +79,8 @@ size_t ScratchBytes(const Storage& s, const Promise& promise, int64_t tokens, in
   return c.used;
 }
 
-Scratch CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int q_heads, std::byte* memory) {
+Scratch CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int q_heads,
+                     std::byte* memory) {
   Carver c{memory};
   return Carve(s, promise, tokens, q_heads, c);
 }

@@ -25,8 +25,8 @@ void RescaleState(SoftmaxState state, int dim_v, float max);
 // into += from.
 void MergeState(SoftmaxState from, int dim_v, SoftmaxState into);
 
-// out[i] = exp(x[i] - shift) for count elements, in whole vectors: both hold a multiple of 16. Returns the
-// sum of the count.
+// out[i] = exp(x[i] - shift) for count elements, in whole vectors: both hold a multiple of 16.
+// Returns the sum of the count.
 float ExpRow(const float* x, int count, float shift, float* out);
 // Largest of count > 0 elements.
 float MaxRow(const float* x, int count);

@@ -21,8 +21,8 @@ constexpr uint32_t kHeadTop = 1;  // in this head's top-k
 constexpr uint32_t kRead = 2;     // read by some head
 
 // Adds listed tokens (numbers within the middle) to one head's state with one weight for all.
-void AttendListed(const Storage& s, const Group& group, const uint32_t* tokens, int64_t count, int head,
-                  float log_weight, float* state) {
+void AttendListed(const Storage& s, const Group& group, const uint32_t* tokens, int64_t count,
+                  int head, float log_weight, float* state) {
   const uint8_t* rows[kTileRows];
   float weights[kTileRows];
   std::fill(weights, weights + kTileRows, log_weight);
@@ -41,13 +41,17 @@ void AttendListed(const Storage& s, const Group& group, const uint32_t* tokens, 
 void TopK(const Group& group, int head, int64_t n, int64_t k, uint32_t* list) {
   const float* score = group.scratch.score + head * group.scratch.stride;
   std::iota(list, list + n, 0u);
-  const auto better = [&](uint32_t a, uint32_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; };
+  const auto better = [&](uint32_t a, uint32_t b) {
+    return score[a] != score[b] ? score[a] > score[b] : a < b;
+  };
   if (k < n) std::nth_element(list, list + k, list + n, better);
   std::sort(list, list + k);
 }
 
-// The first `count` tokens of `order` that are not in the head's top-k, into list; the number found.
-int64_t TakeResidual(const Group& group, const uint32_t* order, int64_t n, int64_t count, uint32_t* list) {
+// The first `count` tokens of `order` that are not in the head's top-k, into list; the number
+// found.
+int64_t TakeResidual(const Group& group, const uint32_t* order, int64_t n, int64_t count,
+                     uint32_t* list) {
   int64_t found = 0;
   for (int64_t i = 0; i < n && found < count; ++i) {
     if ((group.scratch.tail[order[i]] & kHeadTop) == 0) list[found++] = order[i];
@@ -55,16 +59,18 @@ int64_t TakeResidual(const Group& group, const uint32_t* order, int64_t n, int64
   return found;
 }
 
-SampleMoments Moments(const Storage& s, const Group& group, const uint32_t* sample, int64_t count, int head,
-                      float shift, double* mean_ev) {
+SampleMoments Moments(const Storage& s, const Group& group, const uint32_t* sample, int64_t count,
+                      int head, float shift, double* mean_ev) {
   SampleMoments m;
   const int dim = s.row.dim_v;
   std::fill(mean_ev, mean_ev + dim, 0.0);
   float v[kMaxDim];
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* row = RowOf(s, group, group.middle_begin + sample[i]);
-    const RowList key{.rows = &row, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype};
-    const RowList value{.rows = &row, .count = 1, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype};
+    const RowList key{
+        .rows = &row, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype};
+    const RowList value{
+        .rows = &row, .count = 1, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype};
     float logit, norm2;
     DotRows(key, group.scratch.query + int64_t{head} * s.row.dim_k, 1, &logit, 1);
     NormRows(value, &norm2);
@@ -85,10 +91,12 @@ SampleMoments Moments(const Storage& s, const Group& group, const uint32_t* samp
 }
 
 // Tokens of the middle in the order of their u, the first `need` of them sorted.
-void OrderByUniform(const Promise& promise, const Group& group, int64_t n, int64_t need, uint32_t* order) {
+void OrderByUniform(const Promise& promise, const Group& group, int64_t n, int64_t need,
+                    uint32_t* order) {
   float* u = group.scratch.sparse_weight;
   for (int64_t i = 0; i < n; ++i) {
-    u[i] = TokenUniform(group.key, static_cast<uint32_t>(group.middle_begin + i), group.step, promise.refresh);
+    u[i] = TokenUniform(group.key, static_cast<uint32_t>(group.middle_begin + i), group.step,
+                        promise.refresh);
   }
   std::iota(order, order + n, 0u);
   const auto less = [&](uint32_t a, uint32_t b) { return u[a] != u[b] ? u[a] < u[b] : a < b; };
@@ -96,8 +104,8 @@ void OrderByUniform(const Promise& promise, const Group& group, int64_t n, int64
 }
 
 // Base sample, budget and final sample of one head; true if the whole residual was read.
-bool AddUniform(const Storage& s, const Promise& promise, const Group& group, const uint32_t* order, int64_t n,
-                int64_t k, int head, uint32_t* list, float* state_floats) {
+bool AddUniform(const Storage& s, const Promise& promise, const Group& group, const uint32_t* order,
+                int64_t n, int64_t k, int head, uint32_t* list, float* state_floats) {
   const SoftmaxState state(state_floats, s.row.dim_v);
   const int64_t residual = n - k;
   const int64_t base = BaseSample(promise, n, k);
@@ -116,7 +124,8 @@ bool AddUniform(const Storage& s, const Promise& promise, const Group& group, co
   std::sort(list, list + drawn);
   AttendListed(s, group, list, drawn, head,
                drawn == residual ? 0.f
-                                 : static_cast<float>(std::log(static_cast<double>(residual) / static_cast<double>(drawn))),
+                                 : static_cast<float>(std::log(static_cast<double>(residual) /
+                                                               static_cast<double>(drawn))),
                state_floats);
   return drawn == residual;
 }
@@ -152,7 +161,8 @@ void DecodeTopK(const Storage& s, const Promise& promise, Group& group, Stream s
     group.error[g] = 0;
   }
   for (int64_t i = 0; i < n; ++i) {
-    if ((w.tail[i] & kRead) != 0) w.token[group.selected++] = static_cast<uint32_t>(group.middle_begin + i);
+    if ((w.tail[i] & kRead) != 0)
+      w.token[group.selected++] = static_cast<uint32_t>(group.middle_begin + i);
   }
   group.looks = 1;
   group.all_read = group.selected == n;

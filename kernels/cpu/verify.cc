@@ -26,7 +26,9 @@ void Residuals(const Storage& s, const Group& group, const uint32_t* places, int
   const float shift = w.head[head].shift;
   const uint8_t* rows[kRankDraws];
   for (int i = 0; i < count; ++i) rows[i] = w.row[places[i]];
-  LoadRows({.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype}, out);
+  LoadRows(
+      {.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype},
+      out);
   for (int i = 0; i < count; ++i) {
     const float e = std::exp(w.logit[head * w.stride + places[i]] - shift);
     float* r = out + i * dim;
@@ -48,17 +50,18 @@ float Dot(const float* a, const float* b, int n) {
   return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
 }
 
-// Mean squared cosine between the residuals of distinct tokens, drawn systematically in proportion to
-// their terms of V (places [kRankDraws]); negative if there are no two.
-float MeanCos2(const Storage& s, const Group& group, const uint32_t* places, int head, const float* output) {
+// Mean squared cosine between the residuals of distinct tokens, drawn systematically in proportion
+// to their terms of V (places [kRankDraws]); negative if there are no two.
+float MeanCos2(const Storage& s, const Group& group, const uint32_t* places, int head,
+               const float* output) {
   const int dim = s.row.dim_v;
   float r[kRankDraws * kMaxDim];
   float gram[kRankDraws * kRankDraws];
   Residuals(s, group, places, kRankDraws, head, output, r);
   const uint8_t* rows[kRankDraws];
   for (int i = 0; i < kRankDraws; ++i) rows[i] = reinterpret_cast<const uint8_t*>(r + i * dim);
-  DotRows({.rows = rows, .count = kRankDraws, .offset = 0, .dim = dim, .dtype = DType::kF32}, r, kRankDraws, gram,
-          kRankDraws);
+  DotRows({.rows = rows, .count = kRankDraws, .offset = 0, .dim = dim, .dtype = DType::kF32}, r,
+          kRankDraws, gram, kRankDraws);
   float sum = 0;
   int pairs = 0;
   for (int i = 0; i < kRankDraws; ++i) {
@@ -79,7 +82,8 @@ float MeanCos2(const Storage& s, const Group& group, const uint32_t* places, int
 int64_t ListTail(const Group& group, const Draw& draw) {
   int64_t tail = 0;
   for (int64_t i = 0; i < draw.count; ++i) {
-    if (draw.scale * group.scratch.weight[i] < 1) group.scratch.tail[tail++] = static_cast<uint32_t>(i);
+    if (draw.scale * group.scratch.weight[i] < 1)
+      group.scratch.tail[tail++] = static_cast<uint32_t>(i);
   }
   return tail;
 }
@@ -100,7 +104,8 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
     const uint32_t i = w.tail[t];
     TailToken token;
     token.pi = Inclusion(group, draw, i);
-    // Without value codes the weights in use are e / pi; place t <= i of them is free for the terms.
+    // Without value codes the weights in use are e / pi; place t <= i of them is free for the
+    // terms.
     token.e = guess == nullptr ? term[i] * token.pi : std::exp(logit[i] - work.shift);
     token.distance2 = std::max(w.value_norm2[i] - 2 * dots[t] + norm2, 0.f);  // NaN stays
     token.error2 = token.e * token.e * token.distance2;
@@ -109,8 +114,8 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
       const float code_dot = w.code_dot[head * w.stride + t];
       const float code_distance2 = w.code_norm2[i] - 2 * code_dot + norm2;
       const float inner = w.cross[i] - dots[t] - code_dot + norm2;
-      token.error2 =
-          std::max(0.f, token.error2 + guess[i] * guess[i] * code_distance2 - 2 * token.e * guess[i] * inner);
+      token.error2 = std::max(0.f, token.error2 + guess[i] * guess[i] * code_distance2 -
+                                       2 * token.e * guess[i] * inner);
       sums.relative += (token.e - guess[i]) * (token.e - guess[i]) / token.pi;
       sums.estimate += guess[i] * guess[i] / token.pi;
     }
@@ -131,7 +136,8 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
     int next = 0;
     for (int64_t t = 0; t < tail && next < kRankDraws; ++t) {
       sum += term[t];
-      while (next < kRankDraws && (next + .5) / kRankDraws * sums.variance <= sum) places[next++] = w.tail[t];
+      while (next < kRankDraws && (next + .5) / kRankDraws * sums.variance <= sum)
+        places[next++] = w.tail[t];
     }
     while (next < kRankDraws) places[next++] = w.tail[tail - 1];
     cos2 = MeanCos2(s, group, places, head, output);

@@ -1,4 +1,5 @@
-// The certificate (METHOD.md, "Certificate"): estimated error of a weighted draw, and how much more to draw.
+// The certificate (METHOD.md, "Certificate"): estimated error of a weighted draw, and how much more
+// to draw.
 #ifndef VATTN_KERNELS_CPU_VERIFY_H_
 #define VATTN_KERNELS_CPU_VERIFY_H_
 
@@ -16,13 +17,14 @@ struct Draw {
 // Fills scratch.tail with the places of tokens with pi < 1; returns their number.
 int64_t ListTail(const Group& group, const Draw& draw);
 
-// Variance, effective rank, z and bound of one head with output o [dim_v] (scratch.head[head]); also
-// renews the head's spread, eta2 and cos2 in group.state. `dots` holds v . o of each token of the tail.
-// Follows Estimate and needs what it left: scratch.scaled = e / pi, or scratch.guess with value codes,
-// where scratch.code_dot must hold v^ . o of the tail as well.
-// z comes from row `look` - 1 of the promise's quantiles.
-void VerifyHead(const Storage& storage, const Promise& promise, const Group& group, const Draw& draw,
-                int64_t tail, int look, int head, const float* output, const float* dots);
+// Variance, effective rank, z and bound of one head with output o [dim_v] (scratch.head[head]);
+// also renews the head's spread, eta2 and cos2 in group.state. `dots` holds v . o of each token of
+// the tail. Follows Estimate and needs what it left: scratch.scaled = e / pi, or scratch.guess with
+// value codes, where scratch.code_dot must hold v^ . o of the tail as well. z comes from row `look`
+// - 1 of the promise's quantiles.
+void VerifyHead(const Storage& storage, const Promise& promise, const Group& group,
+                const Draw& draw, int64_t tail, int look, int head, const float* output,
+                const float* dots);
 
 // The least factor on all inclusion probabilities for which every head is expected to pass at look
 // `look` (METHOD.md, "Looks"); at least 1.05, at most 64.

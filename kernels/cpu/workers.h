@@ -18,7 +18,8 @@ class Workers {
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  // Takes the threads from the system now. False if it refuses: the workers are then not to be used.
+  // Takes the threads from the system now. False if it refuses: the workers are then not to be
+  // used.
   bool Start();
   int num_threads() const;
   Stream stream() { return {this}; }
@@ -38,9 +39,10 @@ void ParallelFor(Stream stream, int64_t count, F&& body) {
     return;
   }
   static_cast<Workers*>(stream.handle)
-      ->Run(count,
-            [](void* context, int64_t i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); },
-            const_cast<void*>(static_cast<const void*>(&body)));
+      ->Run(
+          count,
+          [](void* context, int64_t i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); },
+          const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 }  // namespace vattn::cpu

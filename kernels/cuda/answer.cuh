@@ -1,6 +1,6 @@
-// Last stage of a step: a team of thread blocks answers each group. Plan, draws and their rows (read
-// from the hot set or straight from the host pool), certificate, further looks, output. The order of
-// work is that of kernels/cpu/decode.cc.
+// Last stage of a step: a team of thread blocks answers each group. Plan, draws and their rows
+// (read from the hot set or straight from the host pool), certificate, further looks, output. The
+// order of work is that of kernels/cpu/decode.cc.
 #ifndef VATTN_KERNELS_CUDA_ANSWER_CUH_
 #define VATTN_KERNELS_CUDA_ANSWER_CUH_
 
@@ -29,7 +29,9 @@ __device__ void AnswerDense(Team<kHeads>& team, Verdict verdict, bool noisy = fa
   AttendAll<kType, kHeads>(team);
   Combine(team, false, 0);
   TakeHeads(team, false);
-  WriteHeads(team, [](int) { return true; }, [&](int) { return make_float2(static_cast<float>(verdict), 0); });
+  WriteHeads(
+      team, [](int) { return true; },
+      [&](int) { return make_float2(static_cast<float>(verdict), 0); });
   WriteReport(team, {.selected = team.middle(), .fetched = team.middle(), .noisy = noisy});
 }
 
@@ -44,7 +46,8 @@ __device__ void AnswerSelect(Team<kHeads>& team, int64_t drawn, float scale) {
   team.Sync();
   if (team.rank == 0 && threadIdx.x == 0) out.counts[at] = static_cast<int32_t>(need);
   if (need > out.capacity) return;
-  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < need; i += int64_t{team.size} * kThreads) {
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < need;
+       i += int64_t{team.size} * kThreads) {
     int64_t token = i;
     float weight = 0;
     if (i >= before + drawn) {
@@ -58,9 +61,11 @@ __device__ void AnswerSelect(Team<kHeads>& team, int64_t drawn, float scale) {
   }
 }
 
-// Attention over more tokens of the caller's than the list has room for: rows are read past the hot set.
+// Attention over more tokens of the caller's than the list has room for: rows are read past the hot
+// set.
 template <DType kType, int kHeads>
-__device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t count, const float* log_weights) {
+__device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t count,
+                           const float* log_weights) {
   const RowLayout& row = team.p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes);
   const int64_t most = team.group.tokens;
@@ -70,8 +75,10 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
     const float* queries = LoadQueries(team, first);
     if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
     AttendTiles<kType, kHeads>(
-        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
-        team.group.scratch.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
+        queries, team.memory, team.shared.rows,
+        team.group.scratch.state +
+            (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
           if (i >= count) return 0;
@@ -89,8 +96,9 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
   }
   Combine(team, false, 0);
   TakeHeads(team, false);
-  WriteHeads(team, [](int) { return true; },
-             [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
+  WriteHeads(
+      team, [](int) { return true; },
+      [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
   int middle = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     middle += tokens[i] >= team.group.middle_begin && tokens[i] < team.group.middle_end;
@@ -107,22 +115,27 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
   const SelectionArrays& in = team.p.selection;
   const int64_t at = int64_t{team.group.slot} * team.p.kv_heads + team.group.kv_head;
   const int64_t count = min(static_cast<int64_t>(in.counts[at]), in.capacity);
-  if (count > w.capacity) return AnswerLong<kType, kHeads>(team, in.tokens + at * in.capacity, count,
-                                                           in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
+  if (count > w.capacity)
+    return AnswerLong<kType, kHeads>(
+        team, in.tokens + at * in.capacity, count,
+        in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
   const unsigned long long call = *team.p.hot.call;
   const int lane = threadIdx.x % kWarp;
   bool wrong = false;
-  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i - lane < count; i += int64_t{team.size} * kThreads) {
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i - lane < count;
+       i += int64_t{team.size} * kThreads) {
     const uint32_t token = i < count ? static_cast<uint32_t>(in.tokens[at * in.capacity + i]) : 0;
     const bool there = token < team.group.tokens;
-    const bool middle = i < count && token >= team.group.middle_begin && token < team.group.middle_end;
+    const bool middle =
+        i < count && token >= team.group.middle_begin && token < team.group.middle_end;
     wrong = wrong || !there;
     const int misses = Resolve(team.p, team.group, call, middle, token, i);
     if (i < count) {
       w.token[i] = token;
       if (!middle) {
         w.slot[i] = -1;
-        w.row[i] = reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, there ? token : 0));
+        w.row[i] =
+            reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, there ? token : 0));
       }
     }
     const int of_middle = __popc(__ballot_sync(kAllLanes, middle));
@@ -140,13 +153,16 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
   const Report report{.selected = static_cast<int64_t>(team.shared.total[1]),
                       .fetched = static_cast<int64_t>(team.shared.total[0])};
   if (in.log_weights == nullptr) {  // weights are 1
-    for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count; i += int64_t{team.size} * kThreads) {
+    for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count;
+         i += int64_t{team.size} * kThreads) {
       w.weight[i] = INFINITY;
     }
-    for (int h = threadIdx.x; h < team.heads(); h += kThreads) team.shared.head[h].shift = -INFINITY;
+    for (int h = threadIdx.x; h < team.heads(); h += kThreads)
+      team.shared.head[h].shift = -INFINITY;
   }
   team.Sync();
-  AttendList<kType, kHeads>(team, count, 1.f, in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
+  AttendList<kType, kHeads>(
+      team, count, 1.f, in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
   wrong = team.shared.total[2] > 0;
   Combine(team, false, count);
   TakeHeads(team, false);
@@ -154,12 +170,14 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
     // A token out of range cannot be reported from here: NaN says that the answer is none.
     const int dim = team.p.storage.host.row.dim_v;
     for (int h = team.rank; h < team.heads(); h += team.size) {
-      for (int j = threadIdx.x; j < dim; j += kThreads) w.output[static_cast<int64_t>(h) * dim + j] = NAN;
+      for (int j = threadIdx.x; j < dim; j += kThreads)
+        w.output[static_cast<int64_t>(h) * dim + j] = NAN;
     }
     __syncthreads();
   }
-  WriteHeads(team, [](int) { return true; },
-             [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
+  WriteHeads(
+      team, [](int) { return true; },
+      [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
   WriteReport(team, report);
 }
 
@@ -173,13 +191,17 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   }
   TakeHeads(team, true);
   Plan plan = FinishPlan(team);
-  if (plan.noisy && ReadsWhole(team)) return AnswerDense<kType, kHeads>(team, Verdict::kDense, true);
-  const bool sampled = IsFinite(plan.expected);  // NaN in one head's query or in codes draws nothing
+  if (plan.noisy && ReadsWhole(team))
+    return AnswerDense<kType, kHeads>(team, Verdict::kDense, true);
+  // NaN in one head's query or in codes draws nothing
+  const bool sampled = IsFinite(plan.expected);
   const bool coded = team.p.storage.host.value_bits > 0;
   if (team.p.task == Task::kSelect) {
-    const int64_t drawn = Max(Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0), int64_t{0});
+    const int64_t drawn =
+        Max(Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0), int64_t{0});
     if (team.rank == 0) {
-      for (int i = threadIdx.x; i < heads; i += kThreads) team.group.state[i] = team.shared.state[i];
+      for (int i = threadIdx.x; i < heads; i += kThreads)
+        team.group.state[i] = team.shared.state[i];
     }
     AnswerSelect(team, drawn, plan.scale);
     const int64_t fetched = SumFetched(team);
@@ -220,13 +242,15 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     float growth = 1;
     for (int h = 0; h < heads; ++h) growth = Max(growth, LoadShared(team.group.scratch.growth + h));
     const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
-    if (GrownCount(count, tail, growth) > promise.max_selected_share * static_cast<float>(team.middle())) break;
+    if (GrownCount(count, tail, growth) >
+        promise.max_selected_share * static_cast<float>(team.middle()))
+      break;
     if (growth <= kMostGrowth) {
       previous = plan.scale;
       plan.scale *= growth;
     } else {
-      // A heavy token that the index held for light was drawn by luck: what is known is taken as exact,
-      // and the others are drawn anew (kernels/cpu/decode.cc).
+      // A heavy token that the index held for light was drawn by luck: what is known is taken as
+      // exact, and the others are drawn anew (kernels/cpu/decode.cc).
       FixDrawn(team, count);
       SumEstimates(team);
       ++randomness.redraw;
@@ -254,19 +278,22 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     Combine(team, true, 0);
     TakeHeads(team, false);
   }
-  WriteHeads(team, [&](int h) { return passed(h) || !dense; },
-             [&](int h) {
-               return make_float2(static_cast<float>(passed(h) ? Verdict::kVerified : Verdict::kBestEffort),
-                                  judged ? team.shared.head[h].bound : INFINITY);
-             });
+  WriteHeads(
+      team, [&](int h) { return passed(h) || !dense; },
+      [&](int h) {
+        return make_float2(
+            static_cast<float>(passed(h) ? Verdict::kVerified : Verdict::kBestEffort),
+            judged ? team.shared.head[h].bound : INFINITY);
+      });
   if (!all && dense) {
     // Verdicts are kept from what the exact answer is about to overwrite.
     for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.floor[h] = passed(h) ? 1 : 0;
     AttendAll<kType, kHeads>(team);
     Combine(team, false, 0);
     TakeHeads(team, false);
-    WriteHeads(team, [&](int h) { return team.shared.floor[h] == 0; },
-               [](int) { return make_float2(static_cast<float>(Verdict::kDense), 0); });
+    WriteHeads(
+        team, [&](int h) { return team.shared.floor[h] == 0; },
+        [](int) { return make_float2(static_cast<float>(Verdict::kDense), 0); });
     report.selected = report.fetched = team.middle();
   }
   team.Mark(Mark::kDone);
@@ -274,12 +301,13 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
 }
 
 template <DType kType, int kHeads>
-__device__ void AnswerGroup(const DecodeParams& p, const DeviceGroup& group, TeamShared<kHeads>& shared,
-                            std::byte* memory, int rank, int size) {
+__device__ void AnswerGroup(const DecodeParams& p, const DeviceGroup& group,
+                            TeamShared<kHeads>& shared, std::byte* memory, int rank, int size) {
   Team<kHeads> team{p, group, shared, memory, rank, size};
   __syncthreads();
   if (threadIdx.x == 0) shared.fetched = shared.count = 0;
-  for (int i = threadIdx.x; i < kMaxDeviceGroup; i += kThreads) shared.head[i] = HeadWork{.shift = -INFINITY};
+  for (int i = threadIdx.x; i < kMaxDeviceGroup; i += kThreads)
+    shared.head[i] = HeadWork{.shift = -INFINITY};
   __syncthreads();
   if (p.task == Task::kAttendSelected) {
     AnswerSelected<kType, kHeads>(team);
@@ -299,12 +327,14 @@ __device__ void AnswerGroup(const DecodeParams& p, const DeviceGroup& group, Tea
 
 // Thread block b is number b % size of the team of group b / size.
 template <DType kType, int kHeads>
-__global__ void __launch_bounds__(kThreads, 1) AnswerKernel(const __grid_constant__ DecodeParams p, int size) {
+__global__ void __launch_bounds__(kThreads, 1)
+    AnswerKernel(const __grid_constant__ DecodeParams p, int size) {
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ TeamShared<kHeads> shared;
   const int rank = blockIdx.x % size, teams = gridDim.x / size;
   for (int g = blockIdx.x / size; g < p.header->num_groups; g += teams) {
-    if (p.groups[g].tokens > 0) AnswerGroup<kType, kHeads>(p, p.groups[g], shared, memory, rank, size);
+    if (p.groups[g].tokens > 0)
+      AnswerGroup<kType, kHeads>(p, p.groups[g], shared, memory, rank, size);
   }
 }
 
@@ -312,13 +342,14 @@ template <DType kType, int kHeads>
 int LaunchAnswer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
   const auto kernel = AnswerKernel<kType, kHeads>;
   const int bytes = RowsBytes<kHeads>(p.storage.host.row, p.storage.tiles_in_flight);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   DecodeParams params = p;
   int team = shape.team;
   void* arguments[] = {&params, &team};
-  return cudaLaunchCooperativeKernel(kernel, dim3(shape.teams * shape.team), dim3(kThreads), arguments, bytes,
-                                     static_cast<cudaStream_t>(stream.handle));
+  return cudaLaunchCooperativeKernel(kernel, dim3(shape.teams * shape.team), dim3(kThreads),
+                                     arguments, bytes, static_cast<cudaStream_t>(stream.handle));
 }
 
 template <DType kType, int kHeads>
@@ -327,10 +358,14 @@ AnswerShape ShapeOf(const DeviceStorage& storage, int groups) {
   const int bytes = RowsBytes<kHeads>(storage.host.row, storage.tiles_in_flight);
   int device = 0, multiprocessors = 0, each = 0;
   AnswerShape shape;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
+          cudaSuccess &&
       cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, bytes) == cudaSuccess && each > 0) {
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) ==
+          cudaSuccess &&
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, bytes) ==
+          cudaSuccess &&
+      each > 0) {
     const int resident = multiprocessors * each;
     shape.team = std::clamp(resident / groups, 1, kMostTeam);
     shape.teams = std::min(groups, resident / shape.team);

@@ -10,7 +10,8 @@ int AnswerOf<DType::kBF16>::Launch(const DecodeParams& p, const AnswerShape& sha
 
 template <>
 AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage& storage, int q_heads, int groups) {
-  return q_heads <= 4 ? ShapeOf<DType::kBF16, 4>(storage, groups) : ShapeOf<DType::kBF16, 8>(storage, groups);
+  return q_heads <= 4 ? ShapeOf<DType::kBF16, 4>(storage, groups)
+                      : ShapeOf<DType::kBF16, 8>(storage, groups);
 }
 
 }  // namespace vattn::cuda

@@ -10,7 +10,8 @@ int AnswerOf<DType::kF16>::Launch(const DecodeParams& p, const AnswerShape& shap
 
 template <>
 AnswerShape AnswerOf<DType::kF16>::Shape(const DeviceStorage& storage, int q_heads, int groups) {
-  return q_heads <= 4 ? ShapeOf<DType::kF16, 4>(storage, groups) : ShapeOf<DType::kF16, 8>(storage, groups);
+  return q_heads <= 4 ? ShapeOf<DType::kF16, 4>(storage, groups)
+                      : ShapeOf<DType::kF16, 8>(storage, groups);
 }
 
 }  // namespace vattn::cuda

@@ -10,7 +10,8 @@ int AnswerOf<DType::kF32>::Launch(const DecodeParams& p, const AnswerShape& shap
 
 template <>
 AnswerShape AnswerOf<DType::kF32>::Shape(const DeviceStorage& storage, int q_heads, int groups) {
-  return q_heads <= 4 ? ShapeOf<DType::kF32, 4>(storage, groups) : ShapeOf<DType::kF32, 8>(storage, groups);
+  return q_heads <= 4 ? ShapeOf<DType::kF32, 4>(storage, groups)
+                      : ShapeOf<DType::kF32, 8>(storage, groups);
 }
 
 }  // namespace vattn::cuda

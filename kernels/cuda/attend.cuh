@@ -1,5 +1,5 @@
-// Attention of a team: over its list of drawn or given rows, over every token, and the merging of its
-// thread blocks' states.
+// Attention of a team: over its list of drawn or given rows, over every token, and the merging of
+// its thread blocks' states.
 #ifndef VATTN_KERNELS_CUDA_ATTEND_CUH_
 #define VATTN_KERNELS_CUDA_ATTEND_CUH_
 
@@ -14,18 +14,23 @@ namespace vattn::cuda {
 template <int kHeads>
 __device__ float* LoadQueries(Team<kHeads>& team, int first) {
   const RowLayout& row = team.p.storage.host.row;
-  float* queries = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) - kHeads * row.dim_k;
+  float* queries = reinterpret_cast<float*>(
+                       team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) -
+                   kHeads * row.dim_k;
   const int now = min(kHeads, team.heads() - first);
   __syncthreads();
   for (int i = threadIdx.x; i < kHeads * row.dim_k; i += kThreads) {
-    queries[i] = i < now * row.dim_k ? team.group.scratch.query[static_cast<int64_t>(first) * row.dim_k + i] : 0;
+    queries[i] = i < now * row.dim_k
+                     ? team.group.scratch.query[static_cast<int64_t>(first) * row.dim_k + i]
+                     : 0;
   }
   return queries;
 }
 
 // Copies the first `count` rows of a tile to their hot slots in shared.slot. Holds a barrier.
 template <int kHeads>
-__device__ void KeepRows(Team<kHeads>& team, const TileShape& shape, const std::byte* tile, int count) {
+__device__ void KeepRows(Team<kHeads>& team, const TileShape& shape, const std::byte* tile,
+                         int count) {
   const HotSetRef& hot = team.p.hot;
   if (hot.slots == 0) return;
   __syncthreads();  // shared.slot is there
@@ -39,10 +44,11 @@ __device__ void KeepRows(Team<kHeads>& team, const TileShape& shape, const std::
   }
 }
 
-// States of all heads over this block's tiles of the list. log_weights: added to the logits, in place of
-// the inclusion probabilities at `scale`; null: those.
+// States of all heads over this block's tiles of the list. log_weights: added to the logits, in
+// place of the inclusion probabilities at `scale`; null: those.
 template <DType kType, int kHeads>
-__device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float scale, const float* log_weights) {
+__device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float scale,
+                                        const float* log_weights) {
   const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
@@ -52,12 +58,14 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
   for (int first = 0; first < heads; first += kHeads) {
     const float* queries = LoadQueries(team, first);
     if (tid < kHeads) {
-      team.shared.rows.most[tid] =
-          log_weights != nullptr || first + tid >= heads ? -INFINITY : team.shared.head[first + tid].shift;
+      team.shared.rows.most[tid] = log_weights != nullptr || first + tid >= heads
+                                       ? -INFINITY
+                                       : team.shared.head[first + tid].shift;
     }
     float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (row.dim_v + 3);
     AttendTiles<kType, kHeads>(
-        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, heads - first), queries, team.memory, team.shared.rows, state,
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, heads - first), queries,
+        team.memory, team.shared.rows, state,
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
           return i < count ? LoadShared(w.row + i) : 0;
@@ -75,7 +83,9 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
           if (first + h == 0) w.norm2[i] = team.shared.rows.norm2[r];
         },
         [&](int k, const std::byte* tile) {
-          if (first == 0) KeepRows(team, shape, tile, static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})));
+          if (first == 0)
+            KeepRows(team, shape, tile,
+                     static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})));
         });
   }
 }
@@ -93,45 +103,53 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
     const float* queries = LoadQueries(team, first);
     if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
     AttendTiles<kType, kHeads>(
-        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first), queries, team.memory, team.shared.rows,
+        row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
+        queries, team.memory, team.shared.rows,
         w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
         [&](int k, int r) -> uint64_t {
-          return token(k, r) < count ? reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token(k, r)))
+          return token(k, r) < count ? reinterpret_cast<uint64_t>(
+                                           RowAddress(team.p.storage, team.group, token(k, r)))
                                      : 0;
         },
         [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); },
-        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {}, [](int, const std::byte*) {});
+        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {},
+        [](int, const std::byte*) {});
   }
 }
 
-// Rows that AttendList brought to the hot set may be found there from now on. After a barrier, so that
-// they are whole.
+// Rows that AttendList brought to the hot set may be found there from now on. After a barrier, so
+// that they are whole.
 template <int kHeads>
 __device__ void Publish(Team<kHeads>& team, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const HotSetRef& hot = team.p.hot;
-  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count; i += int64_t{team.size} * kThreads) {
+  for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count;
+       i += int64_t{team.size} * kThreads) {
     const int32_t slot = LoadShared(w.slot + i);
     if (slot < 0) continue;
     const uint32_t token = LoadShared(w.token + i);
     const int64_t block = team.group.blocks[token / kBlockTokens];
     __threadfence();
-    *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) = slot;
-    w.row[i] = reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * team.p.storage.host.row.row_bytes);
+    *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) =
+        slot;
+    w.row[i] =
+        reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * team.p.storage.host.row.row_bytes);
     w.slot[i] = -1;
   }
 }
 
-// Merges the team's states of this block's heads from `walks` walks over lists, and if `fixed` those of
-// sinks and window and of value codes: output, shift, denominator and ref to scratch; publishes the first
-// `count` rows of the list. Barriers before and after.
+// Merges the team's states of this block's heads from `walks` walks over lists, and if `fixed`
+// those of sinks and window and of value codes: output, shift, denominator and ref to scratch;
+// publishes the first `count` rows of the list. Barriers before and after.
 template <int kHeads>
 __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count, int walks = 1) {
   const GroupScratch& w = team.group.scratch;
   const Promise& promise = team.p.promise;
   const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
-  const bool coded = fixed && team.p.storage.host.value_bits > 0 && promise.policy == Policy::kVerified;
-  const int walked = walks * team.size, rows = walked + (fixed ? kFixedParts : 0), parts = rows + (coded ? 1 : 0);
+  const bool coded =
+      fixed && team.p.storage.host.value_bits > 0 && promise.policy == Policy::kVerified;
+  const int walked = walks * team.size, rows = walked + (fixed ? kFixedParts : 0),
+            parts = rows + (coded ? 1 : 0);
   __shared__ float norms[kWarps];
   float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
   const auto state = [&](int r, int h) {
@@ -154,7 +172,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     for (int r = tid; r < parts; r += kThreads) {
       const float* at = state(r, h) + dim;
       const float own = r < rows ? LoadShared(at + 1) : 0;
-      const float of_codes = r >= rows               ? LoadShared(at + 1)
+      const float of_codes = r >= rows                ? LoadShared(at + 1)
                              : coded && r < team.size ? LoadShared(w.coded_mass + r * heads + h)
                                                       : 0;
       const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadShared(at) - most);
@@ -173,7 +191,8 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     for (int i = tid; i < shares * dim; i += kThreads) {
       float sum = 0;
 #pragma unroll 8
-      for (int r = i / dim; r < parts; r += shares) sum = fmaf(factor[r], LoadShared(state(r, h) + i % dim), sum);
+      for (int r = i / dim; r < parts; r += shares)
+        sum = fmaf(factor[r], LoadShared(state(r, h) + i % dim), sum);
       share[i] = sum;
     }
     __syncthreads();
@@ -192,7 +211,9 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       work.shift = most;
       work.denominator = denominator;
       work.unseen = coded_mass;
-      work.least_ref = promise.norm == Norm::kValue ? promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, 1e-30f), 0.f)) : 0;
+      work.least_ref = promise.norm == Norm::kValue
+                           ? promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, 1e-30f), 0.f))
+                           : 0;
       w.head[h] = work;
     }
     __syncthreads();
@@ -206,10 +227,12 @@ __device__ void TakeHeads(Team<kHeads>& team, bool states) {
   const int words = sizeof(HeadWork) / 4, state_words = sizeof(HeadState) / 4;
   __syncthreads();
   for (int i = threadIdx.x; i < team.heads() * words; i += kThreads) {
-    reinterpret_cast<float*>(team.shared.head)[i] = LoadShared(reinterpret_cast<const float*>(team.group.scratch.head) + i);
+    reinterpret_cast<float*>(team.shared.head)[i] =
+        LoadShared(reinterpret_cast<const float*>(team.group.scratch.head) + i);
   }
   for (int i = threadIdx.x; states && i < team.heads() * state_words; i += kThreads) {
-    reinterpret_cast<float*>(team.shared.state)[i] = LoadShared(reinterpret_cast<const float*>(team.group.state) + i);
+    reinterpret_cast<float*>(team.shared.state)[i] =
+        LoadShared(reinterpret_cast<const float*>(team.group.state) + i);
   }
   __syncthreads();
 }

@@ -26,10 +26,12 @@ bool Ranked(const Promise& promise) {
   return promise.policy == Policy::kTopK || promise.policy == Policy::kTopKUniform;
 }
 
-// Rows that a draw may hold: the promise's share of the tokens, and what chance may add. All with top-k.
+// Rows that a draw may hold: the promise's share of the tokens, and what chance may add. All with
+// top-k.
 int64_t ListCapacity(const Promise& promise, int64_t tokens) {
   if (Ranked(promise)) return tokens;
-  const auto share = static_cast<int64_t>(1.1 * promise.max_selected_share * static_cast<double>(tokens)) + 4096;
+  const auto share =
+      static_cast<int64_t>(1.1 * promise.max_selected_share * static_cast<double>(tokens)) + 4096;
   return share < tokens ? share : tokens;
 }
 
@@ -46,7 +48,9 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(sampled * blocks * heads * kBlockTokens, w.estimate);
   c.Take(sampled * blocks * heads, w.shift);
   c.Take(sampled * blocks * heads, w.mass);
-  c.Take(ranks || (sampled && promise.index == IndexKind::kExact) ? blocks * heads * kBlockTokens : 0, w.score);
+  c.Take(
+      ranks || (sampled && promise.index == IndexKind::kExact) ? blocks * heads * kBlockTokens : 0,
+      w.score);
   c.Take(sampled * blocks * kBlockTokens, w.candidate);
   c.Take(sampled * kMostSegments, w.candidates);
   c.Take(sampled * kMostSegments * (heads + 1), w.predicted);
@@ -63,7 +67,8 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(heads * s.row.dim_k, w.query);
   // An index has no more segments than there are blocks.
   const bool balanced = s.code.kind == IndexKind::kBalanced;
-  const int64_t segments = balanced && blocks > 1 ? (blocks < kMaxSegments ? blocks : kMaxSegments) : 1;
+  const int64_t segments =
+      balanced && blocks > 1 ? (blocks < kMaxSegments ? blocks : kMaxSegments) : 1;
   c.Take(segments * ((heads + 7) / 8), w.packed);
   if (balanced) c.Take(segments * heads, w.noise);
   if (balanced) c.Take(segments * heads, w.sure);
@@ -93,7 +98,8 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
 int TilesInFlight(const Storage& storage) {
   int device = 0, most = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
     cudaGetLastError();
     return kLeastTiles;
   }
@@ -105,26 +111,34 @@ int TilesInFlight(const Storage& storage) {
 
 AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups) {
   switch (storage.host.row.dtype) {
-    case DType::kF32: return AnswerOf<DType::kF32>::Shape(storage, q_heads, groups);
-    case DType::kF16: return AnswerOf<DType::kF16>::Shape(storage, q_heads, groups);
-    default: return AnswerOf<DType::kBF16>::Shape(storage, q_heads, groups);
+    case DType::kF32:
+      return AnswerOf<DType::kF32>::Shape(storage, q_heads, groups);
+    case DType::kF16:
+      return AnswerOf<DType::kF16>::Shape(storage, q_heads, groups);
+    default:
+      return AnswerOf<DType::kBF16>::Shape(storage, q_heads, groups);
   }
 }
 
 int Answer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
   switch (p.storage.host.row.dtype) {
-    case DType::kF32: return AnswerOf<DType::kF32>::Launch(p, shape, stream);
-    case DType::kF16: return AnswerOf<DType::kF16>::Launch(p, shape, stream);
-    default: return AnswerOf<DType::kBF16>::Launch(p, shape, stream);
+    case DType::kF32:
+      return AnswerOf<DType::kF32>::Launch(p, shape, stream);
+    case DType::kF16:
+      return AnswerOf<DType::kF16>::Launch(p, shape, stream);
+    default:
+      return AnswerOf<DType::kBF16>::Launch(p, shape, stream);
   }
 }
 
 int Decode(const DecodeParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
   int error = Prepare(p, stream);
   const bool chosen = p.promise.policy != Policy::kDense && p.task != Task::kAttendSelected;
-  const bool sampled = chosen && p.promise.policy == Policy::kVerified, exact = p.promise.index == IndexKind::kExact;
+  const bool sampled = chosen && p.promise.policy == Policy::kVerified,
+             exact = p.promise.index == IndexKind::kExact;
   if (error == cudaSuccess && chosen && exact) error = ScoreRows(p, multiprocessors, stream);
-  if (error == cudaSuccess && chosen && (sampled || !exact)) error = Scan(p, multiprocessors, stream);
+  if (error == cudaSuccess && chosen && (sampled || !exact))
+    error = Scan(p, multiprocessors, stream);
   const bool coded = sampled && p.storage.host.value_bits > 0 && p.task == Task::kDecode;
   if (error == cudaSuccess && coded) error = SumValues(p, stream);
   if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);

@@ -1,6 +1,6 @@
-// Passes over the estimates of a group (METHOD.md, "Selection"): predicted variance, candidates, and the draw.
-// weight^2 of a token = sum_h (gain_h e^_h + floor_h)^2, it is drawn iff u < scale * weight, and surely where ln e^_h
-// is scratch.sure or over it for any head.
+// Passes over the estimates of a group (METHOD.md, "Selection"): predicted variance, candidates,
+// and the draw. weight^2 of a token = sum_h (gain_h e^_h + floor_h)^2, it is drawn iff u < scale *
+// weight, and surely where ln e^_h is scratch.sure or over it for any head.
 #ifndef VATTN_KERNELS_CUDA_DRAW_CUH_
 #define VATTN_KERNELS_CUDA_DRAW_CUH_
 
@@ -11,7 +11,8 @@
 
 namespace vattn::cuda {
 
-// Whose random numbers a draw takes: the permanent ones, or those of the step's n-th redraw, n from 1.
+// Whose random numbers a draw takes: the permanent ones, or those of the step's n-th redraw, n from
+// 1.
 struct Randomness {
   uint32_t refresh = 1;
   uint32_t redraw = 0;
@@ -22,8 +23,8 @@ inline __device__ float Uniform(const DeviceGroup& group, const Randomness& r, u
   const uint32_t refresh = r.redraw > 0 ? 1 : r.refresh;
   const uint32_t use = r.redraw > 0 ? static_cast<uint32_t>(RandomUse::kRedraw) + r.redraw - 1
                                     : static_cast<uint32_t>(RandomUse::kSelect);
-  const Philox4 x = Philox({{counter, Epoch(counter, group.step, refresh), group.key.stream, use}}, group.key.key0,
-                           group.key.key1);
+  const Philox4 x = Philox({{counter, Epoch(counter, group.step, refresh), group.key.stream, use}},
+                           group.key.key0, group.key.key1);
   return UnitFloat(x.word[(token >> 4) & 3]);
 }
 
@@ -32,14 +33,16 @@ inline __device__ const float* SureScores(const GroupScratch& w, int segment, in
   return w.sure == nullptr ? nullptr : w.sure + segment * heads;
 }
 
-// The least estimate of a block with this shift from which on head h draws a token surely. sure: of SureScores.
+// The least estimate of a block with this shift from which on head h draws a token surely. sure: of
+// SureScores.
 inline __device__ float SureEstimate(const float* sure, int h, float shift) {
   constexpr float kNever = 2;  // over every estimate
   // Tokens that are not there have estimate 0.
   return sure == nullptr ? kNever : fmaxf(expf(fminf(1.f, sure[h] - shift)), kLeastEstimate);
 }
 
-// e's part of weight^2; a marked token, with e < 0 for every head, is always drawn, as is one with e >= sure.
+// e's part of weight^2; a marked token, with e < 0 for every head, is always drawn, as is one with
+// e >= sure.
 inline __device__ void AddWeight(float e, float gain, float floor, float sure, float& weight2) {
   if (e < 0 || e >= sure) {
     weight2 = kMarkedWeight2;
@@ -56,8 +59,8 @@ inline __device__ float Excess(float weight2, float scale, float& expected) {
   return fmaxf(inverse / scale - 1.f, 0.f);
 }
 
-// One tile of 16 tokens in `stride` is looked at, in block b those whose number is (phase + b) modulo
-// stride: how many there are in so many blocks, and where the item-th lies.
+// One tile of 16 tokens in `stride` is looked at, in block b those whose number is (phase + b)
+// modulo stride: how many there are in so many blocks, and where the item-th lies.
 constexpr int kTilesPerBlock = kBlockTokens / kTileTokens;
 inline __device__ int64_t SampledTiles(int stride, int64_t blocks) {
   if (stride <= kTilesPerBlock) return blocks * (kTilesPerBlock / stride);
@@ -84,24 +87,28 @@ __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int 
   const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int64_t blocks = NumBlocks(team.group);
   constexpr int kLanes = kTileTokens / 2;  // a lane takes two tokens
-  for (int i = tid; i < kWarps * (kMaxDeviceGroup + 1); i += kThreads) (&team.shared.sums[0][0])[i] = 0;
+  for (int i = tid; i < kWarps * (kMaxDeviceGroup + 1); i += kThreads)
+    (&team.shared.sums[0][0])[i] = 0;
   __syncthreads();
   const int64_t items = SampledTiles(stride, blocks);
   const int64_t step = static_cast<int64_t>(team.size) * (kThreads / kLanes);
   const int64_t rounds = (items + step - 1) / step;
   float expected = 0;
   for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t item = round * step + static_cast<int64_t>(team.rank) * (kThreads / kLanes) + tid / kLanes;
+    const int64_t item =
+        round * step + static_cast<int64_t>(team.rank) * (kThreads / kLanes) + tid / kLanes;
     const auto [b0, tile0] = SampledTile(stride, phase, item);
     int64_t b = b0;
     int tile = tile0;
     const bool in = item < items && b < blocks;
     if (!in) b = 0, tile = 0;
-    const uint16_t* estimate = w.estimate + b * heads * kBlockTokens + tile * kTileTokens + tid % kLanes * 2;
+    const uint16_t* estimate =
+        w.estimate + b * heads * kBlockTokens + tile * kTileTokens + tid % kLanes * 2;
     const float* sure = SureScores(w, SegmentAt(team.group, FirstBlock(team.group) + b), heads);
     float weight2[2] = {};
     for (int h = 0; h < heads; ++h) {
-      const float2 e = __half22float2(*reinterpret_cast<const __half2*>(estimate + h * kBlockTokens));
+      const float2 e =
+          __half22float2(*reinterpret_cast<const __half2*>(estimate + h * kBlockTokens));
       const float shift = w.shift[b * heads + h], gain = expf(team.shared.log_gain[h] + shift);
       const float limit = SureEstimate(sure, h, shift);
       AddWeight(e.x, gain, team.shared.floor[h], limit, weight2[0]);
@@ -109,9 +116,11 @@ __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int 
     }
     float none = 0;
     float& sum = in ? expected : none;
-    const float excess0 = in ? Excess(weight2[0], scale, sum) : 0, excess1 = in ? Excess(weight2[1], scale, sum) : 0;
+    const float excess0 = in ? Excess(weight2[0], scale, sum) : 0,
+                excess1 = in ? Excess(weight2[1], scale, sum) : 0;
     for (int h = 0; h < heads; ++h) {
-      const float2 e = __half22float2(*reinterpret_cast<const __half2*>(estimate + h * kBlockTokens));
+      const float2 e =
+          __half22float2(*reinterpret_cast<const __half2*>(estimate + h * kBlockTokens));
       const float gain = expf(team.shared.log_gain[h] + w.shift[b * heads + h]);
       const float x0 = e.x * gain, x1 = e.y * gain;
       const float variance = WarpSum(x0 * x0 * excess0 + x1 * x1 * excess1);
@@ -129,13 +138,17 @@ __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int 
   team.Add(heads + 1);
 }
 
-// One block of 256 tokens by one warp: a lane takes tokens 64 r + 16 k + 2 p + {0, 1}, r = lane / 8,
-// p = lane % 8, k = 0 .. 3, so that two Philox calls give its eight random numbers.
+// One block of 256 tokens by one warp: a lane takes tokens 64 r + 16 k + 2 p + {0, 1}, r = lane /
+// 8, p = lane % 8, k = 0 .. 3, so that two Philox calls give its eight random numbers.
 constexpr int kDrawTokens = 8;
-inline __device__ int DrawToken(int lane, int i) { return lane / 8 * 64 + i / 2 * 16 + lane % 8 * 2 + i % 2; }
+inline __device__ int DrawToken(int lane, int i) {
+  return lane / 8 * 64 + i / 2 * 16 + lane % 8 * 2 + i % 2;
+}
 
-// Writes a warp's kept tokens (ballots, by place in the lane) of one block, ascending; their number.
-inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane, const unsigned (&kept)[kDrawTokens],
+// Writes a warp's kept tokens (ballots, by place in the lane) of one block, ascending; their
+// number.
+inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane,
+                                      const unsigned (&kept)[kDrawTokens],
                                       const float (&weight2)[kDrawTokens]) {
   // Ranks in the order of tokens: runs of 8 lanes one after the other, in a run k by k.
   const unsigned run = 0xffu << (lane / 8 * 8), before_run = (1u << (lane / 8 * 8)) - 1;
@@ -151,7 +164,8 @@ inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane, c
     const int here = rank + __popc(kept[i] & before_lane) + __popc(kept[i + 1] & before_lane);
     const bool even = kept[i] >> lane & 1, odd = kept[i + 1] >> lane & 1;
     const auto put = [&](int at, int j) {
-      out[at] = uint64_t{first + DrawToken(lane, j)} | uint64_t{__float_as_uint(__fsqrt_rn(weight2[j]))} << 32;
+      out[at] = uint64_t{first + DrawToken(lane, j)} |
+                uint64_t{__float_as_uint(__fsqrt_rn(weight2[j]))} << 32;
     };
     if (even) put(here, i);
     if (odd) put(here + even, i + 1);
@@ -160,16 +174,19 @@ inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane, c
   return count;
 }
 
-// One segment by a warp: predicted variance of every head and expected draws to scratch.predicted, and
-// as candidates all tokens with u < bound * weight, one after the other from where its tokens start.
+// One segment by a warp: predicted variance of every head and expected draws to scratch.predicted,
+// and as candidates all tokens with u < bound * weight, one after the other from where its tokens
+// start.
 template <int kHeads>
-__device__ void PredictSegment(const DeviceGroup& group, int heads, int segment, const float* log_gain,
-                               const float* floors, float scale, float bound, Randomness randomness) {
+__device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
+                               const float* log_gain, const float* floors, float scale, float bound,
+                               Randomness randomness) {
   const GroupScratch& w = group.scratch;
   const int lane = threadIdx.x % kWarp;
   const uint32_t refresh = randomness.redraw > 0 ? 1 : randomness.refresh;
-  const uint32_t use = randomness.redraw > 0 ? static_cast<uint32_t>(RandomUse::kRedraw) + randomness.redraw - 1
-                                             : static_cast<uint32_t>(RandomUse::kSelect);
+  const uint32_t use = randomness.redraw > 0
+                           ? static_cast<uint32_t>(RandomUse::kRedraw) + randomness.redraw - 1
+                           : static_cast<uint32_t>(RandomUse::kSelect);
   const RandomKey key = group.key;
   const uint64_t step = group.step;
   const uint16_t* const estimates = w.estimate;
@@ -187,7 +204,8 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
     __syncwarp();
   }
   int candidates = 0;
-  // Estimates of kHeads heads from `first` on of block b, and the unit of head first + lane % kHeads.
+  // Estimates of kHeads heads from `first` on of block b, and the unit of head first + lane %
+  // kHeads.
   constexpr bool kAhead = kHeads <= 4;  // there are registers for the next block's
   __half2 held[kHeads][kDrawTokens / 2], next[kAhead ? kHeads : 1][kDrawTokens / 2];
   float shift = 0, next_shift = 0;
@@ -199,7 +217,9 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
       const uint16_t* from = estimates + (b * heads + first + h) * kBlockTokens;
 #pragma unroll
       for (int k = 0; k < kDrawTokens / 2; ++k) {
-        to[h][k] = first + h < heads ? *reinterpret_cast<const __half2*>(from + DrawToken(lane, 2 * k)) : __half2{};
+        to[h][k] = first + h < heads
+                       ? *reinterpret_cast<const __half2*>(from + DrawToken(lane, 2 * k))
+                       : __half2{};
       }
     }
   };
@@ -209,7 +229,8 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
   int index_segment = SegmentAt(group, first_block + begin);
   int64_t index_end = SegmentEnd(group, index_segment, first_block + end);
   for (int64_t b = begin; b < end; ++b) {
-    if (first_block + b >= index_end) index_end = SegmentEnd(group, ++index_segment, first_block + end);
+    if (first_block + b >= index_end)
+      index_end = SegmentEnd(group, ++index_segment, first_block + end);
     const float* const sure = SureScores(w, index_segment, heads);
     const uint16_t* estimate = estimates + b * heads * kBlockTokens;
     float weight2[kDrawTokens] = {};
@@ -234,7 +255,8 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
       const float own_limit = SureEstimate(mine < heads ? sure : nullptr, mine, shift);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        const float gain = __shfl_sync(kAllLanes, own, h), limit = __shfl_sync(kAllLanes, own_limit, h);
+        const float gain = __shfl_sync(kAllLanes, own, h),
+                    limit = __shfl_sync(kAllLanes, own_limit, h);
         const float least = heads <= kHeads ? floor[h] : first + h < heads ? floors[first + h] : 0;
 #pragma unroll
         for (int k = 0; k < kDrawTokens / 2; ++k) {
@@ -251,7 +273,8 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t counter = TokenCounter(first_token + DrawToken(lane, j));
-      const Philox4 r = Philox({{counter, Epoch(counter, step, refresh), key.stream, use}}, key.key0, key.key1);
+      const Philox4 r =
+          Philox({{counter, Epoch(counter, step, refresh), key.stream, use}}, key.key0, key.key1);
 #pragma unroll
       for (int k = 0; k < kDrawTokens / 2; ++k) {
         const int i = 2 * k + j;
@@ -283,8 +306,8 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
         float sum = 0;
 #pragma unroll
         for (int k = 0; k < kDrawTokens / 2; ++k) {
-          const float2 e = __half22float2(
-              *reinterpret_cast<const __half2*>(estimate + h * kBlockTokens + DrawToken(lane, 2 * k)));
+          const float2 e = __half22float2(*reinterpret_cast<const __half2*>(
+              estimate + h * kBlockTokens + DrawToken(lane, 2 * k)));
           const float x0 = e.x * gain, x1 = e.y * gain;
           sum = fmaf(x0 * x0, excess[2 * k], sum);
           sum = fmaf(x1 * x1, excess[2 * k + 1], sum);
@@ -321,7 +344,8 @@ __device__ void SumPredicted(Team<kHeads>& team) {
 #pragma unroll
     for (int i = 0; i < kMostSegments / kWarp; ++i) {
       const int s = i * kWarp + lane;
-      sum += s < segments ? LoadShared(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h) : 0.f;
+      sum +=
+          s < segments ? LoadShared(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h) : 0.f;
     }
     sum = WarpSum(sum);
     if (lane == 0) team.shared.total[h] = sum;
@@ -331,21 +355,24 @@ __device__ void SumPredicted(Team<kHeads>& team) {
 
 // PredictSegment of all of the middle by the team, and the sums. Two barriers.
 template <int kHeads>
-__device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float bound, Randomness randomness) {
+__device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float bound,
+                                        Randomness randomness) {
   __syncthreads();
-  for (int s = team.SegmentBegin(threadIdx.x / kWarp); s < team.SegmentBegin(threadIdx.x / kWarp + 1); ++s) {
-    PredictSegment<kHeads>(team.group, team.heads(), s, team.shared.log_gain, team.shared.floor, scale, bound,
-                           randomness);
+  for (int s = team.SegmentBegin(threadIdx.x / kWarp);
+       s < team.SegmentBegin(threadIdx.x / kWarp + 1); ++s) {
+    PredictSegment<kHeads>(team.group, team.heads(), s, team.shared.log_gain, team.shared.floor,
+                           scale, bound, randomness);
   }
   team.Sync();
   SumPredicted(team);
 }
 
-// Appends the candidates with low * weight <= u < high * weight, ascending, to the list after its first
-// `count`, and finds their rows; the new count, or -1 if the list has no room for it. Counts misses in
-// shared.fetched. Others see this block's part after a barrier.
+// Appends the candidates with low * weight <= u < high * weight, ascending, to the list after its
+// first `count`, and finds their rows; the new count, or -1 if the list has no room for it. Counts
+// misses in shared.fetched. Others see this block's part after a barrier.
 template <int kHeads>
-__device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high, Randomness randomness, int64_t count) {
+__device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high,
+                                     Randomness randomness, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int64_t segment_tokens = SegmentBlocks(NumBlocks(team.group)) * kBlockTokens;
@@ -374,7 +401,8 @@ __device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high, 
   // Where this thread block's part of the list starts.
   int64_t first = count, all = own;
   if (team.size > 1) {
-    double* totals = w.partial + static_cast<int64_t>(team.parity) * team.size * kPartials(team.heads());
+    double* totals =
+        w.partial + static_cast<int64_t>(team.parity) * team.size * kPartials(team.heads());
     if (tid == 0) totals[team.rank] = own;
     team.Sync();
     const int n = lane < team.size ? static_cast<int>(LoadShared(totals + lane)) : 0;
@@ -403,14 +431,15 @@ __device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high, 
   const unsigned long long call = *team.p.hot.call;
   for (int i = tid; i - lane < own; i += kThreads) {
     const bool in = i < own;
-    const int misses = Resolve(team.p, team.group, call, in, in ? w.token[first + i] : 0, first + i);
+    const int misses =
+        Resolve(team.p, team.group, call, in, in ? w.token[first + i] : 0, first + i);
     if (lane == 0 && misses > 0) atomicAdd(&team.shared.fetched, misses);
   }
   return count + all;
 }
 
-// Makes the drawn tokens exact (kernels/cpu/sample.h, FixDrawn): weight infinite, estimate 0, and the
-// masses of all blocks summed anew.
+// Makes the drawn tokens exact (kernels/cpu/sample.h, FixDrawn): weight infinite, estimate 0, and
+// the masses of all blocks summed anew.
 template <int kHeads>
 __device__ __noinline__ void FixDrawn(Team<kHeads>& team, int64_t count) {
   const GroupScratch& w = team.group.scratch;
@@ -421,7 +450,8 @@ __device__ __noinline__ void FixDrawn(Team<kHeads>& team, int64_t count) {
     const int64_t b = token / kBlockTokens - FirstBlock(team.group);
     if (team.rank == 0) w.weight[i] = INFINITY;
     if (b < team.BlocksBegin() || b >= team.BlocksEnd()) continue;
-    for (int h = 0; h < heads; ++h) w.estimate[(b * heads + h) * kBlockTokens + token % kBlockTokens] = 0;
+    for (int h = 0; h < heads; ++h)
+      w.estimate[(b * heads + h) * kBlockTokens + token % kBlockTokens] = 0;
   }
   __syncthreads();
   for (int64_t i = team.BlocksBegin() * heads + warp; i < team.BlocksEnd() * heads; i += kWarps) {

@@ -1,5 +1,5 @@
-// Op encode: index codes of tiles of 16 tokens (METHOD.md, "Index"). x_j is the chain of fused multiply-adds
-// of kernels/cpu/encode.cc, so codes are the same bits.
+// Op encode: index codes of tiles of 16 tokens (METHOD.md, "Index"). x_j is the chain of fused
+// multiply-adds of kernels/cpu/encode.cc, so codes are the same bits.
 #include <cmath>
 
 #include "kernels/cuda/launch.h"
@@ -14,22 +14,26 @@ constexpr int kEncodeThreads = 128;
 __device__ uint32_t Level(float x, int bits) {
   const int half = 1 << (bits - 1);
   const float level = floorf(x) + static_cast<float>(half);
-  return static_cast<uint32_t>(fminf(fmaxf(0.f, level), static_cast<float>(2 * half - 1)));  // NaN: 0
+  // NaN: 0
+  return static_cast<uint32_t>(fminf(fmaxf(0.f, level), static_cast<float>(2 * half - 1)));
 }
 
 template <DType kType>
-__global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage storage, const EncodeItem* items) {
+__global__ void __launch_bounds__(kEncodeThreads)
+    EncodeKernel(DeviceStorage storage, const EncodeItem* items) {
   using E = Element<kType>;
   extern __shared__ __align__(16) float memory[];
   const Storage& s = storage.host;
   const EncodeItem& item = items[blockIdx.y];
   const int dim = s.row.dim_k, many = s.code.dims8 + s.code.dims4 + s.code.dims2;
-  const int dims = many + s.code.dims1, padded = (dims + 15) / 16 * 16, padded_rest = (dim - dims + 15) / 16 * 16;
+  const int dims = many + s.code.dims1, padded = (dims + 15) / 16 * 16,
+            padded_rest = (dim - dims + 15) / 16 * 16;
   const int words = s.code.dims8 / 4 + s.code.dims4 / 8 + s.code.dims2 / 16 + s.code.dims1 / 32;
   const bool marks = s.code.kind == IndexKind::kBalanced;
-  float* keys = memory;                                                     // [dim][16]
+  float* keys = memory;                       // [dim][16]
   float* squares = keys + dim * kTileTokens;  // with marks: [dim][16] of residuals
-  uint8_t* levels = reinterpret_cast<uint8_t*>(marks ? squares + dim * kTileTokens : squares);  // [dims][16]
+  // [dims][16]
+  uint8_t* levels = reinterpret_cast<uint8_t*>(marks ? squares + dim * kTileTokens : squares);
   __shared__ bool marked[kTileTokens];
   for (int64_t token = item.begin + int64_t{blockIdx.x} * kTileTokens; token < item.end;
        token += int64_t{gridDim.x} * kTileTokens) {
@@ -56,8 +60,12 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
           x[4 * t + 3] = fmaf(v.w, e, x[4 * t + 3]);
         }
       }
-      const int bits = j < s.code.dims8 ? 7 : j < s.code.dims8 + s.code.dims4 ? 4 : j < many ? 2 : 1;
-      const float half = static_cast<float>(1 << (bits - 1)), step = marks && j < dims ? item.index.step[j] : 1;
+      const int bits = j < s.code.dims8                  ? 7
+                       : j < s.code.dims8 + s.code.dims4 ? 4
+                       : j < many                        ? 2
+                                                         : 1;
+      const float half = static_cast<float>(1 << (bits - 1)),
+                  step = marks && j < dims ? item.index.step[j] : 1;
 #pragma unroll
       for (int t = 0; t < kTileTokens; ++t) {
         float r = x[t];
@@ -91,7 +99,8 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
       }
     }
     __syncthreads();
-    const int64_t block = item.blocks[token / kBlockTokens], at = token % kBlockTokens / kTileTokens * words * 64;
+    const int64_t block = item.blocks[token / kBlockTokens],
+                  at = token % kBlockTokens / kTileTokens * words * 64;
     for (int i = threadIdx.x; i < words * kTileTokens; i += kEncodeThreads) {
       int w = i / kTileTokens, first, bits;
       const int t = i % kTileTokens;
@@ -116,15 +125,19 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(DeviceStorage sto
 }
 
 template <DType kType>
-int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, cudaStream_t stream) {
+int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
+                 cudaStream_t stream) {
   const int dims = storage.host.code.dims();
-  const int floats = storage.host.row.dim_k * (storage.host.code.kind == IndexKind::kBalanced ? 2 : 1);
+  const int floats =
+      storage.host.row.dim_k * (storage.host.code.kind == IndexKind::kBalanced ? 2 : 1);
   const int bytes = floats * kTileTokens * 4 + dims * kTileTokens;
   const auto kernel = EncodeKernel<kType>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (most + kTileTokens - 1) / kTileTokens;
-  for (int first = 0; first < count; first += 65535) {  // as many as the second grid dimension takes
+  // As many as the second grid dimension takes
+  for (int first = 0; first < count; first += 65535) {
     const dim3 grid(static_cast<unsigned>(tiles < 4096 ? tiles : 4096),
                     static_cast<unsigned>(count - first < 65535 ? count - first : 65535));
     kernel<<<grid, kEncodeThreads, bytes, stream>>>(storage, items + first);
@@ -134,14 +147,19 @@ int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int coun
 
 }  // namespace
 
-int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, Stream stream) {
+int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
+           Stream stream) {
   const int error = EncodeValues(storage, items, count, most, stream);
-  if (error != cudaSuccess || count == 0 || most == 0 || storage.host.code.bytes() == 0) return error;
+  if (error != cudaSuccess || count == 0 || most == 0 || storage.host.code.bytes() == 0)
+    return error;
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
   switch (storage.host.row.dtype) {
-    case DType::kF32: return LaunchEncode<DType::kF32>(storage, items, count, most, s);
-    case DType::kF16: return LaunchEncode<DType::kF16>(storage, items, count, most, s);
-    default: return LaunchEncode<DType::kBF16>(storage, items, count, most, s);
+    case DType::kF32:
+      return LaunchEncode<DType::kF32>(storage, items, count, most, s);
+    case DType::kF16:
+      return LaunchEncode<DType::kF16>(storage, items, count, most, s);
+    default:
+      return LaunchEncode<DType::kBF16>(storage, items, count, most, s);
   }
 }
 

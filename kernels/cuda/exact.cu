@@ -1,6 +1,6 @@
-// Scores of IndexKind::kExact: q.k of every middle token from its key, by a warp a token. Keys of the host
-// tier are read over PCIe in every call: a yardstick, not a way to save bytes. Sums have another order
-// than those of the CPU.
+// Scores of IndexKind::kExact: q.k of every middle token from its key, by a warp a token. Keys of
+// the host tier are read over PCIe in every call: a yardstick, not a way to save bytes. Sums have
+// another order than those of the CPU.
 #include <cmath>
 
 #include "kernels/cuda/stages.h"
@@ -14,7 +14,8 @@ constexpr int kMostHeld = 8;  // 16-byte parts of a key of 4,096 bytes that a la
 
 // s of one token for every head: out [heads][256].
 template <DType kType>
-__device__ void ScoreToken(const std::byte* key, const float* queries, int heads, int dim, float* out) {
+__device__ void ScoreToken(const std::byte* key, const float* queries, int heads, int dim,
+                           float* out) {
   using E = Element<kType>;
   const int lane = threadIdx.x % kWarp, parts = dim / E::kPer16;
   uint4 held[kMostHeld];
@@ -47,7 +48,8 @@ __device__ void ScoreToken(const std::byte* key, const float* queries, int heads
 }
 
 template <DType kType>
-__global__ void __launch_bounds__(kExactThreads) ExactKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kExactThreads)
+    ExactKernel(const __grid_constant__ DecodeParams p) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, heads = p.q_heads;
   if (blockIdx.x == 0 && threadIdx.x == 0) Note(p, Mark::kPrepared);
   for (int64_t item = blockIdx.x; item < p.header->scan_blocks; item += gridDim.x) {
@@ -57,8 +59,8 @@ __global__ void __launch_bounds__(kExactThreads) ExactKernel(const __grid_consta
     for (int t = warp; t < kBlockTokens; t += kExactThreads / kWarp) {
       const int64_t token = first + t;
       if (token >= group.middle_begin && token < group.middle_end) {
-        ScoreToken<kType>(RowAddress(p.storage, group, token), group.scratch.query, heads, p.storage.host.row.dim_k,
-                          out + t);
+        ScoreToken<kType>(RowAddress(p.storage, group, token), group.scratch.query, heads,
+                          p.storage.host.row.dim_k, out + t);
       } else {
         for (int h = lane; h < heads; h += kWarp) out[h * kBlockTokens + t] = -INFINITY;
       }
@@ -69,7 +71,9 @@ __global__ void __launch_bounds__(kExactThreads) ExactKernel(const __grid_consta
 template <DType kType>
 int Launch(const DecodeParams& p, int multiprocessors, Stream stream) {
   constexpr int kBlocks = 4;  // of a multiprocessor
-  ExactKernel<kType><<<kBlocks * multiprocessors, kExactThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(p);
+  ExactKernel<kType>
+      <<<kBlocks * multiprocessors, kExactThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+          p);
   return cudaGetLastError();
 }
 
@@ -77,9 +81,12 @@ int Launch(const DecodeParams& p, int multiprocessors, Stream stream) {
 
 int ScoreRows(const DecodeParams& p, int multiprocessors, Stream stream) {
   switch (p.storage.host.row.dtype) {
-    case DType::kF32: return Launch<DType::kF32>(p, multiprocessors, stream);
-    case DType::kF16: return Launch<DType::kF16>(p, multiprocessors, stream);
-    default: return Launch<DType::kBF16>(p, multiprocessors, stream);
+    case DType::kF32:
+      return Launch<DType::kF32>(p, multiprocessors, stream);
+    case DType::kF16:
+      return Launch<DType::kF16>(p, multiprocessors, stream);
+    default:
+      return Launch<DType::kBF16>(p, multiprocessors, stream);
   }
 }
 

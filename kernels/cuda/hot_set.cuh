@@ -1,6 +1,6 @@
-// The hot set on the device: where the row of a token is, and a slot for it if it has none. Any number
-// of thread blocks use it at a time. A slot that this call uses is never given away: its use word
-// holds the call's number. A claimed slot belongs to its row once that has been written and
+// The hot set on the device: where the row of a token is, and a slot for it if it has none. Any
+// number of thread blocks use it at a time. A slot that this call uses is never given away: its use
+// word holds the call's number. A claimed slot belongs to its row once that has been written and
 // slot_of says so (Publish), so no other thread block reads a row before it is there.
 #ifndef VATTN_KERNELS_CUDA_HOT_SET_CUH_
 #define VATTN_KERNELS_CUDA_HOT_SET_CUH_
@@ -23,9 +23,10 @@ inline __device__ int32_t FindSlot(const HotSetRef& hot, unsigned long long call
   return *static_cast<volatile int64_t*>(hot.owner + slot) == key ? slot : -1;
 }
 
-// Claims slots for the lanes of the warp that want one, 32 slots of the clock at a time. A slot with
-// its mark set gets a second chance: the mark is taken away.
-inline __device__ int32_t ClaimSlot(const HotSetRef& hot, unsigned long long call, bool want, int64_t key) {
+// Claims slots for the lanes of the warp that want one, 32 slots of the clock at a time. A slot
+// with its mark set gets a second chance: the mark is taken away.
+inline __device__ int32_t ClaimSlot(const HotSetRef& hot, unsigned long long call, bool want,
+                                    int64_t key) {
   const int lane = threadIdx.x % kWarp;
   int32_t mine = -1;
   for (int round = 0; round < kClaimRounds; ++round) {
@@ -34,13 +35,15 @@ inline __device__ int32_t ClaimSlot(const HotSetRef& hot, unsigned long long cal
     unsigned long long from = 0;
     if (lane == 0) from = atomicAdd(hot.hand, static_cast<unsigned long long>(kWarp));
     from = __shfl_sync(kAllLanes, from, 0);
-    const int32_t at = static_cast<int32_t>((from + lane) % static_cast<unsigned long long>(hot.slots));
+    const int32_t at =
+        static_cast<int32_t>((from + lane) % static_cast<unsigned long long>(hot.slots));
     const unsigned long long seen = *static_cast<volatile unsigned long long*>(hot.use + at);
     const bool idle = seen != kTaken && seen >> 1 < call;
     bool got = idle && (seen & 1) == 0;
     // Only as many as are wanted are claimed, and marks go only where that is too few.
     const unsigned free = __ballot_sync(kAllLanes, got);
-    if (idle && (seen & 1) != 0 && __popc(free) < __popc(wanting)) atomicCAS(hot.use + at, seen, seen & ~1ull);
+    if (idle && (seen & 1) != 0 && __popc(free) < __popc(wanting))
+      atomicCAS(hot.use + at, seen, seen & ~1ull);
     got = got && __popc(free & ((1u << lane) - 1)) < __popc(wanting);
     got = got && atomicCAS(hot.use + at, seen, kTaken) == seen;
     const unsigned claimed = __ballot_sync(kAllLanes, got);
@@ -62,8 +65,8 @@ inline __device__ int32_t ClaimSlot(const HotSetRef& hot, unsigned long long cal
 
 // Fills row and slot of place i of the list for the lanes with `in`, by a whole warp; the number of
 // rows that are not in the hot set.
-inline __device__ int Resolve(const DecodeParams& p, const DeviceGroup& group, unsigned long long call, bool in,
-                              uint32_t token, int64_t i) {
+inline __device__ int Resolve(const DecodeParams& p, const DeviceGroup& group,
+                              unsigned long long call, bool in, uint32_t token, int64_t i) {
   const GroupScratch& w = group.scratch;
   const HotSetRef& hot = p.hot;
   int64_t key = 0;
@@ -77,8 +80,9 @@ inline __device__ int Resolve(const DecodeParams& p, const DeviceGroup& group, u
   const int32_t claimed = hot.slots > 0 && misses > 0 ? ClaimSlot(hot, call, miss, key) : -1;
   if (in) {
     w.slot[i] = claimed;
-    w.row[i] = miss ? reinterpret_cast<uint64_t>(HostRow(p.storage.host, group.blocks, token))
-                    : reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * p.storage.host.row.row_bytes);
+    w.row[i] =
+        miss ? reinterpret_cast<uint64_t>(HostRow(p.storage.host, group.blocks, token))
+             : reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * p.storage.host.row.row_bytes);
   }
   return misses;
 }

@@ -1,5 +1,5 @@
-// Operations of the CUDA backend. Each enqueues on `stream` (a cudaStream_t) and returns a cudaError_t
-// as a number, 0 for success. Nothing here allocates or waits.
+// Operations of the CUDA backend. Each enqueues on `stream` (a cudaStream_t) and returns a
+// cudaError_t as a number, 0 for success. Nothing here allocates or waits.
 #ifndef VATTN_KERNELS_CUDA_LAUNCH_H_
 #define VATTN_KERNELS_CUDA_LAUNCH_H_
 
@@ -14,10 +14,12 @@ int TilesInFlight(const Storage& storage);
 AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups);
 
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
-int Decode(const DecodeParams& params, const AnswerShape& shape, int multiprocessors, Stream stream);
+int Decode(const DecodeParams& params, const AnswerShape& shape, int multiprocessors,
+           Stream stream);
 
 // Codes of `count` items in device memory, `most` tokens at most in one of them.
-int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most, Stream stream);
+int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
+           Stream stream);
 // Sinks and ring of `count` items in device memory.
 int LoadFixed(const DeviceStorage& storage, const FixedItem* items, int count, Stream stream);
 // Codes of the listed blocks from the host copy to the device copy.
@@ -34,8 +36,8 @@ int ApplyPatches(const Patch* patches, int64_t count, Stream stream);
 int Write(const WriteParams& params, Stream stream);
 
 // Bytes of working memory of a group, and its parts carved from `memory` (null: nothing is carved).
-size_t CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads, int team,
-                    std::byte* memory, GroupScratch& out);
+size_t CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads,
+                    int team, std::byte* memory, GroupScratch& out);
 
 }  // namespace vattn::cuda
 

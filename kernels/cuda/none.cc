@@ -14,6 +14,8 @@ int LoadCodes(const DeviceStorage&, const int32_t*, int64_t, Stream) { return kN
 int ForgetBlocks(const HotSetRef&, const int32_t*, int64_t, Stream) { return kNoDevice; }
 int ApplyPatches(const Patch*, int64_t, Stream) { return kNoDevice; }
 int Write(const WriteParams&, Stream) { return kNoDevice; }
-size_t CarveScratch(const Storage&, const Promise&, int64_t, int, int, std::byte*, GroupScratch&) { return 0; }
+size_t CarveScratch(const Storage&, const Promise&, int64_t, int, int, std::byte*, GroupScratch&) {
+  return 0;
+}
 
 }  // namespace vattn::cuda

@@ -1,6 +1,6 @@
-// Parameters of the CUDA backend's operations. Every pointer is one that the device can follow; what
-// changes from step to step lies in device memory, so that a captured graph can be replayed.
-// G = query heads of one GQA group (one KV head).
+// Parameters of the CUDA backend's operations. Every pointer is one that the device can follow;
+// what changes from step to step lies in device memory, so that a captured graph can be replayed. G
+// = query heads of one GQA group (one KV head).
 #ifndef VATTN_KERNELS_CUDA_PARAMS_H_
 #define VATTN_KERNELS_CUDA_PARAMS_H_
 
@@ -13,26 +13,26 @@ namespace vattn::cuda {
 
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
 VATTN_HD constexpr int kPartials(int heads) { return 7 * heads + 4; }
-constexpr int kFixedParts = 4;        // thread blocks that share the sinks and window of a group
-constexpr int kMostWalks = 3;         // over lists of rows, with Policy::kTopKUniform
+constexpr int kFixedParts = 4;  // thread blocks that share the sinks and window of a group
+constexpr int kMostWalks = 3;   // over lists of rows, with Policy::kTopKUniform
 
-// Where the bytes of a token are. Host blocks are as in kernels/geometry.h; codes have a copy on the
-// device, block by block.
+// Where the bytes of a token are. Host blocks are as in kernels/geometry.h; codes have a copy on
+// the device, block by block.
 struct DeviceStorage {
-  Storage host;                  // base: the device's address of the mapped host pool
-  std::byte* codes = nullptr;    // [blocks of the pool][256 tokens of code, then of value code]
+  Storage host;                // base: the device's address of the mapped host pool
+  std::byte* codes = nullptr;  // [blocks of the pool][256 tokens of code, then of value code]
   int64_t code_block_bytes = 0;
-  int32_t sinks = 0;             // rows kept on the device: the first tokens ...
-  int32_t ring_tokens = 0;       // ... and the last ones: token t in row sinks + t % ring_tokens
-  int32_t tiles_in_flight = 0;   // of rows, in a thread block's shared memory
+  int32_t sinks = 0;            // rows kept on the device: the first tokens ...
+  int32_t ring_tokens = 0;      // ... and the last ones: token t in row sinks + t % ring_tokens
+  int32_t tiles_in_flight = 0;  // of rows, in a thread block's shared memory
 };
 
 // Rows of the middle that stay on the device, shared by the groups of a batch. Evicted by a clock:
 // a slot whose use mark is set gets a second chance.
 struct HotSetRef {
-  std::byte* rows = nullptr;    // [slots][row_bytes]
-  int32_t* slot_of = nullptr;   // [blocks of the pool * 256] slot of a token of a block, -1: none
-  int64_t* owner = nullptr;     // [slots] token of a block that it holds, -1: none
+  std::byte* rows = nullptr;   // [slots][row_bytes]
+  int32_t* slot_of = nullptr;  // [blocks of the pool * 256] slot of a token of a block, -1: none
+  int64_t* owner = nullptr;    // [slots] token of a block that it holds, -1: none
   unsigned long long* use = nullptr;   // [slots] 2 * call of the last use + mark
   unsigned long long* hand = nullptr;  // [1] of the clock
   unsigned long long* call = nullptr;  // [1] counts attention calls
@@ -43,47 +43,53 @@ struct ValuePart;
 
 // Working memory of one group for one call; sizes for n tokens rounded up to blocks.
 struct GroupScratch {
-  uint16_t* estimate = nullptr;      // [blocks][G][256] e^ over its block's largest, fp16
-  float* shift = nullptr;            // [blocks][G] ln of that largest
-  float* mass = nullptr;             // [blocks][G] sum of estimate
-  float* score = nullptr;            // [blocks][G][256] s^; top-k policies and IndexKind::kExact only
-  uint64_t* candidate = nullptr;     // [blocks][256] token, then weight in the high word
-  uint32_t* candidates = nullptr;    // [kMostSegments] of them in use, from the start of each segment
-  float* predicted = nullptr;        // [kMostSegments][G + 1] variances and draws
-  float* log_gain = nullptr;         // [G] of the plan, see kernels/cpu/sample.h
-  float* floor = nullptr;            // [G]
-  uint32_t* token = nullptr;         // [capacity] selected tokens
-  float* weight = nullptr;           // [capacity] inclusion probability before the cap at 1
-  uint64_t* row = nullptr;           // [capacity] address of the row
-  int32_t* slot = nullptr;           // [capacity] hot slot to copy it to, -1: none
-  float* norm2 = nullptr;            // [capacity] |v|^2
-  float* logit = nullptr;            // [G][capacity]
-  float* residual = nullptr;         // [G][capacity] |e (v - o')|^2 / (pi D^2), 0 with pi = 1
-  float* term = nullptr;             // [G][capacity] its part of the variance
-  float* query = nullptr;            // [G][dim_k] scaled
-  PackedQueries* packed = nullptr;   // [segments of the index][G / 8 rounded up]
-  float* noise = nullptr;            // [segments of the index][G] as in Scratch; IndexKind::kBalanced, else null
-  float* sure = nullptr;             // [segments of the index][G]
-  float* fixed = nullptr;            // [kFixedParts][G][dim_v + 3] softmax states of sinks and window
-  float* state = nullptr;            // [walks][team][G][dim_v + 3] softmax states of the draw
-  double* partial = nullptr;         // [2][team][kPartials(G)] sums of a team's parts
-  float* output = nullptr;           // [G][dim_v]
-  HeadWork* head = nullptr;          // [G]
-  float* growth = nullptr;           // [G]
+  uint16_t* estimate = nullptr;  // [blocks][G][256] e^ over its block's largest, fp16
+  float* shift = nullptr;        // [blocks][G] ln of that largest
+  float* mass = nullptr;         // [blocks][G] sum of estimate
+  // [blocks][G][256] s^; top-k policies and IndexKind::kExact only
+  float* score = nullptr;
+  uint64_t* candidate = nullptr;  // [blocks][256] token, then weight in the high word
+  // [kMostSegments] of them in use, from the start of each segment
+  uint32_t* candidates = nullptr;
+  float* predicted = nullptr;       // [kMostSegments][G + 1] variances and draws
+  float* log_gain = nullptr;        // [G] of the plan, see kernels/cpu/sample.h
+  float* floor = nullptr;           // [G]
+  uint32_t* token = nullptr;        // [capacity] selected tokens
+  float* weight = nullptr;          // [capacity] inclusion probability before the cap at 1
+  uint64_t* row = nullptr;          // [capacity] address of the row
+  int32_t* slot = nullptr;          // [capacity] hot slot to copy it to, -1: none
+  float* norm2 = nullptr;           // [capacity] |v|^2
+  float* logit = nullptr;           // [G][capacity]
+  float* residual = nullptr;        // [G][capacity] |e (v - o')|^2 / (pi D^2), 0 with pi = 1
+  float* term = nullptr;            // [G][capacity] its part of the variance
+  float* query = nullptr;           // [G][dim_k] scaled
+  PackedQueries* packed = nullptr;  // [segments of the index][G / 8 rounded up]
+  // [segments of the index][G] as in Scratch; IndexKind::kBalanced, else null
+  float* noise = nullptr;
+  float* sure = nullptr;  // [segments of the index][G]
+  // [kFixedParts][G][dim_v + 3] softmax states of sinks and window
+  float* fixed = nullptr;
+  float* state = nullptr;     // [walks][team][G][dim_v + 3] softmax states of the draw
+  double* partial = nullptr;  // [2][team][kPartials(G)] sums of a team's parts
+  float* output = nullptr;    // [G][dim_v]
+  HeadWork* head = nullptr;   // [G]
+  float* growth = nullptr;    // [G]
   // With value codes. States take back what codes said of their rows; its mass is not in theirs.
-  float* guess = nullptr;            // [G][capacity] ln e^ of the selected
-  float* coded = nullptr;            // [G][dim_v + 3] softmax states of the codes of the whole middle
-  float* coded_mass = nullptr;       // [team][G] mass taken back, in the unit of the state
-  ValuePart* value_part = nullptr;   // [items][kMostParts] see kernels/cuda/values.h
+  float* guess = nullptr;  // [G][capacity] ln e^ of the selected
+  // [G][dim_v + 3] softmax states of the codes of the whole middle
+  float* coded = nullptr;
+  float* coded_mass = nullptr;           // [team][G] mass taken back, in the unit of the state
+  ValuePart* value_part = nullptr;       // [items][kMostParts] see kernels/cuda/values.h
   uint32_t* value_parts_done = nullptr;  // [items] in this call
   // Top-k policies only; kernels/cuda/rank.cuh. A mask has a bit for each token of a block.
-  uint32_t* top = nullptr;           // [blocks][G][8] masks of each head's best
-  uint32_t* drawn = nullptr;         // [blocks][G][8] masks of each head's sample
-  uint32_t* seen = nullptr;          // [blocks][8] masks of the tokens listed so far
-  uint32_t* histogram = nullptr;     // [kDigits][G][kDigitBins]
-  uint32_t* ties = nullptr;          // [warps of the team][G] tokens that are tied for the last place
-  uint32_t* barrier = nullptr;       // [1] arrivals in this call
-  int64_t capacity = 0;              // of the list of selected tokens
+  uint32_t* top = nullptr;        // [blocks][G][8] masks of each head's best
+  uint32_t* drawn = nullptr;      // [blocks][G][8] masks of each head's sample
+  uint32_t* seen = nullptr;       // [blocks][8] masks of the tokens listed so far
+  uint32_t* histogram = nullptr;  // [kDigits][G][kDigitBins]
+  // [warps of the team][G] tokens that are tied for the last place
+  uint32_t* ties = nullptr;
+  uint32_t* barrier = nullptr;  // [1] arrivals in this call
+  int64_t capacity = 0;         // of the list of selected tokens
 };
 
 // One (sequence, layer, KV head) of one step.
@@ -91,16 +97,18 @@ struct DeviceGroup {
   const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
   std::byte* fixed = nullptr;       // [sinks + ring_tokens][row_bytes]
   HeadState* state = nullptr;       // [G]
-  IndexTables index;                // of the first segment; values are coded with its tables in every segment
+  // Of the first segment; values are coded with its tables in every segment
+  IndexTables index;
   const IndexSegment* segments = nullptr;  // [num_segments]
   int32_t num_segments = 0;
-  std::byte* recent = nullptr;      // [G][dim_k] where the step's queries go, in the row dtype; null: nowhere
+  // [G][dim_k] where the step's queries go, in the row dtype; null: nowhere
+  std::byte* recent = nullptr;
   RandomKey key;
-  int32_t slot = 0, kv_head = 0;    // of the batch; says where queries and outputs are
-  int64_t tokens = 0;               // with the step's new token; 0: nobody sits here
+  int32_t slot = 0, kv_head = 0;  // of the batch; says where queries and outputs are
+  int64_t tokens = 0;             // with the step's new token; 0: nobody sits here
   int64_t middle_begin = 0, middle_end = 0;
-  int64_t ring_begin = 0;           // tokens from here on are in the ring
-  int64_t first_block = 0;          // of the scan: blocks of all groups before this one
+  int64_t ring_begin = 0;   // tokens from here on are in the ring
+  int64_t first_block = 0;  // of the scan: blocks of all groups before this one
   uint64_t step = 0;
   GroupScratch scratch;
 };
@@ -142,7 +150,16 @@ struct CallArrays {
 };
 
 // Places in CallArrays::timeline, as vattn_timeline.
-enum class Mark : int32_t { kStart, kPrepared, kScanned, kPlanned, kDrawn, kAttended, kJudged, kDone };
+enum class Mark : int32_t {
+  kStart,
+  kPrepared,
+  kScanned,
+  kPlanned,
+  kDrawn,
+  kAttended,
+  kJudged,
+  kDone
+};
 constexpr int kMarks = 8;
 
 // As vattn_selection: in for kAttendSelected, out for kSelect.
@@ -158,14 +175,14 @@ enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
 struct DecodeParams {
   Task task = Task::kDecode;
   DeviceStorage storage;
-  Promise promise;                     // quantile: device memory
+  Promise promise;  // quantile: device memory
   HotSetRef hot;
   const DeviceGroup* groups = nullptr;  // [most_groups] of this layer
   const StepHeader* header = nullptr;
   DeviceCounters* counters = nullptr;
   int32_t most_groups = 0;  // slots * kv_heads
   int32_t kv_heads = 0;
-  int32_t q_heads = 0;      // G
+  int32_t q_heads = 0;  // G
   CallArrays call;
   SelectionArrays selection;
 };

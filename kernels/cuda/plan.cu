@@ -1,5 +1,5 @@
-// Planning stages of a step, as kernels/cpu/plan.cc: multipliers by one thread block a group, then a pass
-// over all estimates by the whole device.
+// Planning stages of a step, as kernels/cpu/plan.cc: multipliers by one thread block a group, then
+// a pass over all estimates by the whole device.
 #include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/stages.h"
 
@@ -22,8 +22,8 @@ __device__ void FindPlan(Team<kHeads>& team, int* tops) {
   team.Mark(Mark::kScanned);
   SumEstimates(team);
   for (int h = tid; h < heads; h += kThreads) {
-    PlanHead(team.p.storage.host.value_bits > 0, team.p.promise, team.group.index, static_cast<float>(team.middle()), team.shared.state[h],
-             team.shared.head[h]);
+    PlanHead(team.p.storage.host.value_bits > 0, team.p.promise, team.group.index,
+             static_cast<float>(team.middle()), team.shared.state[h], team.shared.head[h]);
   }
   __syncthreads();
   FindSure(team);
@@ -58,17 +58,19 @@ __global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant_
 }
 
 template <int kHeads>
-__global__ void __launch_bounds__(kPredictThreads, 4) PredictKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kPredictThreads, 4)
+    PredictKernel(const __grid_constant__ DecodeParams p) {
   const int warp = threadIdx.x / kWarp, groups = p.header->num_groups;
-  // Segments go round the groups, so that neighbouring warps share no group's tables but all have work.
+  // Segments go round the groups, so that neighbouring warps share no group's tables but all have
+  // work.
   const int64_t all = static_cast<int64_t>(groups) * kMostSegments;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kPredictWarps + warp; i < all;
        i += static_cast<int64_t>(gridDim.x) * kPredictWarps) {
     const DeviceGroup& group = p.groups[i / kMostSegments];
     const int segment = static_cast<int>(i % kMostSegments);
     if (group.tokens == 0 || segment >= NumSegments(NumBlocks(group))) continue;
-    PredictSegment<kHeads>(group, p.q_heads, segment, group.scratch.log_gain, group.scratch.floor, 1.f,
-                           kCandidateScale, {.refresh = p.promise.refresh});
+    PredictSegment<kHeads>(group, p.q_heads, segment, group.scratch.log_gain, group.scratch.floor,
+                           1.f, kCandidateScale, {.refresh = p.promise.refresh});
   }
 }
 
@@ -76,7 +78,8 @@ template <int kHeads>
 int LaunchPredict(const DecodeParams& p, cudaStream_t stream) {
   const int64_t warps = static_cast<int64_t>(p.most_groups) * kMostSegments;
   const int64_t blocks = (warps + kPredictWarps - 1) / kPredictWarps;
-  PredictKernel<kHeads><<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kPredictThreads, 0, stream>>>(p);
+  PredictKernel<kHeads>
+      <<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kPredictThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -84,7 +87,8 @@ template <int kHeads>
 int LaunchPlan(const DecodeParams& p, cudaStream_t stream) {
   const auto kernel = PlanKernel<kHeads>;
   const int bytes = p.q_heads * kTopBins * static_cast<int>(sizeof(int));
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   kernel<<<p.most_groups, kThreads, bytes, stream>>>(p);
   return cudaGetLastError();

@@ -1,4 +1,5 @@
-// The plan of a draw by a team, as kernels/cpu/plan.cc: units and sums of the scan, multipliers, scale.
+// The plan of a draw by a team, as kernels/cpu/plan.cc: units and sums of the scan, multipliers,
+// scale.
 #ifndef VATTN_KERNELS_CUDA_PLAN_CUH_
 #define VATTN_KERNELS_CUDA_PLAN_CUH_
 
@@ -6,16 +7,17 @@
 
 namespace vattn::cuda {
 
-// Candidates of the first pass over all tokens reach up to this scale, which leaves room for a second
-// look without another pass.
+// Candidates of the first pass over all tokens reach up to this scale, which leaves room for a
+// second look without another pass.
 constexpr float kCandidateScale = 8;
 
 struct Plan {
   float scale = 1;
-  float expected = 0;     // tokens drawn
-  float bound = 0;        // candidates are kept up to this scale
-  bool feasible = true;   // false: more than max_selected_share of the middle would be needed
-  bool noisy = false;     // that many tokens are sure already: what codes leave out could hold anything
+  float expected = 0;    // tokens drawn
+  float bound = 0;       // candidates are kept up to this scale
+  bool feasible = true;  // false: more than max_selected_share of the middle would be needed
+  // That many tokens are sure already: what codes leave out could hold anything
+  bool noisy = false;
 };
 
 // A sum in the unit exp(most), and another one added to it.
@@ -49,14 +51,16 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
     for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        if (first + h < heads) MergeSum(most[h], mass[h], shifts[b * heads + first + h], masses[b * heads + first + h]);
+        if (first + h < heads)
+          MergeSum(most[h], mass[h], shifts[b * heads + first + h], masses[b * heads + first + h]);
       }
     }
     __syncthreads();
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       MergeOverWarp(most[h], mass[h]);
-      if (lane == 0) team.shared.sums[warp][2 * h] = most[h], team.shared.sums[warp][2 * h + 1] = mass[h];
+      if (lane == 0)
+        team.shared.sums[warp][2 * h] = most[h], team.shared.sums[warp][2 * h + 1] = mass[h];
     }
     __syncthreads();
     if (warp < kHeads && first + warp < heads) {
@@ -73,9 +77,11 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   for (int h = threadIdx.x; h < heads; h += kThreads) {
     const float* fixed = w.fixed + static_cast<int64_t>(h) * floats + floats - 3;
     float top = -INFINITY;
-    for (int r = 0; r < team.size; ++r) top = fmaxf(top, static_cast<float>(LoadShared(parts + r * stride + 2 * h)));
+    for (int r = 0; r < team.size; ++r)
+      top = fmaxf(top, static_cast<float>(LoadShared(parts + r * stride + 2 * h)));
     float shift = top;
-    for (int part = 0; part < kFixedParts; ++part) shift = fmaxf(shift, fixed[static_cast<int64_t>(part) * heads * floats]);
+    for (int part = 0; part < kFixedParts; ++part)
+      shift = fmaxf(shift, fixed[static_cast<int64_t>(part) * heads * floats]);
     double mass = 0, sum = 0, norm2 = 0;
     for (int r = 0; r < team.size; ++r) {
       mass += LoadShared(parts + r * stride + 2 * h + 1) *
@@ -98,8 +104,8 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   __syncthreads();
 }
 
-// Blocks by their largest e^, to tops [G][kTopBins] in shared memory. By a team of one thread block, after
-// SumEstimates.
+// Blocks by their largest e^, to tops [G][kTopBins] in shared memory. By a team of one thread
+// block, after SumEstimates.
 template <int kHeads>
 __device__ void CountTops(Team<kHeads>& team, int* tops) {
   const int heads = team.heads();
@@ -115,7 +121,8 @@ __device__ void CountTops(Team<kHeads>& team, int* tops) {
   __syncthreads();
 }
 
-// scratch.sure of every segment of the index and head. By a team of one thread block, after PlanHead.
+// scratch.sure of every segment of the index and head. By a team of one thread block, after
+// PlanHead.
 template <int kHeads>
 __device__ void FindSure(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
@@ -151,8 +158,8 @@ __device__ float TakePrediction(Team<kHeads>& team) {
   return expected;
 }
 
-// One thread block's copy of the sample that multipliers are sought on, in registers: its estimates in
-// the unit of head.shift. Every block of a team holds the same, so that rounds need no barrier.
+// One thread block's copy of the sample that multipliers are sought on, in registers: its estimates
+// in the unit of head.shift. Every block of a team holds the same, so that rounds need no barrier.
 template <int kHeads>
 struct Sample {
   // A thread's tokens: a sample may be up to two blocks over kPlanTokens.
@@ -170,16 +177,19 @@ struct Sample {
       const int64_t item = (int64_t{i} / 2 * kThreads + threadIdx.x) / (kTileTokens / 2);
       const auto [b, tile] = SampledTile(stride, phase, item);
       const bool in = item < items && b < blocks;
-      const float* const sure = SureScores(w, SegmentAt(team.group, FirstBlock(team.group) + b), heads);
+      const float* const sure =
+          SureScores(w, SegmentAt(team.group, FirstBlock(team.group) + b), heads);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float2 pair = make_float2(0, 0);
         if (in && h < heads) {
           const float shift = w.shift[b * heads + h], limit = SureEstimate(sure, h, shift);
-          const uint16_t* at = w.estimate + (b * heads + h) * kBlockTokens + tile * kTileTokens + threadIdx.x % 8 * 2;
+          const uint16_t* at = w.estimate + (b * heads + h) * kBlockTokens + tile * kTileTokens +
+                               threadIdx.x % 8 * 2;
           pair = __half22float2(*reinterpret_cast<const __half2*>(at));
           const float unit = expf(shift - team.shared.head[h].shift);
-          // What underflows here still has its floor. A sure token's estimate counts no more than a marked one's.
+          // What underflows here still has its floor. A sure token's estimate counts no more than a
+          // marked one's.
           if (pair.x > 0) pair.x = pair.x >= limit ? kMarkedEstimate : fmaxf(pair.x * unit, 1e-37f);
           if (pair.y > 0) pair.y = pair.y >= limit ? kMarkedEstimate : fmaxf(pair.y * unit, 1e-37f);
         }
@@ -230,7 +240,8 @@ struct Sample {
   }
 };
 
-// The fixed point: multipliers for which every head is expected to meet its target. tops: of CountTops.
+// The fixed point: multipliers for which every head is expected to meet its target. tops: of
+// CountTops.
 template <int kHeads, class Predict>
 __device__ void FindMultipliers(Team<kHeads>& team, const int* tops, Predict&& predict) {
   static_assert(kTopBins == kWarp);
@@ -242,9 +253,11 @@ __device__ void FindMultipliers(Team<kHeads>& team, const int* tops, Predict&& p
     TakePrediction(team);
     for (int h = warp; h < heads; h += kWarps) {
       const float blocks = static_cast<float>(tops[h * kTopBins + lane]);
-      const float variance = WarpSum(TopVariance(lane, blocks, team.shared.head[h], team.shared.state[h]));
+      const float variance =
+          WarpSum(TopVariance(lane, blocks, team.shared.head[h], team.shared.state[h]));
       if (lane == 0) {
-        team.shared.sums[0][h] = MoveMultiplier(tiny, variance, team.shared.head[h], team.shared.state[h]);
+        team.shared.sums[0][h] =
+            MoveMultiplier(tiny, variance, team.shared.head[h], team.shared.state[h]);
       }
     }
     __syncthreads();
@@ -261,8 +274,8 @@ __device__ bool ReadsWhole(const Team<kHeads>& team) {
   return team.p.promise.on_unverified == OnUnverified::kDense && team.p.task == Task::kDecode;
 }
 
-// The number of tokens that are drawn with probability 1 whatever the multipliers are. Candidates are to be listed
-// anew after it.
+// The number of tokens that are drawn with probability 1 whatever the multipliers are. Candidates
+// are to be listed anew after it.
 template <int kHeads>
 __device__ float CountSure(Team<kHeads>& team, Randomness randomness) {
   __syncthreads();
@@ -276,16 +289,18 @@ __device__ float CountSure(Team<kHeads>& team, Randomness randomness) {
   return count;
 }
 
-// Leaves sure tokens to chance. Every thread block of the team writes the same, and sees what it wrote.
+// Leaves sure tokens to chance. Every thread block of the team writes the same, and sees what it
+// wrote.
 template <int kHeads>
 __device__ void ForgetSure(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
-  for (int i = threadIdx.x; i < IndexSegments(team.group) * team.heads(); i += kThreads) w.sure[i] = HUGE_VALF;
+  for (int i = threadIdx.x; i < IndexSegments(team.group) * team.heads(); i += kThreads)
+    w.sure[i] = HUGE_VALF;
   __syncthreads();
 }
 
-// Scale of the first draw, after the passes of plan.cu: to be called by every block of the team. A noisy plan of a
-// group that is read whole for it goes no further.
+// Scale of the first draw, after the passes of plan.cu: to be called by every block of the team. A
+// noisy plan of a group that is read whole for it goes no further.
 template <int kHeads>
 __device__ Plan FinishPlan(Team<kHeads>& team) {
   const Promise& promise = team.p.promise;
@@ -298,7 +313,8 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
   plan.expected = TakePrediction(team);
   // What is left of the gap is closed for the worst head by one factor on every probability.
   float scale = kLeastScale;
-  for (int h = 0; h < heads; ++h) scale = Max(scale, team.shared.head[h].predicted / team.shared.head[h].target);
+  for (int h = 0; h < heads; ++h)
+    scale = Max(scale, team.shared.head[h].predicted / team.shared.head[h].target);
   scale = Min(scale, kMostScale);
   scale = Max(scale, static_cast<float>(promise.min_selected) / Max(plan.expected, 1e-6f));
   const float most = promise.max_selected_share * n;

@@ -1,12 +1,11 @@
-// First stage of a step: the new token's row, queries packed for the scan, and attention over sinks and
-// window. A group has kFixedParts thread blocks for its fixed rows and kPackParts for its queries, which share the
-// segments of its index.
-#include "kernels/cuda/stages.h"
-
+// First stage of a step: the new token's row, queries packed for the scan, and attention over sinks
+// and window. A group has kFixedParts thread blocks for its fixed rows and kPackParts for its
+// queries, which share the segments of its index.
 #include <cmath>
 #include <type_traits>
 
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/stages.h"
 #include "kernels/cuda/values.h"
 
 namespace vattn::cuda {
@@ -16,8 +15,8 @@ constexpr int kPackParts = 8;  // thread blocks that share the segments of a gro
 constexpr int kPackHeads = 8;  // at a time
 
 template <class E>
-__device__ void ScaleQueries(const DecodeParams& p, const DeviceGroup& group, int first, int heads, int most,
-                             float* out) {
+__device__ void ScaleQueries(const DecodeParams& p, const DeviceGroup& group, int first, int heads,
+                             int most, float* out) {
   const int dim = p.storage.host.row.dim_k;
   const int64_t head = (int64_t{group.slot} * p.kv_heads + group.kv_head) * p.q_heads + first;
   const std::byte* q = static_cast<const std::byte*>(p.call.q) + head * dim * E::kBytes;
@@ -31,9 +30,10 @@ __device__ float LevelOffset(const CodeLayout& code, int j) {
   return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
 }
 
-// One head's query as kernels/cpu/scan.cc packs it, by a warp: int8 levels of y [dims] and what undoes
-// them. The offset's sum has another order than there.
-__device__ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out, int head) {
+// One head's query as kernels/cpu/scan.cc packs it, by a warp: int8 levels of y [dims] and what
+// undoes them. The offset's sum has another order than there.
+__device__ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out,
+                         int head) {
   const int dims = code.dims8 + code.dims4 + code.dims2, lane = threadIdx.x % kWarp;
   float most = 0;
   for (int j = lane; j < dims; j += kWarp) most = fmaxf(most, fabsf(y[j]));
@@ -56,8 +56,8 @@ __device__ void PackHead(const CodeLayout& code, const float* y, float offset, P
 }
 
 // The same for codes that are signs, as PackSigns there.
-__device__ void PackSigns(const CodeLayout& code, const float* y, float scale, float offset, PackedQueries& out,
-                          int head) {
+__device__ void PackSigns(const CodeLayout& code, const float* y, float scale, float offset,
+                          PackedQueries& out, int head) {
   const int lane = threadIdx.x % kWarp;
   float sum = 0;
   for (int r = lane; r < code.dims1 / 4; r += kWarp) {
@@ -76,8 +76,9 @@ __device__ void PackSigns(const CodeLayout& code, const float* y, float scale, f
   out.offset[head] = offset + sum * scale;
 }
 
-// Standard deviation of s - s^ of a head over tokens, as NoiseOf there, by a warp: from products of the query, y
-// [dims] with the directions of the code, one with the center, and [uncoded] with the noise of the others.
+// Standard deviation of s - s^ of a head over tokens, as NoiseOf there, by a warp: from products of
+// the query, y [dims] with the directions of the code, one with the center, and [uncoded] with the
+// noise of the others.
 __device__ float NoiseOf(const IndexTables& index, int dims, int uncoded, const float* y) {
   const int lane = threadIdx.x % kWarp;
   float sum = 0;
@@ -86,7 +87,8 @@ __device__ float NoiseOf(const IndexTables& index, int dims, int uncoded, const 
   return sqrtf(WarpSum(sum));
 }
 
-// Sums over the warp of a number a head in each lane, in the order of WarpSum: lanes 4 h to 4 h + 3 get that of head h.
+// Sums over the warp of a number a head in each lane, in the order of WarpSum: lanes 4 h to 4 h + 3
+// get that of head h.
 __device__ float SumHeads(float (&x)[kPackHeads]) {
   static_assert(4 * kPackHeads == kWarp);
   const int lane = threadIdx.x % kWarp;
@@ -111,13 +113,14 @@ VATTN_HD inline int PackRows(const Storage& s) {
   return (s.code.kind == IndexKind::kBalanced ? s.row.dim_k : dims) + 1;
 }
 
-// Queries q [kPackHeads][dim] of heads [first, first + heads) in the coordinates of one segment's codes. y: shared
-// memory, [kPackHeads][PackRows]. Holds barriers.
-__device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segment, int first, int heads, int q_heads,
-                            const float* q, float* y) {
+// Queries q [kPackHeads][dim] of heads [first, first + heads) in the coordinates of one segment's
+// codes. y: shared memory, [kPackHeads][PackRows]. Holds barriers.
+__device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segment, int first,
+                            int heads, int q_heads, const float* q, float* y) {
   const CodeLayout& code = s.code;
   const IndexTables& index = TablesOf(group, segment);
-  const int dim = s.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2 + code.dims1, rows = PackRows(s);
+  const int dim = s.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2 + code.dims1,
+            rows = PackRows(s);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int j = warp; j < rows; j += kThreads / kWarp) {
     const float* row = j < dims    ? index.project + int64_t{j} * dim
@@ -141,7 +144,8 @@ __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segm
       PackHead(code, at, at[dims], out, warp);
     } else {
       float norm2 = 0;
-      for (int c = lane; c < dim; c += kWarp) norm2 = fmaf(q[warp * dim + c], q[warp * dim + c], norm2);
+      for (int c = lane; c < dim; c += kWarp)
+        norm2 = fmaf(q[warp * dim + c], q[warp * dim + c], norm2);
       const float norm = sqrtf(WarpSum(norm2));
       PackSigns(code, at, index.slope * norm, at[dims] + index.intercept * norm, out, warp);
     }
@@ -153,10 +157,11 @@ __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segm
   __syncthreads();
 }
 
-// Thread block `part` of kPackParts: segments part, part + kPackParts, ... of the index; the first one brings the
-// scaled queries to scratch too.
+// Thread block `part` of kPackParts: segments part, part + kPackParts, ... of the index; the first
+// one brings the scaled queries to scratch too.
 template <class E>
-__device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, int part, float* memory) {
+__device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, int part,
+                            float* memory) {
   const int dim = p.storage.host.row.dim_k;
   const int segments = group.middle_end > group.middle_begin ? IndexSegments(group) : 0;
   if (part > 0 && part >= segments) return;
@@ -183,7 +188,8 @@ __device__ void KeepQueries(const DecodeParams& p, const DeviceGroup& group) {
   const int count = p.q_heads * p.storage.host.row.dim_k;
   const int64_t place = int64_t{group.slot} * p.kv_heads + group.kv_head;
   const Bits* from = static_cast<const Bits*>(p.call.q) + place * count;
-  for (int i = threadIdx.x; i < count; i += kThreads) reinterpret_cast<Bits*>(group.recent)[i] = from[i];
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    reinterpret_cast<Bits*>(group.recent)[i] = from[i];
 }
 
 // The new token's row into the ring and into the host pool.
@@ -205,8 +211,8 @@ __device__ void WriteRow(const DecodeParams& p, const DeviceGroup& group) {
 }
 
 template <DType kType, int kHeads>
-__device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int part, std::byte* memory,
-                            RowsShared<kHeads>& shared) {
+__device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int part,
+                            std::byte* memory, RowsShared<kHeads>& shared) {
   using E = Element<kType>;
   const RowLayout& row = p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes);
@@ -217,7 +223,8 @@ __device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int
     WriteRow<E>(p, group);
     __threadfence();
   }
-  float* queries = reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row, kLeastTiles)) - kHeads * row.dim_k;
+  float* queries =
+      reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row, kLeastTiles)) - kHeads * row.dim_k;
   const auto first_of = [&](int k) { return int64_t{part + k * kFixedParts} * shape.rows; };
   for (int first = 0; first < p.q_heads; first += kHeads) {
     const int heads = min(kHeads, p.q_heads - first);
@@ -230,11 +237,13 @@ __device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int
         [&](int k, int r) -> uint64_t {
           const int64_t i = first_of(k) + r;
           if (i >= count) return 0;
-          const int64_t token = i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
+          const int64_t token =
+              i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
           return reinterpret_cast<uint64_t>(RowAddress(p.storage, group, token));
         },
         [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); },
-        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {}, [](int, const std::byte*) {});
+        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {},
+        [](int, const std::byte*) {});
   }
 }
 
@@ -271,10 +280,13 @@ int Launch(const DecodeParams& p, Stream stream) {
   const int pack = kPackHeads * (row.dim_k + PackRows(p.storage.host)) * 4;
   const int rows = RowsBytes<kHeads>(row, kLeastTiles), bytes = rows > pack ? rows : pack;
   const auto kernel = PrepareKernel<kType, kHeads>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int parts = kFixedParts + (p.storage.host.code.kind == IndexKind::kBalanced ? kPackParts : 1);
-  kernel<<<dim3(p.most_groups, parts), kThreads, bytes, static_cast<cudaStream_t>(stream.handle)>>>(p);
+  const int parts =
+      kFixedParts + (p.storage.host.code.kind == IndexKind::kBalanced ? kPackParts : 1);
+  kernel<<<dim3(p.most_groups, parts), kThreads, bytes, static_cast<cudaStream_t>(stream.handle)>>>(
+      p);
   return cudaGetLastError();
 }
 

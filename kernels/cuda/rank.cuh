@@ -1,6 +1,7 @@
-// The best tokens of the middle by rank, for every head of a group by its team: radix select over 32-bit
-// keys, exact, ties to the lower token, kept as masks of a bit a token; and the list of marked tokens with
-// their rows. Only counts cross thread blocks, so that a selection does not depend on the team's size.
+// The best tokens of the middle by rank, for every head of a group by its team: radix select over
+// 32-bit keys, exact, ties to the lower token, kept as masks of a bit a token; and the list of
+// marked tokens with their rows. Only counts cross thread blocks, so that a selection does not
+// depend on the team's size.
 #ifndef VATTN_KERNELS_CUDA_RANK_CUH_
 #define VATTN_KERNELS_CUDA_RANK_CUH_
 
@@ -18,10 +19,12 @@ VATTN_HD constexpr int DigitShift(int digit) { return digit == 0 ? 21 : digit ==
 
 constexpr int kMaskWords = kBlockTokens / kWarp;  // of a block
 
-// Tokens of a block that a lane of a warp takes: two runs of 64, so that two Philox calls give their
-// random numbers (kernels/rng.h).
+// Tokens of a block that a lane of a warp takes: two runs of 64, so that two Philox calls give
+// their random numbers (kernels/rng.h).
 constexpr int kLaneTokens = kBlockTokens / kWarp;
-inline __device__ int LaneToken(int lane, int i) { return i / 4 * 128 + lane / 16 * 64 + i % 4 * 16 + lane % 16; }
+inline __device__ int LaneToken(int lane, int i) {
+  return i / 4 * 128 + lane / 16 * 64 + i % 4 * 16 + lane % 16;
+}
 // The word of the block's mask that the token is in, and its bit there.
 inline __device__ int LaneWord(int lane, int i) { return i / 4 * 4 + lane / 16 * 2 + i % 4 / 2; }
 inline __device__ int LaneBit(int lane, int i) { return i % 2 * 16 + lane % 16; }
@@ -76,8 +79,8 @@ inline __device__ unsigned InMiddle(const DeviceGroup& group, int64_t b) {
   return in;
 }
 
-// Keys of tokens, the larger the better. Open is called by whole warps for a block of the middle, then
-// Load for its heads: keys of the lane's tokens, and flags of those that take part.
+// Keys of tokens, the larger the better. Open is called by whole warps for a block of the middle,
+// then Load for its heads: keys of the lane's tokens, and flags of those that take part.
 
 // By score. NaN is worst.
 class ScoreKeys {
@@ -146,10 +149,11 @@ class UniformKeys {
   uint32_t key_[kLaneTokens] = {};
 };
 
-// At the start of a team's dynamic shared memory while it ranks: per head how many are sought (at least
-// one), the key of the last of them, how many with that key are taken, and how many have it.
+// At the start of a team's dynamic shared memory while it ranks: per head how many are sought (at
+// least one), the key of the last of them, how many with that key are taken, and how many have it.
 struct Ranks {
-  uint32_t want[kMaxDeviceGroup], last[kMaxDeviceGroup], taken[kMaxDeviceGroup], tied[kMaxDeviceGroup];
+  uint32_t want[kMaxDeviceGroup], last[kMaxDeviceGroup], taken[kMaxDeviceGroup],
+      tied[kMaxDeviceGroup];
 };
 template <int kHeads>
 __device__ Ranks& RanksOf(Team<kHeads>& team) {
@@ -165,8 +169,8 @@ __device__ int64_t RunBegin(const Team<kHeads>& team, int warp) {
 struct Bin {
   uint32_t bin, above, count;
 };
-// The highest bin of histogram [kDigitBins] with `rest` >= 1 counts in it and above, by a warp; how many
-// lie above it and in it.
+// The highest bin of histogram [kDigitBins] with `rest` >= 1 counts in it and above, by a warp; how
+// many lie above it and in it.
 inline __device__ Bin FindBin(const uint32_t* histogram, uint32_t rest) {
   constexpr int kChunk = 4 * kWarp, kChunks = kDigitBins / kChunk;
   const int lane = threadIdx.x % kWarp;
@@ -209,7 +213,8 @@ inline __device__ Bin FindBin(const uint32_t* histogram, uint32_t rest) {
       found = {found.bin - 1, found.above + found.count, bin[i]};
     }
   }
-  const unsigned here = __ballot_sync(kAllLanes, found.above < rest && found.above + found.count >= rest);
+  const unsigned here =
+      __ballot_sync(kAllLanes, found.above < rest && found.above + found.count >= rest);
   const int source = here == 0 ? 0 : __ffs(static_cast<int>(here)) - 1;
   return {__shfl_sync(kAllLanes, found.bin, source), __shfl_sync(kAllLanes, found.above, source),
           __shfl_sync(kAllLanes, found.count, source)};
@@ -221,7 +226,8 @@ __device__ __noinline__ void FindLast(Team<kHeads>& team, Keys& keys) {
   const GroupScratch& w = team.group.scratch;
   Ranks& ranks = RanksOf(team);
   const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
-  uint32_t* bins = reinterpret_cast<uint32_t*>(team.memory + sizeof(Ranks));  // [at_once][kDigitBins]
+  // [at_once][kDigitBins]
+  uint32_t* bins = reinterpret_cast<uint32_t*>(team.memory + sizeof(Ranks));
   const int bytes = RowsBytes<kHeads>(team.p.storage.host.row, team.p.storage.tiles_in_flight);
   const int at_once = min(heads, (bytes - static_cast<int>(sizeof(Ranks))) / (4 * kDigitBins));
   for (int64_t i = int64_t{team.rank} * kThreads + tid; i < int64_t{kDigits} * heads * kDigitBins;
@@ -273,8 +279,8 @@ __device__ __noinline__ void FindLast(Team<kHeads>& team, Keys& keys) {
   }
 }
 
-// Of the tokens with the last key some are left out: how many each warp of the team meets before its
-// own, to before [G] of this warp. Holds a barrier.
+// Of the tokens with the last key some are left out: how many each warp of the team meets before
+// its own, to before [G] of this warp. Holds a barrier.
 template <int kHeads, class Keys>
 __device__ void CountTies(Team<kHeads>& team, Keys& keys, uint32_t* before) {
   const GroupScratch& w = team.group.scratch;
@@ -307,8 +313,8 @@ __device__ void CountTies(Team<kHeads>& team, Keys& keys, uint32_t* before) {
   __syncwarp();
 }
 
-// Sets masks [blocks][G][kMaskWords] to the best that FindLast found. more: what the masks hold is a part
-// of them, and only the rest is marked then.
+// Sets masks [blocks][G][kMaskWords] to the best that FindLast found. more: what the masks hold is
+// a part of them, and only the rest is marked then.
 template <int kHeads, class Keys>
 __device__ __noinline__ void MarkBest(Team<kHeads>& team, Keys& keys, uint32_t* masks, bool more) {
   const Ranks& ranks = RanksOf(team);
@@ -349,9 +355,9 @@ __device__ __noinline__ void MarkBest(Team<kHeads>& team, Keys& keys, uint32_t* 
   }
 }
 
-// The tokens that a head has marked in masks, ascending, as the team's list with their rows; their number.
-// Adds those that no list had before (with `fresh` none was) to shared.count, rows that are not in the hot
-// set to shared.fetched. Others see this block's part after a barrier.
+// The tokens that a head has marked in masks, ascending, as the team's list with their rows; their
+// number. Adds those that no list had before (with `fresh` none was) to shared.count, rows that are
+// not in the hot set to shared.fetched. Others see this block's part after a barrier.
 template <int kHeads>
 __device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* masks, bool fresh) {
   constexpr int kBlocks = kWarp / kMaskWords;  // that a warp looks at together
@@ -412,7 +418,8 @@ __device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* m
       if (lane >= o) upto += other;
     }
     int64_t place = to + upto - here;
-    const uint32_t token = first_token + static_cast<uint32_t>(b) * kBlockTokens + lane % kMaskWords * kWarp;
+    const uint32_t token =
+        first_token + static_cast<uint32_t>(b) * kBlockTokens + lane % kMaskWords * kWarp;
     for (; any != 0; any &= any - 1) w.token[place++] = token + __ffs(static_cast<int>(any)) - 1;
     to += __shfl_sync(kAllLanes, upto, kWarp - 1);
   }
@@ -420,7 +427,8 @@ __device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* m
   const unsigned long long call = *team.p.hot.call;
   for (int64_t i = tid; i - lane < own; i += kThreads) {
     const bool in = i < own;
-    const int misses = Resolve(team.p, team.group, call, in, in ? w.token[first + i] : 0, first + i);
+    const int misses =
+        Resolve(team.p, team.group, call, in, in ? w.token[first + i] : 0, first + i);
     if (lane == 0 && misses > 0) atomicAdd(&team.shared.fetched, misses);
   }
   return all;

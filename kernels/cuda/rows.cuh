@@ -1,5 +1,6 @@
 // Tiles of rows in shared memory: brought there from the device or straight from the host pool, and
-// what attention and its certificate compute from them. One thread block of kThreads works together.
+// what attention and its certificate compute from them. One thread block of kThreads works
+// together.
 #ifndef VATTN_KERNELS_CUDA_ROWS_CUH_
 #define VATTN_KERNELS_CUDA_ROWS_CUH_
 
@@ -14,7 +15,7 @@ constexpr int kMostTileRows = 64;
 constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 
 constexpr int kLeastTiles = 2, kMostTiles = 4;  // in flight
-constexpr int kTailSums = 8;     // doubles a thread, of the certificate
+constexpr int kTailSums = 8;                    // doubles a thread, of the certificate
 
 // Tile size of a row layout. Rows of a tile lie `pitch` bytes apart.
 struct TileShape {
@@ -28,7 +29,8 @@ VATTN_HD inline TileShape MakeTileShape(int row_bytes, int most = kMostTileRows)
 }
 // For a list of `count` rows that `size` thread blocks share: small tiles rather than idle blocks.
 VATTN_HD inline TileShape MakeTileShape(int row_bytes, int64_t count, int size) {
-  return MakeTileShape(row_bytes, count > int64_t{kMostTileRows} / 2 * size ? kMostTileRows : kMostTileRows / 2);
+  return MakeTileShape(
+      row_bytes, count > int64_t{kMostTileRows} / 2 * size ? kMostTileRows : kMostTileRows / 2);
 }
 VATTN_HD inline int TileBytes(const TileShape& t) { return t.rows * t.pitch; }
 
@@ -43,14 +45,17 @@ struct RowsShared {
   float most[kHeads], scale[kHeads], mass[kHeads], mass2[kHeads];
 };
 
-// Brings `tiles` tiles through shared memory, `depth` at a time, and calls compute(k, tile) on each by
-// all threads. address(k, r): where row r of tile k is, 0: no such row. Ends with all threads in step.
+// Brings `tiles` tiles through shared memory, `depth` at a time, and calls compute(k, tile) on each
+// by all threads. address(k, r): where row r of tile k is, 0: no such row. Ends with all threads in
+// step.
 template <class Address, class Compute>
-__device__ void WalkTiles(const TileShape& shape, int depth, int tiles, uint64_t (*at)[kMostTileRows],
-                          std::byte* memory, Address&& address, Compute&& compute) {
+__device__ void WalkTiles(const TileShape& shape, int depth, int tiles,
+                          uint64_t (*at)[kMostTileRows], std::byte* memory, Address&& address,
+                          Compute&& compute) {
   const int tid = threadIdx.x, per_row = shape.row_bytes / 16;
   // A warp lists and fetches its own rows of every tile, so that only the tiles need a barrier.
-  const int warp = tid / kWarp, lane = tid % kWarp, rows_each = (shape.rows + kThreads / kWarp - 1) / (kThreads / kWarp);
+  const int warp = tid / kWarp, lane = tid % kWarp,
+            rows_each = (shape.rows + kThreads / kWarp - 1) / (kThreads / kWarp);
   const auto fetch = [&](int k) {
     const int stage = k % depth, first = warp * rows_each;
     std::byte* tile = memory + stage * TileBytes(shape);
@@ -91,8 +96,8 @@ __device__ void WalkTiles(const TileShape& shape, int depth, int tiles, uint64_t
 // out[row * kHeads + h] = vectors[h] . part of row, for count rows; vectors [kHeads][dim] in shared
 // memory, the part starts `offset` bytes into the row. Rows are shared by several lanes.
 template <DType kType, int kHeads>
-__device__ void DotTile(const TileShape& shape, const std::byte* tile, int count, int offset, int dim,
-                        const float* vectors, float* out) {
+__device__ void DotTile(const TileShape& shape, const std::byte* tile, int count, int offset,
+                        int dim, const float* vectors, float* out) {
   using E = Element<kType>;
   const int pairs = shape.rows * kHeads;
   int lanes = 1;
@@ -124,7 +129,8 @@ __device__ void DotTile(const TileShape& shape, const std::byte* tile, int count
 
 // out[row] = |part of row|^2 for count rows.
 template <DType kType>
-__device__ void NormTile(const TileShape& shape, const std::byte* tile, int count, int offset, int dim, float* out) {
+__device__ void NormTile(const TileShape& shape, const std::byte* tile, int count, int offset,
+                         int dim, float* out) {
   using E = Element<kType>;
   constexpr int kLanes = kThreads / kMostTileRows;
   const int sub = threadIdx.x % kLanes, row = threadIdx.x / kLanes;
@@ -143,7 +149,8 @@ __device__ void NormTile(const TileShape& shape, const std::byte* tile, int coun
   if (sub == 0 && row < shape.rows) out[row] = sum;
 }
 
-// The weighted sum of V over tiles: each thread holds two dimensions of every head for a part of the rows.
+// The weighted sum of V over tiles: each thread holds two dimensions of every head for a part of
+// the rows.
 template <DType kType, int kHeads>
 struct ValueSum {
   float sum[kHeads][2];
@@ -159,8 +166,8 @@ struct ValueSum {
   }
 
   // sum = sum * scale + p . V over count rows; p [rows][kHeads], scale [kHeads].
-  __device__ void Add(const TileShape& shape, const std::byte* tile, int count, int offset, const float* p,
-                      const float* scale) {
+  __device__ void Add(const TileShape& shape, const std::byte* tile, int count, int offset,
+                      const float* p, const float* scale) {
     if (group >= groups) return;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) sum[h][0] *= scale[h], sum[h][1] *= scale[h];
@@ -175,8 +182,8 @@ struct ValueSum {
     }
   }
 
-  // Sums over the parts, by way of memory [groups][kHeads][dim] in shared memory, to out(h, j, value) for
-  // the first `heads` heads. All threads must call it.
+  // Sums over the parts, by way of memory [groups][kHeads][dim] in shared memory, to out(h, j,
+  // value) for the first `heads` heads. All threads must call it.
   template <class Out>
   __device__ void Finish(float* memory, int heads, Out&& out) {
     const int dim = 2 * pairs;
@@ -206,52 +213,54 @@ struct ValueSum {
 //   out for this head, if shared.most is finite; keep(k, tile) sees each tile once.
 // States [heads][dim_v + 3] go to `state`. With norms, |v|^2 of each row is in shared.norm2 at note.
 template <DType kType, int kHeads, class Address, class Count, class Weigh, class Note, class Keep>
-__device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int depth, int tiles, int heads,
-                            const float* queries, std::byte* memory, RowsShared<kHeads>& shared, float* state,
-                            Address&& address, Count&& count, Weigh&& weigh, Note&& note, Keep&& keep) {
+__device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int depth, int tiles,
+                            int heads, const float* queries, std::byte* memory,
+                            RowsShared<kHeads>& shared, float* state, Address&& address,
+                            Count&& count, Weigh&& weigh, Note&& note, Keep&& keep) {
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   ValueSum<kType, kHeads> values(row.dim_v);
   if (tid < kHeads) shared.mass[tid] = shared.mass2[tid] = 0;
-  WalkTiles(shape, depth, tiles, shared.address, memory, address, [&](int k, const std::byte* tile) {
-    const int n = count(k);
-    if (tid < n) {
-      const float2 w = weigh(k, tid);
-      shared.log_weight[tid] = w.x;
-      shared.factor[tid] = w.y;
-    }
-    DotTile<kType, kHeads>(shape, tile, n, 0, row.dim_k, queries, shared.p);
-    NormTile<kType>(shape, tile, n, row.v_offset, row.dim_v, shared.norm2);
-    keep(k, tile);
-    __syncthreads();
-    if (warp < kHeads) {
-      const int h = warp;
-      float most = shared.most[h];
-      for (int r = lane; r < n; r += kWarp) {
-        float& s = shared.p[r * kHeads + h];
-        if (h < heads) note(k, r, h, s);
-        most = fmaxf(most, s + shared.log_weight[r]);
-      }
-      most = WarpMax(most);
-      const float scale = most == shared.most[h] ? 1 : expf(shared.most[h] - most);
-      float mass = 0, mass2 = 0;
-      for (int r = lane; r < n; r += kWarp) {
-        float& p = shared.p[r * kHeads + h];
-        p = expf(p + shared.log_weight[r] - most) * shared.factor[r];
-        mass += p;
-        mass2 = fmaf(p, shared.norm2[r], mass2);
-      }
-      mass = WarpSum(mass), mass2 = WarpSum(mass2);
-      __syncwarp();
-      if (lane == 0) {
-        shared.most[h] = most;
-        shared.scale[h] = scale;
-        shared.mass[h] = shared.mass[h] * scale + mass;
-        shared.mass2[h] = shared.mass2[h] * scale + mass2;
-      }
-    }
-    __syncthreads();
-    values.Add(shape, tile, n, row.v_offset, shared.p, shared.scale);
-  });
+  WalkTiles(shape, depth, tiles, shared.address, memory, address,
+            [&](int k, const std::byte* tile) {
+              const int n = count(k);
+              if (tid < n) {
+                const float2 w = weigh(k, tid);
+                shared.log_weight[tid] = w.x;
+                shared.factor[tid] = w.y;
+              }
+              DotTile<kType, kHeads>(shape, tile, n, 0, row.dim_k, queries, shared.p);
+              NormTile<kType>(shape, tile, n, row.v_offset, row.dim_v, shared.norm2);
+              keep(k, tile);
+              __syncthreads();
+              if (warp < kHeads) {
+                const int h = warp;
+                float most = shared.most[h];
+                for (int r = lane; r < n; r += kWarp) {
+                  float& s = shared.p[r * kHeads + h];
+                  if (h < heads) note(k, r, h, s);
+                  most = fmaxf(most, s + shared.log_weight[r]);
+                }
+                most = WarpMax(most);
+                const float scale = most == shared.most[h] ? 1 : expf(shared.most[h] - most);
+                float mass = 0, mass2 = 0;
+                for (int r = lane; r < n; r += kWarp) {
+                  float& p = shared.p[r * kHeads + h];
+                  p = expf(p + shared.log_weight[r] - most) * shared.factor[r];
+                  mass += p;
+                  mass2 = fmaf(p, shared.norm2[r], mass2);
+                }
+                mass = WarpSum(mass), mass2 = WarpSum(mass2);
+                __syncwarp();
+                if (lane == 0) {
+                  shared.most[h] = most;
+                  shared.scale[h] = scale;
+                  shared.mass[h] = shared.mass[h] * scale + mass;
+                  shared.mass2[h] = shared.mass2[h] * scale + mass2;
+                }
+              }
+              __syncthreads();
+              values.Add(shape, tile, n, row.v_offset, shared.p, shared.scale);
+            });
   values.Finish(reinterpret_cast<float*>(memory), heads,
                 [&](int h, int j, float x) { state[h * (row.dim_v + 3) + j] = x; });
   if (tid < heads) {
@@ -263,13 +272,14 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int de
   __syncthreads();
 }
 
-// Bytes of dynamic shared memory of AttendTiles: tiles (or the sums of values or of the certificate) and
-// the queries.
+// Bytes of dynamic shared memory of AttendTiles: tiles (or the sums of values or of the
+// certificate) and the queries.
 template <int kHeads>
 VATTN_HD inline int RowsBytes(const RowLayout& row, int depth) {
   const int sums = kThreads * (2 * kHeads * 4 > kTailSums * 8 ? 2 * kHeads * 4 : kTailSums * 8);
   const int tiles = depth * TileBytes(MakeTileShape(row.row_bytes));
-  return (tiles > sums ? tiles : sums) + kHeads * (row.dim_k > row.dim_v ? row.dim_k : row.dim_v) * 4;
+  return (tiles > sums ? tiles : sums) +
+         kHeads * (row.dim_k > row.dim_v ? row.dim_k : row.dim_v) * 4;
 }
 
 }  // namespace vattn::cuda

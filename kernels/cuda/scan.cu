@@ -1,7 +1,8 @@
 // Scan of the index: predicted scores of every middle token for every head of its group, as fp16
-// estimates relative to the largest of their block (kernels/cpu/scan.h has the definition). A warp takes
-// a block of 256 tokens, 32 at a time: tensor cores multiply their codes with up to 8 heads' queries. For
-// policies with a ranking the scores are left as they are; with IndexKind::kExact they are there (exact.cu).
+// estimates relative to the largest of their block (kernels/cpu/scan.h has the definition). A warp
+// takes a block of 256 tokens, 32 at a time: tensor cores multiply their codes with up to 8 heads'
+// queries. For policies with a ranking the scores are left as they are; with IndexKind::kExact they
+// are there (exact.cu).
 #include <cmath>
 
 #include "kernels/cuda/stages.h"
@@ -13,12 +14,15 @@ namespace {
 
 constexpr int kScanThreads = 256;
 constexpr int kScanWarps = kScanThreads / kWarp;
-constexpr int kScanBlocks = 2;   // of a multiprocessor: few warps, but registers for what is on its way
+// Of a multiprocessor: few warps, but registers for what is on its way
+constexpr int kScanBlocks = 2;
 constexpr int kPartTokens = 32;  // of a warp at a time: two tiles
 constexpr int kParts = kBlockTokens / kPartTokens;
-constexpr int kQuad = 4;         // lanes that share rows of a matrix product: lane = 4 * row + place
+// Lanes that share rows of a matrix product: lane = 4 * row + place
+constexpr int kQuad = 4;
 
-// Code words of a token by precision (kernels/geometry.h). A word holds 1, 2, 4 or 8 runs of 4 dimensions.
+// Code words of a token by precision (kernels/geometry.h). A word holds 1, 2, 4 or 8 runs of 4
+// dimensions.
 struct Words {
   int words8, words4, words2, words1;
 
@@ -36,8 +40,8 @@ struct Words {
   __device__ int MostRuns(int i) const { return Runs(min(all(), kQuad * (i + 1)) - 1); }
 };
 
-// The polynomial of kernels/cpu/scan.cc, operation by operation; adding and subtracting kRound rounds to
-// the nearest integer, whose low bits it leaves where the exponent wants them.
+// The polynomial of kernels/cpu/scan.cc, operation by operation; adding and subtracting kRound
+// rounds to the nearest integer, whose low bits it leaves where the exponent wants them.
 __device__ float ExpNegative(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23
   const float y = fmaxf(__fmul_rn(x, 1.44269504f), -30.f);
@@ -51,12 +55,13 @@ __device__ float ExpNegative(float x) {
   return y > -29.f ? e : 0;
 }
 
-// acc += codes of 16 tokens times queries of 8 heads over two runs a lane. Lane 4 g + q: low, high are
-// rows g and g + 8 of the codes' runs 0 and 1, b the same runs of head g's query; acc: rows g, g, g + 8,
-// g + 8 with heads 2 q, 2 q + 1 (mma.m16n8k32).
-__device__ void Multiply(int (&acc)[4], uint32_t low0, uint32_t high0, uint32_t low1, uint32_t high1, int32_t b0,
-                         int32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+// acc += codes of 16 tokens times queries of 8 heads over two runs a lane. Lane 4 g + q: low, high
+// are rows g and g + 8 of the codes' runs 0 and 1, b the same runs of head g's query; acc: rows g,
+// g, g + 8, g + 8 with heads 2 q, 2 q + 1 (mma.m16n8k32).
+__device__ void Multiply(int (&acc)[4], uint32_t low0, uint32_t high0, uint32_t low1,
+                         uint32_t high1, int32_t b0, int32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, "
       "{%0, %1, %2, %3};"
       : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
       : "r"(low0), "r"(high0), "r"(low1), "r"(high1), "r"(b0), "r"(b1));
@@ -75,15 +80,20 @@ __device__ WordPlan<kRuns> PlanWord(const Words& words, const PackedQueries& q, 
   const int runs = word < words.all() ? words.Runs(word) : 0;
   WordPlan<kRuns> plan;
   plan.bits = runs <= 1 ? 8 : runs == 2 ? 4 : runs == 4 ? 2 : 1;
-  plan.mask = runs <= 1 ? 0xffffffffu : runs == 2 ? 0x0f0f0f0fu : runs == 4 ? 0x03030303u : 0x01010101u;
+  plan.mask = runs <= 1   ? 0xffffffffu
+              : runs == 2 ? 0x0f0f0f0fu
+              : runs == 4 ? 0x03030303u
+                          : 0x01010101u;
 #pragma unroll
-  for (int r = 0; r < kRuns; ++r) plan.query[r] = r < runs ? q.run[words.FirstRun(word) + r][lane / kQuad] : 0;
+  for (int r = 0; r < kRuns; ++r)
+    plan.query[r] = r < runs ? q.run[words.FirstRun(word) + r][lane / kQuad] : 0;
   return plan;
 }
 
 // acc[0]: tokens 4 g, 4 g + 1 of the 32, acc[1]: 4 g + 2, 4 g + 3. `most` runs are looked at.
 template <int kRuns>
-__device__ void AddWord(const uint4& word, const WordPlan<kRuns>& plan, int most, int (&acc)[2][4]) {
+__device__ void AddWord(const uint4& word, const WordPlan<kRuns>& plan, int most,
+                        int (&acc)[2][4]) {
   const uint32_t w[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
   for (int run = 0; run < kRuns; run += 2) {
@@ -99,18 +109,22 @@ __device__ void AddWord(const uint4& word, const WordPlan<kRuns>& plan, int most
   }
 }
 
-// How the scores of 32 tokens lie over the lanes of a warp: kTokens tokens from FirstToken() on for kOwn
-// heads from FirstHead() on.
+// How the scores of 32 tokens lie over the lanes of a warp: kTokens tokens from FirstToken() on for
+// kOwn heads from FirstHead() on.
 template <int kHeads>
 struct Spread {
   static constexpr int kOwn = kHeads == 1 ? 1 : 2;
-  static constexpr int kTokens = kHeads * kPartTokens / kWarp / kOwn > 0 ? kHeads * kPartTokens / kWarp / kOwn : 1;
+  static constexpr int kTokens =
+      kHeads * kPartTokens / kWarp / kOwn > 0 ? kHeads* kPartTokens / kWarp / kOwn : 1;
   using Scores = float[kParts][kTokens][kOwn];  // of a block
-  static constexpr int kSharing = kQuad * kOwn / (kHeads > 2 ? kHeads : kOwn);  // lanes of a quad with a head
+  // Lanes of a quad with a head
+  static constexpr int kSharing = kQuad * kOwn / (kHeads > 2 ? kHeads : kOwn);
 
   static __device__ int Row() { return threadIdx.x % kWarp / kQuad; }
   static __device__ int Place() { return threadIdx.x % kQuad; }
-  static __device__ int FirstHead() { return kHeads == 8 ? 2 * Place() : kHeads == 4 ? 2 * (Place() % 2) : 0; }
+  static __device__ int FirstHead() {
+    return kHeads == 8 ? 2 * Place() : kHeads == 4 ? 2 * (Place() % 2) : 0;
+  }
   static __device__ int FirstToken() {
     return 4 * Row() + (kHeads == 8 ? 0 : kHeads == 4 ? 2 * (Place() / 2) : Place());
   }
@@ -163,8 +177,8 @@ __device__ const uint4* WordsAt(const std::byte* codes, int all, int part, int i
   return reinterpret_cast<const uint4*>(codes + (tile * all + word) * 64 + lane / kQuad % 4 * 16);
 }
 
-// The next parts' words of a lane, on their way while it works; across blocks, so that the end of one
-// does not leave the memory idle.
+// The next parts' words of a lane, on their way while it works; across blocks, so that the end of
+// one does not leave the memory idle.
 template <int kHeads, int kFours>
 struct WordQueue {
   static constexpr int kAhead = kHeads <= 4 ? 4 : 2;
@@ -180,13 +194,14 @@ struct WordQueue {
   }
 };
 
-// Scores of one block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it inside the
-// middle. kFours: fours of words known at compile time and planned in `plans`, the first parts in the
-// queue, where those of the block `following` (or null) come next; 0: any number. kRuns: most of a word.
-// marks: a code of all 0 has kMarkedScore.
+// Scores of one block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it
+// inside the middle. kFours: fours of words known at compile time and planned in `plans`, the first
+// parts in the queue, where those of the block `following` (or null) come next; 0: any number.
+// kRuns: most of a word. marks: a code of all 0 has kMarkedScore.
 template <int kHeads, int kFours, int kRuns>
-__device__ void ScoreBlock(const std::byte* codes, const std::byte* following, WordQueue<kHeads, kFours>& queue,
-                           const Words& words, const WordPlan<kRuns>* plans, const PackedQueries& q, bool marks,
+__device__ void ScoreBlock(const std::byte* codes, const std::byte* following,
+                           WordQueue<kHeads, kFours>& queue, const Words& words,
+                           const WordPlan<kRuns>* plans, const PackedQueries& q, bool marks,
                            int begin, int end, typename Spread<kHeads>::Scores& score) {
   using Lanes = Spread<kHeads>;
   constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
@@ -249,7 +264,8 @@ __device__ void ForEachScore(typename Spread<kHeads>::Scores& score, int heads, 
 #pragma unroll
       for (int h = 0; h < Lanes::kOwn; ++h) {
         const int head = Lanes::FirstHead() + h;
-        if (head < heads) f(score[part][t][h], head * kBlockTokens + part * kPartTokens + Lanes::FirstToken() + t);
+        if (head < heads)
+          f(score[part][t][h], head * kBlockTokens + part * kPartTokens + Lanes::FirstToken() + t);
       }
     }
   }
@@ -257,8 +273,8 @@ __device__ void ForEachScore(typename Spread<kHeads>::Scores& score, int heads, 
 
 // Estimates of a block from its scores, by the same warp.
 template <int kHeads>
-__device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int heads, uint16_t* estimate, float* shift,
-                              float* mass) {
+__device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int heads,
+                              uint16_t* estimate, float* shift, float* mass) {
   using Lanes = Spread<kHeads>;
   constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
   const int place = Lanes::Place();
@@ -304,17 +320,18 @@ __device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int 
   }
 }
 
-// k8, k4, k2, k1 >= 0: words of each precision known at compile time. k8 < 0: none is, but for k1 = 0.
-// kRanked: scores go to scratch.score.
+// k8, k4, k2, k1 >= 0: words of each precision known at compile time. k8 < 0: none is, but for k1 =
+// 0. kRanked: scores go to scratch.score.
 template <int kHeads, int k8, int k4, int k2, int k1, bool kRanked>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
-ScanKernel(const __grid_constant__ DecodeParams p) {
+    ScanKernel(const __grid_constant__ DecodeParams p) {
   constexpr int kFours = k8 < 0 ? 0 : (k8 + k4 + k2 + k1 + kQuad - 1) / kQuad;
   constexpr int kRuns = k1 == 0 ? 4 : 8;
   const CodeLayout& code = p.storage.host.code;
   WordQueue<kHeads, kFours> queue = {};
-  const Words words = k8 < 0 ? Words{code.dims8 / 4, code.dims4 / 8, code.dims2 / 16, code.dims1 / 32}
-                             : Words{k8, k4, k2, k1};
+  const Words words = k8 < 0
+                          ? Words{code.dims8 / 4, code.dims4 / 8, code.dims2 / 16, code.dims1 / 32}
+                          : Words{k8, k4, k2, k1};
   if (blockIdx.x == 0 && threadIdx.x == 0) Note(p, Mark::kPrepared);
   // Warps take contiguous runs of the blocks of all groups.
   const int64_t all = p.header->scan_blocks, warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
@@ -330,10 +347,12 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
       continue;
     }
     // Queries are packed for one segment of the index.
-    const int64_t before = FirstBlock(group) - group.first_block;  // from numbers of the scan to those of the sequence
+    // From numbers of the scan to those of the sequence
+    const int64_t before = FirstBlock(group) - group.first_block;
     const int segment = SegmentAt(group, at + before);
     const int64_t end = SegmentEnd(group, segment, last + before) - before;
-    const PackedQueries* const queries = group.scratch.packed + int64_t{segment} * ((p.q_heads + 7) / 8);
+    const PackedQueries* const queries =
+        group.scratch.packed + int64_t{segment} * ((p.q_heads + 7) / 8);
     for (int first = 0; first < p.q_heads; first += kHeads) {
       const PackedQueries& packed = queries[first / 8];
       WordPlan<kRuns> plans[kFours > 0 ? kFours : 1];
@@ -349,18 +368,20 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
         const int64_t out = b * p.q_heads + first;
         const int heads = min(kHeads, p.q_heads - first);
         typename Spread<kHeads>::Scores score;
-        ScoreBlock<kHeads, kFours, kRuns>(codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans,
-                                   packed, code.kind == IndexKind::kBalanced,
-                                   static_cast<int>(max(group.middle_begin - token, int64_t{0})),
-                                   static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})), score);
+        ScoreBlock<kHeads, kFours, kRuns>(
+            codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans, packed,
+            code.kind == IndexKind::kBalanced,
+            static_cast<int>(max(group.middle_begin - token, int64_t{0})),
+            static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})), score);
         if constexpr (kRanked) {
           float* to_score = group.scratch.score + out * kBlockTokens;
           ForEachScore<kHeads>(score, heads, [&](float s, int i) {
-            to_score[i] = s == kMarkedScore ? -kMarkedScore : s;  // of a ranking, marked tokens are the first
+            // Of a ranking, marked tokens are the first
+            to_score[i] = s == kMarkedScore ? -kMarkedScore : s;
           });
         } else {
-          EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out,
-                                group.scratch.mass + out);
+          EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens,
+                                group.scratch.shift + out, group.scratch.mass + out);
         }
       }
     }
@@ -370,7 +391,8 @@ ScanKernel(const __grid_constant__ DecodeParams p) {
 
 // Estimates from the scores in scratch.score, a warp a block.
 template <int kHeads>
-__global__ void __launch_bounds__(kScanThreads, kScanBlocks) EstimateKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kScanThreads, kScanBlocks)
+    EstimateKernel(const __grid_constant__ DecodeParams p) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
        item < p.header->scan_blocks; item += warps) {
@@ -381,8 +403,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) EstimateKernel(cons
       const float* from = group.scratch.score + out * kBlockTokens;
       typename Spread<kHeads>::Scores score = {};
       ForEachScore<kHeads>(score, heads, [&](float& s, int i) { s = from[i]; });
-      EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens, group.scratch.shift + out,
-                            group.scratch.mass + out);
+      EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens,
+                            group.scratch.shift + out, group.scratch.mass + out);
     }
   }
 }

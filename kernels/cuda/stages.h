@@ -1,4 +1,5 @@
-// The stages of a decode step on CUDA, in their order; kernels/cuda/decode.cu strings them together.
+// The stages of a decode step on CUDA, in their order; kernels/cuda/decode.cu strings them
+// together.
 #ifndef VATTN_KERNELS_CUDA_STAGES_H_
 #define VATTN_KERNELS_CUDA_STAGES_H_
 
@@ -13,9 +14,12 @@ int DispatchRows(DType dtype, int heads, F&& f) {
     return heads <= 4 ? f.template operator()<kType, 4>() : f.template operator()<kType, 8>();
   };
   switch (dtype) {
-    case DType::kF32: return typed.template operator()<DType::kF32>();
-    case DType::kF16: return typed.template operator()<DType::kF16>();
-    default: return typed.template operator()<DType::kBF16>();
+    case DType::kF32:
+      return typed.template operator()<DType::kF32>();
+    case DType::kF16:
+      return typed.template operator()<DType::kF16>();
+    default:
+      return typed.template operator()<DType::kBF16>();
   }
 }
 

@@ -1,5 +1,5 @@
-// Small kernels that bring the device up to date before a step: block tables, sinks and ring, copies of
-// codes, and what the hot set must forget.
+// Small kernels that bring the device up to date before a step: block tables, sinks and ring,
+// copies of codes, and what the hot set must forget.
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/vocabulary.cuh"
 
@@ -34,8 +34,9 @@ __global__ void LoadCodesKernel(DeviceStorage storage, const int32_t* blocks, in
   for (int64_t i = int64_t{blockIdx.x} * kTableThreads + threadIdx.x; i < count * parts;
        i += int64_t{gridDim.x} * kTableThreads) {
     const int64_t block = blocks[i / parts], part = i % parts;
-    reinterpret_cast<uint4*>(storage.codes + block * storage.code_block_bytes)[part] = reinterpret_cast<const uint4*>(
-        storage.host.base + block * storage.host.block.bytes + storage.host.block.codes)[part];
+    reinterpret_cast<uint4*>(storage.codes + block * storage.code_block_bytes)[part] =
+        reinterpret_cast<const uint4*>(storage.host.base + block * storage.host.block.bytes +
+                                       storage.host.block.codes)[part];
   }
 }
 
@@ -57,18 +58,22 @@ __global__ void ApplyPatchesKernel(const Patch* patches, int64_t count) {
 __global__ void WriteKernel(WriteParams p) {
   const RowLayout& row = p.storage.row;
   const int element = row.dtype == DType::kF32 ? 4 : 2;
-  const int k_parts = row.dim_k * element / 16, v_parts = row.shared_kv ? 0 : row.dim_v * element / 16;
+  const int k_parts = row.dim_k * element / 16,
+            v_parts = row.shared_kv ? 0 : row.dim_v * element / 16;
   const int parts = k_parts + v_parts;
   const int64_t all = p.count * p.kv_heads * parts;
   for (int64_t i = int64_t{blockIdx.x} * kTableThreads + threadIdx.x; i < all;
        i += int64_t{gridDim.x} * kTableThreads) {
-    const int64_t item = i / parts, part = i - item * parts, t = item / p.kv_heads, h = item - t * p.kv_heads;
+    const int64_t item = i / parts, part = i - item * parts, t = item / p.kv_heads,
+                  h = item - t * p.kv_heads;
     const bool key = part < k_parts;
     const std::byte* from =
-        key ? static_cast<const std::byte*>(p.k) + (t * p.k_token_stride + h * p.k_head_stride) * element + part * 16
-            : static_cast<const std::byte*>(p.v) + (t * p.v_token_stride + h * p.v_head_stride) * element +
-                  (part - k_parts) * 16;
-    std::byte* to = const_cast<std::byte*>(HostRow(p.storage, p.blocks[h], p.first + t)) + part * 16;
+        key ? static_cast<const std::byte*>(p.k) +
+                  (t * p.k_token_stride + h * p.k_head_stride) * element + part * 16
+            : static_cast<const std::byte*>(p.v) +
+                  (t * p.v_token_stride + h * p.v_head_stride) * element + (part - k_parts) * 16;
+    std::byte* to =
+        const_cast<std::byte*>(HostRow(p.storage, p.blocks[h], p.first + t)) + part * 16;
     // Strides are the caller's: only whole elements are sure to be aligned.
     if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
@@ -84,33 +89,38 @@ __global__ void WriteKernel(WriteParams p) {
 
 int LoadFixed(const DeviceStorage& storage, const FixedItem* items, int count, Stream stream) {
   if (count == 0) return cudaSuccess;
-  LoadFixedKernel<<<dim3(count, 8), kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(storage, items);
+  LoadFixedKernel<<<dim3(count, 8), kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+      storage, items);
   return cudaGetLastError();
 }
 
 int LoadCodes(const DeviceStorage& storage, const int32_t* blocks, int64_t count, Stream stream) {
   if (count == 0 || storage.code_block_bytes == 0) return cudaSuccess;
   const unsigned grid = Grid(count * storage.code_block_bytes / 16);
-  LoadCodesKernel<<<grid, kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(storage, blocks, count);
+  LoadCodesKernel<<<grid, kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+      storage, blocks, count);
   return cudaGetLastError();
 }
 
 int ForgetBlocks(const HotSetRef& hot, const int32_t* blocks, int64_t count, Stream stream) {
   if (count == 0 || hot.slots == 0) return cudaSuccess;
-  ForgetBlocksKernel<<<Grid(count * kBlockTokens), kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      hot, blocks, count);
+  ForgetBlocksKernel<<<Grid(count * kBlockTokens), kTableThreads, 0,
+                       static_cast<cudaStream_t>(stream.handle)>>>(hot, blocks, count);
   return cudaGetLastError();
 }
 
 int ApplyPatches(const Patch* patches, int64_t count, Stream stream) {
   if (count == 0) return cudaSuccess;
-  ApplyPatchesKernel<<<Grid(count), kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(patches, count);
+  ApplyPatchesKernel<<<Grid(count), kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+      patches, count);
   return cudaGetLastError();
 }
 
 int Write(const WriteParams& p, Stream stream) {
-  const int parts = (p.storage.row.dim_k + p.storage.row.dim_v) * ElementBytes(p.storage.row.dtype) / 16;
-  WriteKernel<<<Grid(p.count * p.kv_heads * parts), kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(p);
+  const int parts =
+      (p.storage.row.dim_k + p.storage.row.dim_v) * ElementBytes(p.storage.row.dtype) / 16;
+  WriteKernel<<<Grid(p.count * p.kv_heads * parts), kTableThreads, 0,
+                static_cast<cudaStream_t>(stream.handle)>>>(p);
   return cudaGetLastError();
 }
 

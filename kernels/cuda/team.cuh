@@ -1,4 +1,5 @@
-// A team: the thread blocks that answer one group together, all resident at a time (cooperative launch).
+// A team: the thread blocks that answer one group together, all resident at a time (cooperative
+// launch).
 #ifndef VATTN_KERNELS_CUDA_TEAM_CUH_
 #define VATTN_KERNELS_CUDA_TEAM_CUH_
 
@@ -12,12 +13,17 @@ constexpr int kMostTeam = 16;  // more thread blocks wait longer for each other 
 
 // The middle is cut into at most kMostSegments runs of blocks; a warp takes one at a time.
 constexpr int kMostSegments = 256;
-VATTN_HD inline int64_t SegmentBlocks(int64_t blocks) { return (blocks + kMostSegments - 1) / kMostSegments; }
+VATTN_HD inline int64_t SegmentBlocks(int64_t blocks) {
+  return (blocks + kMostSegments - 1) / kMostSegments;
+}
 VATTN_HD inline int NumSegments(int64_t blocks) {
-  return blocks == 0 ? 0 : static_cast<int>((blocks + SegmentBlocks(blocks) - 1) / SegmentBlocks(blocks));
+  return blocks == 0
+             ? 0
+             : static_cast<int>((blocks + SegmentBlocks(blocks) - 1) / SegmentBlocks(blocks));
 }
 
-// Shared memory of a thread block of a team. Every block of a team keeps the same copies of the heads.
+// Shared memory of a thread block of a team. Every block of a team keeps the same copies of the
+// heads.
 template <int kHeads>
 struct TeamShared {
   RowsShared<kHeads> rows;
@@ -26,7 +32,7 @@ struct TeamShared {
   float log_gain[kMaxDeviceGroup];  // of inclusion weights, see kernels/cpu/sample.h
   float floor[kMaxDeviceGroup];
   float sums[kWarps][kMaxDeviceGroup + 1];  // of a pass over estimates
-  int32_t kept[kWarps];  // candidates that each warp draws
+  int32_t kept[kWarps];                     // candidates that each warp draws
   double total[kPartials(kMaxDeviceGroup)];
   int32_t slot[kMostTileRows];
   int32_t count, fetched;
@@ -50,23 +56,29 @@ struct Team {
     if (rank == 0 && threadIdx.x == 0 && &group == p.groups) Note(p, mark);
   }
 
-  // All threads of the team. What was written to global memory before is seen after it, past the L1.
+  // All threads of the team. What was written to global memory before is seen after it, past the
+  // L1.
   __device__ void Sync() {
     __syncthreads();
     if (size == 1) return;
     if (threadIdx.x == 0) {
       ++phase;
       const uint32_t all = phase * static_cast<uint32_t>(size);
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(group.scratch.barrier) : "memory");
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(group.scratch.barrier)
+                   : "memory");
       uint32_t seen;
       do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(group.scratch.barrier) : "memory");
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(seen)
+                     : "l"(group.scratch.barrier)
+                     : "memory");
       } while (seen < all);
     }
     __syncthreads();
   }
 
-  // shared.total[0, count) of every block of the team, summed in the same order by each. Holds a barrier.
+  // shared.total[0, count) of every block of the team, summed in the same order by each. Holds a
+  // barrier.
   __device__ void Add(int count) {
     const int stride = kPartials(p.q_heads);
     double* own = group.scratch.partial + (static_cast<int64_t>(parity) * size + rank) * stride;
@@ -89,13 +101,15 @@ struct Team {
     }
   }
 
-  // Tiles of `rows` rows go round the thread blocks of the team: how many of a list of `count` rows this
-  // one has, and the place in the list of row r of its k-th.
+  // Tiles of `rows` rows go round the thread blocks of the team: how many of a list of `count` rows
+  // this one has, and the place in the list of row r of its k-th.
   __device__ int Tiles(int64_t count, int rows) const {
     const int all = static_cast<int>((count + rows - 1) / rows);
     return all > rank ? (all - rank + size - 1) / size : 0;
   }
-  __device__ int64_t RowPlace(int rows, int k, int r) const { return (rank + int64_t{k} * size) * rows + r; }
+  __device__ int64_t RowPlace(int rows, int k, int r) const {
+    return (rank + int64_t{k} * size) * rows + r;
+  }
 
   // Segments of the middle (draw.cuh) that a warp of this thread block looks at: from here up to
   // SegmentBegin(warp + 1). Those of the block are a contiguous run.
@@ -104,7 +118,9 @@ struct Team {
     return segments * (rank * kWarps + warp) / warps;
   }
   // Blocks of the middle in them.
-  __device__ int64_t BlocksBegin() const { return SegmentBegin(0) * SegmentBlocks(NumBlocks(group)); }
+  __device__ int64_t BlocksBegin() const {
+    return SegmentBegin(0) * SegmentBlocks(NumBlocks(group));
+  }
   __device__ int64_t BlocksEnd() const {
     return min(NumBlocks(group), SegmentBegin(kWarps) * SegmentBlocks(NumBlocks(group)));
   }

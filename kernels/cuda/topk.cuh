@@ -1,7 +1,7 @@
-// Answers of the baseline policies (METHOD.md, "Policies") by a team, as kernels/cpu/topk.cc: each head's best tokens
-// by score, and with Policy::kTopKUniform a base sample of the rest, a budget from its moments, and the
-// sample of that size, which holds the base sample. The rows that some head takes are a list; walks over
-// such lists leave softmax states that are merged at the end.
+// Answers of the baseline policies (METHOD.md, "Policies") by a team, as kernels/cpu/topk.cc: each
+// head's best tokens by score, and with Policy::kTopKUniform a base sample of the rest, a budget
+// from its moments, and the sample of that size, which holds the base sample. The rows that some
+// head takes are a list; walks over such lists leave softmax states that are merged at the end.
 #ifndef VATTN_KERNELS_CUDA_TOPK_CUH_
 #define VATTN_KERNELS_CUDA_TOPK_CUH_
 
@@ -13,13 +13,15 @@
 
 namespace vattn::cuda {
 
-// The state of head h from part r: sinks and window first, then walk by walk the team's thread blocks.
+// The state of head h from part r: sinks and window first, then walk by walk the team's thread
+// blocks.
 template <int kHeads>
 __device__ float* StateOf(Team<kHeads>& team, int r, int h) {
   const GroupScratch& w = team.group.scratch;
   const int64_t floats = team.p.storage.host.row.dim_v + 3;
-  return r < kFixedParts ? w.fixed + (static_cast<int64_t>(r) * team.heads() + h) * floats
-                         : w.state + (static_cast<int64_t>(r - kFixedParts) * team.heads() + h) * floats;
+  return r < kFixedParts
+             ? w.fixed + (static_cast<int64_t>(r) * team.heads() + h) * floats
+             : w.state + (static_cast<int64_t>(r - kFixedParts) * team.heads() + h) * floats;
 }
 
 // shared.head[h].shift = the largest logit of sinks, window and the first `walks` walks.
@@ -29,18 +31,19 @@ __device__ void SetShifts(Team<kHeads>& team, int walks) {
   __syncthreads();
   for (int h = threadIdx.x; h < team.heads(); h += kThreads) {
     float most = -INFINITY;
-    for (int r = 0; r < kFixedParts + walks * team.size; ++r) most = fmaxf(most, LoadShared(StateOf(team, r, h) + dim));
+    for (int r = 0; r < kFixedParts + walks * team.size; ++r)
+      most = fmaxf(most, LoadShared(StateOf(team, r, h) + dim));
     team.shared.head[h].shift = most;
   }
   __syncthreads();
 }
 
-// States of walk number `walk` over this block's tiles of the list: each head takes the rows that masks
-// [blocks][G][kMaskWords] mark for it, with weight 1. moments: also sums of e, e^2 and e^2 |v|^2 over them
-// to shared.total [3 G], e in the unit exp(shared.head[h].shift).
+// States of walk number `walk` over this block's tiles of the list: each head takes the rows that
+// masks [blocks][G][kMaskWords] mark for it, with weight 1. moments: also sums of e, e^2 and e^2
+// |v|^2 over them to shared.total [3 G], e in the unit exp(shared.head[h].shift).
 template <DType kType, int kHeads>
-__device__ __noinline__ void AttendMarked(Team<kHeads>& team, int64_t count, const uint32_t* masks, int walk,
-                                          bool moments) {
+__device__ __noinline__ void AttendMarked(Team<kHeads>& team, int64_t count, const uint32_t* masks,
+                                          int walk, bool moments) {
   const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
   const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
@@ -52,14 +55,18 @@ __device__ __noinline__ void AttendMarked(Team<kHeads>& team, int64_t count, con
     const int now = min(kHeads, heads - first);
     // Finite where the window is, so that rows can be left out.
     if (threadIdx.x < kHeads) {
-      team.shared.rows.most[threadIdx.x] =
-          static_cast<int>(threadIdx.x) < now ? team.shared.head[first + threadIdx.x].shift : -INFINITY;
+      team.shared.rows.most[threadIdx.x] = static_cast<int>(threadIdx.x) < now
+                                               ? team.shared.head[first + threadIdx.x].shift
+                                               : -INFINITY;
     }
     double e = 0, e2 = 0, ev2 = 0;  // of head `warp`, this lane's rows
     AttendTiles<kType, kHeads>(
-        row, shape, team.p.storage.tiles_in_flight, team.Tiles(count, shape.rows), now, queries, team.memory,
-        team.shared.rows, StateOf(team, kFixedParts + walk * team.size + team.rank, first),
-        [&](int k, int r) -> uint64_t { return place(k, r) < count ? LoadShared(w.row + place(k, r)) : 0; },
+        row, shape, team.p.storage.tiles_in_flight, team.Tiles(count, shape.rows), now, queries,
+        team.memory, team.shared.rows,
+        StateOf(team, kFixedParts + walk * team.size + team.rank, first),
+        [&](int k, int r) -> uint64_t {
+          return place(k, r) < count ? LoadShared(w.row + place(k, r)) : 0;
+        },
         [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
         [&](int k, int r) {
           team.shared.slot[r] = first == 0 ? LoadShared(w.slot + place(k, r)) : -1;
@@ -68,18 +75,22 @@ __device__ __noinline__ void AttendMarked(Team<kHeads>& team, int64_t count, con
         [&](int k, int r, int h, float& logit) {
           const uint32_t token = LoadShared(w.token + place(k, r)), at = token % kBlockTokens;
           const int64_t b = token / kBlockTokens - first_block;
-          const uint32_t word = LoadShared(masks + (b * heads + first + h) * kMaskWords + at / kWarp);
+          const uint32_t word =
+              LoadShared(masks + (b * heads + first + h) * kMaskWords + at / kWarp);
           if ((word >> at % kWarp & 1) == 0) {
             logit = -INFINITY;
           } else if (moments) {
-            const double x = exp(static_cast<double>(logit) - static_cast<double>(team.shared.head[first + h].shift));
+            const double x = exp(static_cast<double>(logit) -
+                                 static_cast<double>(team.shared.head[first + h].shift));
             e += x;
             e2 += x * x;
             ev2 += x * x * static_cast<double>(team.shared.rows.norm2[r]);
           }
         },
         [&](int k, const std::byte* tile) {
-          if (first == 0) KeepRows(team, shape, tile, static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})));
+          if (first == 0)
+            KeepRows(team, shape, tile,
+                     static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})));
         });
     if (!moments || warp >= now) continue;
     e = WarpSum(e), e2 = WarpSum(e2), ev2 = WarpSum(ev2);
@@ -90,10 +101,11 @@ __device__ __noinline__ void AttendMarked(Team<kHeads>& team, int64_t count, con
   __syncthreads();
 }
 
-// Rows that head h samples, from the moments of its base sample, the team's sums in shared.total, and the
-// states of `walks` walks, of which the last was over the base sample.
+// Rows that head h samples, from the moments of its base sample, the team's sums in shared.total,
+// and the states of `walks` walks, of which the last was over the base sample.
 template <int kHeads>
-__device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t residual, int64_t base) {
+__device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t residual,
+                              int64_t base) {
   __shared__ double scratch[kWarps];
   const Promise& promise = team.p.promise;
   const int dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
@@ -102,18 +114,21 @@ __device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t resi
   __syncthreads();
   for (int r = tid; r < parts; r += kThreads) {
     const float* at = StateOf(team, r, h) + dim;
-    factor[r] = LoadShared(at + 1) == 0
-                    ? 0
-                    : exp(static_cast<double>(LoadShared(at)) - static_cast<double>(team.shared.head[h].shift));
+    factor[r] = LoadShared(at + 1) == 0 ? 0
+                                        : exp(static_cast<double>(LoadShared(at)) -
+                                              static_cast<double>(team.shared.head[h].shift));
   }
   __syncthreads();
   const double n = static_cast<double>(residual), share = 1 / static_cast<double>(base);
   double mass = 0, mean2 = 0, norm2 = 0;
-  for (int r = 0; r < exact; ++r) mass += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + dim + 1));
+  for (int r = 0; r < exact; ++r)
+    mass += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + dim + 1));
   for (int j = tid; j < dim; j += kThreads) {
     double sum = 0, mean = 0;
-    for (int r = 0; r < exact; ++r) sum += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + j));
-    for (int r = exact; r < parts; ++r) mean += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + j));
+    for (int r = 0; r < exact; ++r)
+      sum += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + j));
+    for (int r = exact; r < parts; ++r)
+      mean += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + j));
     mean *= share;
     sum += n * mean;
     mean2 += mean * mean;
@@ -121,15 +136,17 @@ __device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t resi
   }
   mean2 = BlockSum(mean2, scratch), norm2 = BlockSum(norm2, scratch);
   const double* total = team.shared.total + 3 * h;
-  const SampleMoments m{.e = total[0] * share, .e2 = total[1] * share, .ev_norm2 = mean2, .ev2 = total[2] * share};
-  return SampleBudget(promise.target, promise.epsilon, promise.normal_quantile, residual, base, m, mass + n * m.e,
-                      sqrt(norm2));
+  const SampleMoments m{
+      .e = total[0] * share, .e2 = total[1] * share, .ev_norm2 = mean2, .ev2 = total[2] * share};
+  return SampleBudget(promise.target, promise.epsilon, promise.normal_quantile, residual, base, m,
+                      mass + n * m.e, sqrt(norm2));
 }
 
-// The sample of every head: walks over the base sample and over what the budgets add to it. Heads that
-// read their whole residual have floor 1. Returns the number of rows of the last list.
+// The sample of every head: walks over the base sample and over what the budgets add to it. Heads
+// that read their whole residual have floor 1. Returns the number of rows of the last list.
 template <DType kType, int kHeads>
-__device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t base, const uint32_t* top, int& walks) {
+__device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t base,
+                                const uint32_t* top, int& walks) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), tid = threadIdx.x, dim = team.p.storage.host.row.dim_v;
   Ranks& ranks = RanksOf(team);
@@ -143,7 +160,8 @@ __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t ba
   };
   const auto weigh = [&] {  // the sample stands for the whole residual
     for (int h = tid; h < heads; h += kThreads) {
-      StateOf(team, kFixedParts + (walks - 1) * team.size + team.rank, h)[dim] += team.shared.log_gain[h];
+      StateOf(team, kFixedParts + (walks - 1) * team.size + team.rank, h)[dim] +=
+          team.shared.log_gain[h];
     }
   };
   for (int h = tid; h < heads; h += kThreads) ranks.want[h] = static_cast<uint32_t>(base);
@@ -207,18 +225,21 @@ __device__ __noinline__ void AnswerTopK(Team<kHeads>& team) {
     team.Sync();
     Publish(team, count);
     SetShifts(team, walks);
-    count = AttendSample<kType, kHeads>(team, n - k, BaseSample(promise, n, k), k > 0 ? w.top : nullptr, walks);
+    count = AttendSample<kType, kHeads>(team, n - k, BaseSample(promise, n, k),
+                                        k > 0 ? w.top : nullptr, walks);
   }
   Combine(team, true, count, walks);
   TakeHeads(team, false);
-  if (tid == 0) team.shared.total[0] = team.shared.count, team.shared.total[1] = team.shared.fetched;
+  if (tid == 0)
+    team.shared.total[0] = team.shared.count, team.shared.total[1] = team.shared.fetched;
   team.Add(2);
   const int64_t selected = static_cast<int64_t>(team.shared.total[0]);
-  WriteHeads(team, [](int) { return true; },
-             [&](int h) {
-               const Verdict verdict = team.shared.floor[h] > 0 ? Verdict::kExact : Verdict::kBestEffort;
-               return make_float2(static_cast<float>(verdict), 0);
-             });
+  WriteHeads(
+      team, [](int) { return true; },
+      [&](int h) {
+        const Verdict verdict = team.shared.floor[h] > 0 ? Verdict::kExact : Verdict::kBestEffort;
+        return make_float2(static_cast<float>(verdict), 0);
+      });
   team.Mark(Mark::kDone);
   // A row that is in two lists and has no hot slot is read twice, and counts once.
   const int64_t fetched = Min(selected, static_cast<int64_t>(team.shared.total[1]));

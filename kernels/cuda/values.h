@@ -1,4 +1,5 @@
-// Value codes on the device (METHOD.md, "Value codes"): coding them, and their answer for the whole middle.
+// Value codes on the device (METHOD.md, "Value codes"): coding them, and their answer for the whole
+// middle.
 #ifndef VATTN_KERNELS_CUDA_VALUES_H_
 #define VATTN_KERNELS_CUDA_VALUES_H_
 

@@ -1,5 +1,5 @@
-// The certificate by a team (METHOD.md, "Certificate"), as kernels/cpu/verify.cc: terms of the tail by all thread
-// blocks, verdict and growth of head h by the block of rank h modulo the team's size.
+// The certificate by a team (METHOD.md, "Certificate"), as kernels/cpu/verify.cc: terms of the tail
+// by all thread blocks, verdict and growth of head h by the block of rank h modulo the team's size.
 #ifndef VATTN_KERNELS_CUDA_VERIFY_CUH_
 #define VATTN_KERNELS_CUDA_VERIFY_CUH_
 
@@ -35,19 +35,21 @@ inline __device__ double BlockScan(double x, double* scratch) {
   return x;
 }
 
-// Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head in
-// shared.total [5 h + {variance, squares, own, mass, spread}], the size of the tail in [5 G], and with value
-// codes [5 G + 1 + 2 h + {relative, estimate}].
+// Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head
+// in shared.total [5 h + {variance, squares, own, mass, spread}], the size of the tail in [5 G],
+// and with value codes [5 G + 1 + 2 h + {relative, estimate}].
 template <DType kType, int kHeads>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
   RowLayout row = team.p.storage.host.row;
   // No more rows than a tile of whole rows has: two of those are what there is memory for.
-  const TileShape shape =
-      MakeTileShape(row.dim_v * Element<kType>::kBytes, MakeTileShape(row.row_bytes, count, team.size).rows);
+  const TileShape shape = MakeTileShape(row.dim_v * Element<kType>::kBytes,
+                                        MakeTileShape(row.row_bytes, count, team.size).rows);
   const int tid = threadIdx.x, heads = team.heads();
   const int tiles = team.Tiles(count, shape.rows);
-  float* outputs = reinterpret_cast<float*>(team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) - kHeads * row.dim_v;
+  float* outputs = reinterpret_cast<float*>(
+                       team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) -
+                   kHeads * row.dim_v;
   double* sums = reinterpret_cast<double*>(team.memory);
   const bool coded = team.p.storage.host.value_bits > 0;
   const int r = tid % shape.rows, h = tid / shape.rows;
@@ -55,16 +57,22 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     const int now = min(kHeads, heads - first);
     __syncthreads();
     for (int i = tid; i < kHeads * row.dim_v; i += kThreads) {
-      outputs[i] = i < now * row.dim_v ? LoadShared(w.output + static_cast<int64_t>(first) * row.dim_v + i) : 0;
+      outputs[i] = i < now * row.dim_v
+                       ? LoadShared(w.output + static_cast<int64_t>(first) * row.dim_v + i)
+                       : 0;
     }
     __syncthreads();
     float norm2 = 0;
     if (h < now) {
-      for (int j = 0; j < row.dim_v; ++j) norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
+      for (int j = 0; j < row.dim_v; ++j)
+        norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
     }
-    double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0, relative = 0, estimate = 0;
+    double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0, relative = 0,
+           estimate = 0;
     const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
-    const auto place = [&](int k, int row_of_tile) { return team.RowPlace(shape.rows, k, row_of_tile); };
+    const auto place = [&](int k, int row_of_tile) {
+      return team.RowPlace(shape.rows, k, row_of_tile);
+    };
     WalkTiles(
         shape, team.p.storage.tiles_in_flight, tiles, team.shared.rows.address, team.memory,
         [&](int k, int row_of_tile) -> uint64_t {
@@ -75,8 +83,10 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
           const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
           DotTile<kType, kHeads>(shape, tile, n, 0, row.dim_v, outputs, team.shared.rows.p);
           if (coded) {
-            DotCodes<kType>(team, shape, tile, n, team.shared.rows.address[k % team.p.storage.tiles_in_flight],
-                            [&](int row_of_tile) { return LoadShared(w.token + place(k, row_of_tile)); }, outputs);
+            DotCodes<kType>(
+                team, shape, tile, n, team.shared.rows.address[k % team.p.storage.tiles_in_flight],
+                [&](int row_of_tile) { return LoadShared(w.token + place(k, row_of_tile)); },
+                outputs);
           }
           __syncthreads();
           if (h >= now || r >= n) return;
@@ -96,8 +106,10 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
               const float guess = expf(LoadShared(w.guess + at) - work.shift);
               const float code_dot = dots.dot[r * kHeads + h];
               const float code_distance2 = dots.norm2[r] - 2 * code_dot + norm2;
-              const float inner = dots.cross[r] - team.shared.rows.p[r * kHeads + h] - code_dot + norm2;
-              token.error2 = Max(0.f, token.error2 + guess * guess * code_distance2 - 2 * token.e * guess * inner);
+              const float inner =
+                  dots.cross[r] - team.shared.rows.p[r * kHeads + h] - code_dot + norm2;
+              token.error2 = Max(
+                  0.f, token.error2 + guess * guess * code_distance2 - 2 * token.e * guess * inner);
               relative += (token.e - guess) * (token.e - guess) / token.pi;
               estimate += guess * guess / token.pi;
             }
@@ -116,7 +128,8 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     // The rows' parts of each head, one warp a head.
     __syncthreads();
     double* mine = sums + static_cast<int64_t>(tid) * kTailSums;
-    mine[0] = variance, mine[1] = squares, mine[2] = own, mine[3] = mass, mine[4] = spread, mine[5] = tail;
+    mine[0] = variance, mine[1] = squares, mine[2] = own, mine[3] = mass, mine[4] = spread,
+    mine[5] = tail;
     mine[6] = relative, mine[7] = estimate;
     __syncthreads();
     const int warp = tid / kWarp, lane = tid % kWarp;
@@ -142,10 +155,12 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
   team.Add((coded ? 7 : 5) * heads + 1);
 }
 
-// Mean squared cosine between the residuals v - o, or e (v - o) - e^ (v^ - o) with value codes, of the
-// kRankDraws listed places for head h; negative if no two differ. memory: [kRankDraws][dim + 4].
+// Mean squared cosine between the residuals v - o, or e (v - o) - e^ (v^ - o) with value codes, of
+// the kRankDraws listed places for head h; negative if no two differ. memory: [kRankDraws][dim +
+// 4].
 template <DType kType, int kHeads>
-__device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, const float* output, float* memory) {
+__device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, const float* output,
+                          float* memory) {
   using E = Element<kType>;
   const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
@@ -172,7 +187,8 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
     for (int j = 0; j < E::kPer16; ++j) {
       float residual = x[j] - output[at + j];
       if (coded) {
-        const float predicted = CodedValue(team.p.storage.host, team.group.index, codes[draw], at + j);
+        const float predicted =
+            CodedValue(team.p.storage.host, team.group.index, codes[draw], at + j);
         residual = exact[draw] * residual - guess[draw] * (predicted - output[at + j]);
       }
       memory[draw * pitch + at + j] = residual;
@@ -220,8 +236,8 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   __shared__ double scratch[kWarps];
   __shared__ float norms[kWarps];
   __shared__ int64_t places[kRankDraws];
-  float* output = reinterpret_cast<float*>(team.memory);   // [dim]
-  float* residuals = output + dim;                         // [kRankDraws][dim + 4]
+  float* output = reinterpret_cast<float*>(team.memory);  // [dim]
+  float* residuals = output + dim;                        // [kRankDraws][dim + 4]
   const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
   const bool coded = team.p.storage.host.value_bits > 0;
   for (int h = team.rank; h < heads; h += team.size) {
@@ -245,7 +261,8 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
     if (tid < kRankDraws) places[tid] = 0;
     if (tail > 1 && sums.variance > 0) {
       // Places drawn systematically in proportion to their terms of V.
-      const int64_t per = (count + kThreads - 1) / kThreads, from = min(per * tid, count), to = min(from + per, count);
+      const int64_t per = (count + kThreads - 1) / kThreads, from = min(per * tid, count),
+                    to = min(from + per, count);
       const float* term = w.term + h * w.capacity;
       double own = 0;
 #pragma unroll 4
@@ -262,7 +279,8 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
       for (int64_t i = from; i < to && next < kRankDraws && target(next) <= until; ++i) {
         before += LoadShared(term + i);
         const bool last = i == to - 1;  // rounding of the sums must leave no place open
-        while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until))) places[next++] = i;
+        while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until)))
+          places[next++] = i;
       }
       __syncthreads();
       cos2 = MeanCos2<kType, kHeads>(team, places, h, output, residuals);
@@ -279,8 +297,8 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   }
 }
 
-// The least factor on all inclusion probabilities for which this block's heads are expected to pass at
-// look `look`, to scratch.growth.
+// The least factor on all inclusion probabilities for which this block's heads are expected to pass
+// at look `look`, to scratch.growth.
 template <int kHeads>
 __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float scale, int look) {
   const GroupScratch& w = team.group.scratch;

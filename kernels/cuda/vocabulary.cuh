@@ -29,7 +29,9 @@ struct Element<DType::kF32> {
 template <>
 struct Element<DType::kF16> {
   static constexpr int kBytes = 2, kPer16 = 8;
-  static __device__ float2 Word(unsigned w) { return __half22float2(*reinterpret_cast<const __half2*>(&w)); }
+  static __device__ float2 Word(unsigned w) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&w));
+  }
   static __device__ void Unpack(const uint4& w, float* x) {
     const unsigned words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
@@ -39,7 +41,9 @@ struct Element<DType::kF16> {
     }
   }
   static __device__ float2 Pair(const void* at) { return Word(*static_cast<const unsigned*>(at)); }
-  static __device__ float One(const void* at) { return __half2float(*static_cast<const __half*>(at)); }
+  static __device__ float One(const void* at) {
+    return __half2float(*static_cast<const __half*>(at));
+  }
 };
 
 template <>
@@ -57,15 +61,23 @@ struct Element<DType::kBF16> {
     }
   }
   static __device__ float2 Pair(const void* at) { return Word(*static_cast<const unsigned*>(at)); }
-  static __device__ float One(const void* at) { return __bfloat162float(*static_cast<const __nv_bfloat16*>(at)); }
+  static __device__ float One(const void* at) {
+    return __bfloat162float(*static_cast<const __nv_bfloat16*>(at));
+  }
 };
 
 // One element of an output in a dtype chosen at run time.
 inline __device__ void StoreOutput(void* out, int64_t at, int32_t dtype, float value) {
   switch (static_cast<DType>(dtype)) {
-    case DType::kF32: static_cast<float*>(out)[at] = value; break;
-    case DType::kF16: static_cast<__half*>(out)[at] = __float2half_rn(value); break;
-    case DType::kBF16: static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16_rn(value); break;
+    case DType::kF32:
+      static_cast<float*>(out)[at] = value;
+      break;
+    case DType::kF16:
+      static_cast<__half*>(out)[at] = __float2half_rn(value);
+      break;
+    case DType::kBF16:
+      static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16_rn(value);
+      break;
   }
 }
 
@@ -97,11 +109,13 @@ __device__ T LoadShared(const T* at) {
 }
 
 inline __device__ const std::byte* HostRow(const Storage& s, const int32_t* blocks, int64_t token) {
-  return s.base + blocks[token / kBlockTokens] * s.block.bytes + token % kBlockTokens * s.row.row_bytes;
+  return s.base + blocks[token / kBlockTokens] * s.block.bytes +
+         token % kBlockTokens * s.row.row_bytes;
 }
 
 // The row of a token that is in no list: sinks and ring on the device, the rest in the host pool.
-inline __device__ const std::byte* RowAddress(const DeviceStorage& s, const DeviceGroup& group, int64_t token) {
+inline __device__ const std::byte* RowAddress(const DeviceStorage& s, const DeviceGroup& group,
+                                              int64_t token) {
   const int64_t row_bytes = s.host.row.row_bytes;
   if (token < s.sinks) return group.fixed + token * row_bytes;
   if (token >= group.ring_begin) return group.fixed + (s.sinks + token % s.ring_tokens) * row_bytes;
@@ -110,13 +124,16 @@ inline __device__ const std::byte* RowAddress(const DeviceStorage& s, const Devi
 
 inline __device__ int64_t FirstBlock(const DeviceGroup& g) { return g.middle_begin / kBlockTokens; }
 inline __device__ int64_t NumBlocks(const DeviceGroup& g) {
-  return g.middle_end <= g.middle_begin ? 0
-                                        : (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
+  return g.middle_end <= g.middle_begin
+             ? 0
+             : (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
 }
 
-// Segments of the index of a group: how many, the tables of one, and the one that block `block` of the sequence
-// lies in.
-inline __device__ int IndexSegments(const DeviceGroup& g) { return vattn::NumSegments(g.num_segments); }
+// Segments of the index of a group: how many, the tables of one, and the one that block `block` of
+// the sequence lies in.
+inline __device__ int IndexSegments(const DeviceGroup& g) {
+  return vattn::NumSegments(g.num_segments);
+}
 inline __device__ const IndexTables& TablesOf(const DeviceGroup& g, int segment) {
   return g.num_segments > 0 ? g.segments[segment].tables : g.index;
 }

@@ -30,7 +30,8 @@ void HotSet::Drop(int32_t slot) {
 
 void HotSet::Reserve(int64_t tokens, int64_t rows) {
   const size_t held = slot_of_token_.size(), room = slots_.capacity();
-  if (static_cast<size_t>(tokens) > held) slot_of_token_.resize(std::max(static_cast<size_t>(tokens), held * 9 / 8), -1);
+  if (static_cast<size_t>(tokens) > held)
+    slot_of_token_.resize(std::max(static_cast<size_t>(tokens), held * 9 / 8), -1);
   if (static_cast<size_t>(rows) <= room) return;
   // Room in free_ for every slot: Drop cannot fail.
   free_.reserve(std::max(static_cast<size_t>(rows), room * 9 / 8));
@@ -82,7 +83,8 @@ void HotSet::Truncate(int64_t tokens) {
 }
 
 int64_t HotSet::bytes() const {
-  return static_cast<int64_t>(slot_of_token_.capacity() * sizeof(int32_t) + slots_.capacity() * sizeof(Slot) +
+  return static_cast<int64_t>(slot_of_token_.capacity() * sizeof(int32_t) +
+                              slots_.capacity() * sizeof(Slot) +
                               free_.capacity() * sizeof(int32_t));
 }
 
@@ -95,9 +97,11 @@ absl::Status HotSet::CheckInvariants() const {
     }
     if (listed > size_) return InternalError("hot set: list is longer than size ", size_);
   }
-  const int64_t mapped = std::count_if(slot_of_token_.begin(), slot_of_token_.end(), [](int32_t s) { return s >= 0; });
+  const int64_t mapped =
+      std::count_if(slot_of_token_.begin(), slot_of_token_.end(), [](int32_t s) { return s >= 0; });
   if (listed != size_ || mapped != size_ || size_ > capacity_) {
-    return InternalError("hot set: ", listed, " listed, ", mapped, " mapped, size ", size_, ", capacity ", capacity_);
+    return InternalError("hot set: ", listed, " listed, ", mapped, " mapped, size ", size_,
+                         ", capacity ", capacity_);
   }
   return absl::OkStatus();
 }

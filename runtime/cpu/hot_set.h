@@ -12,14 +12,14 @@ namespace vattn {
 
 class HotSet {
  public:
-  // Takes the memory for tokens below `tokens` and a capacity of `rows`: SetCapacity and Use within them
-  // then allocate nothing.
+  // Takes the memory for tokens below `tokens` and a capacity of `rows`: SetCapacity and Use within
+  // them then allocate nothing.
   void Reserve(int64_t tokens, int64_t rows);
   // Room for so many rows from now on; rows over it leave.
   void SetCapacity(int64_t rows);
-  // Uses `count` tokens: those that are held become the most recent, the others come in. Returns how
-  // many were not held (misses). No token used in this call is evicted for another one of it; those
-  // that find no room are not kept.
+  // Uses `count` tokens: those that are held become the most recent, the others come in. Returns
+  // how many were not held (misses). No token used in this call is evicted for another one of it;
+  // those that find no room are not kept.
   int64_t Use(const uint32_t* tokens, int64_t count);
   // Rows of tokens from `tokens` on are forgotten.
   void Truncate(int64_t tokens);

@@ -1,14 +1,13 @@
 #include "runtime/cuda/backend.h"
 
 #include "kernels/cuda/launch.h"
-
 #include "memory/status.h"
 
 namespace vattn {
 namespace {
 
-// Pages of free blocks' codes that stay where they are, and bytes of pages that are mapped nowhere: what comes
-// back soon costs no call of the driver.
+// Pages of free blocks' codes that stay where they are, and bytes of pages that are mapped nowhere:
+// what comes back soon costs no call of the driver.
 constexpr int64_t kIdlePages = 16;
 constexpr uint64_t kSpareBytes = uint64_t{64} << 20;
 
@@ -18,20 +17,24 @@ absl::Status CudaBackend::CheckOptions(const Options& o) {
   const IndexKind index = static_cast<IndexKind>(o.index);
   if (index != IndexKind::kBalanced && index != IndexKind::kExact && index != IndexKind::kSign &&
       index != IndexKind::kHadamard2) {
-    return NotSupportedError("index is ", o.index,
-                             ", the CUDA backend has balanced (0), exact (1), sign (2) and hadamard2 (3)");
+    return NotSupportedError(
+        "index is ", o.index,
+        ", the CUDA backend has balanced (0), exact (1), sign (2) and hadamard2 (3)");
   }
   for (const int32_t heads : o.layer_kv_heads) {
     if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {
-      return NotSupportedError("num_q_heads is ", o.num_q_heads, " over ", heads, " KV heads, the CUDA backend has ",
-                               cuda::kMaxDeviceGroup, " query heads per KV head at most");
+      return NotSupportedError("num_q_heads is ", o.num_q_heads, " over ", heads,
+                               " KV heads, the CUDA backend has ", cuda::kMaxDeviceGroup,
+                               " query heads per KV head at most");
     }
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& options, const Storage& storage,
-                                                                 const Promise& promise, HostStore& store) {
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& options,
+                                                                 const Storage& storage,
+                                                                 const Promise& promise,
+                                                                 HostStore& store) {
   VATTN_RETURN_IF_ERROR(CheckOptions(options));
   absl::StatusOr<std::unique_ptr<Device>> device = Device::Open(options.device);
   if (!device.ok()) return device.status();
@@ -39,7 +42,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   backend->device_ = *std::move(device);
   Device& d = *backend->device_;
   backend->num_blocks_ = store.num_blocks();
-  backend->generations_ = std::make_unique<std::atomic<uint32_t>[]>(static_cast<size_t>(store.num_blocks()));
+  backend->generations_ =
+      std::make_unique<std::atomic<uint32_t>[]>(static_cast<size_t>(store.num_blocks()));
 
   cuda::DeviceStorage& s = backend->storage_;
   s.host = storage;
@@ -51,17 +55,19 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
       d.Register(store.base(), static_cast<uint64_t>(store.num_blocks()) * store.block_bytes());
   if (!base.ok()) return base.status();
   s.host.base = *base;
-  absl::StatusOr<std::unique_ptr<DevicePages>> pages = DevicePages::Create(d.ordinal(), kSpareBytes);
+  absl::StatusOr<std::unique_ptr<DevicePages>> pages =
+      DevicePages::Create(d.ordinal(), kSpareBytes);
   if (!pages.ok()) return pages.status();
   backend->pages_ = *std::move(pages);
-  absl::StatusOr<std::unique_ptr<DeviceRange>> codes =
-      DeviceRange::Reserve(*backend->pages_, store.num_blocks(), static_cast<uint64_t>(s.code_block_bytes));
+  absl::StatusOr<std::unique_ptr<DeviceRange>> codes = DeviceRange::Reserve(
+      *backend->pages_, store.num_blocks(), static_cast<uint64_t>(s.code_block_bytes));
   if (!codes.ok()) return codes.status();
   backend->codes_ = *std::move(codes);
   s.codes = backend->codes_->data();
 
   constexpr uint64_t kRow = (kQuantileBins + 1) * sizeof(float);
-  absl::StatusOr<DeviceMemory> quantile = d.Allocate(kRow * static_cast<uint64_t>(promise.max_looks));
+  absl::StatusOr<DeviceMemory> quantile =
+      d.Allocate(kRow * static_cast<uint64_t>(promise.max_looks));
   if (!quantile.ok()) return quantile.status();
   backend->quantile_ = *std::move(quantile);
   VATTN_RETURN_IF_ERROR(d.Copy(backend->quantile_.data(), promise.quantile,
@@ -72,7 +78,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   absl::StatusOr<DeviceMemory> counters = d.Allocate(sizeof(cuda::DeviceCounters));
   if (!counters.ok()) return counters.status();
   backend->counters_ = *std::move(counters);
-  VATTN_RETURN_IF_ERROR(d.Fill(backend->counters_.data(), 0, sizeof(cuda::DeviceCounters), d.stream()));
+  VATTN_RETURN_IF_ERROR(
+      d.Fill(backend->counters_.data(), 0, sizeof(cuda::DeviceCounters), d.stream()));
   VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
   return backend;
 }
@@ -95,19 +102,23 @@ absl::Status CudaBackend::HoldLocked(DeviceRange& range, const int32_t* blocks, 
   ReclaimLocked(0);
   status = range.Commit(blocks, count, fresh);
   if (CodeOf(status) != Code::kOutOfMemory) return status;
-  return OutOfMemoryError(status.message(), ", which ", count, " blocks of ", kBlockTokens,
-                          " tokens of a KV head need; fewer tokens, or smaller index_bytes, value_bits or hot_share "
-                          "need less");
+  return OutOfMemoryError(
+      status.message(), ", which ", count, " blocks of ", kBlockTokens,
+      " tokens of a KV head need; fewer tokens, or smaller index_bytes, value_bits or hot_share "
+      "need less");
 }
 
 absl::Status CudaBackend::HoldCodes(const BlockId* blocks, int64_t count) {
   static_assert(sizeof(BlockId) == sizeof(int32_t));
-  // Locked to its end: a page ahead of these blocks may be taken by others, or taken away, as soon as it is there.
+  // Locked to its end: a page ahead of these blocks may be taken by others, or taken away, as soon
+  // as it is there.
   const std::lock_guard<std::mutex> lock(codes_mutex_);
   DeviceRange::Stretches fresh;
-  VATTN_RETURN_IF_ERROR(HoldLocked(*codes_, reinterpret_cast<const int32_t*>(blocks), count, &fresh));
+  VATTN_RETURN_IF_ERROR(
+      HoldLocked(*codes_, reinterpret_cast<const int32_t*>(blocks), count, &fresh));
   if (fresh.empty()) return absl::OkStatus();
-  // The scan reads whole tiles, those of sinks and window too, which have no codes, before it drops their scores.
+  // The scan reads whole tiles, those of sinks and window too, which have no codes, before it drops
+  // their scores.
   VATTN_RETURN_IF_ERROR(device_->Activate());
   for (const auto& [begin, end] : fresh) {
     VATTN_RETURN_IF_ERROR(device_->Fill(codes_->data() + begin, 0, end - begin, device_->stream()));
@@ -131,7 +142,8 @@ void CudaBackend::LetGo(int64_t count) {
 absl::Status CudaBackend::Write(const WriteParams& params) {
   VATTN_RETURN_IF_ERROR(device_->Activate());
   const int64_t blocks = (params.first + params.count + kBlockTokens - 1) / kBlockTokens;
-  const uint64_t heads = static_cast<uint64_t>(params.kv_heads), pointers = heads * sizeof(int32_t*);
+  const uint64_t heads = static_cast<uint64_t>(params.kv_heads),
+                 pointers = heads * sizeof(int32_t*);
   absl::StatusOr<DeviceMemory> memory =
       device_->Allocate(pointers + heads * static_cast<uint64_t>(blocks) * sizeof(int32_t));
   if (!memory.ok()) return memory.status();
@@ -140,7 +152,8 @@ absl::Status CudaBackend::Write(const WriteParams& params) {
   for (int32_t h = 0; h < params.kv_heads; ++h) {
     lists.push_back(ids + h * blocks);
     VATTN_RETURN_IF_ERROR(device_->Copy(ids + h * blocks, params.blocks[h],
-                                        static_cast<uint64_t>(blocks) * sizeof(int32_t), device_->stream()));
+                                        static_cast<uint64_t>(blocks) * sizeof(int32_t),
+                                        device_->stream()));
   }
   VATTN_RETURN_IF_ERROR(device_->Copy(memory->data(), lists.data(), pointers, device_->stream()));
   WriteParams there = params;

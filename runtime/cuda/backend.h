@@ -1,5 +1,5 @@
-// What all sequences of a CUDA runtime share on the device: the mapped host pool, the codes beside it, the pages
-// that growing arrays take, counters.
+// What all sequences of a CUDA runtime share on the device: the mapped host pool, the codes beside
+// it, the pages that growing arrays take, counters.
 #ifndef VATTN_RUNTIME_CUDA_BACKEND_H_
 #define VATTN_RUNTIME_CUDA_BACKEND_H_
 
@@ -22,8 +22,10 @@ class CudaBackend {
   // NOT_SUPPORTED without a device or for options that the CUDA backend does not serve,
   // OUT_OF_MEMORY if the pool cannot be pinned.
   // quantile [max_looks][kQuantileBins + 1] on the host.
-  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(const Options& options, const Storage& storage,
-                                                             const Promise& promise, HostStore& store);
+  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(const Options& options,
+                                                             const Storage& storage,
+                                                             const Promise& promise,
+                                                             HostStore& store);
   // The first option, if any, that keeps a runtime from CUDA, as NOT_SUPPORTED.
   static absl::Status CheckOptions(const Options& options);
   ~CudaBackend();
@@ -35,17 +37,21 @@ class CudaBackend {
   // Waits for the copy alone, not for running steps.
   absl::StatusOr<cuda::DeviceCounters> ReadCounters();
 
-  // Op write for k and v that the device can follow; params.blocks are host lists. Blocks until done.
+  // Op write for k and v that the device can follow; params.blocks are host lists. Blocks until
+  // done.
   absl::Status Write(const WriteParams& params);
   // `bytes` from memory that the device can follow to the host. Blocks until done.
   absl::Status Read(void* to, const void* from, uint64_t bytes);
 
-  // Device memory for the codes of blocks that a sequence has come to hold, before the device is told of them.
-  // OUT_OF_MEMORY, and nothing has changed. Memory of blocks that nobody holds any more is taken first.
+  // Device memory for the codes of blocks that a sequence has come to hold, before the device is
+  // told of them. OUT_OF_MEMORY, and nothing has changed. Memory of blocks that nobody holds any
+  // more is taken first.
   absl::Status HoldCodes(const BlockId* blocks, int64_t count);
   // The same for what a batch has of blocks.
-  absl::Status Hold(DeviceRange& range, const int32_t* blocks, int64_t count, DeviceRange::Stretches* fresh);
-  // `count` references to blocks were dropped. Once in a while codes of blocks that are free lose their memory.
+  absl::Status Hold(DeviceRange& range, const int32_t* blocks, int64_t count,
+                    DeviceRange::Stretches* fresh);
+  // `count` references to blocks were dropped. Once in a while codes of blocks that are free lose
+  // their memory.
   void LetGo(int64_t count);
   // Counts those times.
   uint64_t reclaims() const { return reclaims_.load(); }
@@ -58,12 +64,15 @@ class CudaBackend {
 
   int64_t num_blocks() const { return num_blocks_; }
   // Counts how often a block got new content that its rows in a hot set would not know of.
-  uint32_t generation(int32_t block) const { return generations_[block].load(std::memory_order_relaxed); }
+  uint32_t generation(int32_t block) const {
+    return generations_[block].load(std::memory_order_relaxed);
+  }
   void Renew(int32_t block) { generations_[block].fetch_add(1, std::memory_order_relaxed); }
 
  private:
   explicit CudaBackend(HostStore& store) : store_(store) {}
-  absl::Status HoldLocked(DeviceRange& range, const int32_t* blocks, int64_t count, DeviceRange::Stretches* fresh);
+  absl::Status HoldLocked(DeviceRange& range, const int32_t* blocks, int64_t count,
+                          DeviceRange::Stretches* fresh);
   void ReclaimLocked(int64_t keep);
 
   HostStore& store_;

@@ -34,17 +34,20 @@ absl::StatusOr<std::unique_ptr<CudaBatch>> CudaBatch::Create(Runtime& runtime, i
 absl::Status CudaBatch::Allocate() {
   Device& d = backend_.device();
   const Options& o = runtime_.options();
-  const int64_t row_bytes = runtime_.storage().row.row_bytes, tokens = backend_.num_blocks() * kBlockTokens;
+  const int64_t row_bytes = runtime_.storage().row.row_bytes,
+                tokens = backend_.num_blocks() * kBlockTokens;
   VATTN_RETURN_IF_ERROR(d.Activate());
   for (int l = 0; l < o.num_layers; ++l) {
     first_group_.push_back(most_groups_);
     most_groups_ += int64_t{slots_} * runtime_.kv_heads(l);
     cuda::AnswerShape shape;
     if (runtime_.kv_heads(l) > 0) {
-      shape = cuda::ShapeAnswer(backend_.storage(), runtime_.group(l), slots_ * runtime_.kv_heads(l));
+      shape =
+          cuda::ShapeAnswer(backend_.storage(), runtime_.group(l), slots_ * runtime_.kv_heads(l));
     }
     if (runtime_.kv_heads(l) > 0 && shape.team == 0) {
-      return NotSupportedError("rows of ", row_bytes, " bytes do not fit the shared memory of device ", d.ordinal(), " (",
+      return NotSupportedError("rows of ", row_bytes,
+                               " bytes do not fit the shared memory of device ", d.ordinal(), " (",
                                d.facts().name, ")");
     }
     answer_.push_back(shape);
@@ -59,8 +62,8 @@ absl::Status CudaBatch::Allocate() {
     if (!memory.ok()) return memory.status();
     pinned = *std::move(memory);
   }
-  hot_.slots = static_cast<int32_t>(
-      std::min<double>(std::floor(static_cast<double>(o.hot_share) * static_cast<double>(tokens)), INT32_MAX / 2));
+  hot_.slots = static_cast<int32_t>(std::min<double>(
+      std::floor(static_cast<double>(o.hot_share) * static_cast<double>(tokens)), INT32_MAX / 2));
   const int64_t slots = hot_.slots;
   memory = d.Allocate(static_cast<uint64_t>(slots * row_bytes));
   if (!memory.ok()) return memory.status();
@@ -82,7 +85,8 @@ absl::Status CudaBatch::Allocate() {
   VATTN_RETURN_IF_ERROR(d.Fill(hot_.hand, 0, 16, d.stream()));  // and the count of calls
   VATTN_RETURN_IF_ERROR(EmptySlots(d.stream()));
   seen_.resize(static_cast<size_t>(backend_.num_blocks()));
-  for (int64_t b = 0; b < backend_.num_blocks(); ++b) seen_[b] = backend_.generation(static_cast<int32_t>(b));
+  for (int64_t b = 0; b < backend_.num_blocks(); ++b)
+    seen_[b] = backend_.generation(static_cast<int32_t>(b));
   return d.Synchronize(d.stream());
 }
 
@@ -122,7 +126,8 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
     if (seen_[id] != backend_.generation(id)) renewed.push_back(id);
   }
   Device& d = backend_.device();
-  VATTN_RETURN_IF_ERROR(backend_.Hold(*slot_of_, changed.data(), static_cast<int64_t>(changed.size()), &unset_));
+  VATTN_RETURN_IF_ERROR(
+      backend_.Hold(*slot_of_, changed.data(), static_cast<int64_t>(changed.size()), &unset_));
   for (const auto& [begin, end] : unset_) {
     VATTN_RETURN_IF_ERROR(d.Fill(slot_of_->data() + begin, 0xff, end - begin, stream));
   }
@@ -135,9 +140,10 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
       forget_ = *std::move(memory);
     }
     VATTN_RETURN_IF_ERROR(d.Copy(forget_.data(), renewed.data(), bytes, stream));
-    VATTN_RETURN_IF_ERROR(d.Check(
-        cuda::ForgetBlocks(hot_, forget_.as<int32_t>(), static_cast<int64_t>(renewed.size()), {stream}),
-        "updating the hot set"));
+    VATTN_RETURN_IF_ERROR(
+        d.Check(cuda::ForgetBlocks(hot_, forget_.as<int32_t>(),
+                                   static_cast<int64_t>(renewed.size()), {stream}),
+                "updating the hot set"));
   }
   for (const int32_t id : renewed) seen_[id] = backend_.generation(id);
   for (const Filled& f : filled_) {
@@ -160,7 +166,8 @@ absl::Status CudaBatch::GrowScratch(int new_tokens) {
     for (const Filled& f : filled_) {
       cuda::GroupScratch scratch;
       bytes += static_cast<uint64_t>(kv_heads) *
-               cuda::CarveScratch(runtime_.storage(), runtime_.promise(), RoundUp(f.sequence->layer(l).tokens + new_tokens, kScratchTokens),
+               cuda::CarveScratch(runtime_.storage(), runtime_.promise(),
+                                  RoundUp(f.sequence->layer(l).tokens + new_tokens, kScratchTokens),
                                   runtime_.group(l), answer_[l].team, nullptr, scratch);
     }
     most = std::max(most, bytes);
@@ -178,7 +185,8 @@ void CudaBatch::FillTables(int new_tokens, int steps) {
   cuda::DeviceGroup* groups = reinterpret_cast<cuda::DeviceGroup*>(headers + layers);
   for (int l = 0; l < layers; ++l) {
     headers[l] = {};
-    if (runtime_.kv_heads(l) > 0) FillGroups(l, new_tokens, steps, headers[l], groups + first_group_[l]);
+    if (runtime_.kv_heads(l) > 0)
+      FillGroups(l, new_tokens, steps, headers[l], groups + first_group_[l]);
   }
 }
 
@@ -192,7 +200,8 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
   for (const Filled& f : filled_) {
     const Layer& layer = f.sequence->layer(l);
     const int64_t tokens = layer.tokens + new_tokens;
-    const int64_t begin = std::min<int64_t>(o.sinks, tokens), end = std::max(begin, f.sequence->MiddleEnd(tokens));
+    const int64_t begin = std::min<int64_t>(o.sinks, tokens),
+                  end = std::max(begin, f.sequence->MiddleEnd(tokens));
     for (int h = 0; h < kv_heads; ++h, ++count) {
       const HeadGroup& heads = layer.groups[h];
       cuda::DeviceGroup& g = groups[count];
@@ -205,7 +214,8 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
         g.index = heads.tables[0].DeviceTables();
         g.segments = f.sequence->cuda()->segments(l, h);
       }
-      g.key = MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l), static_cast<uint32_t>(h));
+      g.key = MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l),
+                            static_cast<uint32_t>(h));
       g.slot = f.slot;
       g.kv_head = h;
       g.tokens = tokens;
@@ -216,14 +226,16 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
       g.step = f.sequence->step() + static_cast<uint64_t>(steps);
       g.recent = f.sequence->cuda()->recent(l, h, g.step);
       if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
-      memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(), RoundUp(tokens, kScratchTokens), group_size, answer_[l].team,
+      memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(),
+                                   RoundUp(tokens, kScratchTokens), group_size, answer_[l].team,
                                    memory, g.scratch);
     }
   }
   header = {.scan_blocks = scanned, .num_groups = count};
 }
 
-absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream) {
+absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_tokens,
+                                  DeviceStream stream) {
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
   const DeviceStream used = stream != nullptr ? stream : d.stream();
@@ -241,11 +253,13 @@ absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_t
   }
   VATTN_RETURN_IF_ERROR(GrowScratch(new_tokens));
   VATTN_RETURN_IF_ERROR(UpdateHotSet(stream_));
-  for (size_t i = 0; i < filled_.size(); ++i) VATTN_RETURN_IF_ERROR(halves[i]->Flush(*filled_[i].sequence, stream_));
+  for (size_t i = 0; i < filled_.size(); ++i)
+    VATTN_RETURN_IF_ERROR(halves[i]->Flush(*filled_[i].sequence, stream_));
   turn_ = (turn_ + 1) % kTurns;
   VATTN_RETURN_IF_ERROR(d.Wait(passed_[turn_]));
   FillTables(new_tokens, 1);
-  VATTN_RETURN_IF_ERROR(d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), stream_));
+  VATTN_RETURN_IF_ERROR(
+      d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), stream_));
   return d.Record(passed_[turn_], stream_);
 }
 
@@ -268,7 +282,8 @@ absl::Status CudaBatch::SendOpenTables() {
   VATTN_RETURN_IF_ERROR(d.Activate());
   VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
   FillTables(0, 0);  // the sequences count the open step already
-  VATTN_RETURN_IF_ERROR(d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()));
+  VATTN_RETURN_IF_ERROR(
+      d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()));
   return d.Synchronize(d.stream());
 }
 
@@ -282,7 +297,8 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
   p.hot = hot_;
   const int layers = runtime_.options().num_layers, kv_heads = runtime_.kv_heads(r.layer);
   p.header = tables_.as<cuda::StepHeader>() + r.layer;
-  p.groups = reinterpret_cast<cuda::DeviceGroup*>(tables_.as<cuda::StepHeader>() + layers) + first_group_[r.layer];
+  p.groups = reinterpret_cast<cuda::DeviceGroup*>(tables_.as<cuda::StepHeader>() + layers) +
+             first_group_[r.layer];
   p.counters = backend_.counters();
   p.most_groups = slots_ * kv_heads;
   p.kv_heads = kv_heads;
@@ -301,8 +317,7 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
             .timeline = r.timeline,
             .out_dtype = r.out_dtype};
   p.selection = {selection.capacity, selection.tokens, selection.log_weights, selection.counts};
-  return d.Check(cuda::Decode(p, answer_[r.layer], d.facts().multiprocessors,
-                              {stream}),
+  return d.Check(cuda::Decode(p, answer_[r.layer], d.facts().multiprocessors, {stream}),
                  "enqueueing attention");
 }
 
@@ -322,7 +337,8 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
   AttendRequest staged = r;
   uint64_t* const timeline = r.timeline;
   Selection list = selection;
-  const int64_t out_bytes = o.num_q_heads * int64_t{row.dim_v} * ElementBytes(static_cast<DType>(r.out_dtype));
+  const int64_t out_bytes =
+      o.num_q_heads * int64_t{row.dim_v} * ElementBytes(static_cast<DType>(r.out_dtype));
   const bool given = task == cuda::Task::kAttendSelected, wanted = task == cuda::Task::kSelect;
   std::vector<Array> arrays = {
       {const_cast<void*>(r.q), o.num_q_heads * int64_t{row.dim_k} * element, true, false},
@@ -351,7 +367,8 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
     if (!memory.ok()) return memory.status();
     staging_ = *std::move(memory);
     // Lists come back whole, past what the device writes of them.
-    VATTN_RETURN_IF_ERROR(d.Fill(staging_.data(), 0, static_cast<uint64_t>(bytes) + kTimelineBytes, stream));
+    VATTN_RETURN_IF_ERROR(
+        d.Fill(staging_.data(), 0, static_cast<uint64_t>(bytes) + kTimelineBytes, stream));
   }
   const auto device = [&](size_t i) {
     return arrays[i].host == nullptr ? nullptr : static_cast<void*>(staging_.data() + arrays[i].at);
@@ -364,7 +381,8 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
   staged.fetched = static_cast<int32_t*>(device(8));
   staged.looks = static_cast<int32_t*>(device(9));
   staged.middle = static_cast<int64_t*>(device(10));
-  staged.timeline = timeline == nullptr ? nullptr : reinterpret_cast<uint64_t*>(staging_.data() + bytes);
+  staged.timeline =
+      timeline == nullptr ? nullptr : reinterpret_cast<uint64_t*>(staging_.data() + bytes);
   list.tokens = static_cast<int32_t*>(device(11));
   list.log_weights = static_cast<float*>(device(12));
   list.counts = static_cast<int32_t*>(device(13));
@@ -385,7 +403,8 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
       if (a.host != nullptr && a.out) VATTN_RETURN_IF_ERROR(copy(a, f.slot, false));
     }
   }
-  if (timeline != nullptr) VATTN_RETURN_IF_ERROR(d.Copy(timeline, staged.timeline, kTimelineBytes, stream));
+  if (timeline != nullptr)
+    VATTN_RETURN_IF_ERROR(d.Copy(timeline, staged.timeline, kTimelineBytes, stream));
   return d.Synchronize(stream);
 }
 

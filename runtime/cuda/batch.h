@@ -15,26 +15,29 @@ namespace vattn {
 class Runtime;
 class Sequence;
 
-// Used as the batch: by one thread at a time. Addresses of tables do not change once they are made, so
-// that captured attention calls can be replayed in every later step.
+// Used as the batch: by one thread at a time. Addresses of tables do not change once they are made,
+// so that captured attention calls can be replayed in every later step.
 class CudaBatch {
  public:
   static absl::StatusOr<std::unique_ptr<CudaBatch>> Create(Runtime& runtime, int slots);
   ~CudaBatch();
 
-  // Enqueues the tables of a step in which every sequence has `new_tokens` more tokens than its layers
-  // say. stream null: the device's own, also for the calls of the step that come without one.
+  // Enqueues the tables of a step in which every sequence has `new_tokens` more tokens than its
+  // layers say. stream null: the device's own, also for the calls of the step that come without
+  // one.
   absl::Status BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream);
 
-  // A sequence of the open step goes: waits for the device, and later calls of the step do without it.
+  // A sequence of the open step goes: waits for the device, and later calls of the step do without
+  // it.
   void Leave(const Sequence& sequence);
-  // The open step is given up: waits for the device, and calls that still come, replayed ones too, find nothing
-  // to do.
+  // The open step is given up: waits for the device, and calls that still come, replayed ones too,
+  // find nothing to do.
   absl::Status LeaveAll();
 
   // Enqueues one call. With q in plain host memory all arrays are taken to be there: the call then
   // blocks until they are filled. It also blocks without a stream.
-  absl::Status Call(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
+  absl::Status Call(cuda::Task task, const AttendRequest& request, const Selection& selection,
+                    DeviceStream stream);
 
  private:
   struct Filled {
@@ -44,46 +47,51 @@ class CudaBatch {
 
   CudaBatch(Runtime& runtime, int slots);
   absl::Status Allocate();
-  // Gives blocks that are new to the batch a place in slot_of_, and forgets rows of those with new content.
+  // Gives blocks that are new to the batch a place in slot_of_, and forgets rows of those with new
+  // content.
   absl::Status UpdateHotSet(DeviceStream stream);
-  // Where most of slot_of_ is about free blocks: empties the hot set, whose slots may still be theirs, and gives
-  // that memory back. Waits for the device.
+  // Where most of slot_of_ is about free blocks: empties the hot set, whose slots may still be
+  // theirs, and gives that memory back. Waits for the device.
   absl::Status ShrinkHotSet(DeviceStream stream);
   absl::Status EmptySlots(DeviceStream stream);
   absl::Status GrowScratch(int new_tokens);
-  // The tables of a step into pinned_[turn_]: of layers' tokens and `new_tokens` more, of sequences' steps and
-  // `steps` more.
+  // The tables of a step into pinned_[turn_]: of layers' tokens and `new_tokens` more, of
+  // sequences' steps and `steps` more.
   void FillTables(int new_tokens, int steps);
-  void FillGroups(int layer, int new_tokens, int steps, cuda::StepHeader& header, cuda::DeviceGroup* groups) const;
-  // Waits for the device and sends the tables of the open step anew, for the sequences that are left.
+  void FillGroups(int layer, int new_tokens, int steps, cuda::StepHeader& header,
+                  cuda::DeviceGroup* groups) const;
+  // Waits for the device and sends the tables of the open step anew, for the sequences that are
+  // left.
   absl::Status SendOpenTables();
-  absl::Status Stage(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
-  absl::Status Launch(cuda::Task task, const AttendRequest& request, const Selection& selection, DeviceStream stream);
+  absl::Status Stage(cuda::Task task, const AttendRequest& request, const Selection& selection,
+                     DeviceStream stream);
+  absl::Status Launch(cuda::Task task, const AttendRequest& request, const Selection& selection,
+                      DeviceStream stream);
 
   Runtime& runtime_;
   CudaBackend& backend_;
   const uint64_t id_;  // of no other batch, before or after
   const int slots_;
   std::vector<Filled> filled_;
-  std::vector<int64_t> first_group_;  // [layers] place of a layer's groups in the table
-  int64_t most_groups_ = 0;           // of all layers
+  std::vector<int64_t> first_group_;       // [layers] place of a layer's groups in the table
+  int64_t most_groups_ = 0;                // of all layers
   std::vector<cuda::AnswerShape> answer_;  // [layers]
-  DeviceMemory tables_;               // StepHeader [layers], then DeviceGroup [most_groups]
+  DeviceMemory tables_;                    // StepHeader [layers], then DeviceGroup [most_groups]
   DeviceMemory scratch_;
-  DeviceMemory forget_;               // block ids
+  DeviceMemory forget_;  // block ids
   DeviceMemory staging_;
   DeviceMemory hot_rows_, hot_tables_;
   std::unique_ptr<DeviceRange> slot_of_;
-  uint64_t reclaims_ = 0;             // of the backend, when ShrinkHotSet last looked
-  DeviceRange::Stretches unset_;      // of slot_of_, which say nothing yet
+  uint64_t reclaims_ = 0;         // of the backend, when ShrinkHotSet last looked
+  DeviceRange::Stretches unset_;  // of slot_of_, which say nothing yet
   cuda::HotSetRef hot_;
-  std::vector<uint32_t> seen_;        // [blocks of the pool] generation that the hot set knows
+  std::vector<uint32_t> seen_;  // [blocks of the pool] generation that the hot set knows
   // Pinned copies of the tables, used in turn, each free again when its event has passed.
   static constexpr int kTurns = 4;
   DeviceMemory pinned_[kTurns];
   DeviceEvent passed_[kTurns];
   int turn_ = 0;
-  DeviceStream stream_ = nullptr;     // of the last step; another one waits for the device first
+  DeviceStream stream_ = nullptr;  // of the last step; another one waits for the device first
 };
 
 }  // namespace vattn

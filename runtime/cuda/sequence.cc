@@ -14,7 +14,8 @@ constexpr int64_t kDenseChange = 1024;  // changed entries from which a whole ta
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& backend, const Sequence& sequence) {
+absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& backend,
+                                                                   const Sequence& sequence) {
   std::unique_ptr<CudaSequence> made(new CudaSequence(backend));
   Device& d = backend.device();
   const Runtime& runtime = sequence.runtime();
@@ -29,7 +30,8 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
     states += int64_t{heads} * made->q_per_kv_.back();
   }
   const cuda::DeviceStorage& s = backend.storage();
-  absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(states) * sizeof(HeadState));
+  absl::StatusOr<DeviceMemory> memory =
+      d.Allocate(static_cast<uint64_t>(states) * sizeof(HeadState));
   if (!memory.ok()) return memory.status();
   made->states_ = *std::move(memory);
   memory = d.Allocate(static_cast<uint64_t>(made->groups_) * (s.sinks + s.ring_tokens) *
@@ -42,7 +44,8 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
   made->segments_sent_.resize(static_cast<size_t>(made->groups_));
   made->read_step_ = made->passed_step_ = sequence.step();
   if (s.host.code.kind == IndexKind::kBalanced) {
-    const uint64_t bytes = static_cast<uint64_t>(states) * kRecentQueries * static_cast<uint64_t>(made->query_bytes());
+    const uint64_t bytes =
+        static_cast<uint64_t>(states) * kRecentQueries * static_cast<uint64_t>(made->query_bytes());
     memory = d.Allocate(bytes);
     if (!memory.ok()) return memory.status();
     made->recent_ = *std::move(memory);
@@ -55,7 +58,8 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
       host.insert(host.end(), group.states.begin(), group.states.end());
     }
   }
-  VATTN_RETURN_IF_ERROR(d.Copy(made->states_.data(), host.data(), host.size() * sizeof(HeadState), d.stream()));
+  VATTN_RETURN_IF_ERROR(
+      d.Copy(made->states_.data(), host.data(), host.size() * sizeof(HeadState), d.stream()));
   VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
   return made;
 }
@@ -81,19 +85,22 @@ std::byte* CudaSequence::recent(int layer, int head, uint64_t step) const {
   const int place = RecentPlace(step);
   if (place < 0 || recent_.size() == 0) return nullptr;
   const int64_t heads = q_per_kv_[layer];
-  return recent_.data() + ((states_before_[layer] + head * heads) * kRecentQueries + place * heads) * query_bytes();
+  return recent_.data() +
+         ((states_before_[layer] + head * heads) * kRecentQueries + place * heads) * query_bytes();
 }
 
 std::byte* CudaSequence::fixed(int layer, int head) const {
   const cuda::DeviceStorage& s = backend_.storage();
-  return fixed_.data() + (first_[layer] + head) * int64_t{s.sinks + s.ring_tokens} * s.host.row.row_bytes;
+  return fixed_.data() +
+         (first_[layer] + head) * int64_t{s.sinks + s.ring_tokens} * s.host.row.row_bytes;
 }
 
 template <class T>
 absl::StatusOr<const T*> CudaSequence::Send(const std::vector<T>& items, DeviceStream stream) {
   const uint64_t bytes = items.size() * sizeof(T);
   if (bytes > items_.size()) {
-    absl::StatusOr<DeviceMemory> memory = backend_.device().Allocate(std::max<uint64_t>(2 * bytes, 4096));
+    absl::StatusOr<DeviceMemory> memory =
+        backend_.device().Allocate(std::max<uint64_t>(2 * bytes, 4096));
     if (!memory.ok()) return memory.status();
     items_ = *std::move(memory);
   }
@@ -124,12 +131,14 @@ absl::Status CudaSequence::SendTables(Sequence& sequence, DeviceStream stream) {
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
     for (int h = 0; h < static_cast<int>(sequence.layer(l).groups.size()); ++h) {
       HeadGroup& group = sequence.layer(l).groups[h];
-      const int64_t size = static_cast<int64_t>(group.blocks.size()), from = grow ? 0 : group.changed_from;
+      const int64_t size = static_cast<int64_t>(group.blocks.size()),
+                    from = grow ? 0 : group.changed_from;
       int32_t* table = const_cast<int32_t*>(blocks(l, h));
       if (grow || changed > kDenseChange) {
         if (size > from) {
           VATTN_RETURN_IF_ERROR(d.Copy(table + from, group.blocks.data() + from,
-                                       static_cast<uint64_t>(size - from) * sizeof(int32_t), stream));
+                                       static_cast<uint64_t>(size - from) * sizeof(int32_t),
+                                       stream));
         }
       } else {
         for (int64_t b = from; b < size; ++b) patches.push_back({table + b, group.blocks[b]});
@@ -140,7 +149,8 @@ absl::Status CudaSequence::SendTables(Sequence& sequence, DeviceStream stream) {
   if (patches.empty()) return absl::OkStatus();
   absl::StatusOr<const cuda::Patch*> sent = Send(patches, stream);
   if (!sent.ok()) return sent.status();
-  return d.Check(cuda::ApplyPatches(*sent, static_cast<int64_t>(patches.size()), {stream}), "updating block tables");
+  return d.Check(cuda::ApplyPatches(*sent, static_cast<int64_t>(patches.size()), {stream}),
+                 "updating block tables");
 }
 
 absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) {
@@ -158,15 +168,17 @@ absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) 
           const uint64_t bytes = static_cast<uint64_t>(tables.index->bytes());
           absl::StatusOr<DeviceMemory> memory = d.Allocate(bytes);
           if (!memory.ok()) return memory.status();
-          VATTN_RETURN_IF_ERROR(d.Copy(memory->data(), tables.index->floats().data(), bytes, stream));
+          VATTN_RETURN_IF_ERROR(
+              d.Copy(memory->data(), tables.index->floats().data(), bytes, stream));
           tables.on_device = std::make_shared<DeviceMemory>(*std::move(memory));
           changed = true;
         }
         segments.push_back({layer.segments[k].first_block, tables.DeviceTables()});
       }
       if (!changed || segments.empty()) continue;
-      VATTN_RETURN_IF_ERROR(d.Copy(const_cast<IndexSegment*>(this->segments(l, static_cast<int>(h))), segments.data(),
-                                   segments.size() * sizeof(IndexSegment), stream));
+      VATTN_RETURN_IF_ERROR(
+          d.Copy(const_cast<IndexSegment*>(this->segments(l, static_cast<int>(h))), segments.data(),
+                 segments.size() * sizeof(IndexSegment), stream));
       segments_sent_[first_[l] + h] = true;
     }
   }
@@ -183,12 +195,13 @@ absl::Status CudaSequence::LoadCodes(Sequence& sequence, DeviceStream stream) {
     }
   }
   std::sort(held.begin(), held.end());
-  std::erase_if(load, [&](int32_t id) { return !std::binary_search(held.begin(), held.end(), id); });
+  std::erase_if(load,
+                [&](int32_t id) { return !std::binary_search(held.begin(), held.end(), id); });
   absl::StatusOr<const int32_t*> sent = Send(load, stream);
   if (!sent.ok()) return sent.status();
-  VATTN_RETURN_IF_ERROR(
-      backend_.device().Check(cuda::LoadCodes(backend_.storage(), *sent, static_cast<int64_t>(load.size()), {stream}),
-                              "loading codes"));
+  VATTN_RETURN_IF_ERROR(backend_.device().Check(
+      cuda::LoadCodes(backend_.storage(), *sent, static_cast<int64_t>(load.size()), {stream}),
+      "loading codes"));
   load.clear();
   return absl::OkStatus();
 }
@@ -196,7 +209,8 @@ absl::Status CudaSequence::LoadCodes(Sequence& sequence, DeviceStream stream) {
 absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
   Device& d = backend_.device();
   const cuda::DeviceStorage& s = backend_.storage();
-  // What an earlier stream does with the tables and with what was sent is not ordered before this one.
+  // What an earlier stream does with the tables and with what was sent is not ordered before this
+  // one.
   if (busy_ && stream != stream_) VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
   stream_ = stream;
   busy_ = true;  // from the first call on, also if a later one fails
@@ -211,25 +225,27 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
     const int64_t begin = std::max<int64_t>(layer.coded_on_device, s.sinks);
     for (int h = 0; h < static_cast<int>(layer.groups.size()); ++h) {
       ForSegments(layer, begin, layer.coded, [&](size_t k, int64_t from, int64_t to) {
-        encode.push_back(
-            {blocks(l, h), layer.groups[h].tables[k].DeviceTables(), from, to, &backend_.counters()->outliers});
+        encode.push_back({blocks(l, h), layer.groups[h].tables[k].DeviceTables(), from, to,
+                          &backend_.counters()->outliers});
         most = std::max(most, to - from);
       });
-      if (!fixed_loaded_ && layer.tokens > 0) fixed.push_back({blocks(l, h), this->fixed(l, h), layer.tokens});
+      if (!fixed_loaded_ && layer.tokens > 0)
+        fixed.push_back({blocks(l, h), this->fixed(l, h), layer.tokens});
     }
     layer.coded_on_device = layer.coded;
   }
   if (!encode.empty()) {
     absl::StatusOr<const cuda::EncodeItem*> sent = Send(encode, stream);
     if (!sent.ok()) return sent.status();
-    VATTN_RETURN_IF_ERROR(
-        d.Check(cuda::Encode(s, *sent, static_cast<int>(encode.size()), most, {stream}), "coding keys"));
+    VATTN_RETURN_IF_ERROR(d.Check(
+        cuda::Encode(s, *sent, static_cast<int>(encode.size()), most, {stream}), "coding keys"));
   }
   if (!fixed.empty()) {
     absl::StatusOr<const cuda::FixedItem*> sent = Send(fixed, stream);
     if (!sent.ok()) return sent.status();
     VATTN_RETURN_IF_ERROR(
-        d.Check(cuda::LoadFixed(s, *sent, static_cast<int>(fixed.size()), {stream}), "loading sinks and window"));
+        d.Check(cuda::LoadFixed(s, *sent, static_cast<int>(fixed.size()), {stream}),
+                "loading sinks and window"));
   }
   fixed_loaded_ = true;
   return absl::OkStatus();
@@ -241,12 +257,14 @@ absl::Status CudaSequence::Pull(Sequence& sequence, bool in_step) {
   VATTN_RETURN_IF_ERROR(d.Activate());
   VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
   std::vector<HeadState> host(states_.size() / sizeof(HeadState));
-  VATTN_RETURN_IF_ERROR(d.Copy(host.data(), states_.data(), host.size() * sizeof(HeadState), d.stream()));
+  VATTN_RETURN_IF_ERROR(
+      d.Copy(host.data(), states_.data(), host.size() * sizeof(HeadState), d.stream()));
   VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
   size_t at = 0;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
     for (HeadGroup& group : sequence.layer(l).groups) {
-      std::copy_n(host.begin() + static_cast<int64_t>(at), group.states.size(), group.states.begin());
+      std::copy_n(host.begin() + static_cast<int64_t>(at), group.states.size(),
+                  group.states.begin());
       at += group.states.size();
     }
   }
@@ -278,8 +296,13 @@ absl::Status CudaSequence::ReadQueries(Sequence& sequence) {
           to.Add(nullptr, 0);  // later ones have taken its place: it counts alone
           continue;
         }
-        const uint8_t* row = reinterpret_cast<const uint8_t*>(ring.data() + (recent(l, h, steps[i]) - recent_.data()));
-        cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype},
+        const uint8_t* row = reinterpret_cast<const uint8_t*>(
+            ring.data() + (recent(l, h, steps[i]) - recent_.data()));
+        cpu::LoadRows({.rows = &row,
+                       .count = 1,
+                       .offset = 0,
+                       .dim = static_cast<int>(count),
+                       .dtype = s.row.dtype},
                       queries.data());
         for (float& x : queries) x *= s.scale;
         to.Add(queries.data(), count);

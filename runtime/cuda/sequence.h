@@ -16,19 +16,20 @@ class Sequence;
 // Used as the sequence: by one thread at a time.
 class CudaSequence {
  public:
-  static absl::StatusOr<std::unique_ptr<CudaSequence>> Create(CudaBackend& backend, const Sequence& sequence);
+  static absl::StatusOr<std::unique_ptr<CudaSequence>> Create(CudaBackend& backend,
+                                                              const Sequence& sequence);
 
   // Enqueues what changed on the host since the last call: block tables, copies of codes, codes of
-  // tokens [layer.coded_on_device, layer.coded), and after host-side writes sinks and window. Waits for the
-  // device first if steps were enqueued on another stream.
+  // tokens [layer.coded_on_device, layer.coded), and after host-side writes sinks and window. Waits
+  // for the device first if steps were enqueued on another stream.
   absl::Status Flush(Sequence& sequence, DeviceStream stream);
 
   // Rows of the window were written by the host: the device's are to be loaded anew.
   void ForgetFixed() { fixed_loaded_ = false; }
 
-  // Waits for the device if it may still work on the sequence, and brings the controller state to the
-  // host. Before the host reads or changes anything. in_step: calls of an open step, which may come from a
-  // replayed graph, can still follow.
+  // Waits for the device if it may still work on the sequence, and brings the controller state to
+  // the host. Before the host reads or changes anything. in_step: calls of an open step, which may
+  // come from a replayed graph, can still follow.
   absl::Status Pull(Sequence& sequence, bool in_step);
 
   // Brings the queries that steps up to the last Pull have kept to HeadGroup::recent.
@@ -53,19 +54,21 @@ class CudaSequence {
   absl::StatusOr<const T*> Send(const std::vector<T>& items, DeviceStream stream);
 
   CudaBackend& backend_;
-  std::vector<int> first_;        // [layers] groups of the layers before
+  std::vector<int> first_;              // [layers] groups of the layers before
   std::vector<int64_t> states_before_;  // [layers] controller states of the layers before
-  std::vector<int> q_per_kv_;     // [layers]
+  std::vector<int> q_per_kv_;           // [layers]
   int groups_ = 0;
-  int64_t table_blocks_ = 0;      // room of each group's block table
-  DeviceMemory tables_;           // int32_t [groups][table_blocks]
-  DeviceMemory states_;           // HeadState
-  DeviceMemory fixed_;            // [groups][sinks + ring][row_bytes]
-  DeviceMemory segments_;         // IndexSegment [groups][kMaxSegments]
+  int64_t table_blocks_ = 0;         // room of each group's block table
+  DeviceMemory tables_;              // int32_t [groups][table_blocks]
+  DeviceMemory states_;              // HeadState
+  DeviceMemory fixed_;               // [groups][sinks + ring][row_bytes]
+  DeviceMemory segments_;            // IndexSegment [groups][kMaxSegments]
   std::vector<bool> segments_sent_;  // [groups] at least once
-  DeviceMemory recent_;           // by query head of all layers: [KV heads][kRecentQueries][G][dim_k]; kBalanced only
-  uint64_t passed_step_ = 0, read_step_ = 0;  // last steps that Pull waited for, and whose queries the host has
-  DeviceMemory items_;            // of the last Send
+  // By query head of all layers: [KV heads][kRecentQueries][G][dim_k]; kBalanced only
+  DeviceMemory recent_;
+  // Last steps that Pull waited for, and whose queries the host has
+  uint64_t passed_step_ = 0, read_step_ = 0;
+  DeviceMemory items_;  // of the last Send
   bool fixed_loaded_ = false;
   bool busy_ = false;
   DeviceStream stream_ = nullptr;  // of the last Flush

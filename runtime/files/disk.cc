@@ -18,18 +18,21 @@ namespace vattn {
 namespace {
 
 std::string Hex(const Digest& digest) {
-  return absl::StrCat(absl::Hex(digest.high, absl::kZeroPad16), absl::Hex(digest.low, absl::kZeroPad16));
+  return absl::StrCat(absl::Hex(digest.high, absl::kZeroPad16),
+                      absl::Hex(digest.low, absl::kZeroPad16));
 }
 
-std::string HexOfSalt(const std::string& salt) { return Hex(DigestOf(std::as_bytes(std::span(salt)))); }
+std::string HexOfSalt(const std::string& salt) {
+  return Hex(DigestOf(std::as_bytes(std::span(salt))));
+}
 
 constexpr char kPrefixStart[] = "prefix-", kSpillStart[] = "spill-", kEnd[] = ".vattn";
 
 // Of no other runtime, before or after, here or in a process forked from this one.
 std::string SpillStart() {
   std::random_device random;
-  return absl::StrCat(kSpillStart, getpid(), "-", absl::Hex(random(), absl::kZeroPad8), absl::Hex(random(), absl::kZeroPad8),
-                      "-");
+  return absl::StrCat(kSpillStart, getpid(), "-", absl::Hex(random(), absl::kZeroPad8),
+                      absl::Hex(random(), absl::kZeroPad8), "-");
 }
 
 }  // namespace
@@ -38,7 +41,9 @@ SpillFile::SpillFile(Disk* disk, std::string name, uint64_t bytes)
     : disk_(disk), name_(std::move(name)), bytes_(bytes) {}
 
 SpillFile::SpillFile(SpillFile&& other) noexcept
-    : disk_(std::exchange(other.disk_, nullptr)), name_(std::move(other.name_)), bytes_(other.bytes_) {}
+    : disk_(std::exchange(other.disk_, nullptr)),
+      name_(std::move(other.name_)),
+      bytes_(other.bytes_) {}
 
 SpillFile& SpillFile::operator=(SpillFile&& other) noexcept {
   std::swap(disk_, other.disk_);
@@ -50,11 +55,13 @@ SpillFile& SpillFile::operator=(SpillFile&& other) noexcept {
 SpillFile::~SpillFile() {
   if (disk_ == nullptr) return;
   disk_->GiveBytes(bytes_);
-  if (!disk_->directory_->IsHere()) return;  // the file is of the process that this one was forked from
+  // The file is of the process that this one was forked from
+  if (!disk_->directory_->IsHere()) return;
   try {
     const absl::Status removed = disk_->directory_->Remove(name_);
     if (removed.ok()) return;
-    disk_->log_(LogLevel::kWarning, absl::StrCat("a file of a spilled sequence stays: ", removed.message()));
+    disk_->log_(LogLevel::kWarning,
+                absl::StrCat("a file of a spilled sequence stays: ", removed.message()));
   } catch (const std::bad_alloc&) {
     // It stays for the next owner of the directory, who removes it.
   }
@@ -69,19 +76,22 @@ void SpillFile::SetBytes(uint64_t bytes) {
   bytes_ = bytes;
 }
 
-absl::StatusOr<std::unique_ptr<Disk>> Disk::Open(const std::string& path, uint64_t limit_bytes, uint64_t layout,
-                                                 const IoOptions& io, Counters& counters, Log log) {
+absl::StatusOr<std::unique_ptr<Disk>> Disk::Open(const std::string& path, uint64_t limit_bytes,
+                                                 uint64_t layout, const IoOptions& io,
+                                                 Counters& counters, Log log) {
   absl::StatusOr<std::unique_ptr<OwnedDirectory>> directory = OwnedDirectory::Open(path, *io.ops);
   if (!directory.ok()) {
-    return MakeError(CodeOf(directory.status()), absl::StrCat("disk_path: ", directory.status().message()));
+    return MakeError(CodeOf(directory.status()),
+                     absl::StrCat("disk_path: ", directory.status().message()));
   }
-  std::unique_ptr<Disk> disk(new Disk(*std::move(directory), limit_bytes, layout, io, counters, std::move(log)));
+  std::unique_ptr<Disk> disk(
+      new Disk(*std::move(directory), limit_bytes, layout, io, counters, std::move(log)));
   VATTN_RETURN_IF_ERROR(disk->TakeOver());
   return disk;
 }
 
-Disk::Disk(std::unique_ptr<OwnedDirectory> directory, uint64_t limit_bytes, uint64_t layout, const IoOptions& io,
-           Counters& counters, Log log)
+Disk::Disk(std::unique_ptr<OwnedDirectory> directory, uint64_t limit_bytes, uint64_t layout,
+           const IoOptions& io, Counters& counters, Log log)
     : directory_(std::move(directory)),
       limit_bytes_(limit_bytes),
       layout_(layout),
@@ -106,7 +116,8 @@ absl::Status Disk::TakeOver() {
     if (!absl::StartsWith(name, kPrefixStart)) continue;
     const absl::StatusOr<uint64_t> bytes = directory_->FileBytes(name);
     if (!bytes.ok()) return bytes.status();
-    const absl::Status entered = absl::StartsWith(name, ours) ? Enter(name, *bytes) : absl::OkStatus();
+    const absl::Status entered =
+        absl::StartsWith(name, ours) ? Enter(name, *bytes) : absl::OkStatus();
     const std::lock_guard<std::mutex> lock(mutex_);
     // Those of another layout only take room, and are the first to go.
     if (!index_.Has(name)) index_.Add(name, {}, 0, *bytes, 0);
@@ -115,7 +126,8 @@ absl::Status Disk::TakeOver() {
       ++counters_.prefix_damaged;
       DropLocked(name);
     }
-    if (!entered.ok()) log_(LogLevel::kWarning, absl::StrCat("a stored prefix cannot be used: ", entered.message()));
+    if (!entered.ok())
+      log_(LogLevel::kWarning, absl::StrCat("a stored prefix cannot be used: ", entered.message()));
   }
   return absl::OkStatus();
 }
@@ -128,7 +140,8 @@ absl::Status Disk::Enter(const std::string& name, uint64_t bytes) {
   if (status.ok()) {
     const absl::StatusOr<StoredPrefix> stored = ReadPrefix(**reader, path);
     status = stored.status();
-    if (status.ok() && NameOf(stored->prefix) != name) status = DataLossError(path, ": holds another prefix");
+    if (status.ok() && NameOf(stored->prefix) != name)
+      status = DataLossError(path, ": holds another prefix");
     if (status.ok()) {
       const std::lock_guard<std::mutex> lock(mutex_);
       const int64_t tokens = static_cast<int64_t>(stored->prefix.tokens.size());
@@ -140,9 +153,10 @@ absl::Status Disk::Enter(const std::string& name, uint64_t bytes) {
 }
 
 std::string Disk::NameOf(const Prefix& prefix) const {
-  const Digest all = DigestOf(std::as_bytes(std::span(prefix.tokens)), DigestOf(std::as_bytes(std::span(prefix.salt))));
-  return absl::StrCat(kPrefixStart, absl::Hex(layout_, absl::kZeroPad16), "-", HexOfSalt(prefix.salt), "-", Hex(all),
-                      kEnd);
+  const Digest all = DigestOf(std::as_bytes(std::span(prefix.tokens)),
+                              DigestOf(std::as_bytes(std::span(prefix.salt))));
+  return absl::StrCat(kPrefixStart, absl::Hex(layout_, absl::kZeroPad16), "-",
+                      HexOfSalt(prefix.salt), "-", Hex(all), kEnd);
 }
 
 void Disk::DropLocked(const std::string& name) {
@@ -155,7 +169,9 @@ void Disk::DropLocked(const std::string& name) {
 }
 
 absl::Status Disk::TakeBytesLocked(uint64_t bytes) {
-  const auto fits = [&] { return limit_bytes_ == 0 || (bytes <= limit_bytes_ && bytes_ <= limit_bytes_ - bytes); };
+  const auto fits = [&] {
+    return limit_bytes_ == 0 || (bytes <= limit_bytes_ && bytes_ <= limit_bytes_ - bytes);
+  };
   const uint64_t kept = bytes_ - index_.bytes();  // what eviction cannot free
   const bool can_fit = limit_bytes_ == 0 || (bytes <= limit_bytes_ && kept <= limit_bytes_ - bytes);
   while (can_fit && !fits()) {
@@ -166,8 +182,8 @@ absl::Status Disk::TakeBytesLocked(uint64_t bytes) {
     bytes_ += bytes;
     return absl::OkStatus();
   }
-  return FullError("the disk is full: need ", bytes, " bytes, ", bytes_, " are in use, limit ", limit_bytes_,
-                   "; raise disk_bytes or free sequences");
+  return FullError("the disk is full: need ", bytes, " bytes, ", bytes_, " are in use, limit ",
+                   limit_bytes_, "; raise disk_bytes or free sequences");
 }
 
 void Disk::GiveBytes(uint64_t bytes) {
@@ -188,7 +204,8 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
   VATTN_RETURN_IF_ERROR(directory_->CheckOwned());
   const LogHold hold;
   const std::string name = NameOf(prefix);
-  const uint64_t expected = sequence.SavedBytes() + prefix.salt.size() + prefix.tokens.size() * sizeof(int32_t);
+  const uint64_t expected =
+      sequence.SavedBytes() + prefix.salt.size() + prefix.tokens.size() * sizeof(int32_t);
   uint64_t stored;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -202,7 +219,8 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
   const absl::Cleanup give = [&] { GiveBytes(expected); };
   const StoredPrefix file = {.prefix = std::move(prefix), .stored = stored};
   const std::vector<Digest> chain = ChainOf(file.prefix);
-  const absl::StatusOr<SavedFile> saved = sequence.SaveAs({.path = directory_->PathOf(name)}, &file, /*durable=*/true);
+  const absl::StatusOr<SavedFile> saved =
+      sequence.SaveAs({.path = directory_->PathOf(name)}, &file, /*durable=*/true);
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!saved.ok()) {
     // In place, but not surely durable: then it does not count as stored.
@@ -211,14 +229,17 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
   }
   // Another thread may have stored the same meanwhile: this file has taken that one's place.
   bytes_ -= index_.Remove(name);
-  index_.Add(name, chain, static_cast<int64_t>(file.prefix.tokens.size()), saved->bytes, index_.next_use());
+  index_.Add(name, chain, static_cast<int64_t>(file.prefix.tokens.size()), saved->bytes,
+             index_.next_use());
   bytes_ += saved->bytes;
   ++counters_.prefixes_stored;
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runtime>& runtime, const Prefix& prefix,
-                                                      const SequenceOptions& options, int64_t* tokens) {
+absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runtime>& runtime,
+                                                      const Prefix& prefix,
+                                                      const SequenceOptions& options,
+                                                      int64_t* tokens) {
   const LogHold hold;
   std::vector<std::string> names;
   {

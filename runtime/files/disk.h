@@ -42,32 +42,35 @@ class SpillFile {
   uint64_t bytes_ = 0;
 };
 
-// Files "prefix-<layout>-<salt>-<prefix>.vattn" (digests in hexadecimal) and "spill-<process>-<random>-<number>.vattn";
-// others are left alone. A process that was forked from the owner reads what is there, and writes and removes nothing
-// (INVALID_ARGUMENT). Prefixes go, those unused for longest first, when the limit would be passed; spilled
-// sequences never do.
+// Files "prefix-<layout>-<salt>-<prefix>.vattn" (digests in hexadecimal) and
+// "spill-<process>-<random>-<number>.vattn"; others are left alone. A process that was forked from
+// the owner reads what is there, and writes and removes nothing (INVALID_ARGUMENT). Prefixes go,
+// those unused for longest first, when the limit would be passed; spilled sequences never do.
 //
-// Thread-safe. Files are read and written without the lock: they appear whole, are never changed, and one
-// that is open can be read after its name is gone.
+// Thread-safe. Files are read and written without the lock: they appear whole, are never changed,
+// and one that is open can be read after its name is gone.
 class Disk {
  public:
   using Log = std::function<void(LogLevel, const std::string&)>;
 
-  // Takes the directory over: removes what spilled sequences of dead processes left, and finds the stored
-  // prefixes. One that fails its check is removed and counted. limit_bytes 0: none.
-  static absl::StatusOr<std::unique_ptr<Disk>> Open(const std::string& path, uint64_t limit_bytes, uint64_t layout,
-                                                    const IoOptions& io, Counters& counters, Log log);
+  // Takes the directory over: removes what spilled sequences of dead processes left, and finds the
+  // stored prefixes. One that fails its check is removed and counted. limit_bytes 0: none.
+  static absl::StatusOr<std::unique_ptr<Disk>> Open(const std::string& path, uint64_t limit_bytes,
+                                                    uint64_t layout, const IoOptions& io,
+                                                    Counters& counters, Log log);
 
   // Room and a name for a sequence of about so many bytes. FULL.
   absl::StatusOr<SpillFile> NewSpill(uint64_t bytes);
 
   // Stores the first prefix.tokens of a sequence, unless that is there already. FULL.
   absl::Status Store(Sequence& sequence, Prefix prefix);
-  // A new sequence that begins with the longest part of prefix.tokens that is stored under its salt.
-  // NOT_FOUND: none, or none that can be read. FULL as Sequence::Create.
-  absl::StatusOr<std::unique_ptr<Sequence>> Begin(const std::shared_ptr<Runtime>& runtime, const Prefix& prefix,
+  // A new sequence that begins with the longest part of prefix.tokens that is stored under its
+  // salt. NOT_FOUND: none, or none that can be read. FULL as Sequence::Create.
+  absl::StatusOr<std::unique_ptr<Sequence>> Begin(const std::shared_ptr<Runtime>& runtime,
+                                                  const Prefix& prefix,
                                                   const SequenceOptions& options, int64_t* tokens);
-  // Whole pieces of kPrefixTokens that the best stored prefix seems to share: digests alone are compared.
+  // Whole pieces of kPrefixTokens that the best stored prefix seems to share: digests alone are
+  // compared.
   int64_t Pieces(const Prefix& prefix) const;
   // Removes every prefix stored under a salt, of any layout. *files: how many.
   absl::Status Forget(const std::string& salt, int64_t* files);
@@ -76,8 +79,8 @@ class Disk {
 
  private:
   friend class SpillFile;
-  Disk(std::unique_ptr<OwnedDirectory> directory, uint64_t limit_bytes, uint64_t layout, const IoOptions& io,
-       Counters& counters, Log log);
+  Disk(std::unique_ptr<OwnedDirectory> directory, uint64_t limit_bytes, uint64_t layout,
+       const IoOptions& io, Counters& counters, Log log);
 
   absl::Status TakeOver();
   // Reads the prefix of a file and enters it. DATA_LOSS, IO_ERROR.
@@ -96,7 +99,7 @@ class Disk {
   const Log log_;
   mutable std::mutex mutex_;  // guards what follows
   PrefixIndex index_;
-  uint64_t bytes_ = 0;        // of all files, written or promised
+  uint64_t bytes_ = 0;  // of all files, written or promised
   const std::string spill_start_;
   uint64_t next_spill_ = 0;
 };

@@ -20,11 +20,13 @@ std::span<const std::byte> BytesOf(const std::vector<T>& values) {
 }
 
 // The parts of one block that hold tokens, with zeros from `zeros` (a block of them) in between.
-void AddBlockParts(const Storage& s, const std::byte* block, const std::byte* zeros, int64_t first_token,
-                   int64_t tokens, int64_t coded_from, int64_t coded_to,
+void AddBlockParts(const Storage& s, const std::byte* block, const std::byte* zeros,
+                   int64_t first_token, int64_t tokens, int64_t coded_from, int64_t coded_to,
                    std::vector<std::span<const std::byte>>& parts) {
   const auto add = [&](int64_t area, int64_t area_end, int64_t unit, int64_t from, int64_t to) {
-    const auto clamp = [&](int64_t t) { return std::clamp<int64_t>(t - first_token, 0, kBlockTokens); };
+    const auto clamp = [&](int64_t t) {
+      return std::clamp<int64_t>(t - first_token, 0, kBlockTokens);
+    };
     const int64_t begin = area + clamp(from) * unit, end = std::max(begin, area + clamp(to) * unit);
     parts.push_back({zeros, static_cast<size_t>(begin - area)});
     parts.push_back({block + begin, static_cast<size_t>(end - begin)});
@@ -53,18 +55,20 @@ struct LoadedGroup {
   std::vector<SavedSegment> segments;
   std::vector<std::vector<float>> floats;  // of each segment
   std::vector<double> doubles;
-  std::vector<SegmentTables> tables;       // of floats
+  std::vector<SegmentTables> tables;    // of floats
   std::unique_ptr<QueryMoment> moment;  // of doubles, null without
 };
 
-// Segments begin with the first block and lie one behind the other within what is coded; the last may be provisional.
+// Segments begin with the first block and lie one behind the other within what is coded; the last
+// may be provisional.
 bool AreSegments(const std::vector<SavedSegment>& segments, const SavedGroup& saved) {
   int64_t least = 0;
   for (size_t k = 0; k < segments.size(); ++k) {
     const SavedSegment& segment = segments[k];
     const bool begins = k == 0 ? segment.first_block == 0 : segment.first_block >= least;
     if (!begins || segment.first_block > saved.coded / kBlockTokens || segment.made_from < 0 ||
-        segment.made_from > saved.coded || segment.provisional != (segment.provisional == 1 && k + 1 == segments.size())) {
+        segment.made_from > saved.coded ||
+        segment.provisional != (segment.provisional == 1 && k + 1 == segments.size())) {
       return false;
     }
     least = segment.first_block + 1;
@@ -78,22 +82,27 @@ bool Parse(const std::vector<std::byte>& bytes, const Storage& s, LoadedGroup& g
   const size_t states = group.states.size() * sizeof(HeadState);
   if (bytes.size() < sizeof(saved) + states) return false;
   std::memcpy(&saved, bytes.data(), sizeof(saved));
-  const bool fits = saved.segments >= 0 && saved.segments <= kMaxSegments &&
-                    (saved.moment_doubles == 0 || saved.moment_doubles == int64_t{s.row.dim_k} * s.row.dim_k + 1);
-  if (!fits || saved.tokens < 0 || saved.tokens > int64_t{1} << 31 || saved.coded < 0 || saved.coded > saved.tokens ||
-      (saved.coded > 0 && saved.segments == 0)) {
+  const bool fits =
+      saved.segments >= 0 && saved.segments <= kMaxSegments &&
+      (saved.moment_doubles == 0 || saved.moment_doubles == int64_t{s.row.dim_k} * s.row.dim_k + 1);
+  if (!fits || saved.tokens < 0 || saved.tokens > int64_t{1} << 31 || saved.coded < 0 ||
+      saved.coded > saved.tokens || (saved.coded > 0 && saved.segments == 0)) {
     return false;
   }
   group.segments.resize(static_cast<size_t>(saved.segments));
-  group.floats.assign(group.segments.size(), std::vector<float>(static_cast<size_t>(Index::NumFloats(s))));
+  group.floats.assign(group.segments.size(),
+                      std::vector<float>(static_cast<size_t>(Index::NumFloats(s))));
   group.doubles.resize(static_cast<size_t>(saved.moment_doubles));
   const std::byte* at = bytes.data() + sizeof(saved);
   const auto take = [&](auto& values) {
     if (!values.empty()) std::memcpy(values.data(), at, values.size() * sizeof(values[0]));
     at += values.size() * sizeof(values[0]);
   };
-  const size_t per_segment = sizeof(SavedSegment) + static_cast<size_t>(Index::NumFloats(s)) * sizeof(float);
-  if (bytes.size() != sizeof(saved) + states + group.segments.size() * per_segment + group.doubles.size() * 8) return false;
+  const size_t per_segment =
+      sizeof(SavedSegment) + static_cast<size_t>(Index::NumFloats(s)) * sizeof(float);
+  if (bytes.size() !=
+      sizeof(saved) + states + group.segments.size() * per_segment + group.doubles.size() * 8)
+    return false;
   take(group.states);
   take(group.segments);
   for (std::vector<float>& floats : group.floats) take(floats);
@@ -104,12 +113,14 @@ bool Parse(const std::vector<std::byte>& bytes, const Storage& s, LoadedGroup& g
 }  // namespace
 
 uint64_t LayoutOf(const Options& o, const Storage& s) {
-  std::string text = absl::StrCat("vattn-sequence-3 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
-                                  o.head_dim_k, " v ", o.head_dim_v, " dtype ", o.dtype, " shared ", o.shared_kv,
-                                  " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
-  absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ", s.value_bits, " block ",
-                  s.block.bytes, " kv_heads");
-  if (s.code.dims1 + s.code.centroids > 0) absl::StrAppend(&text, " signs ", s.code.dims1, " centroids ", s.code.centroids);
+  std::string text =
+      absl::StrCat("vattn-sequence-3 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
+                   o.head_dim_k, " v ", o.head_dim_v, " dtype ", o.dtype, " shared ", o.shared_kv,
+                   " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
+  absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ",
+                  s.value_bits, " block ", s.block.bytes, " kv_heads");
+  if (s.code.dims1 + s.code.centroids > 0)
+    absl::StrAppend(&text, " signs ", s.code.dims1, " centroids ", s.code.centroids);
   for (const int32_t heads : o.layer_kv_heads) absl::StrAppend(&text, " ", heads);
   return ChecksumOf(std::as_bytes(std::span<const char>(text.data(), text.size())));
 }
@@ -122,13 +133,15 @@ absl::StatusOr<std::unique_ptr<SnapshotReader>> OpenSaved(const std::string& pat
   if (records.empty() || records[0].type != kHead || records[0].bytes != sizeof(head)) {
     return DataLossError(path, ": has no sequence head");
   }
-  VATTN_RETURN_IF_ERROR((*reader)->Read(0, std::as_writable_bytes(std::span<SavedHead, 1>(&head, 1))));
+  VATTN_RETURN_IF_ERROR(
+      (*reader)->Read(0, std::as_writable_bytes(std::span<SavedHead, 1>(&head, 1))));
   return reader;
 }
 
 absl::StatusOr<StoredPrefix> ReadPrefix(SnapshotReader& reader, const std::string& path) {
   const std::vector<SnapshotRecord>& records = reader.records();
-  if (records.size() < 2 || records[1].type != kPrefix) return DataLossError(path, ": has no prefix");
+  if (records.size() < 2 || records[1].type != kPrefix)
+    return DataLossError(path, ": has no prefix");
   std::vector<std::byte> bytes(records[1].bytes);
   VATTN_RETURN_IF_ERROR(reader.Read(1, bytes));
   SavedPrefix saved;
@@ -140,10 +153,12 @@ absl::StatusOr<StoredPrefix> ReadPrefix(SnapshotReader& reader, const std::strin
   }
   StoredPrefix stored;
   stored.stored = saved.stored;
-  stored.prefix.salt.assign(reinterpret_cast<const char*>(bytes.data()) + sizeof(saved), saved.salt_bytes);
+  stored.prefix.salt.assign(reinterpret_cast<const char*>(bytes.data()) + sizeof(saved),
+                            saved.salt_bytes);
   stored.prefix.tokens.resize((rest - saved.salt_bytes) / sizeof(int32_t));
   if (!stored.prefix.tokens.empty()) {
-    std::memcpy(stored.prefix.tokens.data(), bytes.data() + sizeof(saved) + saved.salt_bytes, rest - saved.salt_bytes);
+    std::memcpy(stored.prefix.tokens.data(), bytes.data() + sizeof(saved) + saved.salt_bytes,
+                rest - saved.salt_bytes);
   }
   return stored;
 }
@@ -152,33 +167,37 @@ uint64_t Sequence::SavedBytes() const {
   uint64_t bytes = kSnapshotFileAlignment + 2 * kSnapshotHeaderBytes;
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
-      bytes += sizeof(SavedGroup) + 3 * kSnapshotHeaderBytes + group.states.size() * sizeof(HeadState);
+      bytes +=
+          sizeof(SavedGroup) + 3 * kSnapshotHeaderBytes + group.states.size() * sizeof(HeadState);
       for (const SegmentTables& tables : group.tables) {
         bytes += sizeof(SavedSegment) + tables.index->floats().size() * sizeof(float);
       }
       const uint64_t dim = group.moment ? static_cast<uint64_t>(group.moment->dim()) : 0;
       if (group.moment) bytes += (dim * dim + 1) * sizeof(double);
-      bytes += static_cast<uint64_t>(BlocksFor(layer.tokens)) * (runtime_->store().block_bytes() + kSnapshotHeaderBytes);
+      bytes += static_cast<uint64_t>(BlocksFor(layer.tokens)) *
+               (runtime_->store().block_bytes() + kSnapshotHeaderBytes);
     }
   }
   return bytes;
 }
 
-absl::StatusOr<SavedFile> Sequence::WriteFile(const SaveTarget& target, const StoredPrefix* prefix, bool durable) {
+absl::StatusOr<SavedFile> Sequence::WriteFile(const SaveTarget& target, const StoredPrefix* prefix,
+                                              bool durable) {
   // A lost device does not keep the host's copy from being saved, with the state of the last Pull.
   const absl::Status pulled = Pull();
   if (!pulled.ok() && CodeOf(pulled) != Code::kDeviceLost) return pulled;
   TakeRecentQueries();
   const Storage& s = runtime_->storage();
-  absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
-      SnapshotWriter::Create(target, LayoutOf(runtime_->options(), s), SavedBytes(), runtime_->io());
+  absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer = SnapshotWriter::Create(
+      target, LayoutOf(runtime_->options(), s), SavedBytes(), runtime_->io());
   if (!writer.ok()) return writer.status();
   const SavedHead head{id_, step_};
   VATTN_RETURN_IF_ERROR((*writer)->Add(kHead, BytesOf(head)));
   int64_t most = kAllTokens;
   if (prefix != nullptr) {
     const SavedPrefix saved{prefix->stored, prefix->prefix.salt.size()};
-    const std::span<const std::byte> parts[] = {BytesOf(saved), std::as_bytes(std::span(prefix->prefix.salt)),
+    const std::span<const std::byte> parts[] = {BytesOf(saved),
+                                                std::as_bytes(std::span(prefix->prefix.salt)),
                                                 BytesOf(prefix->prefix.tokens)};
     VATTN_RETURN_IF_ERROR((*writer)->Add(kPrefix, parts));
     most = static_cast<int64_t>(prefix->prefix.tokens.size());
@@ -191,12 +210,15 @@ absl::StatusOr<SavedFile> Sequence::WriteFile(const SaveTarget& target, const St
   };
   for (const Layer& layer : layers_) {
     for (const HeadGroup& group : layer.groups) {
-      const std::vector<double> moment = group.moment ? group.moment->Save() : std::vector<double>();
+      const std::vector<double> moment =
+          group.moment ? group.moment->Save() : std::vector<double>();
       const std::vector<SavedSegment> segments = SavedSegments(layer, coded(layer));
       const SavedGroup saved{tokens(layer), coded(layer), static_cast<int64_t>(segments.size()),
                              static_cast<int64_t>(moment.size())};
-      std::vector<std::span<const std::byte>> tables = {BytesOf(saved), BytesOf(group.states), BytesOf(segments)};
-      for (size_t k = 0; k < segments.size(); ++k) tables.push_back(BytesOf(group.tables[k].index->floats()));
+      std::vector<std::span<const std::byte>> tables = {BytesOf(saved), BytesOf(group.states),
+                                                        BytesOf(segments)};
+      for (size_t k = 0; k < segments.size(); ++k)
+        tables.push_back(BytesOf(group.tables[k].index->floats()));
       tables.push_back(BytesOf(moment));
       VATTN_RETURN_IF_ERROR((*writer)->Add(kGroup, tables));
     }
@@ -244,12 +266,15 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
         return lost(first_group + at, "contradicts itself");
       }
       const SavedGroup& saved = loaded[at].saved;
-      const SavedGroup& before = loaded[at - static_cast<size_t>(&group - layer.groups.data())].saved;
+      const SavedGroup& before =
+          loaded[at - static_cast<size_t>(&group - layer.groups.data())].saved;
       const auto same = [&](const SavedSegment& a, const SavedSegment& b) {
-        return a.first_block == b.first_block && a.made_from == b.made_from && a.provisional == b.provisional;
+        return a.first_block == b.first_block && a.made_from == b.made_from &&
+               a.provisional == b.provisional;
       };
       const std::vector<SavedSegment>& segments = loaded[at].segments;
-      const std::vector<SavedSegment>& first = loaded[at - static_cast<size_t>(&group - layer.groups.data())].segments;
+      const std::vector<SavedSegment>& first =
+          loaded[at - static_cast<size_t>(&group - layer.groups.data())].segments;
       if (saved.tokens != before.tokens || saved.coded != before.coded ||
           !std::equal(segments.begin(), segments.end(), first.begin(), first.end(), same)) {
         return lost(first_group + at, "disagrees with its layer");
@@ -263,10 +288,12 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   }
   const size_t first_block = first_group + groups;
   if (in_file != records.size() - first_block) {
-    return lost(records.size(), in_file > records.size() - first_block ? "is missing" : "is one too many");
+    return lost(records.size(),
+                in_file > records.size() - first_block ? "is missing" : "is one too many");
   }
   for (size_t record = first_block; record < records.size(); ++record) {
-    const bool whole = records[record].type == kBlock && records[record].bytes == static_cast<uint64_t>(s.block.bytes);
+    const bool whole = records[record].type == kBlock &&
+                       records[record].bytes == static_cast<uint64_t>(s.block.bytes);
     if (!whole) return lost(record, "is no block");
   }
 
@@ -282,7 +309,8 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   at = 0;
   for (Layer& layer : layers_) {
     for (HeadGroup& group : layer.groups) {
-      group.blocks.reserve(static_cast<size_t>(BlocksFor(std::min(loaded[at++].saved.tokens, most))));
+      group.blocks.reserve(
+          static_cast<size_t>(BlocksFor(std::min(loaded[at++].saved.tokens, most))));
     }
   }
   std::vector<BlockId> ids(static_cast<size_t>(needed));
@@ -330,8 +358,9 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
       if (&group == &layer.groups[0]) {
         const int64_t tokens = std::min(from.saved.tokens, most);
         AddTokens(l, tokens);
-        layer.coded = tokens == from.saved.tokens ? from.saved.coded
-                                                  : std::min(from.saved.coded, tokens / kCodeTokens * kCodeTokens);
+        layer.coded = tokens == from.saved.tokens
+                          ? from.saved.coded
+                          : std::min(from.saved.coded, tokens / kCodeTokens * kCodeTokens);
         layer.coded_on_device = layer.coded;
         for (const SavedSegment& saved : from.segments) {
           layer.segments.push_back({saved.first_block, saved.made_from, saved.provisional != 0});

@@ -17,8 +17,10 @@ using Matrix = Eigen::MatrixXd;
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr int64_t kMostPicks = 512;
-const double kMostWeight = 8192 / std::log(2.);  // tokens: each more then fades the others by 1 / kMostWeight
-// Tokens are marked whose |v|^2 is over so many times its mean and above this quantile of the sample.
+// Tokens: each more then fades the others by 1 / kMostWeight
+const double kMostWeight = 8192 / std::log(2.);
+// Tokens are marked whose |v|^2 is over so many times its mean and above this quantile of the
+// sample.
 constexpr double kHugeValue = 16, kMarkedQuantile = .9975;
 
 // Mean of x x^T over rows, in parts so that fp32 sums stay short.
@@ -42,11 +44,13 @@ float QuantileOf(Eigen::ArrayXf x, double q) {
 
 float ValueLimit(const Eigen::ArrayXf& norm2) {
   if (!norm2.allFinite()) return std::numeric_limits<float>::max();
-  return std::max(static_cast<float>(kHugeValue * norm2.cast<double>().mean()), QuantileOf(norm2, kMarkedQuantile));
+  return std::max(static_cast<float>(kHugeValue * norm2.cast<double>().mean()),
+                  QuantileOf(norm2, kMarkedQuantile));
 }
 
 // Mean and level width by dimension, and the mean squared residual of values [count][dim].
-double FillValues(const RowMajor& values, int bits, const Eigen::VectorXd& mean, float* out_mean, float* out_step) {
+double FillValues(const RowMajor& values, int bits, const Eigen::VectorXd& mean, float* out_mean,
+                  float* out_step) {
   const double width = bits == 2 ? kStep2 : kStep4;
   const int half = bits == 2 ? 2 : 8;
   double residual = 0;
@@ -73,8 +77,9 @@ int64_t BasisFloats(const CodeLayout& code, int dim_k) {
 int NumScalars(IndexKind kind) { return kind == IndexKind::kBalanced ? 3 : IsFitted(kind) ? 2 : 0; }
 
 // What scores are predicted with, of centred keys [count][dim_k] and second moments.
-void FillScores(const Storage& s, const RowMajor& centred, const Matrix& keys, const Matrix& queries, SignMap map,
-                float* encode, float* project, float* centroids, float* basis, float* fit) {
+void FillScores(const Storage& s, const RowMajor& centred, const Matrix& keys,
+                const Matrix& queries, SignMap map, float* encode, float* project, float* centroids,
+                float* basis, float* fit) {
   const int dim = s.row.dim_k;
   const KeySample sample{centred.data(), centred.rows(), dim};
   switch (s.code.kind) {
@@ -115,7 +120,9 @@ void FillScores(const Storage& s, const RowMajor& centred, const Matrix& keys, c
 
 }  // namespace
 
-int64_t QueryMoment::NumPicks(int64_t tokens, int group) { return std::min(tokens * group, kMostPicks); }
+int64_t QueryMoment::NumPicks(int64_t tokens, int group) {
+  return std::min(tokens * group, kMostPicks);
+}
 
 QueryMoment::Pick QueryMoment::PickAt(int64_t i, int64_t tokens, int group) {
   return {i * tokens / NumPicks(tokens, group), static_cast<int>(i % group)};
@@ -160,8 +167,8 @@ QueryMoment QueryMoment::Load(int dim, const std::vector<double>& saved) {
   return moment;
 }
 
-std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, const float* values, int64_t count,
-                                         const QueryMoment& moment, SignMap map) {
+std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, const float* values,
+                                         int64_t count, const QueryMoment& moment, SignMap map) {
   const int dim_k = s.row.dim_k, dim_v = s.row.dim_v;
   std::vector<float> floats(NumFloats(s));
   float* center = floats.data();
@@ -180,7 +187,8 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
     k.rowwise() -= mean.cast<float>().transpose();
     Matrix key_moment = Moment(k.data(), count, dim_k);
     Matrix query_moment = Matrix::Identity(dim_k, dim_k);
-    if (!moment.empty()) query_moment = Eigen::Map<const Matrix>(moment.Mean().data(), dim_k, dim_k);
+    if (!moment.empty())
+      query_moment = Eigen::Map<const Matrix>(moment.Mean().data(), dim_k, dim_k);
     // Keys or queries with Inf or NaN cannot be calibrated on; any basis is valid.
     if (!key_moment.allFinite()) key_moment = Matrix::Identity(dim_k, dim_k);
     if (!query_moment.allFinite()) query_moment = Matrix::Identity(dim_k, dim_k);
@@ -189,7 +197,9 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   const RowMajor v = Eigen::Map<const RowMajor>(values, count, dim_v);
   const Eigen::VectorXd v_mean = v.cast<double>().colwise().mean();
   const double norm2 = v.cast<double>().rowwise().squaredNorm().mean();
-  rest[0] = s.value_bits > 0 ? static_cast<float>(FillValues(v, s.value_bits, v_mean, value_mean, value_step)) : 0.f;
+  rest[0] = s.value_bits > 0
+                ? static_cast<float>(FillValues(v, s.value_bits, v_mean, value_mean, value_step))
+                : 0.f;
   rest[1] = static_cast<float>(norm2 - v_mean.squaredNorm());
   rest[2] = static_cast<float>(norm2);
   if (s.code.kind == IndexKind::kBalanced) rest[5] = ValueLimit(v.rowwise().squaredNorm().array());
@@ -200,13 +210,14 @@ std::shared_ptr<const Index> Index::Recentre(const Storage& s, const Index& base
                                              const float* values, int64_t count, double* flooded) {
   std::vector<float> floats = base.floats_;
   const Eigen::Map<const RowMajor> k(keys, count, s.row.dim_k);
-  Eigen::Map<Eigen::RowVectorXf>(floats.data(), s.row.dim_k) = k.cast<double>().colwise().mean().cast<float>();
+  Eigen::Map<Eigen::RowVectorXf>(floats.data(), s.row.dim_k) =
+      k.cast<double>().colwise().mean().cast<float>();
   *flooded = base.RaiseLimits(s, keys, values, count, floats);
   return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
 }
 
-std::shared_ptr<const Index> Index::WithLimitsOf(const Storage& s, const float* keys, const float* values,
-                                                 int64_t count) const {
+std::shared_ptr<const Index> Index::WithLimitsOf(const Storage& s, const float* keys,
+                                                 const float* values, int64_t count) const {
   std::vector<float> floats = floats_;
   RaiseLimits(s, keys, values, count, floats);
   return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
@@ -239,7 +250,8 @@ double Index::RaiseLimits(const Storage& s, const float* keys, const float* valu
 std::shared_ptr<const Index> Index::WithValuesOf(const Storage& s, const Index& first) const {
   std::vector<float> floats = floats_;
   const int64_t at = tables().value_mean - floats_.data();
-  std::copy_n(first.floats_.data() + at, 2 * s.row.dim_v + 1, floats.data() + at);  // and the mean squared residual
+  // And the mean squared residual
+  std::copy_n(first.floats_.data() + at, 2 * s.row.dim_v + 1, floats.data() + at);
   return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
 }
 
@@ -248,15 +260,13 @@ std::shared_ptr<const Index> Index::FromFloats(const Storage& s, std::vector<flo
 }
 
 int64_t Index::NumFloats(const Storage& s) {
-  return s.row.dim_k + int64_t{s.row.dim_k} * (s.code.padded_dims() + s.code.dims() + s.code.centroids) +
+  return s.row.dim_k +
+         int64_t{s.row.dim_k} * (s.code.padded_dims() + s.code.dims() + s.code.centroids) +
          BasisFloats(s.code, s.row.dim_k) + 2 * s.row.dim_v + 3 + NumScalars(s.code.kind);
 }
 
 Index::Index(const Storage& s, std::vector<float> floats)
-    : dim_k_(s.row.dim_k),
-      dim_v_(s.row.dim_v),
-      code_(s.code),
-      floats_(std::move(floats)) {}
+    : dim_k_(s.row.dim_k), dim_v_(s.row.dim_v), code_(s.code), floats_(std::move(floats)) {}
 
 IndexTables Index::TablesAt(const float* base) const {
   IndexTables t;

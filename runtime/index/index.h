@@ -10,8 +10,8 @@
 
 namespace vattn {
 
-// Second moment of the queries that read one KV head: what C_q is made of. Every token's queries count alike, until
-// there are so many tokens that older ones fade with a half-life of 8,192.
+// Second moment of the queries that read one KV head: what C_q is made of. Every token's queries
+// count alike, until there are so many tokens that older ones fade with a half-life of 8,192.
 class QueryMoment {
  public:
   // Of the queries of many tokens, [tokens][group], this many evenly spread ones are enough.
@@ -40,12 +40,12 @@ class QueryMoment {
 
  private:
   int dim_;
-  double weight_ = 0;         // tokens
+  double weight_ = 0;        // tokens
   std::vector<double> sum_;  // [dim][dim], empty until the first Add
 };
 
-// Linear maps of keys and queries of one KV head whose signs kSign compares, each [dims][dim_k]. Null: random
-// hyperplanes for both.
+// Linear maps of keys and queries of one KV head whose signs kSign compares, each [dims][dim_k].
+// Null: random hyperplanes for both.
 struct SignMap {
   const float* key = nullptr;
   const float* query = nullptr;
@@ -54,19 +54,21 @@ struct SignMap {
 // Frozen tables; shared by the forks of a sequence, never changed.
 class Index {
  public:
-  // From sampled rows keys [count][dim_k] and values [count][dim_v], count >= 1. moment may be empty:
-  // then C_q is the identity. For kPage every 16 rows, from the first on, are a tile.
-  static std::shared_ptr<const Index> Make(const Storage& storage, const float* keys, const float* values,
-                                           int64_t count, const QueryMoment& moment, SignMap map = {});
-  // The tables of `base` about the mean of other keys [count][dim_k], with limits that make as few outliers of them
-  // and of the values [count][dim_v] as of those that base was made from. kBalanced. *flooded: the share of these
-  // keys that the limits of base would make outliers.
-  static std::shared_ptr<const Index> Recentre(const Storage& storage, const Index& base, const float* keys,
-                                               const float* values, int64_t count, double* flooded);
-  // The same with limits that make as few outliers of these keys and values as of those that it was made from: tables
-  // fit the keys that they were learnt from better than any others. kBalanced.
-  std::shared_ptr<const Index> WithLimitsOf(const Storage& storage, const float* keys, const float* values,
-                                            int64_t count) const;
+  // From sampled rows keys [count][dim_k] and values [count][dim_v], count >= 1. moment may be
+  // empty: then C_q is the identity. For kPage every 16 rows, from the first on, are a tile.
+  static std::shared_ptr<const Index> Make(const Storage& storage, const float* keys,
+                                           const float* values, int64_t count,
+                                           const QueryMoment& moment, SignMap map = {});
+  // The tables of `base` about the mean of other keys [count][dim_k], with limits that make as few
+  // outliers of them and of the values [count][dim_v] as of those that base was made from.
+  // kBalanced. *flooded: the share of these keys that the limits of base would make outliers.
+  static std::shared_ptr<const Index> Recentre(const Storage& storage, const Index& base,
+                                               const float* keys, const float* values,
+                                               int64_t count, double* flooded);
+  // The same with limits that make as few outliers of these keys and values as of those that it was
+  // made from: tables fit the keys that they were learnt from better than any others. kBalanced.
+  std::shared_ptr<const Index> WithLimitsOf(const Storage& storage, const float* keys,
+                                            const float* values, int64_t count) const;
   // The same with the tables of `first` for the codes of values.
   std::shared_ptr<const Index> WithValuesOf(const Storage& storage, const Index& first) const;
   // The same tables again, from `floats()` of an index of the same shape.
@@ -81,15 +83,16 @@ class Index {
 
  private:
   Index(const Storage& storage, std::vector<float> floats);
-  // Raises the limits in `floats`, of tables like these, to what few of these keys and values are over; returns the
-  // share of the keys that are over the limits of this index.
+  // Raises the limits in `floats`, of tables like these, to what few of these keys and values are
+  // over; returns the share of the keys that are over the limits of this index.
   double RaiseLimits(const Storage& storage, const float* keys, const float* values, int64_t count,
                      std::vector<float>& floats) const;
 
   int dim_k_, dim_v_;
   CodeLayout code_;
-  // center, encode, project, centroids, with kBalanced step, rest, weight and both noises, value mean, value step, then
-  // residual, spread, norm2 of values and, of kinds that are fitted, slope and intercept, of kBalanced the limits.
+  // center, encode, project, centroids, with kBalanced step, rest, weight and both noises, value
+  // mean, value step, then residual, spread, norm2 of values and, of kinds that are fitted, slope
+  // and intercept, of kBalanced the limits.
   std::vector<float> floats_;
 };
 

@@ -19,30 +19,39 @@ using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::Row
 constexpr double kKeyRidge = 1e-4;  // of the mean diagonal
 constexpr double kQueryRidge = .3;
 constexpr double kOutlierQuantile = .99975;
-// Tokens are marked whose squared residual is above the mean by kHidden and by so many standard deviations, or whose
-// expected squared score error is over kLeastNoise2 (nats^2) and kNoisy times the mean; but at most this share of the
-// sample by either rule. So 8 standard deviations of a direction do not hide in the others.
-constexpr double kHidden = 64, kHiddenDeviations = 6, kNoisy = 9, kLeastNoise2 = 1, kMarkedShare = .00125;
-constexpr double kMostLeverage = .9;  // of one key on the covariance; where there are fewer keys than dimensions it is 1
+// Tokens are marked whose squared residual is above the mean by kHidden and by so many standard
+// deviations, or whose expected squared score error is over kLeastNoise2 (nats^2) and kNoisy times
+// the mean; but at most this share of the sample by either rule. So 8 standard deviations of a
+// direction do not hide in the others.
+constexpr double kHidden = 64, kHiddenDeviations = 6, kNoisy = 9, kLeastNoise2 = 1,
+                 kMarkedShare = .00125;
+// Of one key on the covariance; where there are fewer keys than dimensions it is 1
+constexpr double kMostLeverage = .9;
 
-void AddRidge(Matrix& m, double share) { m.diagonal().array() += share * m.diagonal().mean() + 1e-12; }
+void AddRidge(Matrix& m, double share) {
+  m.diagonal().array() += share * m.diagonal().mean() + 1e-12;
+}
 
 double StepOf(const CodeLayout& code, int j) {
   if (j < code.dims8) return kStep7;
   return j < code.dims8 + code.dims4 ? kStep4 : kStep2;
 }
 
-// The width of a level for whitened coordinates of standard deviation 1, x[0], x[stride], .... The Gaussian step, but
-// wide enough that the levels reach the outliers: the few keys that lie far out are the ones that a
-// query looks for (induction heads), and clipping them hides them from the scan.
-double LevelWidth(const CodeLayout& code, int j, const float* x, int64_t stride, std::vector<float>& sizes) {
+// The width of a level for whitened coordinates of standard deviation 1, x[0], x[stride], .... The
+// Gaussian step, but wide enough that the levels reach the outliers: the few keys that lie far out
+// are the ones that a query looks for (induction heads), and clipping them hides them from the
+// scan.
+double LevelWidth(const CodeLayout& code, int j, const float* x, int64_t stride,
+                  std::vector<float>& sizes) {
   const double gaussian = StepOf(code, j);
   if (j >= code.dims8 + code.dims4) return gaussian;
   for (size_t i = 0; i < sizes.size(); ++i) {
     const float size = std::abs(x[static_cast<int64_t>(i) * stride]);
     sizes[i] = std::isfinite(size) ? size : 0;
   }
-  const auto outlier = sizes.begin() + static_cast<std::ptrdiff_t>(kOutlierQuantile * static_cast<double>(sizes.size() - 1));
+  const auto outlier =
+      sizes.begin() +
+      static_cast<std::ptrdiff_t>(kOutlierQuantile * static_cast<double>(sizes.size() - 1));
   std::nth_element(sizes.begin(), outlier, sizes.end());
   return std::max(gaussian, *outlier / (j < code.dims8 ? 64. : 8.));
 }
@@ -50,14 +59,15 @@ double LevelWidth(const CodeLayout& code, int j, const float* x, int64_t stride,
 // The size that at most kMarkedShare of the sample, or one token, are over.
 float MarkedQuantile(std::vector<float>& sizes) {
   const int64_t count = static_cast<int64_t>(sizes.size());
-  const int64_t over = std::max<int64_t>(1, static_cast<int64_t>(kMarkedShare * static_cast<double>(count)));
+  const int64_t over =
+      std::max<int64_t>(1, static_cast<int64_t>(kMarkedShare * static_cast<double>(count)));
   const auto at = sizes.begin() + std::max<int64_t>(0, count - 1 - over);
   std::nth_element(sizes.begin(), at, sizes.end());
   return *at;
 }
 
-// A limit on a positive quantity of each token, of which it is the largest that rule(mean, deviation) and
-// MarkedQuantile give. Everything is within the limit if none of them is finite.
+// A limit on a positive quantity of each token, of which it is the largest that rule(mean,
+// deviation) and MarkedQuantile give. Everything is within the limit if none of them is finite.
 template <class Rule>
 float Limit(std::vector<float> sizes, Rule&& rule) {
   std::erase_if(sizes, [](float x) { return !std::isfinite(x); });
@@ -69,26 +79,30 @@ float Limit(std::vector<float> sizes, Rule&& rule) {
   return std::max(static_cast<float>(limit), MarkedQuantile(sizes));
 }
 
-// By how much the squared error of every sampled key grows if the covariance is made without it: a key that is not in
-// the sample is farther out than one that has bent the whitening to itself, by 1 / (1 - |x|^2 / count) (Sherman and
-// Morrison's formula for a matrix less one row).
+// By how much the squared error of every sampled key grows if the covariance is made without it: a
+// key that is not in the sample is farther out than one that has bent the whitening to itself, by 1
+// / (1 - |x|^2 / count) (Sherman and Morrison's formula for a matrix less one row).
 std::vector<float> LeaveOneOut(const float* x, int64_t count, int dim) {
   std::vector<float> factors(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
-    const double norm2 = Eigen::Map<const Eigen::VectorXf>(x + i * dim, dim).cast<double>().squaredNorm();
-    factors[i] = static_cast<float>(1 / (1 - std::min(kMostLeverage, norm2 / static_cast<double>(count))));
+    const double norm2 =
+        Eigen::Map<const Eigen::VectorXf>(x + i * dim, dim).cast<double>().squaredNorm();
+    factors[i] =
+        static_cast<float>(1 / (1 - std::min(kMostLeverage, norm2 / static_cast<double>(count))));
   }
   return factors;
 }
 
 }  // namespace
 
-void FillBasis(const CodeLayout& code, const KeySample& sample, Matrix keys, Matrix queries, const BasisTables& out) {
+void FillBasis(const CodeLayout& code, const KeySample& sample, Matrix keys, Matrix queries,
+               const BasisTables& out) {
   const int dim = sample.dim, dims = code.dims();
   AddRidge(keys, kKeyRidge);
   AddRidge(queries, kQueryRidge);
-  // With keys = L L^T and L^T queries L = U diag(weight) U^T: x = U^T L^-1 (k - mean) has covariance 1, and L U x is
-  // k - mean. So a query's part in direction j is (L U)_j . q, with mean square weight_j.
+  // With keys = L L^T and L^T queries L = U diag(weight) U^T: x = U^T L^-1 (k - mean) has
+  // covariance 1, and L U x is k - mean. So a query's part in direction j is (L U)_j . q, with mean
+  // square weight_j.
   const Matrix low = Eigen::LLT<Matrix>(keys).matrixL();
   const Eigen::SelfAdjointEigenSolver<Matrix> solved(low.transpose() * queries * low);
   const Matrix u = solved.eigenvectors().rowwise().reverse();  // eigenvalues ascend
@@ -117,14 +131,17 @@ void FillBasis(const CodeLayout& code, const KeySample& sample, Matrix keys, Mat
 
   const std::vector<float> factors = LeaveOneOut(x.data(), sample.count, dim);
   cpu::SquareResiduals(code, out.step, sample.count, dim, x.data());
-  for (int64_t i = 0; i < sample.count; ++i) Eigen::Map<Eigen::VectorXf>(x.data() + i * dim, dim) *= factors[i];
+  for (int64_t i = 0; i < sample.count; ++i)
+    Eigen::Map<Eigen::VectorXf>(x.data() + i * dim, dim) *= factors[i];
   std::vector<float> residual2(sizes.size()), noise2(sizes.size());
-  cpu::WeighRows(x.data(), sample.count, dim, std::vector<float>(dim, 1.f).data(), residual2.data());
+  cpu::WeighRows(x.data(), sample.count, dim, std::vector<float>(dim, 1.f).data(),
+                 residual2.data());
   cpu::WeighRows(x.data(), sample.count, dim, out.weight, noise2.data());
   *out.residual_limit = Limit(residual2, [](double mean, double deviation) {
     return mean + std::max(kHidden, kHiddenDeviations * deviation);
   });
-  *out.noise_limit = Limit(noise2, [](double mean, double) { return std::max(kLeastNoise2, kNoisy * mean); });
+  *out.noise_limit =
+      Limit(noise2, [](double mean, double) { return std::max(kLeastNoise2, kNoisy * mean); });
   Eigen::VectorXd mean2 = Eigen::VectorXd::Zero(dim);
   int64_t told = 0;
   for (int64_t i = 0; i < sample.count; ++i) {

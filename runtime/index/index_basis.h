@@ -1,5 +1,5 @@
-// The tables of kBalanced (METHOD.md, "Index"): a basis in which a key's first coordinates carry what queries see of it,
-// the levels that they are coded in, and what the codes leave out.
+// The tables of kBalanced (METHOD.md, "Index"): a basis in which a key's first coordinates carry
+// what queries see of it, the levels that they are coded in, and what the codes leave out.
 #ifndef VATTN_RUNTIME_INDEX_INDEX_BASIS_H_
 #define VATTN_RUNTIME_INDEX_INDEX_BASIS_H_
 
@@ -9,7 +9,8 @@
 
 namespace vattn {
 
-// Uniform quantisers with least squared error for a Gaussian, in standard deviations, of 7, 4 and 2 bits.
+// Uniform quantisers with least squared error for a Gaussian, in standard deviations, of 7, 4 and 2
+// bits.
 constexpr double kStep7 = .0625, kStep4 = .3352, kStep2 = .9957;
 
 // What IndexTables has under these names.
@@ -26,8 +27,8 @@ struct BasisTables {
 };
 
 // From second moments of keys, less their mean, and of queries.
-void FillBasis(const CodeLayout& code, const KeySample& sample, Eigen::MatrixXd keys, Eigen::MatrixXd queries,
-               const BasisTables& out);
+void FillBasis(const CodeLayout& code, const KeySample& sample, Eigen::MatrixXd keys,
+               Eigen::MatrixXd queries, const BasisTables& out);
 
 }  // namespace vattn
 

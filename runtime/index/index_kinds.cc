@@ -12,7 +12,8 @@
 namespace vattn {
 namespace {
 
-using Rows = Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
+using Rows =
+    Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
 
 constexpr Eigen::Index kFitQueries = 64;
 constexpr int64_t kFitKeys = 2048;  // evenly spread over the sample
@@ -55,9 +56,11 @@ Eigen::MatrixXf DrawQueries(const Eigen::MatrixXd& moment) {
   regular.diagonal().array() += 1e-4 * moment.diagonal().mean() + 1e-12;
   Eigen::MatrixXf normal(dim, kFitQueries);
   for (Eigen::Index i = 0; i < kFitQueries; ++i) {
-    for (Eigen::Index c = 0; c < dim; ++c) normal(c, i) = Normal(static_cast<uint32_t>(i), static_cast<uint32_t>(c));
+    for (Eigen::Index c = 0; c < dim; ++c)
+      normal(c, i) = Normal(static_cast<uint32_t>(i), static_cast<uint32_t>(c));
   }
-  const Eigen::MatrixXf low = Eigen::LLT<Eigen::MatrixXd>(regular).matrixL().toDenseMatrix().cast<float>();
+  const Eigen::MatrixXf low =
+      Eigen::LLT<Eigen::MatrixXd>(regular).matrixL().toDenseMatrix().cast<float>();
   return low * normal;
 }
 
@@ -73,7 +76,8 @@ void FillSigns(const CodeLayout& code, int dim, SignMap map, float* encode, floa
   }
 }
 
-void FillHadamard(const CodeLayout& code, const KeySample& sample, double step, float* encode, float* project) {
+void FillHadamard(const CodeLayout& code, const KeySample& sample, double step, float* encode,
+                  float* project) {
   const int dim = sample.dim, dims = code.dims(), padded = code.padded_dims();
   Eigen::MatrixXf rotation(dim, dims);
   for (int c = 0; c < dim; ++c) {
@@ -99,14 +103,15 @@ void FillHadamard(const CodeLayout& code, const KeySample& sample, double step, 
   }
 }
 
-void FitSigns(const CodeLayout& code, const KeySample& sample, const Eigen::MatrixXf& queries, const float* encode,
-              const float* project, float* fit) {
+void FitSigns(const CodeLayout& code, const KeySample& sample, const Eigen::MatrixXf& queries,
+              const float* encode, const float* project, float* fit) {
   const int dim = sample.dim, dims = code.dims();
   const int64_t stride = (sample.count + kFitKeys - 1) / kFitKeys, count = sample.count / stride;
-  const Eigen::Map<const Rows::PlainObject, 0, Eigen::OuterStride<>> keys(sample.keys, count, dim,
-                                                                         Eigen::OuterStride<>(stride * dim));
+  const Eigen::Map<const Rows::PlainObject, 0, Eigen::OuterStride<>> keys(
+      sample.keys, count, dim, Eigen::OuterStride<>(stride * dim));
   const auto sign = [](float x) { return x >= 0 ? .5f : -.5f; };
-  const Eigen::MatrixXf of_keys = (keys * Rows(encode, dim, code.padded_dims()).leftCols(dims)).unaryExpr(sign);
+  const Eigen::MatrixXf of_keys =
+      (keys * Rows(encode, dim, code.padded_dims()).leftCols(dims)).unaryExpr(sign);
   const Eigen::MatrixXf of_queries = (Rows(project, dims, dim) * queries).unaryExpr(sign) * 2;
   const Eigen::MatrixXf raw = of_keys * of_queries, score = keys * queries;
   Line line;
@@ -129,7 +134,8 @@ void FitBounds(const KeySample& sample, const Eigen::MatrixXf& queries, float* f
         keys.colwise().maxCoeff() * above + keys.colwise().minCoeff() * below;
     for (Eigen::Index q = 0; q < queries.cols(); ++q) {
       const double norm = queries.col(q).norm();
-      for (Eigen::Index i = 0; i < kTileTokens && norm > 0; ++i) line.Add(bound(q) / norm, score(i, q) / norm);
+      for (Eigen::Index i = 0; i < kTileTokens && norm > 0; ++i)
+        line.Add(bound(q) / norm, score(i, q) / norm);
     }
   }
   line.Solve(fit);
@@ -149,12 +155,14 @@ void FillCentroids(const Storage& s, const KeySample& sample, float* centroids) 
       cpu::EncodeClusters(s, tables, sample.keys + i * dim, reinterpret_cast<uint8_t*>(nearest));
       for (int t = 0; t < kTileTokens; ++t) {
         ++members[nearest[t]];
-        for (int c = 0; c < dim; ++c) sum[int64_t{nearest[t]} * dim + c] += sample.keys[(i + t) * dim + c];
+        for (int c = 0; c < dim; ++c)
+          sum[int64_t{nearest[t]} * dim + c] += sample.keys[(i + t) * dim + c];
       }
     }
     for (int i = 0; i < all; ++i) {
       for (int c = 0; c < dim && members[i] > 0; ++c) {
-        centroids[int64_t{i} * dim + c] = static_cast<float>(sum[int64_t{i} * dim + c] / static_cast<double>(members[i]));
+        centroids[int64_t{i} * dim + c] =
+            static_cast<float>(sum[int64_t{i} * dim + c] / static_cast<double>(members[i]));
       }
     }
   }

@@ -1,4 +1,5 @@
-// Model profiles: what an index is calibrated on when a sequence brings no queries (METHOD.md, "Index").
+// Model profiles: what an index is calibrated on when a sequence brings no queries (METHOD.md,
+// "Index").
 #ifndef VATTN_RUNTIME_INDEX_PROFILE_H_
 #define VATTN_RUNTIME_INDEX_PROFILE_H_
 

@@ -9,7 +9,7 @@
 
 namespace vattn {
 
-constexpr int kRecentQueries = 16;   // steps whose queries are kept: one in kRecentEvery
+constexpr int kRecentQueries = 16;  // steps whose queries are kept: one in kRecentEvery
 constexpr int kRecentEvery = 16;
 
 // The place in a ring of kRecentQueries that the queries of a step go to; -1: they are not kept.

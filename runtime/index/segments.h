@@ -1,9 +1,10 @@
-// Segments of an index: runs of blocks whose keys are coded by tables of their own, so that an index follows its
-// text. Their borders are the same for all KV heads of a layer.
+// Segments of an index: runs of blocks whose keys are coded by tables of their own, so that an
+// index follows its text. Their borders are the same for all KV heads of a layer.
 //
-// The last segment may be provisional: the tokens behind the last learnt one are too few to learn from, so they are
-// coded by its tables about a centre of their own. The centre is made anew as those tokens grow (kRemadeShare); once
-// they are enough, tables are learnt from them and they are coded again.
+// The last segment may be provisional: the tokens behind the last learnt one are too few to learn
+// from, so they are coded by its tables about a centre of their own. The centre is made anew as
+// those tokens grow (kRemadeShare); once they are enough, tables are learnt from them and they are
+// coded again.
 #ifndef VATTN_RUNTIME_INDEX_SEGMENTS_H_
 #define VATTN_RUNTIME_INDEX_SEGMENTS_H_
 
@@ -12,15 +13,21 @@
 
 namespace vattn {
 
-constexpr int64_t kLeastLearnt = 1024;   // tokens from which tables of a segment are learnt, at least
-constexpr int64_t kLeastFlooded = 256;   // the same where the tables before misrepresent the new tokens
-constexpr double kGrowthShare = 0.25;    // of the tokens before: a segment is learnt from so many, at least
-constexpr double kRemadeShare = 0.125;   // growth of provisional tokens after which their segment is made anew
-constexpr double kFloodShare = 0.01;     // of provisional tokens that are outliers: more are a reason to learn
+// Tokens from which tables of a segment are learnt, at least
+constexpr int64_t kLeastLearnt = 1024;
+// The same where the tables before misrepresent the new tokens
+constexpr int64_t kLeastFlooded = 256;
+// Of the tokens before: a segment is learnt from so many, at least
+constexpr double kGrowthShare = 0.25;
+// Growth of provisional tokens after which their segment is made anew
+constexpr double kRemadeShare = 0.125;
+// Of provisional tokens that are outliers: more are a reason to learn
+constexpr double kFloodShare = 0.01;
 
 struct Segment {
   int64_t first_block = 0;
-  int64_t made_from = 0;     // tokens of the segment end here, of those that its tables or its centre were made from
+  // Tokens of the segment end here, of those that its tables or its centre were made from
+  int64_t made_from = 0;
   bool provisional = false;
 };
 
@@ -37,11 +44,12 @@ struct CodingPlan {
   int64_t first_block = 0;  // of the segment that is made; it replaces a provisional one
 };
 
-// segments: those of the layer, in order. coded: tokens before it have codes, of which those in blocks before
-// `first_own` lie in blocks that other sequences hold too and that keep their codes; both are token numbers, the
-// second one a multiple of a block. end > sinks. growing: false for an index that has one segment only.
-CodingPlan PlanCoding(const std::vector<Segment>& segments, int64_t sinks, int64_t coded, int64_t first_own,
-                      int64_t end, bool growing);
+// segments: those of the layer, in order. coded: tokens before it have codes, of which those in
+// blocks before `first_own` lie in blocks that other sequences hold too and that keep their codes;
+// both are token numbers, the second one a multiple of a block. end > sinks. growing: false for an
+// index that has one segment only.
+CodingPlan PlanCoding(const std::vector<Segment>& segments, int64_t sinks, int64_t coded,
+                      int64_t first_own, int64_t end, bool growing);
 
 // Leaves the segments of the first `coded` tokens. Allocates nothing.
 void TrimSegments(int64_t coded, std::vector<Segment>& segments);

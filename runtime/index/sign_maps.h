@@ -1,4 +1,5 @@
-// Learned maps of VATTN_INDEX_SIGN, the same for all sequences of a runtime (HashAttention; METHOD.md, "Other kinds of index").
+// Learned maps of VATTN_INDEX_SIGN, the same for all sequences of a runtime (HashAttention;
+// METHOD.md, "Other kinds of index").
 #ifndef VATTN_RUNTIME_INDEX_SIGN_MAPS_H_
 #define VATTN_RUNTIME_INDEX_SIGN_MAPS_H_
 

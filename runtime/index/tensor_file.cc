@@ -23,9 +23,11 @@ absl::Status TensorFile::Open(const std::string& format) {
   if (!stream_) return IoError(Named("cannot be opened for reading"));
   VATTN_RETURN_IF_ERROR(ReadHeader());
   const Json metadata = header_.value("__metadata__", Json::object());
-  if (!metadata.is_object()) return Invalid("__metadata__ is ", Shown(metadata), ", must be an object");
+  if (!metadata.is_object())
+    return Invalid("__metadata__ is ", Shown(metadata), ", must be an object");
   if (Metadata("format") != format) {
-    return Invalid("__metadata__.format is ", Shown(Metadata("format")), ", must be \"", format, "\"");
+    return Invalid("__metadata__.format is ", Shown(Metadata("format")), ", must be \"", format,
+                   "\"");
   }
   return absl::OkStatus();
 }
@@ -40,7 +42,8 @@ absl::Status TensorFile::Read(uint64_t offset, void* to, uint64_t size) {
   }
   stream_.seekg(static_cast<std::streamoff>(offset));
   stream_.read(static_cast<char*>(to), static_cast<std::streamsize>(size));
-  return stream_ ? absl::OkStatus() : IoError(Named(absl::StrCat("cannot read ", size, " bytes at ", offset)));
+  return stream_ ? absl::OkStatus()
+                 : IoError(Named(absl::StrCat("cannot read ", size, " bytes at ", offset)));
 }
 
 absl::Status TensorFile::ReadHeader() {
@@ -59,14 +62,15 @@ absl::Status TensorFile::ReadHeader() {
   return absl::OkStatus();
 }
 
-absl::Status TensorFile::ReadTensor(const std::string& name, const Json& shape, const std::string& extents,
-                                    std::vector<float>* to) {
+absl::Status TensorFile::ReadTensor(const std::string& name, const Json& shape,
+                                    const std::string& extents, std::vector<float>* to) {
   const Json entry = header_.value(name, Json());
   if (!entry.is_object()) return Invalid("tensor ", name, " is missing");
   const Json dtype = entry.value("dtype", Json()), given = entry.value("shape", Json());
   if (dtype != "F32") return Invalid(name, ".dtype is ", Shown(dtype), ", must be \"F32\"");
   if (given != shape) {
-    return Invalid(name, ".shape is ", Shown(given), ", must be ", shape.dump(), " (", extents, ")");
+    return Invalid(name, ".shape is ", Shown(given), ", must be ", shape.dump(), " (", extents,
+                   ")");
   }
   uint64_t count = 1;  // below 2^40: every extent is one of the options
   for (const Json& extent : shape) count *= extent.get<uint64_t>();
@@ -78,13 +82,14 @@ absl::Status TensorFile::ReadTensor(const std::string& name, const Json& shape, 
   const uint64_t begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
   const uint64_t available = bytes_ - data_begin_;
   if (begin > end || end - begin != count * sizeof(float) || end > available) {
-    return Lost(name, ".data_offsets is ", Shown(offsets), ", must be ", count * sizeof(float), " bytes of the ",
-                available, " that the file holds");
+    return Lost(name, ".data_offsets is ", Shown(offsets), ", must be ", count * sizeof(float),
+                " bytes of the ", available, " that the file holds");
   }
   to->resize(count);
   VATTN_RETURN_IF_ERROR(Read(data_begin_ + begin, to->data(), end - begin));
   for (size_t i = 0; i < to->size(); ++i) {
-    if (!std::isfinite((*to)[i])) return Lost(name, " element ", i, " is ", (*to)[i], ", must be finite");
+    if (!std::isfinite((*to)[i]))
+      return Lost(name, " element ", i, " is ", (*to)[i], ", must be finite");
   }
   return absl::OkStatus();
 }

@@ -14,8 +14,8 @@
 
 namespace vattn {
 
-// Trusts nothing in the file. Every error names it. NOT_FOUND, IO_ERROR, DATA_LOSS: cut short, damaged, or no
-// safetensors file. INVALID_ARGUMENT: another format or shape.
+// Trusts nothing in the file. Every error names it. NOT_FOUND, IO_ERROR, DATA_LOSS: cut short,
+// damaged, or no safetensors file. INVALID_ARGUMENT: another format or shape.
 class TensorFile {
  public:
   using Json = nlohmann::json;
@@ -27,7 +27,8 @@ class TensorFile {
   absl::Status Open(const std::string& format);
   // Of the metadata; null if missing.
   Json Metadata(const std::string& key) const;
-  // The F32 tensor `name`, whose shape must be the given one, called `extents` in texts; finite numbers.
+  // The F32 tensor `name`, whose shape must be the given one, called `extents` in texts; finite
+  // numbers.
   absl::Status ReadTensor(const std::string& name, const Json& shape, const std::string& extents,
                           std::vector<float>* to);
 

@@ -8,8 +8,8 @@
 
 namespace vattn {
 
-void PrefixIndex::Add(const std::string& name, const std::vector<Digest>& chain, int64_t tokens, uint64_t bytes,
-                      uint64_t used) {
+void PrefixIndex::Add(const std::string& name, const std::vector<Digest>& chain, int64_t tokens,
+                      uint64_t bytes, uint64_t used) {
   Remove(name);
   while (by_use_.count(used) > 0) ++used;
   next_use_ = std::max(next_use_, used + 1);
@@ -27,7 +27,8 @@ uint64_t PrefixIndex::Remove(const std::string& name) {
   const uint64_t bytes = file->second.bytes;
   for (const Digest& digest : file->second.chain) {
     const auto [begin, end] = by_digest_.equal_range(digest);
-    const auto entry = std::find_if(begin, end, [&](const auto& other) { return other.second == name; });
+    const auto entry =
+        std::find_if(begin, end, [&](const auto& other) { return other.second == name; });
     if (entry != end) by_digest_.erase(entry);
   }
   by_use_.erase(file->second.used);
@@ -50,11 +51,12 @@ std::vector<std::string> PrefixIndex::Find(const std::vector<Digest>& chain) con
     const auto [begin, end] = by_digest_.equal_range(chain[pieces - 1]);
     const size_t first = names.size();
     for (auto entry = begin; entry != end; ++entry) {
-      if (std::find(names.begin(), names.end(), entry->second) == names.end()) names.push_back(entry->second);
+      if (std::find(names.begin(), names.end(), entry->second) == names.end())
+        names.push_back(entry->second);
     }
-    std::stable_sort(names.begin() + static_cast<ptrdiff_t>(first), names.end(), [&](const auto& a, const auto& b) {
-      return files_.at(a).tokens > files_.at(b).tokens;
-    });
+    std::stable_sort(
+        names.begin() + static_cast<ptrdiff_t>(first), names.end(),
+        [&](const auto& a, const auto& b) { return files_.at(a).tokens > files_.at(b).tokens; });
   }
   return names;
 }
@@ -80,12 +82,15 @@ absl::Status PrefixIndex::CheckInvariants() const {
     bytes += file.bytes;
     digests += file.chain.size();
     const auto used = by_use_.find(file.used);
-    if (used == by_use_.end() || used->second != name) return InternalError("prefix index: ", name, " has no use");
-    if (file.used >= next_use_) return InternalError("prefix index: ", name, " was used in the future");
+    if (used == by_use_.end() || used->second != name)
+      return InternalError("prefix index: ", name, " has no use");
+    if (file.used >= next_use_)
+      return InternalError("prefix index: ", name, " was used in the future");
   }
   if (bytes != bytes_ || digests != by_digest_.size() || by_use_.size() != files_.size()) {
-    return InternalError("prefix index: ", bytes, " bytes, ", digests, " digests and ", files_.size(),
-                         " files are counted as ", bytes_, ", ", by_digest_.size(), " and ", by_use_.size());
+    return InternalError("prefix index: ", bytes, " bytes, ", digests, " digests and ",
+                         files_.size(), " files are counted as ", bytes_, ", ", by_digest_.size(),
+                         " and ", by_use_.size());
   }
   return absl::OkStatus();
 }

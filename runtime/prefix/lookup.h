@@ -15,16 +15,18 @@ namespace vattn {
 // One thread at a time.
 class PrefixIndex {
  public:
-  // chain: digests of the pieces (ChainOf) of a prefix of `tokens` tokens; empty for a file that only takes
-  // room. used: the greater, the later it goes. A name that is there is replaced.
-  void Add(const std::string& name, const std::vector<Digest>& chain, int64_t tokens, uint64_t bytes, uint64_t used);
+  // chain: digests of the pieces (ChainOf) of a prefix of `tokens` tokens; empty for a file that
+  // only takes room. used: the greater, the later it goes. A name that is there is replaced.
+  void Add(const std::string& name, const std::vector<Digest>& chain, int64_t tokens,
+           uint64_t bytes, uint64_t used);
   // Bytes of the file; 0 if there is none.
   uint64_t Remove(const std::string& name);
   bool Has(const std::string& name) const { return files_.count(name) > 0; }
   // Marks a file as the last one used.
   void Use(const std::string& name);
 
-  // Files that may begin with pieces of `chain`: those that share most of them first, of those the longest.
+  // Files that may begin with pieces of `chain`: those that share most of them first, of those the
+  // longest.
   std::vector<std::string> Find(const std::vector<Digest>& chain) const;
   // Pieces that the first of those may share.
   int64_t Pieces(const std::vector<Digest>& chain) const;

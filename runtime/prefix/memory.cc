@@ -22,8 +22,10 @@ uint64_t TableBytes(const Prefix& prefix, const std::vector<Layer>& layers) {
   uint64_t bytes = prefix.salt.size() + prefix.tokens.size() * sizeof(int32_t);
   for (const Layer& layer : layers) {
     for (const HeadGroup& group : layer.groups) {
-      bytes += sizeof(HeadGroup) + group.blocks.size() * sizeof(int32_t) + group.states.size() * sizeof(HeadState);
-      for (const SegmentTables& tables : group.tables) bytes += static_cast<uint64_t>(tables.index->bytes());
+      bytes += sizeof(HeadGroup) + group.blocks.size() * sizeof(int32_t) +
+               group.states.size() * sizeof(HeadState);
+      for (const SegmentTables& tables : group.tables)
+        bytes += static_cast<uint64_t>(tables.index->bytes());
     }
   }
   return bytes;
@@ -31,7 +33,8 @@ uint64_t TableBytes(const Prefix& prefix, const std::vector<Layer>& layers) {
 
 }  // namespace
 
-KeptPrefixes::KeptMap::const_iterator KeptPrefixes::FindLocked(const Prefix& prefix, int64_t* shared) const {
+KeptPrefixes::KeptMap::const_iterator KeptPrefixes::FindLocked(const Prefix& prefix,
+                                                               int64_t* shared) const {
   KeptMap::const_iterator best = kept_.end();
   *shared = 0;
   for (const std::string& name : index_.Find(ChainOf(prefix))) {
@@ -41,7 +44,8 @@ KeptPrefixes::KeptMap::const_iterator KeptPrefixes::FindLocked(const Prefix& pre
       ++counters_.prefix_unlike;
       continue;
     }
-    if (tokens / kPrefixTokens < *shared / kPrefixTokens) break;  // as many whole pieces or fewer follow
+    // As many whole pieces or fewer follow
+    if (tokens / kPrefixTokens < *shared / kPrefixTokens) break;
     if (tokens > *shared) {
       best = kept;
       *shared = tokens;
@@ -73,8 +77,8 @@ void KeptPrefixes::Keep(Prefix prefix, SharedLayers layers, OpenTenant tenant) {
   gone.reserve(like.size());
   const std::string name = absl::StrCat("kept-", next_name_++);
   const uint64_t table_bytes = TableBytes(prefix, layers.layers());
-  const auto [place, added] =
-      kept_.emplace(name, Kept{std::move(prefix), std::move(tenant), std::move(layers), table_bytes});
+  const auto [place, added] = kept_.emplace(
+      name, Kept{std::move(prefix), std::move(tenant), std::move(layers), table_bytes});
   absl::Cleanup undo = [this, place = place] { kept_.erase(place); };  // when memory runs out
   index_.Add(name, chain, tokens, 0, index_.next_use());
   std::move(undo).Cancel();

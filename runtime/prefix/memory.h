@@ -26,14 +26,15 @@ class KeptPrefixes {
   bool Covers(const Prefix& prefix);
   // layers hold as many tokens as the prefix has; tenant: whose room it takes.
   void Keep(Prefix prefix, SharedLayers layers, OpenTenant tenant);
-  // Tokens that the best kept prefix has in common with this one, 0 if fewer than kPrefixTokens; *layers, unless
-  // NULL, are those tokens, and the prefix counts as used.
+  // Tokens that the best kept prefix has in common with this one, 0 if fewer than kPrefixTokens;
+  // *layers, unless NULL, are those tokens, and the prefix counts as used.
   int64_t Begin(const Prefix& prefix, SharedLayers* layers);
   // How many of a salt went.
   int64_t Forget(const std::string& salt);
 
-  // Lets go of one prefix that gives a block back to the pool: the tenant's that was unused for longest, else,
-  // unless the tenant's own limit is what keeps it (for_quota), anyone's. False if there is none.
+  // Lets go of one prefix that gives a block back to the pool: the tenant's that was unused for
+  // longest, else, unless the tenant's own limit is what keeps it (for_quota), anyone's. False if
+  // there is none.
   bool Evict(TenantSlot tenant, bool for_quota);
 
   int64_t size() const;
@@ -53,9 +54,10 @@ class KeptPrefixes {
   KeptMap::node_type RemoveLocked(const std::string& name);
   // Blocks that kept prefixes hold and nobody else, sorted.
   std::vector<int32_t> OnlyKeptLocked() const;
-  // Whom Evict means; "" if nobody. Blocks are given back that one prefix alone holds or, with only_kept,
-  // those listed, which may take letting go of several.
-  std::string ToEvictLocked(TenantSlot tenant, bool for_quota, const std::vector<int32_t>* only_kept) const;
+  // Whom Evict means; "" if nobody. Blocks are given back that one prefix alone holds or, with
+  // only_kept, those listed, which may take letting go of several.
+  std::string ToEvictLocked(TenantSlot tenant, bool for_quota,
+                            const std::vector<int32_t>* only_kept) const;
 
   HostStore& store_;
   Counters& counters_;

@@ -19,7 +19,8 @@ struct Prefix {
   std::vector<int32_t> tokens;
 };
 
-inline constexpr int64_t kPrefixTokens = 256;  // prefixes are found by whole pieces of so many tokens
+// Prefixes are found by whole pieces of so many tokens
+inline constexpr int64_t kPrefixTokens = 256;
 
 // Digests that find a prefix: [i] that of the salt and the first (i + 1) * kPrefixTokens tokens.
 inline std::vector<Digest> ChainOf(const Prefix& prefix) {
@@ -36,12 +37,14 @@ inline std::vector<Digest> ChainOf(const Prefix& prefix) {
 // Tokens that both begin with; 0 if the salts differ.
 inline int64_t SharedTokens(const Prefix& a, const Prefix& b) {
   if (a.salt != b.salt) return 0;
-  return std::mismatch(a.tokens.begin(), a.tokens.end(), b.tokens.begin(), b.tokens.end()).first - a.tokens.begin();
+  return std::mismatch(a.tokens.begin(), a.tokens.end(), b.tokens.begin(), b.tokens.end()).first -
+         a.tokens.begin();
 }
 
 inline absl::Status NoSuchPrefixError(const Prefix& prefix) {
-  return NotFoundError("no stored prefix has ", kPrefixTokens, " tokens or more in common with these ",
-                       prefix.tokens.size(), " under this salt");
+  return NotFoundError("no stored prefix has ", kPrefixTokens,
+                       " tokens or more in common with these ", prefix.tokens.size(),
+                       " under this salt");
 }
 
 }  // namespace vattn

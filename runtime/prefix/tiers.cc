@@ -15,7 +15,8 @@ absl::Status CheckTier(const Runtime& runtime, PrefixTier tier) {
 
 absl::Status SavePrefix(Sequence& sequence, Prefix prefix, PrefixTier tier) {
   Runtime& runtime = sequence.runtime();
-  if (tier == PrefixTier::kAuto) tier = runtime.disk() != nullptr ? PrefixTier::kDisk : PrefixTier::kMemory;
+  if (tier == PrefixTier::kAuto)
+    tier = runtime.disk() != nullptr ? PrefixTier::kDisk : PrefixTier::kMemory;
   if (tier == PrefixTier::kDisk) return runtime.disk()->Store(sequence, std::move(prefix));
   if (runtime.kept().Covers(prefix)) return absl::OkStatus();
   // Codes made afterwards would be written to copies of what is shared now.
@@ -29,7 +30,8 @@ absl::Status SavePrefix(Sequence& sequence, Prefix prefix, PrefixTier tier) {
 
 absl::StatusOr<std::unique_ptr<Sequence>> BeginFromPrefix(const std::shared_ptr<Runtime>& runtime,
                                                           const Prefix& prefix, PrefixTier tier,
-                                                          const SequenceOptions& options, int64_t* tokens) {
+                                                          const SequenceOptions& options,
+                                                          int64_t* tokens) {
   Disk* const disk = tier == PrefixTier::kMemory ? nullptr : runtime->disk();
   KeptPrefixes* const kept = tier == PrefixTier::kDisk ? nullptr : &runtime->kept();
   const auto from_disk = [&] { return disk->Begin(runtime, prefix, options, tokens); };
@@ -43,7 +45,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> BeginFromPrefix(const std::shared_ptr<
   SharedLayers layers;
   const int64_t shared = in_memory > 0 ? kept->Begin(prefix, &layers) : 0;  // it may be gone
   if (shared > 0) {
-    absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::FromLayers(runtime, options, std::move(layers));
+    absl::StatusOr<std::unique_ptr<Sequence>> made =
+        Sequence::FromLayers(runtime, options, std::move(layers));
     if (!made.ok()) return made;
     *tokens = shared;
     runtime->counters().prefix_tokens += static_cast<uint64_t>(shared);

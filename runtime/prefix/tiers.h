@@ -22,7 +22,8 @@ absl::Status CheckTier(const Runtime& runtime, PrefixTier tier);
 absl::Status SavePrefix(Sequence& sequence, Prefix prefix, PrefixTier tier);
 absl::StatusOr<std::unique_ptr<Sequence>> BeginFromPrefix(const std::shared_ptr<Runtime>& runtime,
                                                           const Prefix& prefix, PrefixTier tier,
-                                                          const SequenceOptions& options, int64_t* tokens);
+                                                          const SequenceOptions& options,
+                                                          int64_t* tokens);
 absl::Status ForgetPrefixes(Runtime& runtime, const std::string& salt, int64_t* prefixes);
 
 }  // namespace vattn

@@ -178,7 +178,8 @@ TEST(ApiAttendTest, StridesReadAnyLayout) {
   ExpectExact(call, 0, rows);
 }
 
-// Broadcast rows: one for all tokens, or for all heads. 0 says "contiguous", so that a stride of 0 has a name of its own.
+// Broadcast rows: one for all tokens, or for all heads. 0 says "contiguous", so that a stride of 0
+// has a name of its own.
 TEST(ApiAttendTest, StridesOfZeroReadOneRow) {
   const Shape shape = {4, 2, 64, 64, false, VATTN_F32};
   vattn_options options = OptionsFor(shape);
@@ -201,8 +202,10 @@ TEST(ApiAttendTest, StridesOfZeroReadOneRow) {
       }
     }
     rows.Add(shape, all_k, all_v);
-    const std::vector<std::byte> k_bytes = ToBytes(shape.dtype, k), v_bytes = ToBytes(shape.dtype, v);
-    const std::vector<std::byte> q_bytes = ToBytes(shape.dtype, Gaussian(engine, shape.dtype, 64, 1));
+    const std::vector<std::byte> k_bytes = ToBytes(shape.dtype, k),
+                                 v_bytes = ToBytes(shape.dtype, v);
+    const std::vector<std::byte> q_bytes =
+        ToBytes(shape.dtype, Gaussian(engine, shape.dtype, 64, 1));
     vattn_append_params params = Init<vattn_append_params>();
     params.num_tokens = kTokens;
     params.num_queries = 50;

@@ -1,5 +1,6 @@
-// Contexts that grow after their index was built: by steps, by chunks, after forks, cuts and files. Keys drift as those
-// of real text under a rotary embedding do: their mean moves far, and what varies is not what varied at first.
+// Contexts that grow after their index was built: by steps, by chunks, after forks, cuts and files.
+// Keys drift as those of real text under a rotary embedding do: their mean moves far, and what
+// varies is not what varied at first.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -14,20 +15,23 @@
 namespace vattn::test {
 namespace {
 
-constexpr Shape kShape{.q_heads = 4, .kv_heads = 2, .dim_k = 64, .dim_v = 64, .shared_kv = false, .dtype = VATTN_F32};
+constexpr Shape kShape{
+    .q_heads = 4, .kv_heads = 2, .dim_k = 64, .dim_v = 64, .shared_kv = false, .dtype = VATTN_F32};
 constexpr int kHot = 12;  // dimensions that scores come from
 
 // Text: keys and queries whose scores come from kHot dimensions, and which drift in the others.
 class Text {
  public:
   void AddTo(Rows& rows, int64_t count) {
-    std::vector<float> k = Gaussian(engine_, VATTN_F32, count * kShape.kv_heads * kShape.dim_k, 0.3f);
+    std::vector<float> k =
+        Gaussian(engine_, VATTN_F32, count * kShape.kv_heads * kShape.dim_k, 0.3f);
     for (int64_t t = 0; t < count; ++t, ++token_) {
       for (int h = 0; h < kShape.kv_heads; ++h) {
         float* key = &k[static_cast<size_t>((t * kShape.kv_heads + h) * kShape.dim_k)];
         for (int c = 0; c < kHot; ++c) key[c] *= 8;
         for (int c = kHot; c < kShape.dim_k; ++c) {
-          key[c] += 6 * static_cast<float>(std::sin(static_cast<double>(token_) / (1000. + 150 * c) + c));
+          key[c] +=
+              6 * static_cast<float>(std::sin(static_cast<double>(token_) / (1000. + 150 * c) + c));
         }
       }
     }
@@ -61,9 +65,15 @@ struct Seen {
 // A sequence in a batch, and what it must answer.
 struct Conversation {
   explicit Conversation(const Runtime& runtime, uint64_t id = 1)
-      : runtime(runtime), sequence(runtime, id), batch(runtime, 1) { batch.Set(0, sequence); }
+      : runtime(runtime), sequence(runtime, id), batch(runtime, 1) {
+    batch.Set(0, sequence);
+  }
   Conversation(const Runtime& runtime, Sequence with, Rows of, Text text)
-      : runtime(runtime), text(text), rows(std::move(of)), sequence(std::move(with)), batch(runtime, 1) {
+      : runtime(runtime),
+        text(text),
+        rows(std::move(of)),
+        sequence(std::move(with)),
+        batch(runtime, 1) {
     batch.Set(0, sequence);
   }
 
@@ -88,8 +98,10 @@ struct Conversation {
       seen->middle += call.middle[h];
     }
     for (int h = 0; h < kShape.q_heads; ++h) {
-      const Answer answer = Attend(kShape, rows, h * kShape.kv_heads / kShape.q_heads, call.Query(0, h));
-      const double error = Distance(answer, call.Out(0, h).data()) / std::max(answer.norm, .5 * answer.rms_value);
+      const Answer answer =
+          Attend(kShape, rows, h * kShape.kv_heads / kShape.q_heads, call.Query(0, h));
+      const double error =
+          Distance(answer, call.Out(0, h).data()) / std::max(answer.norm, .5 * answer.rms_value);
       seen->verified += call.verdict[h] == VATTN_VERDICT_VERIFIED;
       seen->dense += call.verdict[h] == VATTN_VERDICT_DENSE;
       seen->off += error > .1;
@@ -156,7 +168,8 @@ TEST(ApiGrowthTest, ForksKeepWhatTheyShareAndGrowApart) {
   second.Append(2500);
   ExpectAsGood(first.Judge(), AtOnce(runtime, 5100));
   ExpectAsGood(second.Judge(), AtOnce(runtime, 6100));
-  // Of each KV head the last block, which both write on, is copied once, or twice if both did before the other let go.
+  // Of each KV head the last block, which both write on, is copied once, or twice if both did
+  // before the other let go.
   EXPECT_LE(runtime.Stats().blocks_copied - copied, 2u * kShape.kv_heads);
 }
 
@@ -176,8 +189,8 @@ TEST(ApiGrowthTest, AfterACutOtherTextFollows) {
 
 TEST(ApiGrowthTest, FilesKeepEverySegment) {
   const Runtime runtime(Options());
-  const std::string path =
-      std::filesystem::temp_directory_path() / ("vattn_api_growth_test." + std::to_string(getpid()));
+  const std::string path = std::filesystem::temp_directory_path() /
+                           ("vattn_api_growth_test." + std::to_string(getpid()));
   Conversation grown(runtime);
   grown.Append(1400);
   for (int i = 0; i < 3000; ++i) grown.Step();

@@ -14,7 +14,8 @@ namespace vattn::test {
 namespace {
 
 constexpr int64_t kTokens = 4000;
-constexpr Shape kShape{.q_heads = 6, .kv_heads = 2, .dim_k = 64, .dim_v = 64, .shared_kv = false, .dtype = VATTN_F32};
+constexpr Shape kShape{
+    .q_heads = 6, .kv_heads = 2, .dim_k = 64, .dim_v = 64, .shared_kv = false, .dtype = VATTN_F32};
 
 vattn_options Options(int32_t index) {
   vattn_options options = OptionsFor(kShape);
@@ -24,7 +25,8 @@ vattn_options Options(int32_t index) {
   return options;
 }
 
-// A sequence of kTokens, its batch, and exact scores of the last call's queries with a little noise.
+// A sequence of kTokens, its batch, and exact scores of the last call's queries with a little
+// noise.
 struct Decoder {
   explicit Decoder(const vattn_options& options) : runtime(options) {
     rows.AddGaussian(kShape, engine, kTokens);
@@ -38,11 +40,13 @@ struct Decoder {
     scores.assign(heads * stride, 0);
     std::normal_distribution<float> noise(0, .3f);
     for (int h = 0; h < heads; ++h) {
-      const int q_head = h * kShape.q_heads / heads, kv_head = q_head * kShape.kv_heads / kShape.q_heads;
+      const int q_head = h * kShape.q_heads / heads,
+                kv_head = q_head * kShape.kv_heads / kShape.q_heads;
       for (int64_t t = 0; t < rows.tokens; ++t) {
         double sum = 0;
         for (int c = 0; c < 64; ++c) {
-          sum += double{call.Query(0, q_head)[c]} * rows.k[(t * kShape.kv_heads + kv_head) * 64 + c];
+          sum +=
+              double{call.Query(0, q_head)[c]} * rows.k[(t * kShape.kv_heads + kv_head) * 64 + c];
         }
         scores[h * stride + t] = static_cast<float>(sum / 8) + noise(engine);
       }
@@ -127,13 +131,14 @@ TEST_P(ApiIndexTest, SavedSequencesGoOnBitForBit) {
   EXPECT_EQ(one.selected, two.selected);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, ApiIndexTest,
-                         testing::Values(Kind{"balanced", VATTN_INDEX_BALANCED}, Kind{"sign", VATTN_INDEX_SIGN},
-                                         Kind{"hadamard2", VATTN_INDEX_HADAMARD2}, Kind{"page", VATTN_INDEX_PAGE},
-                                         Kind{"pooled", VATTN_INDEX_POOLED}, Kind{"clusters", VATTN_INDEX_CLUSTERS},
-                                         Kind{"external", VATTN_INDEX_EXTERNAL, 6},
-                                         Kind{"external_by_group", VATTN_INDEX_EXTERNAL, 2}),
-                         [](const auto& info) { return std::string(info.param.name); });
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, ApiIndexTest,
+    testing::Values(Kind{"balanced", VATTN_INDEX_BALANCED}, Kind{"sign", VATTN_INDEX_SIGN},
+                    Kind{"hadamard2", VATTN_INDEX_HADAMARD2}, Kind{"page", VATTN_INDEX_PAGE},
+                    Kind{"pooled", VATTN_INDEX_POOLED}, Kind{"clusters", VATTN_INDEX_CLUSTERS},
+                    Kind{"external", VATTN_INDEX_EXTERNAL, 6},
+                    Kind{"external_by_group", VATTN_INDEX_EXTERNAL, 2}),
+    [](const auto& info) { return std::string(info.param.name); });
 
 // Refused with INVALID_ARGUMENT and this text; the layer can be attended afterwards.
 void ExpectRefused(Batch& batch, const vattn_attend_params& params, const std::string& text) {
@@ -147,7 +152,8 @@ void ExpectRefused(Batch& batch, const vattn_attend_params& params, const std::s
 }
 
 TEST(ApiExternalTest, BadScoresAreNamed) {
-  if (const std::string why = NotServed(Options(VATTN_INDEX_EXTERNAL)); !why.empty()) GTEST_SKIP() << why;
+  if (const std::string why = NotServed(Options(VATTN_INDEX_EXTERNAL)); !why.empty())
+    GTEST_SKIP() << why;
   Decoder decoder(Options(VATTN_INDEX_EXTERNAL));
   Call call(kShape, 1, 0);
   call.Fill(decoder.engine, 1);
@@ -160,7 +166,8 @@ TEST(ApiExternalTest, BadScoresAreNamed) {
   ExpectRefused(decoder.batch, params, "scores_stride is 3839, must be at least 3840");
   params.scores_stride = decoder.stride;
   params.score_heads = 3;
-  ExpectRefused(decoder.batch, params, "score_heads is 3, must be 0, the 2 KV heads of the layer or the 6 query heads");
+  ExpectRefused(decoder.batch, params,
+                "score_heads is 3, must be 0, the 2 KV heads of the layer or the 6 query heads");
   params.score_heads = 0;
   params.reserved1 = 1;
   ExpectRefused(decoder.batch, params, "reserved1 is 1, must be 0 to 0");
@@ -180,7 +187,8 @@ TEST(ApiExternalTest, BadScoresAreNamed) {
 
 // Scores that are no numbers, or useless ones, never make a wrong result look verified.
 TEST(ApiExternalTest, HostileScoresAreAnsweredDensely) {
-  if (const std::string why = NotServed(Options(VATTN_INDEX_EXTERNAL)); !why.empty()) GTEST_SKIP() << why;
+  if (const std::string why = NotServed(Options(VATTN_INDEX_EXTERNAL)); !why.empty())
+    GTEST_SKIP() << why;
   for (const float bad : {NAN, INFINITY, 3e38f, -INFINITY}) {
     Decoder decoder(Options(VATTN_INDEX_EXTERNAL));
     for (int step = 0; step < 3; ++step) {

@@ -79,7 +79,8 @@ const Names kEnums[] = {
     {{"dtype", &vattn_options::dtype}, {"f32", "f16", "bf16"}},
     {{"backend", &vattn_options::backend}, {"auto", "cpu", "cuda"}},
     {{"policy", &vattn_options::policy}, {"verified", "topk", "topk_uniform", "dense"}},
-    {{"index", &vattn_options::index}, {"balanced", "exact", "sign", "hadamard2", "page", "pooled", "clusters", "external"}},
+    {{"index", &vattn_options::index},
+     {"balanced", "exact", "sign", "hadamard2", "page", "pooled", "clusters", "external"}},
     {{"norm", &vattn_options::norm}, {"value", "output"}},
     {{"on_unverified", &vattn_options::on_unverified}, {"dense", "best_effort"}},
     {{"bound", &vattn_options::bound}, {"sharp", "safe"}},
@@ -117,8 +118,7 @@ TEST(ApiJsonTest, EveryKeySetsItsField) {
 // struct_size, layer_kv_heads, log, log_user, profile, disk_path and sign_maps are the fields
 // without a key above.
 TEST(ApiJsonTest, NoFieldIsForgotten) {
-  size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(vattn_log_function) +
-                 sizeof(void*);
+  size_t bytes = sizeof(size_t) + sizeof(int32_t*) + sizeof(vattn_log_function) + sizeof(void*);
   bytes += 3 * sizeof(const char*);
   bytes +=
       std::size(kWhole) * 4 + std::size(kLong) * 8 + std::size(kReal) * 4 + std::size(kEnums) * 4;
@@ -174,12 +174,16 @@ TEST(ApiJsonTest, DeepValuesAreRefused) {
     std::string objects;
     for (int i = 0; i < depth; ++i) objects += "{\"a\":";
     objects += "1" + std::string(depth, '}');
-    for (const char* key : {"num_layers", "dtype", "preset", "layer_kv_heads", "profile", "unknown"}) {
-      for (const std::string& deep : {lists, objects}) ExpectRefused(Pair(key, deep), "json nests deeper than 64 levels");
+    for (const char* key :
+         {"num_layers", "dtype", "preset", "layer_kv_heads", "profile", "unknown"}) {
+      for (const std::string& deep : {lists, objects})
+        ExpectRefused(Pair(key, deep), "json nests deeper than 64 levels");
     }
   }
-  ExpectRefused(Pair("num_layers", std::string(60, '[') + std::string(60, ']')), "num_layers is [[[[");
-  EXPECT_NO_THROW(Apply(Pair("profile", "\"" + std::string(100, '[') + "\\\"" + std::string(100, '{') + "\"")));
+  ExpectRefused(Pair("num_layers", std::string(60, '[') + std::string(60, ']')),
+                "num_layers is [[[[");
+  EXPECT_NO_THROW(
+      Apply(Pair("profile", "\"" + std::string(100, '[') + "\\\"" + std::string(100, '{') + "\"")));
 }
 
 // Texts of errors are short whatever the value is, and no zero byte ends one early.
@@ -258,8 +262,9 @@ void ExpectPathLivesUntilTheNextCall(const std::string& key, const char* vattn_o
   }
   // A refused call takes nothing away.
   options = Apply("{" + pair("first") + "}");
-  EXPECT_EQ(vattn_options_from_json(("{" + pair("second") + ", \"window\": \"x\"}").c_str(), &options),
-            VATTN_INVALID_ARGUMENT);
+  EXPECT_EQ(
+      vattn_options_from_json(("{" + pair("second") + ", \"window\": \"x\"}").c_str(), &options),
+      VATTN_INVALID_ARGUMENT);
   EXPECT_STREQ(options.*path, "first");
 }
 

@@ -46,8 +46,7 @@ class World {
         disk_(folder_ / "disk"),
         options_(Options(policy, spill)),
         runtime_(options_),
-        batch_(runtime_, kSlots) {
-  }
+        batch_(runtime_, kSlots) {}
   ~World() { std::filesystem::remove_all(folder_); }
 
   void Operate() {

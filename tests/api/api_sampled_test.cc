@@ -49,7 +49,8 @@ struct Promised {
   Shape shape;
   int32_t norm = VATTN_NORM_VALUE, bound = VATTN_BOUND_SHARP, value_bits = 0,
           index = VATTN_INDEX_BALANCED;
-  float query_sigma = 2;  // of isotropic logits: where codes are too coarse for it, everything is read
+  // Of isotropic logits: where codes are too coarse for it, everything is read
+  float query_sigma = 2;
 };
 
 class VerifiedTest : public testing::TestWithParam<Promised> {};
@@ -136,8 +137,8 @@ INSTANTIATE_TEST_SUITE_P(
                              VATTN_INDEX_EXACT}),
     [](const auto& info) { return std::string(info.param.name); });
 
-// Two kinds of tokens that take turns, with keys in directions of their own. An index made from every
-// second token would know one kind, and tokens that it cannot tell are all read.
+// Two kinds of tokens that take turns, with keys in directions of their own. An index made from
+// every second token would know one kind, and tokens that it cannot tell are all read.
 TEST(CalibrationTest, TextsWithAPeriodAreSeenWhole) {
   const Shape shape = {4, 1, 64, 64, false, VATTN_F32};
   const vattn_options options = OptionsFor(shape);

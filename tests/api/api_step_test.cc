@@ -63,7 +63,8 @@ class World {
   void ExpectLengths() const {
     for (int s = 0; s < kSlots; ++s) {
       for (int layer = 0; layer < kLayers; ++layer) {
-        EXPECT_EQ(sequences_[s].Length(layer), rows_[s][layer].tokens) << "slot " << s << ", layer " << layer;
+        EXPECT_EQ(sequences_[s].Length(layer), rows_[s][layer].tokens)
+            << "slot " << s << ", layer " << layer;
       }
     }
   }
@@ -84,8 +85,8 @@ vattn_options SampledOptions() {
   return options;
 }
 
-// Beside a twin that never gave a step up: on the CPU its answers are equal to the bit, across the edges of
-// blocks (256) and of codes (64), with and without a reservation.
+// Beside a twin that never gave a step up: on the CPU its answers are equal to the bit, across the
+// edges of blocks (256) and of codes (64), with and without a reservation.
 TEST(ApiStepTest, AbandonedStepsLeaveNoTrace) {
   for (const int64_t reserve : {0, 700}) {
     SCOPED_TRACE("reserve " + std::to_string(reserve));
@@ -113,11 +114,13 @@ TEST(ApiStepTest, AbandonedStepsLeaveNoTrace) {
       world.ExpectLengths();
     }
     EXPECT_EQ(world.runtime_.Stats().host_bytes_used, twin.runtime_.Stats().host_bytes_used);
-    EXPECT_EQ(world.runtime_.Stats().host_bytes_reserved, twin.runtime_.Stats().host_bytes_reserved);
+    EXPECT_EQ(world.runtime_.Stats().host_bytes_reserved,
+              twin.runtime_.Stats().host_bytes_reserved);
   }
 }
 
-// What follows an abandoned step is exact attention over what was there before: steps, appends, forks.
+// What follows an abandoned step is exact attention over what was there before: steps, appends,
+// forks.
 TEST(ApiStepTest, AnswersAfterwardsAreExact) {
   vattn_options options = SampledOptions();
   options.policy = VATTN_POLICY_DENSE;
@@ -125,7 +128,9 @@ TEST(ApiStepTest, AnswersAfterwardsAreExact) {
   for (uint64_t step = 0; step < 6; ++step) {
     world.Step(100 + step, static_cast<int>(step) % kLayers);
     world.batch_->Abandon();
-    EXPECT_NE(CodeOf([&] { world.batch_->Attend(Call(kShape, kSlots, 0).Params()); }).find("no step is open"),
+    EXPECT_NE(CodeOf([&] {
+                world.batch_->Attend(Call(kShape, kSlots, 0).Params());
+              }).find("no step is open"),
               std::string::npos);
     std::mt19937_64 engine(step);
     for (int layer = 0; layer < kLayers; ++layer) {
@@ -137,13 +142,14 @@ TEST(ApiStepTest, AnswersAfterwardsAreExact) {
     EXPECT_EQ(fork.Length(2), world.rows_[1][2].tokens);
     const std::vector<Call> calls = world.Step(step);
     for (int s = 0; s < kSlots; ++s) {
-      for (int layer = 0; layer < kLayers; ++layer) ExpectExact(calls[layer], s, world.rows_[s][layer]);
+      for (int layer = 0; layer < kLayers; ++layer)
+        ExpectExact(calls[layer], s, world.rows_[s][layer]);
     }
   }
 }
 
-// A sequence that leaves in the middle of a step has no half token, however it leaves. (On CUDA, where a step
-// counts from its begin, it keeps the whole one.)
+// A sequence that leaves in the middle of a step has no half token, however it leaves. (On CUDA,
+// where a step counts from its begin, it keeps the whole one.)
 TEST(ApiStepTest, LeavingGivesTheStepUp) {
   if (OnCuda()) GTEST_SKIP() << "steps count from their begin";
   World world(SampledOptions(), 512, 600);
@@ -181,7 +187,8 @@ TEST(ApiStepTest, HalfATokenIsNeverSeen) {
   World world(SampledOptions(), 300, 0);
   world.Step(1, 1);
   Sequence& sequence = world.sequences_[0];
-  const std::string half = "INVALID_ARGUMENT: the batch has an open step that has yet to attend layer 1";
+  const std::string half =
+      "INVALID_ARGUMENT: the batch has an open step that has yet to attend layer 1";
   const auto expect_refused = [&](const char* what, const std::function<void()>& call) {
     EXPECT_EQ(CodeOf(call).substr(0, half.size()), half) << what;
     EXPECT_NE(CodeOf(call).find("vattn_batch_abandon"), std::string::npos) << what;
@@ -193,7 +200,9 @@ TEST(ApiStepTest, HalfATokenIsNeverSeen) {
   expect_refused("save", [&] { sequence.Save(path); });
   expect_refused("build index", [&] { sequence.BuildIndex(); });
   expect_refused("set", [&] { world.batch_->Set(1, Sequence(world.runtime_)); });
-  EXPECT_NE(CodeOf([&] { world.batch_->BeginStep(1); }).find("layer 1 was not attended in the step before"),
+  EXPECT_NE(CodeOf([&] {
+              world.batch_->BeginStep(1);
+            }).find("layer 1 was not attended in the step before"),
             std::string::npos);
   world.batch_->Abandon();
   EXPECT_EQ(CodeOf([&] { sequence.Fork(); }), "OK");
@@ -202,8 +211,8 @@ TEST(ApiStepTest, HalfATokenIsNeverSeen) {
   EXPECT_EQ(CodeOf([&] { sequence.Fork(); }), "OK");
 }
 
-// All of a full pool is reserved, and forks share the token's block: the reservation holds what the step drew from
-// it all the same, and can be used to its end.
+// All of a full pool is reserved, and forks share the token's block: the reservation holds what the
+// step drew from it all the same, and can be used to its end.
 TEST(ApiStepTest, ReservationsAreKept) {
   vattn_options options = SampledOptions();
   options.host_bytes = 48 * World(options, 512, 600).runtime_.Stats().host_bytes_used / 36;

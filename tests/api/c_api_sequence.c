@@ -63,14 +63,17 @@ static void TestAppend(vattn_sequence* sequence) {
   CHECK_APPEND(num_queries, 1, "q is NULL, must be given");
   CHECK_APPEND(k, NULL, "k is NULL, must be given");
   CHECK_APPEND(v, NULL, "v is NULL, must be given with shared_kv = 0");
-  CHECK_APPEND(k_token_stride, -1, "k_token_stride is -1, must be 0 (contiguous), 1 to 1099511627776, or VATTN_STRIDE_ZERO");
+  CHECK_APPEND(
+      k_token_stride, -1,
+      "k_token_stride is -1, must be 0 (contiguous), 1 to 1099511627776, or VATTN_STRIDE_ZERO");
   CHECK_APPEND(k_head_stride, -1, "k_head_stride is -1, must be 0 (contiguous)");
   CHECK_APPEND(v_token_stride, -1, "v_token_stride is -1, must be 0 (contiguous)");
   CHECK_APPEND(v_head_stride, -1, "v_head_stride is -1, must be 0 (contiguous)");
   CHECK_APPEND(q_token_stride, -1, "q_token_stride is -1, must be 0 (contiguous)");
   /* Far places would wrap where they are computed. */
   CHECK_APPEND(k_token_stride, INT64_C(1) << 40, "k_token_stride is 1099511627776 with ");
-  CHECK_APPEND(q_token_stride, (INT64_C(1) << 40) + 1, "q_token_stride is 1099511627777, must be 0 to");
+  CHECK_APPEND(q_token_stride, (INT64_C(1) << 40) + 1,
+               "q_token_stride is 1099511627777, must be 0 to");
   CHECK_APPEND(q_head_stride, INT64_MAX, "q_head_stride is 9223372036854775807, must be 0 to");
   int64_t tokens = 0;
   CHECK_OK(vattn_sequence_length(sequence, 0, &tokens));
@@ -203,14 +206,14 @@ static void TestHibernated(vattn_runtime* runtime, vattn_sequence* sequence, con
   vattn_batch_destroy(batch);
 }
 
-#define CHECK_PREFIX(field, value_, text)                                             \
-  do {                                                                                \
-    vattn_prefix wrong = prefix;                                                      \
-    wrong.field = (value_);                                                           \
-    CHECK_INVALID(vattn_prefix_save(sequence, &wrong), text);                         \
-    began = sequence, tokens = 7;                                                     \
-    CHECK_INVALID(vattn_prefix_restore(runtime, &wrong, 0, &tokens, &began), text);   \
-    CHECK(began == NULL && tokens == 0);                                              \
+#define CHECK_PREFIX(field, value_, text)                                           \
+  do {                                                                              \
+    vattn_prefix wrong = prefix;                                                    \
+    wrong.field = (value_);                                                         \
+    CHECK_INVALID(vattn_prefix_save(sequence, &wrong), text);                       \
+    began = sequence, tokens = 7;                                                   \
+    CHECK_INVALID(vattn_prefix_restore(runtime, &wrong, 0, &tokens, &began), text); \
+    CHECK(began == NULL && tokens == 0);                                            \
   } while (0)
 
 static void TestPrefixes(vattn_runtime* runtime, vattn_sequence* sequence) {

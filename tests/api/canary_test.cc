@@ -267,7 +267,8 @@ TEST_P(CanaryTest, ZeroOnFreeLeavesNoneInMemory) {
     if (zero == 0) {
       EXPECT_GT(CountCanariesOfProcess(), 30000u);
     } else {
-      // The test's own canary is in a register now and then, and so in a frame on the stack. A row is more.
+      // The test's own canary is in a register now and then, and so in a frame on the stack. A row
+      // is more.
       EXPECT_LT(CountCanariesOfProcess(), static_cast<size_t>(kShape.dim_k + kShape.dim_v));
     }
   }

@@ -43,10 +43,12 @@ Use Measure(float hot_share) {
   std::mt19937_64 engine(1);
   Rows rows;
   rows.AddGaussian(shape, engine, kChunk);
-  for (int i = 0; i < 2; ++i) {  // what the process takes once, to make an index too, not a sequence
+  // What the process takes once, to make an index too, not a sequence
+  for (int i = 0; i < 2; ++i) {
     const Runtime other(options);
     Sequence small(other);
-    for (int64_t tokens = 0; tokens + kChunk < kTokens; tokens += kChunk) AppendRows(small, shape, 0, rows);
+    for (int64_t tokens = 0; tokens + kChunk < kTokens; tokens += kChunk)
+      AppendRows(small, shape, 0, rows);
     small.BuildIndex();
   }
   const Runtime runtime(options);
@@ -91,7 +93,8 @@ TEST(MemoryUseTest, RowsCodesAndLittleElse) {
     EXPECT_LE(use.table_share, .03);  // of two segments
     EXPECT_LE(use.host_share, 1.01);  // whole blocks
     EXPECT_GE(use.sequence_growth, .9);
-    // Learning takes 3 MB a thread, which the allocator keeps: the same whatever the number of tokens.
+    // Learning takes 3 MB a thread, which the allocator keeps: the same whatever the number of
+    // tokens.
     EXPECT_LE(use.sequence_growth, 1.2);
     EXPECT_LE(use.step_growth, .2);  // working memory of a batch, whatever the number of layers
   }

@@ -30,10 +30,10 @@ struct PoolWorldTally {
   int64_t created = 0, appended = 0, tokens_appended = 0, forked = 0, truncated = 0, destroyed = 0,
           saved = 0, restored = 0, hibernated = 0, woken = 0, steps = 0, rows_read = 0, misused = 0,
           reserved = 0, kept = 0, begun = 0, forgotten = 0;
-  int64_t refused = 0;  // FULL, with a text that names need, limit and knob
+  int64_t refused = 0;     // FULL, with a text that names need, limit and knob
   int64_t over_quota = 0;  // of them: for a tenant's quota
   int64_t covered = 0;     // appends and steps that a reservation covered: never FULL
-  double demand = 0;    // sum over operations: blocks that were asked for, over blocks of the pool
+  double demand = 0;  // sum over operations: blocks that were asked for, over blocks of the pool
 };
 
 class PoolWorld {

@@ -1,5 +1,5 @@
-// The alarm version of `vattn replay --certify`: the grid of epsilon and delta on a small recording, few
-// runs. It fails when the promise is refuted, not when it is not shown.
+// The alarm version of `vattn replay --certify`: the grid of epsilon and delta on a small
+// recording, few runs. It fails when the promise is refuted, not when it is not shown.
 #include "bench/replay/certify.h"
 
 #include <gtest/gtest.h>

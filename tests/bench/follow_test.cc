@@ -1,5 +1,5 @@
-// `vattn follow`: what is appended, stepped through and judged, and that a sequence which got its whole prompt
-// at once is its own yardstick.
+// `vattn follow`: what is appended, stepped through and judged, and that a sequence which got its
+// whole prompt at once is its own yardstick.
 #include "bench/replay/follow.h"
 
 #include <gtest/gtest.h>
@@ -43,7 +43,8 @@ TEST(FollowTest, JudgedAreTheLastStepsBeforeEveryMultiple) {
   plan.every = 100, plan.judged = 10;
   const std::vector<Stretch> stretches =
       StretchesOf({{0, 95, false}, {95, 104, true}, {104, 250, false}, {250, 450, true}}, plan);
-  const std::vector<std::pair<int64_t, int64_t>> expected = {{95, 100}, {100, 104}, {290, 300}, {390, 400}, {440, 450}};
+  const std::vector<std::pair<int64_t, int64_t>> expected = {
+      {95, 100}, {100, 104}, {290, 300}, {390, 400}, {440, 450}};
   ASSERT_EQ(stretches.size(), expected.size());
   for (size_t i = 0; i < expected.size(); ++i) {
     EXPECT_EQ(stretches[i].begin, expected[i].first);
@@ -67,7 +68,8 @@ class FollowedTest : public testing::Test {
   }
 };
 
-// One chunk without settling: both sequences get the same tokens, draw the same numbers, and answer alike.
+// One chunk without settling: both sequences get the same tokens, draw the same numbers, and answer
+// alike.
 TEST_F(FollowedTest, AWholePromptIsItsOwnYardstick) {
   const Trace trace = Fixture();
   FollowPlan plan;
@@ -93,7 +95,8 @@ TEST_F(FollowedTest, AWholePromptIsItsOwnYardstick) {
   EXPECT_FALSE(followed.counters[0].empty());
   const Json json = FollowJson(followed, trace, plan, .1);
   EXPECT_EQ(json["all"]["ratio_kept"], 1.);
-  EXPECT_NE(FollowTables(followed, trace, plan, .1).find("fresh random numbers"), std::string::npos);
+  EXPECT_NE(FollowTables(followed, trace, plan, .1).find("fresh random numbers"),
+            std::string::npos);
 }
 
 // Forks leave the growing sequence alone.
@@ -110,8 +113,10 @@ TEST_F(FollowedTest, ForksChangeNothing) {
   plan.forks = 2;
   const Followed with = Run(trace, plan);
   for (int64_t head = 0; head < trace.kv_heads; ++head) {
-    EXPECT_EQ(alone.At(kKeptGrown, 0, 0).rows[head].selected, with.At(kKeptGrown, 0, 0).rows[head].selected);
-    EXPECT_EQ(alone.At(kKeptGrown, 0, 0).rows[head].fetched, with.At(kKeptGrown, 0, 0).rows[head].fetched);
+    EXPECT_EQ(alone.At(kKeptGrown, 0, 0).rows[head].selected,
+              with.At(kKeptGrown, 0, 0).rows[head].selected);
+    EXPECT_EQ(alone.At(kKeptGrown, 0, 0).rows[head].fetched,
+              with.At(kKeptGrown, 0, 0).rows[head].fetched);
   }
 }
 
@@ -124,7 +129,9 @@ TEST(TraceSplitTest, RowsComeFromWhereTheyShould) {
   EXPECT_EQ(split.tokens, at + 4);
   EXPECT_EQ(split.prompt_queries, 20);
   EXPECT_EQ(std::memcmp(split.q.Row(0, 2, 3), trace.q.Row(0, 2, 8), row), 0);
-  EXPECT_EQ(std::memcmp(split.q_prompt.Row(0, 1, 19), trace.q_prompt.Row(0, 1, trace.prompt_queries - 4), row), 0);
+  EXPECT_EQ(std::memcmp(split.q_prompt.Row(0, 1, 19),
+                        trace.q_prompt.Row(0, 1, trace.prompt_queries - 4), row),
+            0);
   EXPECT_EQ(std::memcmp(split.v.Row(0, 1, at + 3), trace.v.Row(0, 1, at + 3), row), 0);
   EXPECT_THROW(SplitAt(trace, trace.prompt_tokens, trace.steps + 1, 0, 0), UsageError);
 
@@ -132,7 +139,9 @@ TEST(TraceSplitTest, RowsComeFromWhereTheyShould) {
   EXPECT_EQ(loop.steps, 50);
   EXPECT_EQ(loop.prompt_tokens, trace.prompt_tokens + 7);
   EXPECT_EQ(std::memcmp(loop.q.Row(0, 0, 49), trace.q.Row(0, 0, 7), row), 0);
-  EXPECT_EQ(std::memcmp(loop.k.Row(0, 1, loop.tokens - 1), trace.k.Row(0, 1, trace.prompt_tokens + 7), row), 0);
+  EXPECT_EQ(std::memcmp(loop.k.Row(0, 1, loop.tokens - 1),
+                        trace.k.Row(0, 1, trace.prompt_tokens + 7), row),
+            0);
   EXPECT_THROW(RepeatStep(trace, trace.steps, 2), UsageError);
 }
 

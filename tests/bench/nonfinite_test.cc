@@ -146,7 +146,8 @@ TEST_P(NonFiniteTest, ValuesWhoseSquaresOverflow) {
   }
 }
 
-// Nothing can be judged by a variance that is 0; a head may be verified there only because every row was read.
+// Nothing can be judged by a variance that is 0; a head may be verified there only because every
+// row was read.
 TEST_P(NonFiniteTest, ValuesWhoseSquaresUnderflow) {
   HostileInput input = input_;
   for (float& v : input.values) v *= 1e-25f;
@@ -157,13 +158,15 @@ TEST_P(NonFiniteTest, ValuesWhoseSquaresUnderflow) {
     for (int64_t h = 0; h < kHeads; ++h) {
       if (answer.verdict[h] != VATTN_VERDICT_VERIFIED) continue;
       EXPECT_EQ(answer.selected, kMiddleEnd - kMiddleBegin);
-      for (int64_t d = 0; d < kDim; ++d) EXPECT_NEAR(answer.out[h * kDim + d] * 1e25, exact.out[h * kDim + d] * 1e25, 1e-5);
+      for (int64_t d = 0; d < kDim; ++d)
+        EXPECT_NEAR(answer.out[h * kDim + d] * 1e25, exact.out[h * kDim + d] * 1e25, 1e-5);
     }
   }
 }
 
-// Finite rows whose answer is not, under every policy: a sum that overflows, scores that do, an output type that is too
-// small. No head with such an answer is called exact, and its error is infinite.
+// Finite rows whose answer is not, under every policy: a sum that overflows, scores that do, an
+// output type that is too small. No head with such an answer is called exact, and its error is
+// infinite.
 TEST(NotFiniteAnswersTest, AreNeverExact) {
   if (OnCuda()) GTEST_SKIP() << "the device does not look at its answers yet";
   struct Case {
@@ -173,17 +176,20 @@ TEST(NotFiniteAnswersTest, AreNeverExact) {
     bool broken;
   };
   const HostileInput& plain = Plain();
-  for (const Case& c : {Case{"plain", 1, 1, VATTN_F32, false}, Case{"values over half a float", 1, 3e38f, VATTN_F32, true},
+  for (const Case& c : {Case{"plain", 1, 1, VATTN_F32, false},
+                        Case{"values over half a float", 1, 3e38f, VATTN_F32, true},
                         Case{"scores over a float", 1e25f, 1, VATTN_F32, true},
                         Case{"values over f16", 1, 1e9f, VATTN_F16, true},
                         Case{"values over bf16", 1, 1e9f, VATTN_BF16, false}}) {
     for (const int32_t policy : {VATTN_POLICY_DENSE, VATTN_POLICY_VERIFIED, VATTN_POLICY_TOPK}) {
       for (const int64_t tokens : {int64_t{40}, kTokens}) {
-        SCOPED_TRACE(testing::Message() << c.name << ", policy " << policy << ", " << tokens << " tokens");
+        SCOPED_TRACE(testing::Message()
+                     << c.name << ", policy " << policy << ", " << tokens << " tokens");
         HostileInput input = plain;
         for (float& k : input.keys) k = std::clamp(k, -2.f, 2.f) * c.key_scale;
         // All of one sign, so that nothing cancels.
-        for (float& v : input.values) v = c.value_scale == 1 ? v : (.5f + std::abs(v) / 100) * c.value_scale;
+        for (float& v : input.values)
+          v = c.value_scale == 1 ? v : (.5f + std::abs(v) / 100) * c.value_scale;
         std::vector<float> query = input.query;
         for (float& q : query) q *= c.key_scale;
         vattn_options options;

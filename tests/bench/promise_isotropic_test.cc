@@ -1,10 +1,11 @@
-// The promise where an index can predict little: isotropic keys and queries, logits of standard deviations up
-// to 30, queries of the same distribution given at the append. Every answer has a query and random numbers of
-// its own, so each is a trial given the past; the test fails where the Clopper-Pearson lower bound, at
-// confidence 1 - 1e-6, on the share of VERIFIED answers that are off by more than epsilon lies above delta, and where
-// the upper bound, at 0.95, on the share of answers that are VERIFIED and off does.
-// Falling back keeps the promise: how much is verified and read is printed, and asked for only where logits
-// are close and codes have at least three bits a dimension.
+// The promise where an index can predict little: isotropic keys and queries, logits of standard
+// deviations up to 30, queries of the same distribution given at the append. Every answer has a
+// query and random numbers of its own, so each is a trial given the past; the test fails where the
+// Clopper-Pearson lower bound, at confidence 1 - 1e-6, on the share of VERIFIED answers that are
+// off by more than epsilon lies above delta, and where the upper bound, at 0.95, on the share of
+// answers that are VERIFIED and off does. Falling back keeps the promise: how much is verified and
+// read is printed, and asked for only where logits are close and codes have at least three bits a
+// dimension.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -84,9 +85,11 @@ class PromiseIsotropicTest : public testing::TestWithParam<Shape> {};
 TEST_P(PromiseIsotropicTest, VerifiedAnswersAreWithinTheirDelta) {
   const auto [dim, spread] = GetParam();
   const int64_t most_steps = StepsFor(0);
-  const IsotropicInput input = MakeIsotropic(dim, spread, kQueryHeads, kContext, kCalibrated, most_steps);
+  const IsotropicInput input =
+      MakeIsotropic(dim, spread, kQueryHeads, kContext, kCalibrated, most_steps);
   std::vector<ExactHead> exact;  // [most_steps][kQueryHeads]
-  for (int64_t i = 0; i < most_steps * kQueryHeads; ++i) exact.push_back(Exact(input, &input.queries[i * dim]));
+  for (int64_t i = 0; i < most_steps * kQueryHeads; ++i)
+    exact.push_back(Exact(input, &input.queries[i * dim]));
   for (const int32_t index_bytes : {16, 32, 48, 64}) {
     for (const float delta : {.1f, .01f, .001f}) {
       vattn_options options;
@@ -139,17 +142,24 @@ TEST_P(PromiseIsotropicTest, VerifiedAnswersAreWithinTheirDelta) {
           failures += !(ErrorOf(exact[step * kQueryHeads + h], &out[h * dim]) <= kEpsilon);
         }
       }
-      const double lower = verified == 0 ? 0 : 1 - bench::ClopperPearsonUpper(verified - failures, verified, 1 - kAlarm);
+      const double lower =
+          verified == 0 ? 0
+                        : 1 - bench::ClopperPearsonUpper(verified - failures, verified, 1 - kAlarm);
       const double upper = bench::ClopperPearsonUpper(failures, answers, .95);
-      std::printf("head_dim %3d  deviation %2.0f  %2d bytes  delta %5.3f  off %4d of %4d verified (%5.1f %%)  "
-                  "upper %.4f  lower %.4f  selected %5.1f %%\n",
-                  static_cast<int>(dim), spread, index_bytes, static_cast<double>(delta), static_cast<int>(failures),
-                  static_cast<int>(verified), 100. * static_cast<double>(verified) / static_cast<double>(answers), upper,
-                  lower, 100 * rows / static_cast<double>(steps) / (kContext - kSinks - kWindow));
+      std::printf(
+          "head_dim %3d  deviation %2.0f  %2d bytes  delta %5.3f  off %4d of %4d verified (%5.1f "
+          "%%)  "
+          "upper %.4f  lower %.4f  selected %5.1f %%\n",
+          static_cast<int>(dim), spread, index_bytes, static_cast<double>(delta),
+          static_cast<int>(failures), static_cast<int>(verified),
+          100. * static_cast<double>(verified) / static_cast<double>(answers), upper, lower,
+          100 * rows / static_cast<double>(steps) / (kContext - kSinks - kWindow));
       if (delta >= .005f) {  // at 0.001 one answer off in 3,072 is within it and its bound is not
-        EXPECT_LE(upper, delta) << index_bytes << " bytes, delta " << delta << ": " << failures << " of " << answers;
+        EXPECT_LE(upper, delta) << index_bytes << " bytes, delta " << delta << ": " << failures
+                                << " of " << answers;
       }
-      EXPECT_LE(lower, delta) << index_bytes << " bytes, delta " << delta << ": " << failures << " of " << verified;
+      EXPECT_LE(lower, delta) << index_bytes << " bytes, delta " << delta << ": " << failures
+                              << " of " << verified;
       if (spread <= 1 && 8 * index_bytes >= 3 * dim) {
         EXPECT_GE(verified, answers * 9 / 10) << index_bytes << " bytes, delta " << delta;
       }
@@ -157,13 +167,13 @@ TEST_P(PromiseIsotropicTest, VerifiedAnswersAreWithinTheirDelta) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Shapes, PromiseIsotropicTest,
-    testing::Combine(testing::ValuesIn(kIsotropicDims), testing::ValuesIn(kIsotropicSpreads)),
-    [](const testing::TestParamInfo<Shape>& info) {
-      return "dim" + std::to_string(std::get<0>(info.param)) + "_deviation" +
-             std::to_string(static_cast<int>(std::get<1>(info.param)));
-    });
+INSTANTIATE_TEST_SUITE_P(Shapes, PromiseIsotropicTest,
+                         testing::Combine(testing::ValuesIn(kIsotropicDims),
+                                          testing::ValuesIn(kIsotropicSpreads)),
+                         [](const testing::TestParamInfo<Shape>& info) {
+                           return "dim" + std::to_string(std::get<0>(info.param)) + "_deviation" +
+                                  std::to_string(static_cast<int>(std::get<1>(info.param)));
+                         });
 
 }  // namespace
 }  // namespace vattn::test

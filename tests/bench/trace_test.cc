@@ -154,8 +154,10 @@ TEST_F(TraceTest, RefusesEveryTruncation) {
 
 TEST_F(TraceTest, RefusesDeepHeaders) {
   const std::string lists = std::string(500000, '[') + std::string(500000, ']');
-  for (const std::string& header : {"{\"__metadata__\":{\"format\":" + lists + "}}", "{\"k\":" + lists + "}", lists}) {
-    EXPECT_NE(Complaint(Length(header.size()) + header).find("nests deeper than 64 levels"), std::string::npos);
+  for (const std::string& header :
+       {"{\"__metadata__\":{\"format\":" + lists + "}}", "{\"k\":" + lists + "}", lists}) {
+    EXPECT_NE(Complaint(Length(header.size()) + header).find("nests deeper than 64 levels"),
+              std::string::npos);
   }
 }
 

@@ -1,4 +1,5 @@
-// Prompts whose keys, values and queries lie in device memory: the same answers as from host memory.
+// Prompts whose keys, values and queries lie in device memory: the same answers as from host
+// memory.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -50,7 +51,8 @@ Call Answer(const Shape& shape, int64_t strided, Place&& place) {
     const int64_t row = int64_t{shape.kv_heads} * shape.dim_k + strided;
     const auto k = place(Elements(static_cast<size_t>(kChunk * row), 1 + chunk));
     const auto v = place(Elements(static_cast<size_t>(kChunk * row), 11 + chunk));
-    const auto q = place(Elements(static_cast<size_t>(kQueries * shape.q_heads * shape.dim_k), 21 + chunk));
+    const auto q =
+        place(Elements(static_cast<size_t>(kQueries * shape.q_heads * shape.dim_k), 21 + chunk));
     params.num_tokens = kChunk;
     params.num_queries = kQueries;
     params.k = k->data(), params.v = v->data(), params.q = q->data();

@@ -48,7 +48,8 @@ void CompareSteps(Twins& twins, float query_sigma, int steps) {
 // Keys about a mean of their own, which tables learnt from others misrepresent.
 Rows MovedRows(const Shape& shape, std::mt19937_64& engine, int64_t count) {
   Rows rows = Twins::GaussianRows(shape, engine, count);
-  const std::vector<float> mean = Gaussian(engine, shape.dtype, int64_t{shape.kv_heads} * shape.dim_k, 1);
+  const std::vector<float> mean =
+      Gaussian(engine, shape.dtype, int64_t{shape.kv_heads} * shape.dim_k, 1);
   for (size_t i = 0; i < rows.k.size(); ++i) {
     rows.k[i] = Round(shape.dtype, rows.k[i] + mean[i % mean.size()]);
   }
@@ -90,7 +91,8 @@ void CompareSaved(const Twins& twins, int slot, const std::filesystem::path& fol
   int compared = 0;
   for (size_t i = 0; i < a.types.size(); ++i) {
     ASSERT_EQ(a.payloads[i].size(), b.payloads[i].size()) << "record " << i;
-    // The first byte from `from` on, before `to`, in which the payloads differ; `to` if there is none.
+    // The first byte from `from` on, before `to`, in which the payloads differ; `to` if there is
+    // none.
     const auto differ = [&](size_t from, size_t to) {
       while (from < to && a.payloads[i][from] == b.payloads[i][from]) ++from;
       return from;
@@ -182,8 +184,8 @@ TEST_P(CudaParityTest, AnswersAsTheCpu) {
   CompareRestored(twins, folder_, call);
 }
 
-// Sequences that grow by rows unlike those before, in prompts and in steps: their indices have several segments, some
-// of them learnt from the queries of steps.
+// Sequences that grow by rows unlike those before, in prompts and in steps: their indices have
+// several segments, some of them learnt from the queries of steps.
 TEST_P(CudaParityTest, GrowsAsTheCpu) {
   SKIP_WITHOUT_DEVICE();
   const Case& c = GetParam();
@@ -201,7 +203,8 @@ TEST_P(CudaParityTest, GrowsAsTheCpu) {
   twins.Append(kGrowth, MovedRows);
   CompareSteps(twins, c.query_sigma, c.steps / 2);
   CompareSelected(twins, lists, c.query_sigma, true);
-  CompareSteps(twins, c.query_sigma, 1);  // the queries of an open step are the CPU's alone until it has passed
+  // The queries of an open step are the CPU's alone until it has passed
+  CompareSteps(twins, c.query_sigma, 1);
   CompareGrowth(twins, 3);
   if (HasFailure()) return;
   for (int s = 0; s < twins.slots(); ++s) {
@@ -215,38 +218,55 @@ TEST_P(CudaParityTest, GrowsAsTheCpu) {
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, CudaParityTest,
-    testing::Values(Case{"d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}},
-                    Case{"d64_g16_bf16", {32, 2, 64, 64, false, VATTN_BF16}},
-                    Case{"d80_g2_f16", {4, 2, 80, 80, false, VATTN_F16}},
-                    Case{"d96_g4_bf16", {8, 2, 96, 96, false, VATTN_BF16}},
-                    Case{"d96_g6_f32", {12, 2, 96, 96, false, VATTN_F32}},
-                    Case{"d128_g6_bf16", {12, 2, 128, 128, false, VATTN_BF16}},
-                    Case{"d128_g8_f16", {16, 2, 128, 128, false, VATTN_F16}},
-                    Case{"d128_g4_f32", {8, 2, 128, 128, false, VATTN_F32}},
-                    Case{"coarse_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 6},
-                    Case{"d192_128_g16_bf16", {16, 1, 192, 128, false, VATTN_BF16}, .5f},
-                    Case{"d192_g2_f16", {4, 2, 192, 192, false, VATTN_F16}, .5f},
-                    Case{"d256_g1_bf16", {2, 2, 256, 256, false, VATTN_BF16}, .5f},
-                    Case{"d256_g4_f32", {4, 1, 256, 256, false, VATTN_F32}, .5f},
-                    Case{"mla_g16_bf16", {16, 1, 576, 512, true, VATTN_BF16}, .5f, 8},
-                    Case{"mla_g8_f16", {8, 1, 576, 512, true, VATTN_F16}, .5f, 8},
-                    Case{"mla_g128_bf16", {128, 1, 576, 512, true, VATTN_BF16}, .5f, 4},
-                    Case{"values2_d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}, 1, 20, 2},
-                    Case{"values4_d64_g4_bf16", {8, 2, 64, 64, false, VATTN_BF16}, 1, 20, 4},
-                    Case{"values2_d80_g2_f16", {4, 2, 80, 80, false, VATTN_F16}, 1, 20, 2},
-                    Case{"values4_d80_g6_f32", {12, 2, 80, 80, false, VATTN_F32}, 1, 20, 4},
-                    Case{"values2_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 1, 20, 2},
-                    Case{"values4_d128_g8_f16", {16, 2, 128, 128, false, VATTN_F16}, 1, 20, 4},
-                    Case{"values2_d192_g16_bf16", {16, 1, 192, 192, false, VATTN_BF16}, .5f, 20, 2},
-                    Case{"values4_d192_128_g9_bf16", {9, 1, 192, 128, false, VATTN_BF16}, .5f, 20, 4},
-                    Case{"values2_d256_g12_f32", {12, 1, 256, 256, false, VATTN_F32}, .5f, 20, 2},
-                    Case{"values2_mla_g16_bf16", {16, 1, 576, 512, true, VATTN_BF16}, .5f, 8, 2},
-                    Case{"values4_mla_g128_f16", {128, 1, 576, 512, true, VATTN_F16}, .5f, 4, 4},
-                    Case{"sign32_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 1, 8, 0, VATTN_INDEX_SIGN, 32},
-                    Case{"sign16_d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}, 1, 8, 0, VATTN_INDEX_SIGN, 16},
-                    Case{"sign4_d96_g9_f16", {9, 1, 96, 96, false, VATTN_F16}, 1, 4, 0, VATTN_INDEX_SIGN, 4},
-                    Case{"hadamard2_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 2, 20, 0, VATTN_INDEX_HADAMARD2},
-                    Case{"hadamard2_d80_g2_f16", {4, 2, 80, 80, false, VATTN_F16}, 2, 20, 0, VATTN_INDEX_HADAMARD2}),
+    testing::Values(
+        Case{"d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}},
+        Case{"d64_g16_bf16", {32, 2, 64, 64, false, VATTN_BF16}},
+        Case{"d80_g2_f16", {4, 2, 80, 80, false, VATTN_F16}},
+        Case{"d96_g4_bf16", {8, 2, 96, 96, false, VATTN_BF16}},
+        Case{"d96_g6_f32", {12, 2, 96, 96, false, VATTN_F32}},
+        Case{"d128_g6_bf16", {12, 2, 128, 128, false, VATTN_BF16}},
+        Case{"d128_g8_f16", {16, 2, 128, 128, false, VATTN_F16}},
+        Case{"d128_g4_f32", {8, 2, 128, 128, false, VATTN_F32}},
+        Case{"coarse_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 6},
+        Case{"d192_128_g16_bf16", {16, 1, 192, 128, false, VATTN_BF16}, .5f},
+        Case{"d192_g2_f16", {4, 2, 192, 192, false, VATTN_F16}, .5f},
+        Case{"d256_g1_bf16", {2, 2, 256, 256, false, VATTN_BF16}, .5f},
+        Case{"d256_g4_f32", {4, 1, 256, 256, false, VATTN_F32}, .5f},
+        Case{"mla_g16_bf16", {16, 1, 576, 512, true, VATTN_BF16}, .5f, 8},
+        Case{"mla_g8_f16", {8, 1, 576, 512, true, VATTN_F16}, .5f, 8},
+        Case{"mla_g128_bf16", {128, 1, 576, 512, true, VATTN_BF16}, .5f, 4},
+        Case{"values2_d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}, 1, 20, 2},
+        Case{"values4_d64_g4_bf16", {8, 2, 64, 64, false, VATTN_BF16}, 1, 20, 4},
+        Case{"values2_d80_g2_f16", {4, 2, 80, 80, false, VATTN_F16}, 1, 20, 2},
+        Case{"values4_d80_g6_f32", {12, 2, 80, 80, false, VATTN_F32}, 1, 20, 4},
+        Case{"values2_d128_g4_bf16", {8, 2, 128, 128, false, VATTN_BF16}, 1, 20, 2},
+        Case{"values4_d128_g8_f16", {16, 2, 128, 128, false, VATTN_F16}, 1, 20, 4},
+        Case{"values2_d192_g16_bf16", {16, 1, 192, 192, false, VATTN_BF16}, .5f, 20, 2},
+        Case{"values4_d192_128_g9_bf16", {9, 1, 192, 128, false, VATTN_BF16}, .5f, 20, 4},
+        Case{"values2_d256_g12_f32", {12, 1, 256, 256, false, VATTN_F32}, .5f, 20, 2},
+        Case{"values2_mla_g16_bf16", {16, 1, 576, 512, true, VATTN_BF16}, .5f, 8, 2},
+        Case{"values4_mla_g128_f16", {128, 1, 576, 512, true, VATTN_F16}, .5f, 4, 4},
+        Case{"sign32_d128_g4_bf16",
+             {8, 2, 128, 128, false, VATTN_BF16},
+             1,
+             8,
+             0,
+             VATTN_INDEX_SIGN,
+             32},
+        Case{"sign16_d64_g1_f32", {2, 2, 64, 64, false, VATTN_F32}, 1, 8, 0, VATTN_INDEX_SIGN, 16},
+        Case{"sign4_d96_g9_f16", {9, 1, 96, 96, false, VATTN_F16}, 1, 4, 0, VATTN_INDEX_SIGN, 4},
+        Case{"hadamard2_d128_g4_bf16",
+             {8, 2, 128, 128, false, VATTN_BF16},
+             2,
+             20,
+             0,
+             VATTN_INDEX_HADAMARD2},
+        Case{"hadamard2_d80_g2_f16",
+             {4, 2, 80, 80, false, VATTN_F16},
+             2,
+             20,
+             0,
+             VATTN_INDEX_HADAMARD2}),
     [](const auto& info) { return std::string(info.param.name); });
 
 TEST(CudaLayersTest, LayersMayDifferAndBeLeftOut) {

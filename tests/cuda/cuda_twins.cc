@@ -12,16 +12,17 @@
 namespace vattn::test {
 namespace {
 
-constexpr double kBorder = 1e-3;      // relative distance of u from pi that rounding may bridge
-constexpr double kMostMoved = .1;     // the same where a query's level rounded the other way
-constexpr double kMostLoose = .1;     // share of lists that this may happen to
-// Share of heads whose outputs part ways in later steps: the order of sums moves the controller's state
-// by an ulp, that moves one token over the border now and then, and a token moves all heads of its
-// group. Measured .26 at most; the verdicts stay the same.
+constexpr double kBorder = 1e-3;   // relative distance of u from pi that rounding may bridge
+constexpr double kMostMoved = .1;  // the same where a query's level rounded the other way
+constexpr double kMostLoose = .1;  // share of lists that this may happen to
+// Share of heads whose outputs part ways in later steps: the order of sums moves the controller's
+// state by an ulp, that moves one token over the border now and then, and a token moves all heads
+// of its group. Measured .26 at most; the verdicts stay the same.
 constexpr double kMostApart = .35;
 constexpr double kMostDiffer = .005;  // share of drawn tokens that only one backend drew
-// Share of drawn tokens that only one backend was sure of: an estimate that is rounded the other way, in fp16, can be on
-// the other side of the score from which on tokens are drawn whatever their probability is.
+// Share of drawn tokens that only one backend was sure of: an estimate that is rounded the other
+// way, in fp16, can be on the other side of the score from which on tokens are drawn whatever their
+// probability is.
 constexpr double kMostSure = .004;
 
 vattn_options On(vattn_options options, int32_t backend) {
@@ -167,8 +168,9 @@ void CompareSelect(Twins& twins, float query_sigma, Lists& a) {
     }
   }
   std::printf("%d of %d drawn tokens differ, of %d one is sure, %d of %d lists moved\n",
-              static_cast<int>(tally.differ), static_cast<int>(tally.drawn), static_cast<int>(tally.sure),
-              static_cast<int>(tally.loose), static_cast<int>(tally.lists));
+              static_cast<int>(tally.differ), static_cast<int>(tally.drawn),
+              static_cast<int>(tally.sure), static_cast<int>(tally.loose),
+              static_cast<int>(tally.lists));
   EXPECT_GT(tally.drawn, 100);
   EXPECT_LE(static_cast<double>(tally.sure), 1 + kMostSure * static_cast<double>(tally.drawn));
   EXPECT_LE(static_cast<double>(tally.differ), 1 + kMostDiffer * static_cast<double>(tally.drawn));

@@ -153,7 +153,8 @@ TEST_P(EncodeTest, CodesFollowTheDefinition) {
   EXPECT_GT(clipped, 0);
 }
 
-// A key far out in every direction, a huge value, and NaN in either: codes of all 0, and of no others.
+// A key far out in every direction, a huge value, and NaN in either: codes of all 0, and of no
+// others.
 TEST_P(EncodeTest, WhatNoCodeTellsIsMarked) {
   if (std::get<1>(GetParam()).shared_kv) GTEST_SKIP() << "keys and values are the same rows";
   for (const int bytes : kIndexBytes) {
@@ -170,7 +171,12 @@ TEST_P(EncodeTest, WhatNoCodeTellsIsMarked) {
     // New tokens are judged by the index that there is.
     f.SetKey(96, 3, NAN);
     f.SetValue(97, 5, NAN);
-    Encode({.storage = f.storage, .index = f.group.index, .blocks = f.group.blocks, .begin = 96, .end = 112}, {});
+    Encode({.storage = f.storage,
+            .index = f.group.index,
+            .blocks = f.group.blocks,
+            .begin = 96,
+            .end = 112},
+           {});
     EXPECT_TRUE(marked(96));
     EXPECT_TRUE(marked(97));
     EXPECT_FALSE(marked(98));

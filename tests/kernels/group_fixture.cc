@@ -87,7 +87,7 @@ void UseSimdTarget(int64_t target) {
 }
 
 AlignedBytes AllocateAligned(size_t bytes) {
-  AlignedBytes memory(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64})));
+  AlignedBytes memory(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{64})));
   std::memset(memory.get(), 0xA5, bytes);
   return memory;
 }
@@ -291,10 +291,10 @@ int CodeLevel(const GroupFixture& f, int64_t token, int dim) {
 }
 
 double CodePoint(const CodeLayout& code, int dim, int level) {
-  const int half = dim < code.dims8                              ? 64
-                   : dim < code.dims8 + code.dims4               ? 8
+  const int half = dim < code.dims8                             ? 64
+                   : dim < code.dims8 + code.dims4              ? 8
                    : dim < code.dims8 + code.dims4 + code.dims2 ? 2
-                                                                 : 1;
+                                                                : 1;
   return level + .5 - half;
 }
 

@@ -29,7 +29,7 @@ std::vector<int64_t> SimdTargets();
 void UseSimdTarget(int64_t target);
 
 struct AlignedFree {
-  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{64}); }
+  void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{64}); }
 };
 using AlignedBytes = std::unique_ptr<std::byte[], AlignedFree>;
 AlignedBytes AllocateAligned(size_t bytes);  // filled with 0xA5

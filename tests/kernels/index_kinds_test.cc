@@ -1,6 +1,5 @@
-// Codes and scores of the kinds of index beside the balanced one, against their definitions in float64.
-#include "kernels/cpu/index.h"
-
+// Codes and scores of the kinds of index beside the balanced one, against their definitions in
+// float64.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/cpu/index.h"
 #include "kernels/cpu/scan.h"
 #include "tests/kernels/group_fixture.h"
 
@@ -29,7 +29,9 @@ GroupShape Shape(IndexKind index, const Dims& dims, int heads, int bytes = 32) {
           .index = index};
 }
 
-double Centred(const GroupFixture& f, int64_t token, int c) { return f.Key(token, c) - f.group.index.center[c]; }
+double Centred(const GroupFixture& f, int64_t token, int c) {
+  return f.Key(token, c) - f.group.index.center[c];
+}
 double Scaled(const GroupFixture& f, int head, int c) { return f.Query(head, c) * f.storage.scale; }
 
 double CenterPart(const GroupFixture& f, int head) {
@@ -76,7 +78,8 @@ TEST_P(IndexKindsTest, SignsAreComparedByHammingDistance) {
       GroupFixture f(Shape(IndexKind::kSign, GetParam(), heads, bytes), heads);
       f.BuildIndex();
       const IndexTables& index = f.group.index;
-      const int dims = f.storage.code.dims(), dim = f.shape.dim_k, padded = f.storage.code.padded_dims();
+      const int dims = f.storage.code.dims(), dim = f.shape.dim_k,
+                padded = f.storage.code.padded_dims();
       ASSERT_EQ(dims, 8 * bytes);
       EXPECT_GT(index.slope, 0);
       for (int64_t t = kBegin; t < kEnd; t += 13) {
@@ -103,7 +106,8 @@ TEST_P(IndexKindsTest, SignsAreComparedByHammingDistance) {
         int matches = 0;
         for (int j = 0; j < dims; ++j) matches += (CodeLevel(f, t, j) == 1) == of_query[g][j];
         const double raw = Norm(f, g) * (matches - .5 * dims);
-        ASSERT_NEAR(score, CenterPart(f, g) + index.slope * raw + index.intercept * Norm(f, g), 1e-3)
+        ASSERT_NEAR(score, CenterPart(f, g) + index.slope * raw + index.intercept * Norm(f, g),
+                    1e-3)
             << bytes << " bytes, head " << g << ", token " << t;
       });
     }
@@ -115,14 +119,16 @@ TEST_P(IndexKindsTest, HadamardLevelsAreARotationInTwoBits) {
   GroupFixture f(Shape(IndexKind::kHadamard2, GetParam(), 3));
   f.BuildIndex();
   const IndexTables& index = f.group.index;
-  const int dims = f.storage.code.dims(), dim = f.shape.dim_k, padded = f.storage.code.padded_dims();
+  const int dims = f.storage.code.dims(), dim = f.shape.dim_k,
+            padded = f.storage.code.padded_dims();
   ASSERT_GE(dims, dim);
-  // encode, levels apart, is the rotation whose transpose project is: no part of a score is lost but
-  // to rounding.
+  // encode, levels apart, is the rotation whose transpose project is: no part of a score is lost
+  // but to rounding.
   for (int c = 0; c < dim; ++c) {
     for (int e = 0; e < dim; e += 7) {
       double sum = 0;
-      for (int j = 0; j < dims; ++j) sum += double{index.encode[c * padded + j]} * index.project[j * dim + e];
+      for (int j = 0; j < dims; ++j)
+        sum += double{index.encode[c * padded + j]} * index.project[j * dim + e];
       ASSERT_NEAR(sum, c == e ? 1 : 0, 1e-5);
     }
   }
@@ -177,7 +183,8 @@ TEST_P(IndexKindsTest, PooledPagesHaveTheScoreOfTheirMean) {
       double mean = 0, size = 0;
       for (int64_t i = t / 16 * 16; i < t / 16 * 16 + 16; ++i) {
         mean += f.Logit(g, i) / 16;
-        for (int c = 0; c < f.shape.dim_k; ++c) size += std::abs(Scaled(f, g, c) * Centred(f, i, c)) / 16;
+        for (int c = 0; c < f.shape.dim_k; ++c)
+          size += std::abs(Scaled(f, g, c) * Centred(f, i, c)) / 16;
       }
       ASSERT_NEAR(score, mean, size / 256 + 1e-4);  // means in bf16
     });
@@ -192,7 +199,8 @@ TEST_P(IndexKindsTest, TokensHaveTheScoreOfTheNearestCentroid) {
     ASSERT_EQ(all, 16 * 16384 / (4 * dim));
     const auto distance2 = [&](int64_t t, int i) {
       double sum = 0;
-      for (int c = 0; c < dim; ++c) sum += std::pow(Centred(f, t, c) - f.group.index.centroids[i * dim + c], 2);
+      for (int c = 0; c < dim; ++c)
+        sum += std::pow(Centred(f, t, c) - f.group.index.centroids[i * dim + c], 2);
       return sum;
     };
     std::vector<int> nearest(kEnd);
@@ -203,11 +211,13 @@ TEST_P(IndexKindsTest, TokensHaveTheScoreOfTheNearestCentroid) {
       nearest[t] = id;
       if (t % 71 > 0) continue;
       const double own = distance2(t, id);
-      for (int i = 0; i < all; ++i) ASSERT_GE(distance2(t, i), own * (1 - 1e-3) - 1e-3) << t << " " << i;
+      for (int i = 0; i < all; ++i)
+        ASSERT_GE(distance2(t, i), own * (1 - 1e-3) - 1e-3) << t << " " << i;
     }
     ForScores(f, IndexKind::kClusters, [&](int g, int64_t t, float score) {
       double expected = CenterPart(f, g);
-      for (int c = 0; c < dim; ++c) expected += Scaled(f, g, c) * f.group.index.centroids[nearest[t] * dim + c];
+      for (int c = 0; c < dim; ++c)
+        expected += Scaled(f, g, c) * f.group.index.centroids[nearest[t] * dim + c];
       ASSERT_NEAR(score, expected, 1e-3);
     });
   }
@@ -239,7 +249,8 @@ TEST(ExternalTest, ScoresAreTakenAsTheyAre) {
     for (int g = 0; g < 70; ++g) {
       for (int64_t b = 0; b < NumBlocks(f.group); ++b) {
         const float* row = given.data() + (apart ? g * 700 : 0);
-        const float most = *std::max_element(row + std::max(kBegin, b * 256), row + std::min(kEnd, b * 256 + 256));
+        const float most =
+            *std::max_element(row + std::max(kBegin, b * 256), row + std::min(kEnd, b * 256 + 256));
         ASSERT_EQ(f.group.scratch.shift[b * 70 + g], most);
       }
     }
@@ -252,10 +263,12 @@ TEST(ExternalTest, MinusInfinityIsALowScore) {
   const std::vector<float> given(700, -INFINITY);
   f.group.external = given.data();
   f.Scan(IndexKind::kExternal);
-  for (int64_t t = 0; t < 768; ++t) ASSERT_EQ(EstimateOf(f.group, t, 0) > 0, t >= kBegin && t < kEnd) << t;
+  for (int64_t t = 0; t < 768; ++t)
+    ASSERT_EQ(EstimateOf(f.group, t, 0) > 0, t >= kBegin && t < kEnd) << t;
 }
 
-// The line through (raw, score) pairs: predictions are closer to the scores than any 5 % away from it.
+// The line through (raw, score) pairs: predictions are closer to the scores than any 5 % away from
+// it.
 TEST(FitTest, SlopesAreTheBestOnes) {
   for (const IndexKind kind : {IndexKind::kSign, IndexKind::kPage}) {
     GroupFixture f(Shape(kind, {128, 128, false}, 16));
@@ -264,7 +277,9 @@ TEST(FitTest, SlopesAreTheBestOnes) {
     double error[3] = {};
     for (int i = 0; i < 3; ++i) {
       f.group.index.slope = slope * (i == 0 ? .5f : i == 1 ? 1.f : 2.f);
-      ForScores(f, kind, [&](int g, int64_t t, float score) { error[i] += std::pow(score - f.Logit(g, t), 2); });
+      ForScores(f, kind, [&](int g, int64_t t, float score) {
+        error[i] += std::pow(score - f.Logit(g, t), 2);
+      });
     }
     EXPECT_LT(error[1], error[0]);
     EXPECT_LT(error[1], error[2]);
@@ -272,15 +287,17 @@ TEST(FitTest, SlopesAreTheBestOnes) {
 }
 
 TEST(FitTest, DegenerateKeysGiveFiniteScores) {
-  for (const IndexKind kind : {IndexKind::kSign, IndexKind::kHadamard2, IndexKind::kPage, IndexKind::kPooled,
-                               IndexKind::kClusters}) {
+  for (const IndexKind kind : {IndexKind::kSign, IndexKind::kHadamard2, IndexKind::kPage,
+                               IndexKind::kPooled, IndexKind::kClusters}) {
     for (const float value : {0.f, 3.f}) {
       GroupFixture f(Shape(kind, {64, 64, false}, 2));
       for (int64_t t = 0; t < f.shape.tokens; ++t) {
         for (int c = 0; c < 64; ++c) f.SetKey(t, c, value);
       }
       f.BuildIndex();
-      ForScores(f, kind, [&](int g, int64_t t, float score) { ASSERT_NEAR(score, f.Logit(g, t), 1e-2) << t; });
+      ForScores(f, kind, [&](int g, int64_t t, float score) {
+        ASSERT_NEAR(score, f.Logit(g, t), 1e-2) << t;
+      });
     }
   }
 }

@@ -33,11 +33,13 @@ TEST_P(ProductsTest, OuterProductsAddUp) {
       std::vector<double> expected(sum.begin(), sum.end());
       for (int i = 0; i < count; ++i) {
         for (int a = 0; a < dim; ++a) {
-          for (int b = 0; b < dim; ++b) expected[a * dim + b] += static_cast<double>(rows[i * dim + a]) * rows[i * dim + b];
+          for (int b = 0; b < dim; ++b)
+            expected[a * dim + b] += static_cast<double>(rows[i * dim + a]) * rows[i * dim + b];
         }
       }
       AddOuterProducts(rows.data(), count, dim, sum.data());
-      for (int i = 0; i < dim * dim; ++i) ASSERT_NEAR(sum[i], expected[i], 1e-5 * (10 + count)) << dim << " " << count;
+      for (int i = 0; i < dim * dim; ++i)
+        ASSERT_NEAR(sum[i], expected[i], 1e-5 * (10 + count)) << dim << " " << count;
     }
   }
 }
@@ -52,7 +54,8 @@ TEST_P(ProductsTest, RowsAreMapped) {
       for (int i = 0; i < count; ++i) {
         for (int j = 0; j < columns; ++j) {
           double expected = 0;
-          for (int c = 0; c < dim; ++c) expected += static_cast<double>(rows[i * dim + c]) * map[c * columns + j];
+          for (int c = 0; c < dim; ++c)
+            expected += static_cast<double>(rows[i * dim + c]) * map[c * columns + j];
           ASSERT_NEAR(out[i * columns + j], expected, 1e-3);
         }
       }

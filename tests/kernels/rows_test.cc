@@ -79,7 +79,8 @@ void ExpectDots(const Rows& rows, const std::vector<float>& queries, int heads, 
         const double term = queries[g * dim + c] * rows.values[i * dim + c];
         sum += term, size += std::abs(term);
       }
-      ASSERT_NEAR(out[g * kLd + i], sum, 4e-7 * size) << dim << " " << heads << " " << count << " " << i;
+      ASSERT_NEAR(out[g * kLd + i], sum, 4e-7 * size)
+          << dim << " " << heads << " " << count << " " << i;
     }
   }
 }

@@ -88,7 +88,8 @@ TEST(MarkedTest, AreDrawnOnce) {
     float variance[4];
     EXPECT_NEAR(PredictVariance(f.group, weights.At(1e-9f), 1, 0, variance, {}), 4, 1e-3);
     const int64_t second = DrawTokens(f.group, weights.At(1), scale, {.refresh = 1}, first, {});
-    for (const int64_t token : marked) EXPECT_EQ(std::count(tokens + first, tokens + second, token), 0);
+    for (const int64_t token : marked)
+      EXPECT_EQ(std::count(tokens + first, tokens + second, token), 0);
   }
   UseSimdTarget(0);
 }
@@ -186,12 +187,12 @@ TEST_P(SampleTest, LooksAreNested) {
   }
 }
 
-// Looks that draw from candidates find what looks over all tokens find, also when the candidates of a
-// segment are too many to be kept, and when a scale is past those kept.
+// Looks that draw from candidates find what looks over all tokens find, also when the candidates of
+// a segment are too many to be kept, and when a scale is past those kept.
 TEST_P(SampleTest, CandidatesChangeNothing) {
   const Weights w(f_, 1e-3);
-  for (const std::vector<float>& scales :
-       std::vector<std::vector<float>>{{.3f, .31f, .5f, .9f, 2.f, 2.1f}, {50.f, 70.f, 1e3f, 1e6f}, {1e-6f, .5f}}) {
+  for (const std::vector<float>& scales : std::vector<std::vector<float>>{
+           {.3f, .31f, .5f, .9f, 2.f, 2.1f}, {50.f, 70.f, 1e3f, 1e6f}, {1e-6f, .5f}}) {
     std::vector<uint32_t> tokens[2];
     std::vector<float> weights[2];
     std::fill(f_.group.scratch.logit, f_.group.scratch.logit + 5120, -7.f);
@@ -199,7 +200,8 @@ TEST_P(SampleTest, CandidatesChangeNothing) {
       int64_t count = 0;
       float previous = 0, kept = 0;
       for (const float scale : scales) {
-        count = DrawTokens(f_.group, w.At(scale), previous, {.refresh = 64}, count, {}, keep ? &kept : nullptr);
+        count = DrawTokens(f_.group, w.At(scale), previous, {.refresh = 64}, count, {},
+                           keep ? &kept : nullptr);
         EXPECT_TRUE(!keep || kept >= scale);
         previous = scale;
       }
@@ -253,8 +255,8 @@ INSTANTIATE_TEST_SUITE_P(Groups, SampleTest,
                          testing::Combine(testing::Values(1, 2, 3, 4, 6, 8, 16),
                                           testing::ValuesIn(SimdTargets())));
 
-// A plan is for the scale of values that this step sees, however large the last step's reference was: a sink
-// without a value that takes 98 % of the attention leaves a fiftieth of the mean |v|^2.
+// A plan is for the scale of values that this step sees, however large the last step's reference
+// was: a sink without a value that takes 98 % of the attention leaves a fiftieth of the mean |v|^2.
 TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
   std::vector<float> quantile((kQuantileBins + 1) * kMaxLooks, 1.5f);
   Promise promise;
@@ -269,7 +271,9 @@ TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
     PlanHead(/*value_codes=*/false, promise, index, 1000, state, work);
     return work.target;
   };
-  const auto expected = [&](float ref) { return std::pow(kMargin * promise.epsilon * ref / 1.5f, 2.f); };
+  const auto expected = [&](float ref) {
+    return std::pow(kMargin * promise.epsilon * ref / 1.5f, 2.f);
+  };
   // First steps: norm_floor rms|v|, and room for what history does not know yet.
   EXPECT_NEAR(target(0, false) * kFirstRho / expected(.5f * std::sqrt(.08f)), 1, 1e-5);
   EXPECT_NEAR(target(3.92f, false) * kFirstRho / expected(.5f * 2), 1, 1e-5);
@@ -280,8 +284,8 @@ TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
   EXPECT_NEAR(target(HUGE_VALF, true) / expected(1), 1, 1e-5);
 }
 
-// rho settles where one step in ten has a larger ratio, a pilot's where one in two has: here ratios are
-// exponential, whose quantiles are ln 10 and ln 2.
+// rho settles where one step in ten has a larger ratio, a pilot's where one in two has: here ratios
+// are exponential, whose quantiles are ln 10 and ln 2.
 TEST(PlanTest, LearnsTheRatioThatOneStepInTenExceeds) {
   std::vector<float> quantile((kQuantileBins + 1) * kMaxLooks, 1.5f);
   for (const bool pilot : {false, true}) {
@@ -310,8 +314,9 @@ TEST(PlanTest, LearnsTheRatioThatOneStepInTenExceeds) {
   }
 }
 
-// Each block's heavy token lies in a tile that the sample of the plan leaves out: the blocks' largest e^ tell.
-// Where they count for nothing, the last pass finds 16 times the variance asked for, or more.
+// Each block's heavy token lies in a tile that the sample of the plan leaves out: the blocks'
+// largest e^ tell. Where they count for nothing, the last pass finds 16 times the variance asked
+// for, or more.
 TEST(PlanTest, SeesHeavyTokensOutsideItsTiles) {
   GroupFixture f({.q_heads = 2, .tokens = 65536 + 256, .middle_begin = 256, .middle_end = 65536});
   f.BuildIndex();
@@ -325,7 +330,8 @@ TEST(PlanTest, SeesHeavyTokensOutsideItsTiles) {
     w.estimate[(b * 2 + g) * kBlockTokens + i] = HalfBits(e);
   };
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t heavy = (phase + b + stride / 2) % stride % (kBlockTokens / kTileTokens) * kTileTokens;
+    const int64_t heavy =
+        (phase + b + stride / 2) % stride % (kBlockTokens / kTileTokens) * kTileTokens;
     for (int g = 0; g < 2; ++g) {
       for (int64_t i = 0; i < kBlockTokens; ++i) put(b, g, i, i == heavy + g ? 1.f : 1e-4f);
       w.shift[b * 2 + g] = 5;

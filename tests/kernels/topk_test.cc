@@ -14,8 +14,8 @@
 namespace vattn::cpu {
 namespace {
 
-// Rows of METHOD.md, "Policies", before clamping, from plain formulas: b = (z n sigma / tau)^2 with the finite
-// population correction.
+// Rows of METHOD.md, "Policies", before clamping, from plain formulas: b = (z n sigma / tau)^2 with
+// the finite population correction.
 double Corrected(double root, double n) { return root * root / (1 + root * root / n); }
 
 constexpr SampleMoments kMoments = {.e = .5, .e2 = .4, .ev_norm2 = .2, .ev2 = 1.1};

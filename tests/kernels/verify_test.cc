@@ -1,5 +1,4 @@
 #include "kernels/cpu/verify.h"
-#include "kernels/sampling.h"
 
 #include <gtest/gtest.h>
 
@@ -12,6 +11,7 @@
 #include "kernels/cpu/draw.h"
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/scan.h"
+#include "kernels/sampling.h"
 #include "tests/kernels/group_fixture.h"
 
 namespace vattn::cpu {
@@ -153,7 +153,8 @@ TEST_P(VerifyTest, VarianceRankAndBound) {
     EXPECT_GE(head.cos2, 0);
     EXPECT_LE(head.cos2, 1);
     EXPECT_NEAR(head.few, SquaresShare(f, f.Norms(g, o)), 1e-3);
-    EXPECT_EQ(head.z, Widening(f.promise, g + 1, head.few) * QuantileAt(f.promise, g + 1, head.cos2));
+    EXPECT_EQ(head.z,
+              Widening(f.promise, g + 1, head.few) * QuantileAt(f.promise, g + 1, head.cos2));
     EXPECT_NEAR(head.bound, head.z * std::sqrt(variance) / head.ref, 2e-3 * head.bound);
     // What the next plan learns: the weighted distance of values and the index error.
     double mass = 0, spread = 0, relative = 0, estimate = 0;
@@ -290,8 +291,8 @@ TEST(CertificateTest, AFewSampledTokensAreNoJudge) {
   EXPECT_GE(Growth(f.promise, f.group, f.draw, f.tail, 2), 4);
 }
 
-// With value codes the estimate is a sum over codes, less what was read of it. Where the sum is far above
-// the difference, fp32 does not hold the answer, read whole or not.
+// With value codes the estimate is a sum over codes, less what was read of it. Where the sum is far
+// above the difference, fp32 does not hold the answer, read whole or not.
 TEST(CertificateTest, WhatCancellationAteIsNotVerified) {
   for (const bool exact : {false, true}) {
     HeadState state;
@@ -316,8 +317,8 @@ TEST(CertificateTest, NanIsNotVerified) {
   EXPECT_FALSE(f.group.scratch.head[0].bound <= 10);
 }
 
-// Student's t over the normal quantile, from tables: .05 two-sided is 1.95996, with 20, 10 and 5 degrees
-// of freedom 2.08596, 2.22814 and 2.57058.
+// Student's t over the normal quantile, from tables: .05 two-sided is 1.95996, with 20, 10 and 5
+// degrees of freedom 2.08596, 2.22814 and 2.57058.
 TEST(CertificateTest, FewTermsWidenTheQuantileAsStudentsT) {
   float table[kMaxLooks][kQuantileBins + 1];
   std::fill(&table[0][0], &table[0][0] + sizeof(table) / sizeof(float), 1.95996f);

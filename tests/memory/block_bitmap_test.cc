@@ -57,8 +57,8 @@ TEST(BlockBitmapTest, SeesWhatIsTakenInAStretch) {
   EXPECT_FALSE(bitmap.AnyTaken(0, 0));
 }
 
-// Sequences come in pieces, grow by a block a head and go, with 30 % of the pool in use. Where blocks were taken round the
-// pool, every page of it would have been touched.
+// Sequences come in pieces, grow by a block a head and go, with 30 % of the pool in use. Where
+// blocks were taken round the pool, every page of it would have been touched.
 TEST(BlockBitmapTest, BlocksStayNearEachOther) {
   constexpr int64_t kPage = 256, kBlocks = 400 * kPage, kMost = 3 * kBlocks / 10;
   BlockBitmap bitmap(kBlocks);
@@ -66,7 +66,8 @@ TEST(BlockBitmapTest, BlocksStayNearEachOther) {
   std::vector<std::vector<int64_t>> sequences;
   int64_t highest = 0, most = 0;
   for (int step = 0; step < 20000; ++step) {
-    if (sequences.empty() || (bitmap.num_taken() < kMost && random() % 50 == 0)) sequences.emplace_back();
+    if (sequences.empty() || (bitmap.num_taken() < kMost && random() % 50 == 0))
+      sequences.emplace_back();
     const size_t i = random() % sequences.size();
     if (bitmap.num_taken() >= kMost) {
       for (const int64_t block : sequences[i]) bitmap.Give(block);

@@ -1,4 +1,5 @@
-// Ranges that grow where they lie: on pages of this process, and on a CUDA device's where there is one.
+// Ranges that grow where they lie: on pages of this process, and on a CUDA device's where there is
+// one.
 #include "memory/device_range.h"
 
 #include <gtest/gtest.h>
@@ -35,12 +36,15 @@ class DeviceRangeTest : public testing::TestWithParam<const char*> {
   std::unique_ptr<DevicePages> Pages(uint64_t keep_pages) {
     const PageOps& ops = device_ ? kDevicePageOps : test::kHostPageOps;
     const uint64_t bytes = *ops.page_bytes(0);
-    absl::StatusOr<std::unique_ptr<DevicePages>> pages = DevicePages::Create(0, keep_pages * bytes, ops);
+    absl::StatusOr<std::unique_ptr<DevicePages>> pages =
+        DevicePages::Create(0, keep_pages * bytes, ops);
     EXPECT_TRUE(pages.ok()) << pages.status();
     return *std::move(pages);
   }
-  static std::unique_ptr<DeviceRange> Range(DevicePages& pages, int64_t items, uint64_t item_bytes) {
-    absl::StatusOr<std::unique_ptr<DeviceRange>> range = DeviceRange::Reserve(pages, items, item_bytes);
+  static std::unique_ptr<DeviceRange> Range(DevicePages& pages, int64_t items,
+                                            uint64_t item_bytes) {
+    absl::StatusOr<std::unique_ptr<DeviceRange>> range =
+        DeviceRange::Reserve(pages, items, item_bytes);
     EXPECT_TRUE(range.ok()) << range.status();
     return *std::move(range);
   }
@@ -102,7 +106,8 @@ TEST_P(DeviceRangeTest, GrowsWithoutACopy) {
       ASSERT_TRUE(CommitOne(*range, item, &fresh).ok());
       Mark(*range, item_bytes, item);
       EXPECT_EQ(range->data(), data);
-      for (int32_t before = 0; before <= item; ++before) ASSERT_TRUE(Marked(*range, item_bytes, before)) << before;
+      for (int32_t before = 0; before <= item; ++before)
+        ASSERT_TRUE(Marked(*range, item_bytes, before)) << before;
     }
     EXPECT_EQ(pages->counts().mapped_bytes, range->size());
     uint64_t new_bytes = 0;
@@ -131,7 +136,8 @@ TEST_P(DeviceRangeTest, OnePageIsAheadOfNeed) {
 TEST_P(DeviceRangeTest, PagesOfIdleItemsGoBackAndServeOthers) {
   const std::unique_ptr<DevicePages> pages = Pages(2);
   const uint64_t page = pages->page_bytes();
-  const std::unique_ptr<DeviceRange> range = Range(*pages, 32, page / 4), other = Range(*pages, 2, page);
+  const std::unique_ptr<DeviceRange> range = Range(*pages, 32, page / 4),
+                                     other = Range(*pages, 2, page);
   std::vector<int32_t> all(32);
   std::iota(all.begin(), all.end(), 0);
   ASSERT_TRUE(range->Commit(all.data(), 32, nullptr).ok());
@@ -157,7 +163,9 @@ TEST_P(DeviceRangeTest, PagesOfIdleItemsGoBackAndServeOthers) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Pages, DeviceRangeTest, testing::Values("host", "device"),
-                         [](const testing::TestParamInfo<const char*>& info) { return std::string(info.param); });
+                         [](const testing::TestParamInfo<const char*>& info) {
+                           return std::string(info.param);
+                         });
 
 class HostRangeTest : public DeviceRangeTest {
  protected:
@@ -197,7 +205,8 @@ TEST_P(HostRangeTest, RandomUseMatchesAModel) {
   const std::unique_ptr<DevicePages> pages = Pages(3);
   constexpr int64_t kItems = 200;
   constexpr uint64_t kBytes = test::kHostPageBytes / 16 * 5;
-  const std::unique_ptr<DeviceRange> ranges[2] = {Range(*pages, kItems, kBytes), Range(*pages, kItems, kBytes)};
+  const std::unique_ptr<DeviceRange> ranges[2] = {Range(*pages, kItems, kBytes),
+                                                  Range(*pages, kItems, kBytes)};
   std::set<int32_t> used[2];
   std::mt19937_64 random(1);
   host_pages.limit = 60;
@@ -206,8 +215,10 @@ TEST_P(HostRangeTest, RandomUseMatchesAModel) {
     const size_t r = random() % 2;
     if (random() % 3 > 0) {
       std::vector<int32_t> items;
-      for (uint64_t n = random() % 6; n > 0; --n) items.push_back(static_cast<int32_t>(random() % kItems));
-      const absl::Status status = ranges[r]->Commit(items.data(), static_cast<int64_t>(items.size()), nullptr);
+      for (uint64_t n = random() % 6; n > 0; --n)
+        items.push_back(static_cast<int32_t>(random() % kItems));
+      const absl::Status status =
+          ranges[r]->Commit(items.data(), static_cast<int64_t>(items.size()), nullptr);
       refused += !status.ok();
       if (!status.ok()) used[r].clear();
       for (size_t i = 0; status.ok() && i < items.size(); ++i) {
@@ -223,7 +234,8 @@ TEST_P(HostRangeTest, RandomUseMatchesAModel) {
     for (const int32_t item : used[r]) ASSERT_TRUE(Marked(*ranges[r], kBytes, item)) << step;
     const PageCounts counts = pages->counts();
     ASSERT_EQ(counts.mapped_bytes, static_cast<uint64_t>(host_pages.mapped) * test::kHostPageBytes);
-    ASSERT_EQ(counts.mapped_bytes + counts.spare_bytes, static_cast<uint64_t>(host_pages.live) * test::kHostPageBytes);
+    ASSERT_EQ(counts.mapped_bytes + counts.spare_bytes,
+              static_cast<uint64_t>(host_pages.live) * test::kHostPageBytes);
     ASSERT_LE(counts.spare_bytes, 3 * test::kHostPageBytes);
   }
   EXPECT_GT(refused, 0);

@@ -106,7 +106,8 @@ TEST(BackendChoiceTest, TheEnvironmentDecidesForAuto) {
   }
   {
     const Environment other("tpu");
-    ExpectRefused(VATTN_INVALID_ARGUMENT, OptionsWith(VATTN_BACKEND_AUTO), "VATTN_BACKEND in the environment is \"tpu\"");
+    ExpectRefused(VATTN_INVALID_ARGUMENT, OptionsWith(VATTN_BACKEND_AUTO),
+                  "VATTN_BACKEND in the environment is \"tpu\"");
   }
   if (best == VATTN_BACKEND_CPU) return;
   const Environment cpu("cpu");

@@ -81,9 +81,7 @@ inline constexpr FileOps kFaultFileOps = {
           return faults.Fails("fdatasync") || faults.Interrupts() ? -1 : SyncNothing(fd);
         },
     .fsync =
-        [](int fd) {
-          return faults.Fails("fsync") || faults.Interrupts() ? -1 : SyncNothing(fd);
-        },
+        [](int fd) { return faults.Fails("fsync") || faults.Interrupts() ? -1 : SyncNothing(fd); },
     .rename =
         [](const char* from, const char* to) {
           return faults.Fails("rename") ? -1 : kSystemFileOps.rename(from, to);

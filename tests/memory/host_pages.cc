@@ -11,8 +11,8 @@ namespace {
 
 std::byte* Map(std::byte* at, uint64_t bytes, int protection) {
   const int fixed = at == nullptr ? 0 : MAP_FIXED;
-  void* const mapped =
-      mmap(at, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, /*fd=*/-1, 0);
+  void* const mapped = mmap(at, bytes, protection,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, /*fd=*/-1, 0);
   return mapped == MAP_FAILED ? nullptr : static_cast<std::byte*>(mapped);
 }
 

@@ -1,5 +1,5 @@
-// Pages of this process in the place of a device's: addresses without a page fault when they are touched, and a
-// page is full of kUnset bytes when it is mapped.
+// Pages of this process in the place of a device's: addresses without a page fault when they are
+// touched, and a page is full of kUnset bytes when it is mapped.
 #ifndef VATTN_TESTS_MEMORY_HOST_PAGES_H_
 #define VATTN_TESTS_MEMORY_HOST_PAGES_H_
 
@@ -17,7 +17,7 @@ extern const PageOps kHostPageOps;
 
 // Of all ranges together.
 struct HostPages {
-  std::atomic<int64_t> limit{INT64_MAX};   // pages that may live at a time
+  std::atomic<int64_t> limit{INT64_MAX};      // pages that may live at a time
   std::atomic<int64_t> maps_left{INT64_MAX};  // calls of map that still succeed
   std::atomic<int64_t> live{0}, made{0}, mapped{0};
 };

@@ -70,7 +70,9 @@ auto Mortal(Call&& call) {
   return result;
 }
 
-size_t Half(size_t bytes) { return calls + 1 == death.call && death.where == 2 ? bytes / 2 : bytes; }
+size_t Half(size_t bytes) {
+  return calls + 1 == death.call && death.where == 2 ? bytes / 2 : bytes;
+}
 
 FileOps MortalOps() {
   FileOps ops = kSystemFileOps;
@@ -99,9 +101,7 @@ FileOps MortalOps() {
   ops.ftruncate = [](int fd, off_t bytes) {
     return Mortal([&] { return kSystemFileOps.ftruncate(fd, bytes); });
   };
-  ops.unlink = [](const char* path) {
-    return Mortal([&] { return kSystemFileOps.unlink(path); });
-  };
+  ops.unlink = [](const char* path) { return Mortal([&] { return kSystemFileOps.unlink(path); }); };
   return ops;
 }
 
@@ -143,7 +143,8 @@ absl::StatusOr<uint32_t> VersionIn(const std::string& path, uint32_t record) {
   for (size_t i = 0; i < records.size(); ++i) {
     std::vector<std::byte> payload(records[i].bytes);
     VATTN_RETURN_IF_ERROR((*reader)->Read(i, payload));
-    if (payload != expected[i]) return DataLossError(path, ": record ", i, " is of another version");
+    if (payload != expected[i])
+      return DataLossError(path, ": record ", i, " is of another version");
   }
   return version;
 }
@@ -232,10 +233,12 @@ int Run(int64_t kills, uint32_t seed, const std::string& parent) {
   bool good = true;
   while (good && tally.kills < kills) good = LiveAndDie(directory, engine, versions, tally);
   std::filesystem::remove_all(directory);
-  std::printf("seed %u: %ld kills, %ld saves, %ld kept though not acknowledged, %ld temporary files left: %s\n",
-              seed, static_cast<long>(tally.kills), static_cast<long>(tally.saves),
-              static_cast<long>(tally.in_flight_kept), static_cast<long>(tally.leftovers),
-              good ? "every record whole" : "FAILED");
+  std::printf(
+      "seed %u: %ld kills, %ld saves, %ld kept though not acknowledged, %ld temporary files left: "
+      "%s\n",
+      seed, static_cast<long>(tally.kills), static_cast<long>(tally.saves),
+      static_cast<long>(tally.in_flight_kept), static_cast<long>(tally.leftovers),
+      good ? "every record whole" : "FAILED");
   // A loop that never kills between the rename and the word of it has not been at the edge.
   return good && tally.saves > kills / 4 && (kills < 1000 || tally.in_flight_kept > 0) ? 0 : 1;
 }

@@ -90,9 +90,8 @@ class SnapshotFaultTest : public SnapshotFiles, public testing::WithParamInterfa
   std::string old_;  // bytes of the file with kOld
 };
 
-INSTANTIATE_TEST_SUITE_P(Engines, SnapshotFaultTest, testing::Bool(), [](const auto& info) {
-  return info.param ? "Uring" : "Pread";
-});
+INSTANTIATE_TEST_SUITE_P(Engines, SnapshotFaultTest, testing::Bool(),
+                         [](const auto& info) { return info.param ? "Uring" : "Pread"; });
 
 TEST_P(SnapshotFaultTest, WriterSurvivesEveryFailingCall) {
   const int64_t descriptors = OpenDescriptors();

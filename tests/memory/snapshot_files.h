@@ -67,8 +67,7 @@ inline absl::Status WriteRecords(const std::string& path, const Records& records
   return (*writer)->Commit();
 }
 
-inline absl::StatusOr<Records> ReadRecords(const std::string& path,
-                                           const IoOptions& io = {}) {
+inline absl::StatusOr<Records> ReadRecords(const std::string& path, const IoOptions& io = {}) {
   absl::StatusOr<std::unique_ptr<SnapshotReader>> reader = SnapshotReader::Open(path, kLayout, io);
   VATTN_RETURN_IF_ERROR(reader.status());
   Records records;

@@ -58,17 +58,20 @@ TEST_F(SnapshotTest, PartsAreGathered) {
   EXPECT_EQ(*ReadRecords(path_), (Records{{5, all}}));
 }
 
-// Records of all sizes around a transfer's, read by themselves and in runs, by both engines, through
-// the page cache and past it, into files of too little, too much and no expected bytes.
+// Records of all sizes around a transfer's, read by themselves and in runs, by both engines,
+// through the page cache and past it, into files of too little, too much and no expected bytes.
 TEST_F(SnapshotTest, RunsOfRecords) {
   Records records;
   std::vector<size_t> sizes = {0, 1, 63, 64, 65, 4095, 4096, 4097, 8192, 20000, 0, 0, 100, 0};
-  for (const size_t size : sizes) records.emplace_back(7, Pattern(size, static_cast<uint32_t>(size)));
+  for (const size_t size : sizes)
+    records.emplace_back(7, Pattern(size, static_cast<uint32_t>(size)));
   for (const bool uring : {false, true}) {
     for (const bool direct : {false, true}) {
       for (const uint64_t expected : {uint64_t{0}, uint64_t{5000}, uint64_t{1} << 20}) {
-        const IoOptions io = {
-            .uring = uring, .direct = direct, .depth = expected == 0 ? 1u : 3u, .block_bytes = 4096};
+        const IoOptions io = {.uring = uring,
+                              .direct = direct,
+                              .depth = expected == 0 ? 1u : 3u,
+                              .block_bytes = 4096};
         absl::StatusOr<std::unique_ptr<SnapshotWriter>> writer =
             SnapshotWriter::Create(path_, kLayout, expected, io);
         ASSERT_TRUE(writer.ok()) << writer.status();
@@ -181,7 +184,9 @@ TEST_F(SnapshotTest, EveryFlippedBitIsRefused) {
   const IoOptions io = {.ops = &ops, .uring = false, .direct = false};
   const int64_t file_bytes = static_cast<int64_t>(std::filesystem::file_size(path_));
   ASSERT_EQ(file_bytes, 4096);
-  const auto in_gap = [&](int64_t byte) { return byte >= 64 + 64 + 64 + 192 && byte < 4096 - 4 * 64; };
+  const auto in_gap = [&](int64_t byte) {
+    return byte >= 64 + 64 + 64 + 192 && byte < 4096 - 4 * 64;
+  };
   for (flipped_byte = 0; flipped_byte < file_bytes; ++flipped_byte) {
     for (flipped_bit = 0; flipped_bit < 8; ++flipped_bit) {
       if (in_gap(flipped_byte) && flipped_bit != flipped_byte % 8) continue;
@@ -241,8 +246,9 @@ TEST_F(SnapshotTest, LyingHeadersAreRefused) {
                                          .payload_checksum = 0,
                                          .number = claims.number,
                                          .file_id = {}};
-    WriteFile(path_, text(Encode(SnapshotFileHeader{kLayout, claims.file_bytes, claims.records, {}})) +
-                         std::string(claims.zeros, '\0') + text(Encode(record)));
+    WriteFile(path_,
+              text(Encode(SnapshotFileHeader{kLayout, claims.file_bytes, claims.records, {}})) +
+                  std::string(claims.zeros, '\0') + text(Encode(record)));
     return CodeOf(SnapshotReader::Open(path_, kLayout, {}).status());
   };
   // Payloads may end anywhere less than 4096 bytes before the record headers.
@@ -253,8 +259,8 @@ TEST_F(SnapshotTest, LyingHeadersAreRefused) {
   for (const uint64_t records : {uint64_t{0}, uint64_t{2}, uint64_t{64}, max / 64, max}) {
     EXPECT_EQ(open({.records = records}), Code::kDataLoss) << records << " records";
   }
-  for (const uint64_t bytes : {uint64_t{4096 - 127}, (uint64_t{1} << 32) + 128, max / 2, max - 127,
-                               max - 62, max}) {
+  for (const uint64_t bytes :
+       {uint64_t{4096 - 127}, (uint64_t{1} << 32) + 128, max / 2, max - 127, max - 62, max}) {
     EXPECT_EQ(open({.payload_bytes = bytes}), Code::kDataLoss) << bytes << " bytes";
   }
   for (const uint64_t offset : {uint64_t{0}, uint64_t{128}, max}) {

@@ -10,12 +10,14 @@ if [ -z "$format" ]; then
   echo "skipped: clang-format 14 is not installed (Debian package clang-format)"
   exit 77
 fi
-files() { git ls-files -z '*.h' '*.hpp' '*.c' '*.cc' '*.cu' '*.cuh'; }
+files() {
+  find api bench examples kernels memory runtime tests -regextype posix-extended -regex '.*\.(h|hpp|c|cc|cu|cuh)' -print0
+}
 if [ "${1:-}" = --fix ]; then
   files | xargs -0 -P "$(nproc)" -n 16 "$format" -i
   exit 0
 fi
-changed=$(files | xargs -0 -P "$(nproc)" -n 16 "$format" --dry-run 2>&1 | sed -nE 's/^([^ :]+):[0-9]+:[0-9]+: warning: .*/\1/p' |
+changed=$(files | xargs -0 "$format" --dry-run 2>&1 | sed -nE 's/^([^ :]+):[0-9]+:[0-9]+: warning: .*/\1/p' |
   sort | uniq -c | sort -rn)
 [ -z "$changed" ] && exit 0
 echo "places that clang-format would change (bash tests/package/format.sh --fix does):"

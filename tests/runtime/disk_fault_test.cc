@@ -20,8 +20,8 @@ int64_t OpenDescriptors() {
   return std::distance(begin(descriptors), end(descriptors));
 }
 
-// Two sequences in a pool that a third does not fit into, and the bytes of a file of the first as it
-// was before.
+// Two sequences in a pool that a third does not fit into, and the bytes of a file of the first as
+// it was before.
 struct World {
   explicit World(bool uring) : options(DiskOptions(uring, scratch / "disk", 30)) {
     options.spill = 1;
@@ -64,8 +64,8 @@ class DiskFaultTest : public testing::TestWithParam<bool> {
  protected:
   DiskFaultTest() : world_(GetParam()) {}
 
-  // For each call that `operate` makes: prepare, operate while that call fails, check. Failures have
-  // one of the codes `refusals`.
+  // For each call that `operate` makes: prepare, operate while that call fails, check. Failures
+  // have one of the codes `refusals`.
   void EveryFailingCall(const std::vector<Code>& refusals, const std::function<void()>& prepare,
                         const std::function<absl::Status()>& operate,
                         const std::function<void(const absl::Status&)>& check) {
@@ -113,9 +113,8 @@ class DiskFaultTest : public testing::TestWithParam<bool> {
   FileFaults seen_;  // those of the last operation
 };
 
-INSTANTIATE_TEST_SUITE_P(Engines, DiskFaultTest, testing::Bool(), [](const auto& info) {
-  return info.param ? "Uring" : "Pread";
-});
+INSTANTIATE_TEST_SUITE_P(Engines, DiskFaultTest, testing::Bool(),
+                         [](const auto& info) { return info.param ? "Uring" : "Pread"; });
 
 TEST_P(DiskFaultTest, Save) {
   World& w = world_;
@@ -154,21 +153,23 @@ TEST_P(DiskFaultTest, Restore) {
 
 TEST_P(DiskFaultTest, Hibernate) {
   World& w = world_;
-  EveryFailingCall({Code::kIoError}, [] {}, [&] { return w.one->Hibernate(w.path); },
-                   [&](const absl::Status& status) {
-                     EXPECT_EQ(w.one->hibernated(), status.ok());
-                     EXPECT_EQ(w.runtime->store().num_used(), status.ok() ? 12 : 24);
-                   });
+  EveryFailingCall(
+      {Code::kIoError}, [] {}, [&] { return w.one->Hibernate(w.path); },
+      [&](const absl::Status& status) {
+        EXPECT_EQ(w.one->hibernated(), status.ok());
+        EXPECT_EQ(w.runtime->store().num_used(), status.ok() ? 12 : 24);
+      });
 }
 
 TEST_P(DiskFaultTest, Wake) {
   World& w = world_;
-  EveryFailingCall({Code::kIoError}, [&] { EXPECT_TRUE(w.one->Hibernate(w.path).ok()); },
-                   [&] { return w.one->Wake(); },
-                   [&](const absl::Status& status) {
-                     EXPECT_EQ(w.one->hibernated(), !status.ok());
-                     EXPECT_EQ(w.runtime->store().num_used(), status.ok() ? 24 : 12);
-                   });
+  EveryFailingCall(
+      {Code::kIoError}, [&] { EXPECT_TRUE(w.one->Hibernate(w.path).ok()); },
+      [&] { return w.one->Wake(); },
+      [&](const absl::Status& status) {
+        EXPECT_EQ(w.one->hibernated(), !status.ok());
+        EXPECT_EQ(w.runtime->store().num_used(), status.ok() ? 24 : 12);
+      });
 }
 
 // A third sequence makes the pool spill the first; if it cannot, the second.

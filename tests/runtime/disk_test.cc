@@ -58,7 +58,8 @@ TEST_F(DiskTest, PrefixesSurviveARestart) {
     EXPECT_EQ(read, content);
   }
   const std::shared_ptr<Runtime> runtime = Open();
-  EXPECT_EQ(runtime->disk()->bytes(), std::filesystem::file_size(scratch_ / "disk/" + Files("prefix-")[0]));
+  EXPECT_EQ(runtime->disk()->bytes(),
+            std::filesystem::file_size(scratch_ / "disk/" + Files("prefix-")[0]));
   EXPECT_EQ(Begin(runtime, MakePrefix("salt", 900), &read), 900);
   EXPECT_EQ(read, content);
   const StatsSnapshot stats = runtime->Stats();
@@ -107,7 +108,8 @@ TEST_F(DiskTest, ABegunSequenceGoesOn) {
 
 TEST_F(DiskTest, SaltsNeverMeet) {
   const std::shared_ptr<Runtime> runtime = Open(200);
-  const std::unique_ptr<Sequence> one = MakeSequence(runtime, 600, 1), two = MakeSequence(runtime, 600, 2);
+  const std::unique_ptr<Sequence> one = MakeSequence(runtime, 600, 1),
+                                  two = MakeSequence(runtime, 600, 2);
   const std::string zero("a\0b", 3);  // any bytes
   ASSERT_TRUE(runtime->disk()->Store(*one, MakePrefix("a", 600)).ok());
   ASSERT_TRUE(runtime->disk()->Store(*two, MakePrefix(zero, 600)).ok());
@@ -124,7 +126,8 @@ TEST_F(DiskTest, SaltsNeverMeet) {
   EXPECT_EQ(Begin(runtime, MakePrefix(zero, 600), &read), 600);
 }
 
-// A file under the name that its digests would have, with other tokens in it, as if digests collided.
+// A file under the name that its digests would have, with other tokens in it, as if digests
+// collided.
 TEST_F(DiskTest, TokensAreComparedNotOnlyDigests) {
   std::string read;
   {
@@ -175,7 +178,8 @@ TEST_F(DiskTest, AFlippedByteAnywhereIsRefused) {
   for (const uint64_t place : Places(std::filesystem::file_size(path), 1000, 1)) {
     const int bit = static_cast<int>(place * 5 % 8);
     FlipBit(path, place, bit);
-    ASSERT_EQ(CodeOf(Sequence::Restore(runtime, path).status()), Code::kDataLoss) << "byte " << place;
+    ASSERT_EQ(CodeOf(Sequence::Restore(runtime, path).status()), Code::kDataLoss)
+        << "byte " << place;
     ASSERT_EQ(runtime->Stats().files_refused, ++refused);
     FlipBit(path, place, bit);
   }

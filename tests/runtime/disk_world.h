@@ -125,7 +125,8 @@ inline std::string ContentOf(Sequence& sequence, int64_t most = int64_t{1} << 31
         if (t < runtime.options().sinks || t >= coded) continue;
         add(block + s.block.codes + t % kBlockTokens * s.code.bytes(), s.code.bytes());
       }
-      for (const SegmentTables& tables : group.tables) add(tables.index->floats().data(), Index::NumFloats(s) * 4);
+      for (const SegmentTables& tables : group.tables)
+        add(tables.index->floats().data(), Index::NumFloats(s) * 4);
     }
   }
   return content;

@@ -144,8 +144,8 @@ TEST(IndexTest, KnownQueriesLowerTheScoreError) {
   EXPECT_LT(error[1], .8 * error[0]);
 }
 
-// noise predicts the score error of what the sample was drawn from, weight the queries' parts, and no direction that
-// they see is without either.
+// noise predicts the score error of what the sample was drawn from, weight the queries' parts, and
+// no direction that they see is without either.
 TEST(IndexTest, NoiseAndWeightsPredictScoreErrors) {
   const int dim = 64;
   for (const int bytes : {16, 32}) {
@@ -174,7 +174,8 @@ TEST(IndexTest, NoiseAndWeightsPredictScoreErrors) {
           const double half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
           double x = 0, y = 0;
           for (int c = 0; c < dim; ++c) {
-            x += (static_cast<double>(keys[k * dim + c]) - t.center[c]) * t.encode[c * s.code.padded_dims() + j];
+            x += (static_cast<double>(keys[k * dim + c]) - t.center[c]) *
+                 t.encode[c * s.code.padded_dims() + j];
             y += static_cast<double>(q[c]) * t.project[j * dim + c];
           }
           error -= y * (std::clamp(std::floor(x), -half, half - 1) + .5);
@@ -277,7 +278,8 @@ TEST(QueryMomentTest, PicksAreSpreadEvenly) {
       for (int64_t i = 0; i < picks; ++i) {
         const QueryMoment::Pick pick = QueryMoment::PickAt(i, tokens, group);
         ASSERT_LT(pick.head, group);
-        ASSERT_LE(std::abs(static_cast<double>(pick.token) - static_cast<double>(i) * tokens / picks), 1);
+        ASSERT_LE(
+            std::abs(static_cast<double>(pick.token) - static_cast<double>(i) * tokens / picks), 1);
         seen.insert({pick.token, pick.head});
         ++of_head[pick.head];
       }

@@ -1,4 +1,5 @@
-// Loggers that call back: no lock is held, nothing calls itself, nothing is lost by what they throw.
+// Loggers that call back: no lock is held, nothing calls itself, nothing is lost by what they
+// throw.
 #include "runtime/log.h"
 
 #include <fcntl.h>
@@ -23,13 +24,15 @@ class LogTest : public testing::Test {
   ScratchDirectory scratch_;
 };
 
-// Inside of the library: damaged prefixes that cannot be removed, evictions, spills, spills that fail.
+// Inside of the library: damaged prefixes that cannot be removed, evictions, spills, spills that
+// fail.
 TEST_F(LogTest, NoLockIsHeld) {
   static FileOps ops;
   static bool stays, full;
   ops = kSystemFileOps;
   ops.unlink = [](const char* path) {
-    if (!stays || std::string(path).find(".vattn") == std::string::npos) return kSystemFileOps.unlink(path);
+    if (!stays || std::string(path).find(".vattn") == std::string::npos)
+      return kSystemFileOps.unlink(path);
     errno = EPERM;
     return -1;
   };
@@ -73,7 +76,8 @@ TEST_F(LogTest, NoLockIsHeld) {
   }
   stays = true;
   int64_t tokens = 0;
-  EXPECT_FALSE(BeginFromPrefix(runtime, MakePrefix("salt", 600), PrefixTier::kDisk, {}, &tokens).ok());
+  EXPECT_FALSE(
+      BeginFromPrefix(runtime, MakePrefix("salt", 600), PrefixTier::kDisk, {}, &tokens).ok());
   EXPECT_GE(lines.size(), 2u);  // damaged, and stays
   stays = false;
   lines.clear();
@@ -94,7 +98,9 @@ struct Caller {
     ++self.lines;
     self.deepest = std::max(self.deepest, ++self.depth);
     vattn_stats stats;
-    if (self.runtime != nullptr && vattn_runtime_stats(self.runtime, &stats, sizeof(stats)) != VATTN_OK) ++self.failures;
+    if (self.runtime != nullptr &&
+        vattn_runtime_stats(self.runtime, &stats, sizeof(stats)) != VATTN_OK)
+      ++self.failures;
     for (vattn_sequence* const sequence : self.sequences) {
       int64_t tokens = 0;
       if (vattn_sequence_length(sequence, 0, &tokens) != VATTN_OK) ++self.failures;
@@ -144,7 +150,8 @@ TEST_F(LogTest, CallbacksMayCall) {
   const int before = caller.lines;
   EXPECT_EQ(vattn_sequence_wake(caller.sequences[0]), VATTN_DATA_LOSS);
   EXPECT_GT(caller.lines, before);
-  EXPECT_NE(std::string(vattn_last_error()).find("not a vattn snapshot"), std::string::npos) << vattn_last_error();
+  EXPECT_NE(std::string(vattn_last_error()).find("not a vattn snapshot"), std::string::npos)
+      << vattn_last_error();
   const std::vector<vattn_sequence*> sequences = std::exchange(caller.sequences, {});
   for (vattn_sequence* const each : sequences) vattn_sequence_destroy(each);
   vattn_runtime_destroy(runtime);
@@ -168,14 +175,18 @@ TEST_F(LogTest, WhatALoggerThrowsEndsThere) {
 
 TEST_F(LogTest, TheEnvironmentsLevelIsHeard) {
   const auto lines_at = [&](const char* level) {
-    if (level == nullptr) unsetenv("VATTN_LOG_LEVEL");
-    else setenv("VATTN_LOG_LEVEL", level, 1);
+    if (level == nullptr)
+      unsetenv("VATTN_LOG_LEVEL");
+    else
+      setenv("VATTN_LOG_LEVEL", level, 1);
     std::vector<LogLevel> levels;
     Options options = DiskOptions(true, scratch_ / "disk", 36);
     options.spill = 1;
-    const std::shared_ptr<Runtime> runtime =
-        OpenRuntime(options, kSystemFileOps, [&](LogLevel l, const std::string&) { levels.push_back(l); });
-    for (const LogLevel l : {LogLevel::kError, LogLevel::kWarning, LogLevel::kInfo, LogLevel::kDebug}) runtime->Log(l, "x");
+    const std::shared_ptr<Runtime> runtime = OpenRuntime(
+        options, kSystemFileOps, [&](LogLevel l, const std::string&) { levels.push_back(l); });
+    for (const LogLevel l :
+         {LogLevel::kError, LogLevel::kWarning, LogLevel::kInfo, LogLevel::kDebug})
+      runtime->Log(l, "x");
     return levels.size();
   };
   EXPECT_EQ(lines_at(nullptr), 4u);
@@ -188,13 +199,16 @@ TEST_F(LogTest, TheEnvironmentsLevelIsHeard) {
     setenv("VATTN_LOG_LEVEL", wrong, 1);
     const absl::Status status = Runtime::Create(DiskOptions(true, ""), nullptr).status();
     EXPECT_EQ(CodeOf(status), Code::kInvalidArgument);
-    EXPECT_NE(status.message().find(std::string("VATTN_LOG_LEVEL in the environment is \"") + wrong),
-              absl::string_view::npos) << status;
+    EXPECT_NE(
+        status.message().find(std::string("VATTN_LOG_LEVEL in the environment is \"") + wrong),
+        absl::string_view::npos)
+        << status;
   }
 }
 
 TEST_F(LogTest, TheEnvironmentsBackendIsHeard) {
-  const std::string before = std::getenv("VATTN_BACKEND") == nullptr ? "" : std::getenv("VATTN_BACKEND");
+  const std::string before =
+      std::getenv("VATTN_BACKEND") == nullptr ? "" : std::getenv("VATTN_BACKEND");
   for (const int32_t backend : {0, 1}) {
     Options options = DiskOptions(true, "");
     options.backend = backend;
@@ -202,7 +216,8 @@ TEST_F(LogTest, TheEnvironmentsBackendIsHeard) {
       setenv("VATTN_BACKEND", wrong, 1);
       const absl::Status status = Runtime::Create(options, nullptr).status();
       EXPECT_EQ(CodeOf(status), Code::kInvalidArgument);
-      EXPECT_NE(status.message().find("must be auto, cpu or cuda"), absl::string_view::npos) << status;
+      EXPECT_NE(status.message().find("must be auto, cpu or cuda"), absl::string_view::npos)
+          << status;
     }
     for (const char* const right : {"", "auto", "cpu"}) {
       setenv("VATTN_BACKEND", right, 1);

@@ -151,10 +151,16 @@ TEST(OptionsTest, HeadsOfLayers) {
   ExpectRefused([](Options& o) { o.num_kv_heads = 3; }, {"num_q_heads", "8", "3"});
   ExpectRefused([](Options& o) { o.num_layers = 2, o.layer_kv_heads = {2}; },
                 {"layer_kv_heads", "1", "num_layers = 2"});
-  ExpectRefused([](Options& o) { o.num_layers = 2, o.layer_kv_heads = {2, 1025}; },
-                {"layer_kv_heads[1]", "1025", "1024"});
-  ExpectRefused([](Options& o) { o.num_layers = 2, o.layer_kv_heads = {-1, 2}; },
-                {"layer_kv_heads[0]", "-1", "0"});
+  ExpectRefused(
+      [](Options& o) {
+        o.num_layers = 2, o.layer_kv_heads = {2, 1025};
+      },
+      {"layer_kv_heads[1]", "1025", "1024"});
+  ExpectRefused(
+      [](Options& o) {
+        o.num_layers = 2, o.layer_kv_heads = {-1, 2};
+      },
+      {"layer_kv_heads[0]", "-1", "0"});
   ExpectTaken([](Options& o) { o.num_layers = 3, o.layer_kv_heads = {0, 8, 2}; });
 }
 
@@ -177,7 +183,8 @@ TEST(OptionsTest, ScaleIsFiniteAndHasADefault) {
 }
 
 TEST(OptionsTest, IndexBytesFollowHeadDim) {
-  const std::vector<std::pair<int32_t, int32_t>> defaults = {{16, 32}, {64, 32}, {128, 32}, {192, 48}, {256, 64}, {576, 64}};
+  const std::vector<std::pair<int32_t, int32_t>> defaults = {{16, 32},  {64, 32},  {128, 32},
+                                                             {192, 48}, {256, 64}, {576, 64}};
   for (const auto& [head_dim, bytes] : defaults) {
     Options options;
     options.index_bytes = 0;
@@ -233,8 +240,10 @@ TEST(OptionsTest, IndicesSayHowManyBytesTheyTake) {
   ASSERT_TRUE(ResolveOptions(clusters).ok());
   EXPECT_EQ(MakeStorage(clusters).code.bytes(), 2);
   EXPECT_EQ(MakeStorage(clusters).code.centroids, 1024);
-  ExpectRefused([](Options& o) { o.index = 2, o.index_bytes = 64; }, {"index_bytes", "64", "4, 8, 16 or 32"});
-  ExpectRefused([](Options& o) { o.index = 6, o.index_bytes = 8; }, {"index_bytes", "8", "16, 32, 48 or 64"});
+  ExpectRefused([](Options& o) { o.index = 2, o.index_bytes = 64; },
+                {"index_bytes", "64", "4, 8, 16 or 32"});
+  ExpectRefused([](Options& o) { o.index = 6, o.index_bytes = 8; },
+                {"index_bytes", "8", "16, 32, 48 or 64"});
   ExpectRefused([](Options& o) { o.index = 3, o.head_dim_k = 272; }, {"head_dim_k", "272", "256"});
   ExpectRefused([](Options& o) { o.index = 3, o.sign_maps = "maps"; }, {"sign_maps", "index 3"});
 }

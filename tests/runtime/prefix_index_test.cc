@@ -1,11 +1,10 @@
-#include "runtime/prefix/lookup.h"
-
 #include <gtest/gtest.h>
 
 #include <random>
 #include <string>
 #include <vector>
 
+#include "runtime/prefix/lookup.h"
 #include "runtime/prefix/prefix.h"
 
 namespace vattn {

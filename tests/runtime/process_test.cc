@@ -1,5 +1,5 @@
-// A forked child has copies of its parent's handles and shares its files: nothing of the parent's is removed,
-// written, mixed or held on to by it.
+// A forked child has copies of its parent's handles and shares its files: nothing of the parent's
+// is removed, written, mixed or held on to by it.
 #include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -88,16 +88,20 @@ TEST_F(ProcessTest, WorkersDoNotMix) {
       std::unique_ptr<Sequence> two = *Sequence::Create(runtime, {});
       // The pool is full, and nothing may be spilled: the text says why.
       const absl::Status full = AppendRandom(*two, 900, worker + 10);
-      wrong += CodeOf(full) != Code::kFull || full.message().find("was forked") == absl::string_view::npos;
+      wrong += CodeOf(full) != Code::kFull ||
+               full.message().find("was forked") == absl::string_view::npos;
       const absl::Status spilled = one->Spill();
       wrong += CodeOf(spilled) != Code::kInvalidArgument || one->hibernated();
-      wrong += CodeOf(runtime->disk()->Store(*one, MakePrefix("worker", 600))) != Code::kInvalidArgument;
+      wrong +=
+          CodeOf(runtime->disk()->Store(*one, MakePrefix("worker", 600))) != Code::kInvalidArgument;
       int64_t files = 0;
       wrong += CodeOf(runtime->disk()->Forget("salt", &files)) != Code::kInvalidArgument;
       two.reset();
       // What is stored may be read.
       int64_t tokens = 0;
-      wrong += !BeginFromPrefix(runtime, MakePrefix("salt", 300), PrefixTier::kDisk, {}, &tokens).ok() || tokens != 300;
+      wrong +=
+          !BeginFromPrefix(runtime, MakePrefix("salt", 300), PrefixTier::kDisk, {}, &tokens).ok() ||
+          tokens != 300;
       wrong += ContentOf(*one) != content;
       _exit(wrong);
     }
@@ -121,7 +125,8 @@ TEST_F(ProcessTest, AChildRemovesNoDamagedPrefix) {
   close(fd);
   const auto begin = [&] {
     int64_t tokens = 0;
-    return CodeOf(BeginFromPrefix(runtime, MakePrefix("salt", 600), PrefixTier::kDisk, {}, &tokens).status());
+    return CodeOf(
+        BeginFromPrefix(runtime, MakePrefix("salt", 600), PrefixTier::kDisk, {}, &tokens).status());
   };
   EXPECT_TRUE(InChild([&] { return begin() == Code::kNotFound; }));
   EXPECT_EQ(Files("prefix-").size(), 1u);
@@ -175,9 +180,11 @@ TEST_F(ProcessTest, AChildGivesNoLockAway) {
   std::shared_ptr<Runtime> runtime = Open();
   EXPECT_TRUE(InChild([&] {
     runtime.reset();
-    return CodeOf(Runtime::Create(DiskOptions(true, scratch_ / "disk"), nullptr).status()) == Code::kInvalidArgument;
+    return CodeOf(Runtime::Create(DiskOptions(true, scratch_ / "disk"), nullptr).status()) ==
+           Code::kInvalidArgument;
   }));
-  EXPECT_EQ(CodeOf(Runtime::Create(DiskOptions(true, scratch_ / "disk"), nullptr).status()), Code::kInvalidArgument);
+  EXPECT_EQ(CodeOf(Runtime::Create(DiskOptions(true, scratch_ / "disk"), nullptr).status()),
+            Code::kInvalidArgument);
   EXPECT_TRUE(InChild([&] {
     const Options own = DiskOptions(true, scratch_ / "own");
     const std::shared_ptr<Runtime> made = OpenRuntime(own, kSystemFileOps);

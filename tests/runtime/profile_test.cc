@@ -141,14 +141,16 @@ TEST_F(ProfileTest, RefusesBrokenHeaders) {
                   {"header is no JSON object"});
   }
   const std::string deep(100000, '[');
-  ExpectRefused(Length(deep.size()) + deep, Code::kDataLoss, {"header nests deeper than 64 levels"});
+  ExpectRefused(Length(deep.size()) + deep, Code::kDataLoss,
+                {"header nests deeper than 64 levels"});
   // Well-formed ones, in entries that are looked at and in others.
   const std::string lists = std::string(500000, '[') + std::string(500000, ']');
   for (const std::string& header :
        {"{\"__metadata__\":{\"format\":" + lists + "}}",
-        "{\"__metadata__\":{\"format\":\"vattn-profile-1\",\"x\":" + lists + "}}", "{\"c_q\":" + lists + "}",
-        "{\"other\":" + lists + "}"}) {
-    ExpectRefused(Length(header.size()) + header, Code::kDataLoss, {"header nests deeper than 64 levels"});
+        "{\"__metadata__\":{\"format\":\"vattn-profile-1\",\"x\":" + lists + "}}",
+        "{\"c_q\":" + lists + "}", "{\"other\":" + lists + "}"}) {
+    ExpectRefused(Length(header.size()) + header, Code::kDataLoss,
+                  {"header nests deeper than 64 levels"});
   }
 }
 

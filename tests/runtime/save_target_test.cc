@@ -1,5 +1,5 @@
-// What a path leads to when a file is saved: links, devices, pipes, folders; and names that come to mean something
-// else afterwards.
+// What a path leads to when a file is saved: links, devices, pipes, folders; and names that come to
+// mean something else afterwards.
 #include "memory/save_target.h"
 
 #include <fcntl.h>
@@ -45,7 +45,8 @@ class SaveTargetTest : public testing::Test {
 };
 
 TEST_F(SaveTargetTest, OnlyPlainFilesAreReplaced) {
-  const std::string pipe = scratch_ / "pipe", folder = scratch_ / "folder", socket_path = scratch_ / "socket";
+  const std::string pipe = scratch_ / "pipe", folder = scratch_ / "folder",
+                    socket_path = scratch_ / "socket";
   ASSERT_EQ(mkfifo(pipe.c_str(), 0644), 0);
   std::filesystem::create_directory(folder);
   const int listener = socket(AF_UNIX, SOCK_STREAM, 0);
@@ -62,7 +63,8 @@ TEST_F(SaveTargetTest, OnlyPlainFilesAreReplaced) {
                                    {"to_pipe", "a named pipe"}}) {
     const mode_t before = ModeOf(scratch_ / name);
     for (const bool hibernate : {false, true}) {
-      const absl::Status status = hibernate ? sequence_->Hibernate(scratch_ / name) : sequence_->Save(scratch_ / name);
+      const absl::Status status =
+          hibernate ? sequence_->Hibernate(scratch_ / name) : sequence_->Save(scratch_ / name);
       EXPECT_EQ(CodeOf(status), Code::kInvalidArgument) << status;
       EXPECT_NE(status.message().find(kind), absl::string_view::npos) << status;
       EXPECT_NE(status.message().find(name), absl::string_view::npos) << status;
@@ -76,7 +78,8 @@ TEST_F(SaveTargetTest, OnlyPlainFilesAreReplaced) {
   const int nameless = open((scratch_ / "").c_str(), O_TMPFILE | O_RDWR, 0600);
   for (const int fd : {ends[1], nameless}) {
     if (fd < 0) continue;
-    EXPECT_EQ(CodeOf(sequence_->Save("/proc/self/fd/" + std::to_string(fd))), Code::kInvalidArgument);
+    EXPECT_EQ(CodeOf(sequence_->Save("/proc/self/fd/" + std::to_string(fd))),
+              Code::kInvalidArgument);
     close(fd);
   }
   close(ends[0]);
@@ -139,7 +142,8 @@ TEST_F(SaveTargetTest, ChangesOfDirectoryDoNotMatter) {
 TEST_F(SaveTargetTest, AReplacedFileIsDataLoss) {
   const std::string path = scratch_ / "asleep";
   ASSERT_TRUE(sequence_->Save(scratch_ / "saved").ok());
-  // Two of the same number and step, with different tokens: their files agree in all that is not random.
+  // Two of the same number and step, with different tokens: their files agree in all that is not
+  // random.
   std::unique_ptr<Sequence> one = *Sequence::Restore(runtime_, scratch_ / "saved");
   std::unique_ptr<Sequence> two = *Sequence::Restore(runtime_, scratch_ / "saved");
   ASSERT_TRUE(two->Truncate(400).ok());
@@ -149,7 +153,8 @@ TEST_F(SaveTargetTest, AReplacedFileIsDataLoss) {
   ASSERT_TRUE(two->Hibernate(path).ok());
   const absl::Status status = one->Wake();
   EXPECT_EQ(CodeOf(status), Code::kDataLoss) << status;
-  EXPECT_NE(status.message().find("another one was put in its place"), absl::string_view::npos) << status;
+  EXPECT_NE(status.message().find("another one was put in its place"), absl::string_view::npos)
+      << status;
   EXPECT_TRUE(one->hibernated());
   std::filesystem::rename(path, scratch_ / "away");
   std::filesystem::copy(scratch_ / "away", path);  // the same file again, as from a backup
@@ -157,7 +162,8 @@ TEST_F(SaveTargetTest, AReplacedFileIsDataLoss) {
   EXPECT_EQ(ContentOf(*two), content_of_two);
 }
 
-// Whoever cleans up old files takes no lock away, and a folder that is put in the place of the owned one is not.
+// Whoever cleans up old files takes no lock away, and a folder that is put in the place of the
+// owned one is not.
 TEST_F(SaveTargetTest, TheDirectoryIsOwnedNotItsName) {
   Options options = DiskOptions(true, scratch_ / "disk", 36);
   options.spill = 1;
@@ -202,7 +208,8 @@ TEST_F(SaveTargetTest, ALockFileThatWasRemovedShows) {
   EXPECT_EQ(CodeOf((*directory)->CheckOwned()), Code::kIoError);
 }
 
-// A process that is killed while it saves leaves nothing behind, where files without a name are to be had.
+// A process that is killed while it saves leaves nothing behind, where files without a name are to
+// be had.
 TEST_F(SaveTargetTest, AKilledSaveLeavesNothing) {
   const int probe = open((scratch_ / "").c_str(), O_TMPFILE | O_WRONLY, 0600);
   if (probe < 0) GTEST_SKIP() << "no O_TMPFILE here";

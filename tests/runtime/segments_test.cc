@@ -53,7 +53,8 @@ TEST(PlanCodingTest, SegmentsBeginWithBlocks) {
   Growth growth;
   growth.To(1088);  // 4.25 blocks
   EXPECT_EQ(growth.To(1088 + kCodeTokens / 2).coding, Coding::kExtend);
-  const CodingPlan plan = growth.To(1088 + kCodeTokens);  // the fifth block is coded anew, from its first token on
+  // The fifth block is coded anew, from its first token on
+  const CodingPlan plan = growth.To(1088 + kCodeTokens);
   EXPECT_EQ(plan.coding, Coding::kRecentre);
   EXPECT_EQ(plan.first_block, 4);
   EXPECT_EQ(plan.begin, 1024);
@@ -70,7 +71,8 @@ TEST(PlanCodingTest, NothingIsMadeAnewWithoutNewTokens) {
 TEST(PlanCodingTest, TokensOneByOneAreLearntOnceTheyAreAQuarterOfThoseBefore) {
   Growth growth;
   growth.To(8192);
-  for (int64_t end = 8256; end < 8192 + 2048; end += kCodeTokens) EXPECT_NE(growth.To(end).coding, Coding::kLearn) << end;
+  for (int64_t end = 8256; end < 8192 + 2048; end += kCodeTokens)
+    EXPECT_NE(growth.To(end).coding, Coding::kLearn) << end;
   EXPECT_EQ(growth.To(8192 + 2048).coding, Coding::kLearn);
   EXPECT_EQ(growth.segments.size(), 2u);
 }
@@ -107,7 +109,8 @@ TEST(PlanCodingTest, AFullTableOfSegmentsGoesOnWithTheLast) {
 }
 
 TEST(PlanCodingTest, OtherKindsKeepOneSegment) {
-  const CodingPlan plan = PlanCoding({{0, 2048, false}}, kSinks, 2048, 2048, 16384, /*growing=*/false);
+  const CodingPlan plan =
+      PlanCoding({{0, 2048, false}}, kSinks, 2048, 2048, 16384, /*growing=*/false);
   EXPECT_EQ(plan.coding, Coding::kExtend);
   EXPECT_EQ(plan.begin, 2048);
 }

@@ -37,10 +37,12 @@ Options MakeOptions(const std::string& path) {
 class SignMapsTest : public testing::Test {
  protected:
   SignMapsTest()
-      : path_(std::filesystem::temp_directory_path() / ("vattn_sign_maps_test." + std::to_string(getpid()))),
+      : path_(std::filesystem::temp_directory_path() /
+              ("vattn_sign_maps_test." + std::to_string(getpid()))),
         values_(2 * kLayers * kHeads * kMap) {
     const size_t half = values_.size() / 2;
-    for (size_t i = 0; i < half; ++i) values_[i] = static_cast<float>(i), values_[half + i] = -values_[i];
+    for (size_t i = 0; i < half; ++i)
+      values_[i] = static_cast<float>(i), values_[half + i] = -values_[i];
     const json shape = {kLayers, kHeads, kBits, kDim};
     header_["__metadata__"] = {{"format", "vattn-sign-1"}};
     header_["key"] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {0, half * 4}}};
@@ -53,7 +55,8 @@ class SignMapsTest : public testing::Test {
     std::ofstream file(path_, std::ios::binary);
     for (int i = 0; i < 8; ++i) file.put(static_cast<char>(header.size() >> 8 * i));
     file << header;
-    file.write(reinterpret_cast<const char*>(values_.data()), static_cast<std::streamsize>(values_.size() * 4));
+    file.write(reinterpret_cast<const char*>(values_.data()),
+               static_cast<std::streamsize>(values_.size() * 4));
   }
   void ExpectRefused(Code code, const std::string& text) const {
     Write();
@@ -96,9 +99,14 @@ TEST_F(SignMapsTest, SequencesUseThem) {
   for (int l = 0; l < kLayers; ++l) {
     const int heads = l == 0 ? kHeads : 1;
     ASSERT_TRUE((*sequence)
-                    ->Append({.layer = l, .num_tokens = 400, .k = rows.data(), .v = rows.data(),
-                              .k_token_stride = heads * kDim, .k_head_stride = kDim,
-                              .v_token_stride = heads * kDim, .v_head_stride = kDim})
+                    ->Append({.layer = l,
+                              .num_tokens = 400,
+                              .k = rows.data(),
+                              .v = rows.data(),
+                              .k_token_stride = heads * kDim,
+                              .k_head_stride = kDim,
+                              .v_token_stride = heads * kDim,
+                              .v_head_stride = kDim})
                     .ok());
   }
   ASSERT_TRUE((*sequence)->BuildIndex().ok());
@@ -110,7 +118,8 @@ TEST_F(SignMapsTest, SequencesUseThem) {
 TEST_F(SignMapsTest, RefusesOtherFiles) {
   const json good = header_;
   header_["__metadata__"]["format"] = "vattn-sign-2";
-  ExpectRefused(Code::kInvalidArgument, "__metadata__.format is \"vattn-sign-2\", must be \"vattn-sign-1\"");
+  ExpectRefused(Code::kInvalidArgument,
+                "__metadata__.format is \"vattn-sign-2\", must be \"vattn-sign-1\"");
   header_ = good;
   header_["query"]["shape"] = {kLayers, kHeads, kBits, 2 * kDim};
   ExpectRefused(Code::kInvalidArgument, "query.shape is [2,2,32,32], must be [2,2,32,16]");

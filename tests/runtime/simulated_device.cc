@@ -173,7 +173,8 @@ void DeviceMemory::Free() {
 // The handle is a stream and a place in it.
 using Place = std::pair<DeviceStream, uint64_t>;
 
-DeviceEvent::DeviceEvent(DeviceEvent&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+DeviceEvent::DeviceEvent(DeviceEvent&& other) noexcept
+    : handle_(std::exchange(other.handle_, nullptr)) {}
 DeviceEvent& DeviceEvent::operator=(DeviceEvent&& other) noexcept {
   std::swap(handle_, other.handle_);
   return *this;
@@ -240,7 +241,8 @@ absl::Status Device::Record(DeviceEvent& event, DeviceStream stream) {
 }
 
 absl::Status Device::Wait(const DeviceEvent& event) {
-  if (event.handle_ == nullptr || Simulation::Current().lacks() == Lacks::kEventWaits) return absl::OkStatus();
+  if (event.handle_ == nullptr || Simulation::Current().lacks() == Lacks::kEventWaits)
+    return absl::OkStatus();
   const auto [stream, place] = *static_cast<Place*>(event.handle_);
   Simulation::Current().RunUntil(stream, place);
   return absl::OkStatus();
@@ -256,7 +258,9 @@ absl::Status Device::SynchronizeAll() {
   return absl::OkStatus();
 }
 
-bool Device::CanFollow(const void* pointer) const { return Simulation::Current().IsFollowed(pointer); }
+bool Device::CanFollow(const void* pointer) const {
+  return Simulation::Current().IsFollowed(pointer);
+}
 
 absl::Status Device::Check(int error, const char* what) {
   if (error == 0) return absl::OkStatus();

@@ -1,11 +1,12 @@
-// A device made of queues, in the place of memory/device_cuda.cc and kernels/cuda: what is enqueued on a stream
-// runs later, in the order of its stream and in no order beside the other streams, as a seed decides. What a
-// caller may count on is what CUDA promises, and no more: Synchronize and Wait bring a stream up to date, memory
-// that is neither pinned nor the device's own is read before Copy returns, and freeing memory waits for everything.
+// A device made of queues, in the place of memory/device_cuda.cc and kernels/cuda: what is enqueued
+// on a stream runs later, in the order of its stream and in no order beside the other streams, as a
+// seed decides. What a caller may count on is what CUDA promises, and no more: Synchronize and Wait
+// bring a stream up to date, memory that is neither pinned nor the device's own is read before Copy
+// returns, and freeing memory waits for everything.
 //
-// Operations are those of kernels/cuda/launch.h (simulated_launch.cc) and run whole. Attention is exact and is read
-// through the device's own tables, ring, hot set, codes and controller states: any of them that is stale, or a
-// buffer that was used again too early, changes the answer.
+// Operations are those of kernels/cuda/launch.h (simulated_launch.cc) and run whole. Attention is
+// exact and is read through the device's own tables, ring, hot set, codes and controller states:
+// any of them that is stale, or a buffer that was used again too early, changes the answer.
 #ifndef VATTN_TESTS_RUNTIME_SIMULATED_DEVICE_H_
 #define VATTN_TESTS_RUNTIME_SIMULATED_DEVICE_H_
 
@@ -46,8 +47,8 @@ class Simulation {
   void RunUntil(DeviceStream stream, uint64_t place);
 
   Lacks lacks() const { return lacks_; }
-  // True for memory that an operation can use; freed memory and reserved addresses without a page are a fault,
-  // after which a device would be lost.
+  // True for memory that an operation can use; freed memory and reserved addresses without a page
+  // are a fault, after which a device would be lost.
   bool Reaches(const void* pointer, uint64_t bytes);
   int64_t faults() const { return faults_; }
 
@@ -77,7 +78,7 @@ class Simulation {
 
   const Lacks lacks_;
   std::mt19937_64 random_;
-  double eagerness_;  // probability that one more operation runs at a call
+  double eagerness_;           // probability that one more operation runs at a call
   std::vector<Queue> queues_;  // stream n is n - 1 here
   std::map<uintptr_t, uint64_t> memory_, addresses_;
   std::set<uintptr_t> pages_;

@@ -1,4 +1,5 @@
-// The runtime's ordering: whatever the streams do that CUDA allows, answers are those of exact attention.
+// The runtime's ordering: whatever the streams do that CUDA allows, answers are those of exact
+// attention.
 #include <gtest/gtest.h>
 
 #include <filesystem>
@@ -19,7 +20,8 @@ class SimulatedDeviceTest : public testing::Test {
     std::filesystem::remove_all(path_);
     EXPECT_EQ(host_pages.live, 0);  // pages of the device
   }
-  const std::string path_ = testing::TempDir() + "simulated_device_test." + std::to_string(getpid());
+  const std::string path_ =
+      testing::TempDir() + "simulated_device_test." + std::to_string(getpid());
 };
 
 TEST_F(SimulatedDeviceTest, AnswersAreExactWhateverTheOrder) {

@@ -1,5 +1,6 @@
-// Operations of kernels/cuda/launch.h on the simulated device. What they compute is as plain as can be: the code of
-// a token is a hash of its row and its index, attention is exact, a controller state counts the steps.
+// Operations of kernels/cuda/launch.h on the simulated device. What they compute is as plain as can
+// be: the code of a token is a hash of its row and its index, attention is exact, a controller
+// state counts the steps.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -19,10 +20,13 @@ int Enqueue(Stream stream, F&& operation) {
   return 0;
 }
 
-bool Reaches(const void* pointer, uint64_t bytes) { return Simulation::Current().Reaches(pointer, bytes); }
+bool Reaches(const void* pointer, uint64_t bytes) {
+  return Simulation::Current().Reaches(pointer, bytes);
+}
 
 std::byte* HostRow(const Storage& s, const int32_t* blocks, int64_t token) {
-  return s.base + blocks[token / kBlockTokens] * s.block.bytes + token % kBlockTokens * s.row.row_bytes;
+  return s.base + blocks[token / kBlockTokens] * s.block.bytes +
+         token % kBlockTokens * s.row.row_bytes;
 }
 
 std::byte* FixedRow(const DeviceStorage& s, std::byte* fixed, int64_t token) {
@@ -33,7 +37,8 @@ std::byte* FixedRow(const DeviceStorage& s, std::byte* fixed, int64_t token) {
 uint32_t CodeOf(const Storage& s, const std::byte* row, const IndexTables& index) {
   uint32_t hash = 2166136261u;
   const auto add = [&](const void* from, size_t bytes) {
-    for (size_t i = 0; i < bytes; ++i) hash = (hash ^ static_cast<const uint8_t*>(from)[i]) * 16777619u;
+    for (size_t i = 0; i < bytes; ++i)
+      hash = (hash ^ static_cast<const uint8_t*>(from)[i]) * 16777619u;
   };
   add(row, static_cast<size_t>(s.row.row_bytes));
   add(index.center, static_cast<size_t>(s.row.dim_k) * sizeof(float));
@@ -52,7 +57,8 @@ const std::byte* HotRow(const DecodeParams& p, const DeviceGroup& g, int64_t tok
   *bad |= !Reaches(hot.slot_of + key, 4) || hot.slot_of[key] >= hot.slots;
   if (*bad) return host;
   if (hot.slot_of[key] >= 0) return hot.rows + hot.slot_of[key] * row_bytes;
-  const int32_t slot = static_cast<int32_t>((*hot.hand)++ % static_cast<unsigned long long>(hot.slots));
+  const int32_t slot =
+      static_cast<int32_t>((*hot.hand)++ % static_cast<unsigned long long>(hot.slots));
   const int64_t old = hot.owner[slot];
   if (old >= 0) *bad |= !Reaches(hot.slot_of + old, 4);
   if (*bad) return host;
@@ -65,8 +71,9 @@ const std::byte* HotRow(const DecodeParams& p, const DeviceGroup& g, int64_t tok
 
 // False if what a group is made of has gone.
 bool IsThere(const DeviceGroup& g, int q_heads) {
-  return Reaches(g.blocks, 4) && Reaches(g.fixed, 1) && Reaches(g.state, sizeof(HeadState) * q_heads) &&
-         Reaches(g.scratch.output, 4) && (g.num_segments == 0 || Reaches(g.segments, 1)) &&
+  return Reaches(g.blocks, 4) && Reaches(g.fixed, 1) &&
+         Reaches(g.state, sizeof(HeadState) * q_heads) && Reaches(g.scratch.output, 4) &&
+         (g.num_segments == 0 || Reaches(g.segments, 1)) &&
          (g.recent == nullptr || Reaches(g.recent, 4));
 }
 
@@ -76,24 +83,31 @@ const IndexTables& TablesAt(const DeviceGroup& g, int64_t token) {
   return g.segments[SegmentOf(g.segments, g.num_segments, token / kBlockTokens)].tables;
 }
 
-// Outputs [G][dim_v] and lse [G] of a group into scratch; not a number where the device contradicts itself.
+// Outputs [G][dim_v] and lse [G] of a group into scratch; not a number where the device contradicts
+// itself.
 void Answer(const DecodeParams& p, const DeviceGroup& g) {
   const Storage& s = p.storage.host;
   const int dim_k = s.row.dim_k, dim_v = s.row.dim_v;
   const int64_t place = int64_t{g.slot} * p.kv_heads + g.kv_head;
   if (p.call.k_new != nullptr) {
     std::vector<float> row(static_cast<size_t>(s.row.row_bytes) / 4);
-    std::memcpy(row.data(), static_cast<const float*>(p.call.k_new) + place * dim_k, size_t{4} * dim_k);
-    std::memcpy(row.data() + dim_k, static_cast<const float*>(p.call.v_new) + place * dim_v, size_t{4} * dim_v);
+    std::memcpy(row.data(), static_cast<const float*>(p.call.k_new) + place * dim_k,
+                size_t{4} * dim_k);
+    std::memcpy(row.data() + dim_k, static_cast<const float*>(p.call.v_new) + place * dim_v,
+                size_t{4} * dim_v);
     std::memcpy(HostRow(s, g.blocks, g.tokens - 1), row.data(), size_t{4} * (dim_k + dim_v));
-    std::memcpy(FixedRow(p.storage, g.fixed, g.tokens - 1), row.data(), size_t{4} * (dim_k + dim_v));
+    std::memcpy(FixedRow(p.storage, g.fixed, g.tokens - 1), row.data(),
+                size_t{4} * (dim_k + dim_v));
   }
   if (g.recent != nullptr) {
     const size_t bytes = size_t{4} * p.q_heads * dim_k;
-    std::memcpy(g.recent, static_cast<const std::byte*>(p.call.q) + place * static_cast<int64_t>(bytes), bytes);
+    std::memcpy(g.recent,
+                static_cast<const std::byte*>(p.call.q) + place * static_cast<int64_t>(bytes),
+                bytes);
   }
   bool bad = false;
-  std::vector<float> rows;  // copies: a row's slot in the hot set may be another's before the call ends
+  // Copies: a row's slot in the hot set may be another's before the call ends
+  std::vector<float> rows;
   const int width = s.row.row_bytes / 4;
   for (int64_t t = 0; t < g.tokens && !bad; ++t) {
     const bool middle = t >= g.middle_begin && t < g.middle_end;
@@ -102,7 +116,8 @@ void Answer(const DecodeParams& p, const DeviceGroup& g) {
                                : HostRow(s, g.blocks, t);
     if (middle) {
       const int64_t block = g.blocks[t / kBlockTokens];
-      const std::byte* const code = p.storage.codes + block * p.storage.code_block_bytes + CodeAt(s, t);
+      const std::byte* const code =
+          p.storage.codes + block * p.storage.code_block_bytes + CodeAt(s, t);
       const uint32_t expected = CodeOf(s, row, TablesAt(g, t));
       bad |= !Reaches(code, 4) || std::memcmp(code, &expected, 4) != 0;
       row = HotRow(p, g, t, &bad);
@@ -163,7 +178,8 @@ int Decode(const DecodeParams& p, const AnswerShape&, int, Stream stream) {
   });
 }
 
-int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t, Stream stream) {
+int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t,
+           Stream stream) {
   return Enqueue(stream, [=] {
     const Storage& s = storage.host;
     for (const EncodeItem* item = items; item < items + count; ++item) {
@@ -196,7 +212,8 @@ int LoadCodes(const DeviceStorage& storage, const int32_t* blocks, int64_t count
     for (int64_t i = 0; i < count; ++i) {
       std::byte* const there = storage.codes + blocks[i] * storage.code_block_bytes;
       const uint64_t bytes = static_cast<uint64_t>(storage.code_block_bytes);
-      if (Reaches(there, bytes)) std::memcpy(there, s.base + blocks[i] * s.block.bytes + s.block.codes, bytes);
+      if (Reaches(there, bytes))
+        std::memcpy(there, s.base + blocks[i] * s.block.bytes + s.block.codes, bytes);
     }
   });
 }
@@ -213,7 +230,8 @@ int ForgetBlocks(const HotSetRef& hot, const int32_t* blocks, int64_t count, Str
 
 int ApplyPatches(const Patch* patches, int64_t count, Stream stream) {
   return Enqueue(stream, [=] {
-    for (int64_t i = 0; i < count; ++i) *patches[i].address = static_cast<int32_t>(patches[i].value);
+    for (int64_t i = 0; i < count; ++i)
+      *patches[i].address = static_cast<int32_t>(patches[i].value);
   });
 }
 
@@ -223,8 +241,10 @@ int Write(const WriteParams& p, Stream stream) {
     for (int64_t t = 0; t < p.count; ++t) {
       for (int h = 0; h < p.kv_heads; ++h) {
         std::byte* const to = HostRow(p.storage, p.blocks[h], p.first + t);
-        const float* const k = static_cast<const float*>(p.k) + t * p.k_token_stride + h * p.k_head_stride;
-        const float* const v = static_cast<const float*>(p.v) + t * p.v_token_stride + h * p.v_head_stride;
+        const float* const k =
+            static_cast<const float*>(p.k) + t * p.k_token_stride + h * p.k_head_stride;
+        const float* const v =
+            static_cast<const float*>(p.v) + t * p.v_token_stride + h * p.v_head_stride;
         std::memcpy(to, k, size_t{4} * row.dim_k);
         std::memcpy(to + row.v_offset, v, size_t{4} * row.dim_v);
       }
@@ -232,8 +252,8 @@ int Write(const WriteParams& p, Stream stream) {
   });
 }
 
-size_t CarveScratch(const Storage& storage, const Promise&, int64_t, int q_heads, int, std::byte* memory,
-                    GroupScratch& out) {
+size_t CarveScratch(const Storage& storage, const Promise&, int64_t, int q_heads, int,
+                    std::byte* memory, GroupScratch& out) {
   if (memory != nullptr) out.output = reinterpret_cast<float*>(memory);
   return static_cast<size_t>(q_heads) * (storage.row.dim_v + 1) * sizeof(float);
 }

@@ -87,8 +87,10 @@ void SimulatedWorld::Wrong(const std::string& what) {
 
 bool SimulatedWorld::Done(const absl::Status& status, const char* call) {
   const Code code = CodeOf(status);
-  if (code == Code::kFull || code == Code::kOutOfMemory) ++refused_;
-  else if (!status.ok()) Wrong(absl::StrCat(call, ": ", status.message()));
+  if (code == Code::kFull || code == Code::kOutOfMemory)
+    ++refused_;
+  else if (!status.ok())
+    Wrong(absl::StrCat(call, ": ", status.message()));
   return status.ok();
 }
 
@@ -101,7 +103,8 @@ SimulatedWorld::Twin* SimulatedWorld::AnyTwin() {
 
 void SimulatedWorld::Create() {
   if (twins_.size() == kMostTwins) return;
-  absl::StatusOr<std::unique_ptr<Sequence>> made = Sequence::Create(runtime_, {.reserve_tokens = Below(2) == 0 ? 0 : 300});
+  absl::StatusOr<std::unique_ptr<Sequence>> made =
+      Sequence::Create(runtime_, {.reserve_tokens = Below(2) == 0 ? 0 : 300});
   if (!Done(made.status(), "create")) return;
   twins_.push_back(std::make_unique<Twin>());
   twins_.back()->sequence = *std::move(made);
@@ -137,7 +140,8 @@ void SimulatedWorld::Append() {
     if (!Done(twin->sequence->Append(request), "append")) {
       // All layers or none.
       Done(twin->sequence->Truncate(static_cast<int64_t>(before)), "truncate");
-      for (auto& heads : twin->rows) for (auto& head : heads) head.resize(before);
+      for (auto& heads : twin->rows)
+        for (auto& head : heads) head.resize(before);
       return;
     }
     for (size_t i = 0; i < rows.size(); ++i) twin->rows[layer][i % kKvHeads].push_back(rows[i]);
@@ -172,7 +176,8 @@ void SimulatedWorld::Enter(std::unique_ptr<Sequence> sequence, const Twin& like,
   auto copy = std::make_unique<Twin>();
   copy->sequence = std::move(sequence);
   for (int l = 0; l < kLayers; ++l) std::copy_n(like.rows[l], kKvHeads, copy->rows[l]);
-  for (auto& heads : copy->rows) for (auto& head : heads) head.resize(tokens);
+  for (auto& heads : copy->rows)
+    for (auto& head : heads) head.resize(tokens);
   copy->attended = attended;
   twins_.push_back(std::move(copy));
 }
@@ -180,16 +185,19 @@ void SimulatedWorld::Enter(std::unique_ptr<Sequence> sequence, const Twin& like,
 void SimulatedWorld::Truncate() {
   Twin* const twin = AnyTwin();
   if (twin == nullptr) return;
-  const size_t keep = Below(2) == 0 ? Below(twin->size() + 1) : twin->size() - std::min<size_t>(twin->size(), Below(9));
+  const size_t keep = Below(2) == 0 ? Below(twin->size() + 1)
+                                    : twin->size() - std::min<size_t>(twin->size(), Below(9));
   if (!Done(twin->sequence->Truncate(static_cast<int64_t>(keep)), "truncate")) return;
-  for (auto& heads : twin->rows) for (auto& head : heads) head.resize(keep);
+  for (auto& heads : twin->rows)
+    for (auto& head : heads) head.resize(keep);
 }
 
 void SimulatedWorld::Destroy() {
   if (twins_.empty()) return;
   const size_t i = Below(twins_.size());
   Twin* const nobody = nullptr;
-  for (auto& seats : seats_) std::replace(std::begin(seats), std::end(seats), twins_[i].get(), nobody);
+  for (auto& seats : seats_)
+    std::replace(std::begin(seats), std::end(seats), twins_[i].get(), nobody);
   twins_.erase(twins_.begin() + static_cast<std::ptrdiff_t>(i));
 }
 

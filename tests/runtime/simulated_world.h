@@ -1,5 +1,5 @@
-// Sequences and batches on a simulated device beside a model of what they hold: random operations, with every
-// answer against exact attention over the model's rows.
+// Sequences and batches on a simulated device beside a model of what they hold: random operations,
+// with every answer against exact attention over the model's rows.
 #ifndef VATTN_TESTS_RUNTIME_SIMULATED_WORLD_H_
 #define VATTN_TESTS_RUNTIME_SIMULATED_WORLD_H_
 
@@ -22,7 +22,8 @@ class SimulatedWorld {
   ~SimulatedWorld();
 
   void Run(int operations);
-  // Answers that were not what the model says, unexpected codes, and accesses that a device would not survive.
+  // Answers that were not what the model says, unexpected codes, and accesses that a device would
+  // not survive.
   int64_t wrong() const { return wrong_ + simulation_.faults(); }
   // Ends all sequences and batches; true if every block of the pool is free then.
   bool EndsEmpty();
@@ -43,7 +44,8 @@ class SimulatedWorld {
     std::array<int, kLayers> attended = {};  // calls
     size_t size() const { return rows[0][0].size(); }
   };
-  // The attention of a layer of batch 0 with a new token, captured once, and the arrays that it is over.
+  // The attention of a layer of batch 0 with a new token, captured once, and the arrays that it is
+  // over.
   struct Graph {
     DeviceMemory memory;
     std::vector<std::function<void()>> operations;

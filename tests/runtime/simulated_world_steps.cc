@@ -32,7 +32,8 @@ void SimulatedWorld::Step(int b) {
     any |= twin != nullptr;
   }
   if (!any) return Sit(b);
-  // Batch 0 is an engine's, on a stream that seldom changes; batch 1 has its arrays in plain memory.
+  // Batch 0 is an engine's, on a stream that seldom changes; batch 1 has its arrays in plain
+  // memory.
   if (Below(20) == 0) std::swap(streams_[0], streams_[1]);
   const bool staged = b == 1;
   const DeviceStream stream = staged ? nullptr : streams_[0];
@@ -53,7 +54,8 @@ void SimulatedWorld::Abandon(int b, int layers, int new_tokens) {
   if (layers == kLayers && Below(3) == 0) Fork();  // shares what is to be cut
   if (!Done(batches_[b]->Abandon(), "abandon")) {
     // FULL: the step is open as before, and the layers left are attended.
-    for (int layer = layers; layer < kLayers; ++layer) Attend(b, layer, new_tokens, b == 1 ? nullptr : streams_[0], b == 1);
+    for (int layer = layers; layer < kLayers; ++layer)
+      Attend(b, layer, new_tokens, b == 1 ? nullptr : streams_[0], b == 1);
     return;
   }
   ++abandoned_;
@@ -65,7 +67,8 @@ void SimulatedWorld::Abandon(int b, int layers, int new_tokens) {
   }
 }
 
-std::vector<float> SimulatedWorld::Attention(const Twin& twin, int layer, int q_head, const float* q) const {
+std::vector<float> SimulatedWorld::Attention(const Twin& twin, int layer, int q_head,
+                                             const float* q) const {
   const std::vector<Row>& rows = twin.rows[layer][q_head * kKvHeads / kQHeads];
   const double scale = runtime_->storage().scale;
   double mass = 0;
@@ -83,7 +86,8 @@ std::vector<float> SimulatedWorld::Attention(const Twin& twin, int layer, int q_
 }
 
 void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream stream, bool staged) {
-  constexpr size_t kQ = kSlots * kQHeads * kDim, kKv = kSlots * kKvHeads * kDim, kErrors = kSlots * kQHeads;
+  constexpr size_t kQ = kSlots * kQHeads * kDim, kKv = kSlots * kKvHeads * kDim,
+                   kErrors = kSlots * kQHeads;
   std::vector<float> in(kQ + 2 * kKv);
   for (float& x : in) x = normal_(random_);
   Answers answers;
@@ -102,7 +106,8 @@ void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream strea
     for (int h = 0; h < kQHeads; ++h) {
       const size_t head = static_cast<size_t>(slot) * kQHeads + h;
       const std::vector<float> out = Attention(*twin, layer, h, in.data() + head * kDim);
-      std::copy(out.begin(), out.end(), answers.expected.begin() + static_cast<std::ptrdiff_t>(head * kDim));
+      std::copy(out.begin(), out.end(),
+                answers.expected.begin() + static_cast<std::ptrdiff_t>(head * kDim));
       answers.expected[kQ + head] = static_cast<float>(twin->attended[static_cast<size_t>(layer)]);
     }
     ++twin->attended[static_cast<size_t>(layer)];
@@ -118,11 +123,13 @@ void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream strea
   };
   if (staged) {
     std::vector<float> out(answers.expected.size());
-    if (Done(batches_[b]->Attend(request(in.data(), out.data()), stream), "attend")) Compare(answers, out.data());
+    if (Done(batches_[b]->Attend(request(in.data(), out.data()), stream), "attend"))
+      Compare(answers, out.data());
     return;
   }
   Device& device = runtime_->cuda()->device();
-  const uint64_t in_bytes = in.size() * sizeof(float), out_bytes = answers.expected.size() * sizeof(float);
+  const uint64_t in_bytes = in.size() * sizeof(float),
+                 out_bytes = answers.expected.size() * sizeof(float);
   Graph& graph = graphs_[layer];
   const bool replay = new_tokens == 1 && Below(3) > 0;
   DeviceMemory& memory = replay ? graph.memory : answers.memory;
@@ -136,7 +143,8 @@ void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream strea
     Done(batches_[b]->Attend(request(base, base + in.size()), stream), "attend");
     if (replay) graph.operations = simulation_.EndCapture();
   }
-  for (size_t i = 0; replay && i < graph.operations.size(); ++i) simulation_.Enqueue(stream, graph.operations[i]);
+  for (size_t i = 0; replay && i < graph.operations.size(); ++i)
+    simulation_.Enqueue(stream, graph.operations[i]);
   Done(device.Copy(answers.pinned.data(), base + in.size(), out_bytes, stream), "copy");
   pending_.push_back(std::move(answers));
 }
@@ -154,7 +162,8 @@ void SimulatedWorld::Compare(const Answers& answers, const float* got) {
   for (size_t i = 0; i < answers.expected.size(); ++i) {
     const float expected = answers.expected[i];
     if (std::isnan(expected) || std::abs(got[i] - expected) <= 1e-4f) continue;
-    return Wrong(absl::StrCat(answers.what, ": number ", i, " is ", got[i], ", must be ", expected));
+    return Wrong(
+        absl::StrCat(answers.what, ": number ", i, " is ", got[i], ", must be ", expected));
   }
 }
 
