@@ -121,10 +121,11 @@ typedef enum vattn_index {
   VATTN_INDEX_PAGE = 4,
   /* mean key of 16 tokens (NSA, InfLLM-v2); head_dim_k / 8 bytes a token */
   VATTN_INDEX_POOLED = 5,
-  VATTN_INDEX_CLUSTERS =
-      6,                   /* k-means of the prompt's keys, 2 bytes a token and 16,384 * index_bytes
-                              * bytes of centroids per KV head (RetroInfer) */
-  VATTN_INDEX_EXTERNAL = 7 /* the caller's: vattn_attend_params.scores; no codes */
+  /* k-means of the prompt's keys, 2 bytes a token and 16,384 * index_bytes bytes of centroids per KV
+   * head (RetroInfer) */
+  VATTN_INDEX_CLUSTERS = 6,
+  /* the caller's: vattn_attend_params.scores; no codes */
+  VATTN_INDEX_EXTERNAL = 7
 } vattn_index;
 
 typedef enum vattn_norm {

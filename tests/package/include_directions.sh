@@ -68,5 +68,8 @@ grep -rnE '(^|[^.>_[:alnum:]])(mmap|munmap|madvise|mlock|mbind) *\(' memory runt
   grep -v '^memory/memory_ops.cc' | grep -v '"' && bad=1
 grep -rnE '(::|[^.>_[:alnum:]:"])(pread|pwrite|fsync|fdatasync|rename|unlink|ftruncate) *\(' memory runtime kernels \
   api --include=*.cc | grep -vE '^memory/file_ops.cc|^[^:]*:[0-9]+: *//' && bad=1
-grep -rn '<<<' kernels | grep -v stream && bad=1
+# A launch names its stream, on the line that opens it or on the one after.
+launches=$(grep -rnA1 '<<<' kernels | awk '/^--$/ { next } /<<</ { if (line) print line; line = $0; if (/stream/) line = ""; next }
+  { if (/stream/) line = ""; if (line) print line; line = "" } END { if (line) print line }')
+[ -z "$launches" ] || { echo "$launches"; bad=1; }
 exit $bad
