@@ -13,7 +13,10 @@ build() { # build DIR TARGET OPTIONS...
   cmake --build "$dir" -j "$jobs" --target "$target" -- --quiet
 }
 bash tests/python/install.sh "$PWD/build/python" &  # the network's time beside the compiler's
-build build all -DVATTN_TESTS=ON
+# Device code is compiled for the device that is there, and for one kind where there is none: it must compile.
+architectures=90
+nvidia-smi -L 2>/dev/null | grep -q GPU && architectures=native
+build build all -DVATTN_TESTS=ON -DVATTN_CUDA=AUTO -DCMAKE_CUDA_ARCHITECTURES=$architectures
 wait
 ctest --test-dir build --output-on-failure -j "$jobs"
 [ "${VATTN_QUICK:-0}" = 1 ] && exit 0
