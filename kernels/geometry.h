@@ -23,6 +23,9 @@ constexpr int kBlockTokens = 256;
 constexpr int kTileTokens = 16;
 constexpr int kCodeTokens = 64;  // tokens leave the window for the index in runs of so many
 constexpr int kMaxCodeDims = 256;
+// Largest head_dim of keys and of values: the arrays of kernels hold no more, and options that ask
+// for more are refused (runtime/options.cc).
+constexpr int kMaxDim = 1024;
 
 // Where predicted scores come from (METHOD.md, "Index").
 enum class IndexKind : int32_t {

@@ -161,7 +161,7 @@ struct Scratch {
   uint32_t* sparse_token = nullptr;  // [n] before compaction
   float* sparse_weight = nullptr;    // [n]
   float* logit = nullptr;            // [G][n] s of selected
-  float* guess = nullptr;            // [G][n] s^ of selected
+  float* predicted_e = nullptr;      // [G][n] e^ of selected, as head.shift; with value codes
   float* scaled = nullptr;           // [G][n] weights in use
   float* residual = nullptr;         // [G][n] |e (v - o') - e^ (v^ - o')|^2 / (pi D^2) of the tail
   float* dot = nullptr;              // [G][n] v . o' of the tail

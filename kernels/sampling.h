@@ -4,6 +4,7 @@
 #ifndef VATTN_KERNELS_SAMPLING_H_
 #define VATTN_KERNELS_SAMPLING_H_
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -130,7 +131,7 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
       (promise.pilot ? kPilotMargin : kMargin) * promise.epsilon * state.ref / state.z;
   work.log_norm = .5f * std::log(bracket) - std::log(work.denominator) - work.shift;
   work.floor = kDefensive * std::exp(work.log_norm + work.shift) * work.mass / n;
-  work.target = Max(root * root / state.rho, 1.17549435e-38f);
+  work.target = Max(root * root / state.rho, FLT_MIN);
   if (state.started == 0) state.log_multiplier = -std::log(work.target);
   state.started = 1;
 }
@@ -274,8 +275,7 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
                                int64_t tail, bool exact, float output_norm2, HeadState& state,
                                HeadWork& work) {
   work.variance = static_cast<float>(sums.variance);
-  if (sums.mass > 0)
-    state.spread = Max(static_cast<float>(sums.spread / sums.mass), 1.17549435e-38f);
+  if (sums.mass > 0) state.spread = Max(static_cast<float>(sums.spread / sums.mass), FLT_MIN);
   if (sums.estimate > 0) {
     const float eta2 = Max(Min(static_cast<float>(sums.relative / sums.estimate), 4.f), .01f);
     state.eta2 += .2f * (eta2 - state.eta2);

@@ -5,15 +5,11 @@
 #include <limits>
 
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/workers.h"
 
 namespace vattn::cpu {
-namespace {
-
-constexpr int64_t kSegmentTokens = 2048;  // the same cut whatever the number of threads
-
-}  // namespace
 
 void ScaleQueries(const Storage& s, Group& group) {
   const uint8_t* q = static_cast<const uint8_t*>(group.q);

@@ -20,8 +20,6 @@
 namespace vattn::cpu {
 namespace {
 
-constexpr int kMaxDim = 1024;
-
 // Scan, units and plan of the first look.
 Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states,
              Stream stream) {

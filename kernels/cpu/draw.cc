@@ -13,8 +13,6 @@
 namespace vattn::cpu {
 namespace {
 
-constexpr int kMaxDim = 1024;
-
 // v^ of `count` <= 64 places of the list into out [count][dim_v], and pointers to its rows.
 void DecodeDrawn(const Storage& s, const Group& group, int64_t first, int count, float* out,
                  const uint8_t** rows) {
@@ -179,10 +177,10 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
       for (int64_t i = 0; i < draw.count; ++i) {
         const uint32_t token = w.token[i];
         const int64_t block = token / kBlockTokens - FirstBlock(group);
-        const float guess =
+        const float predicted_e =
             EstimateOf(group, token, g) * std::exp(w.shift[block * heads + g] - w.head[g].shift);
-        w.guess[g * w.stride + i] = guess;
-        w.scaled[g * w.stride + i] = -guess / std::min(1.f, draw.scale * w.weight[i]);
+        w.predicted_e[g * w.stride + i] = predicted_e;
+        w.scaled[g * w.stride + i] = -predicted_e / std::min(1.f, draw.scale * w.weight[i]);
         w.head[g].unseen += w.scaled[g * w.stride + i];
       }
     }

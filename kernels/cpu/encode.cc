@@ -143,8 +143,6 @@ HWY_EXPORT(DecodeLevels);
 
 namespace {
 
-constexpr int kMaxDim = 1024;
-
 uint8_t Level(float x, int bits) {
   const int half = 1 << (bits - 1);
   const float level = std::floor(x) + static_cast<float>(half);

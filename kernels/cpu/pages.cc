@@ -13,7 +13,6 @@
 namespace vattn::cpu {
 namespace {
 
-constexpr int kMaxDim = 1024;
 constexpr int kTiles = kBlockTokens / kTileTokens;
 
 // The nearest bf16 that is not below x; NaN and infinities stay what they are.

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels/cpu/scan.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"
@@ -255,17 +256,12 @@ HWY_EXPORT(FilterKept);
 
 namespace {
 
-// Work is cut into the same segments whatever the number of threads, so that sums do not depend on
-// it.
-constexpr int kSegmentBlocks = 16;
-
-// A draw writes whole vectors, past the last kept lane.
-constexpr int kSlack = 64;
-
 // Places of a segment in the sparse arrays; the last segment may have fewer than those. A draw that
 // keeps candidates has their u in the second half of the weights' places, Half(blocks) places on.
-constexpr int kSegmentPlaces = kSegmentBlocks * kBlockTokens + kSlack;
-constexpr int Half(int64_t blocks) { return static_cast<int>(blocks * kBlockTokens + kSlack) / 2; }
+constexpr int kSegmentPlaces = kSegmentBlocks * kBlockTokens + kDrawSlack;
+constexpr int Half(int64_t blocks) {
+  return static_cast<int>(blocks * kBlockTokens + kDrawSlack) / 2;
+}
 constexpr int kKeepBlocks = 4;  // segments with fewer have no room to speak of
 // Candidates: what a draw with so much higher probabilities would find
 constexpr float kKeep = 2;
@@ -354,7 +350,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
     const Weights weights(group, inclusion, begin, static_cast<int>(end - begin));
     int n = 0;
     for (int64_t b = begin; b < end; ++b) {
-      if (keep && n + kBlockTokens + kSlack / 2 > half) return -1;
+      if (keep && n + kBlockTokens + kDrawSlack / 2 > half) return -1;
       const uint32_t first = static_cast<uint32_t>((FirstBlock(group) + b) * kBlockTokens);
       HWY_DYNAMIC_DISPATCH(Uniform)
       (group.key, use, TokenCounter(first), epoch, step_phase, refresh, kBlockTokens, u);

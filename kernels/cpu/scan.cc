@@ -311,12 +311,6 @@ Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
   return part;
 }
 
-}  // namespace
-
-namespace {
-
-constexpr int kMaxDim = 1024;
-
 // Standard deviation of s - s^ over tokens, from products of the query: y [dims] with the
 // directions of the code, one with the center, and [uncoded] with the noise of the others.
 float NoiseOf(const IndexTables& index, int dims, int uncoded, const float* y) {

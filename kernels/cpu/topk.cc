@@ -14,8 +14,6 @@
 namespace vattn::cpu {
 namespace {
 
-constexpr int kMaxDim = 1024;
-
 // Marks in scratch.tail, one word a middle token.
 constexpr uint32_t kHeadTop = 1;  // in this head's top-k
 constexpr uint32_t kRead = 2;     // read by some head

@@ -287,12 +287,12 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
       });
   if (!all && dense) {
     // Verdicts are kept from what the exact answer is about to overwrite.
-    for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.floor[h] = passed(h) ? 1 : 0;
+    for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.done[h] = passed(h) ? 1 : 0;
     AttendAll<kType, kHeads>(team);
     Combine(team, false, 0);
     TakeHeads(team, false);
     WriteHeads(
-        team, [&](int h) { return team.shared.floor[h] == 0; },
+        team, [&](int h) { return team.shared.done[h] == 0; },
         [](int) { return make_float2(static_cast<float>(Verdict::kDense), 0); });
     report.selected = report.fetched = team.middle();
   }

@@ -80,7 +80,7 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(heads, w.growth);
   const bool coded = s.value_bits > 0;
   const int64_t items = coded ? ValueItems(s, q_heads) : 0;
-  c.Take(coded ? sampled * heads * w.capacity : 0, w.guess);
+  c.Take(coded ? sampled * heads * w.capacity : 0, w.log_predicted_e);
   c.Take(coded ? sampled * heads * floats : 0, w.coded);
   c.Take(coded ? sampled * team * heads : 0, w.coded_mass);
   c.Take(sampled * items * kMostParts, w.value_part);

@@ -10,7 +10,7 @@ namespace vattn::cuda {
 namespace {
 
 constexpr int kExactThreads = 256;
-constexpr int kMostHeld = 8;  // 16-byte parts of a key of 4,096 bytes that a lane holds
+constexpr int kMostHeld = kMaxDim * 4 / 16 / kWarp;  // 16-byte parts of a key, in a lane
 
 // s of one token for every head: out [heads][256].
 template <DType kType>

@@ -75,7 +75,7 @@ struct GroupScratch {
   HeadWork* head = nullptr;   // [G]
   float* growth = nullptr;    // [G]
   // With value codes. States take back what codes said of their rows; its mass is not in theirs.
-  float* guess = nullptr;  // [G][capacity] ln e^ of the selected
+  float* log_predicted_e = nullptr;  // [G][capacity] ln e^ of the selected
   // [G][dim_v + 3] softmax states of the codes of the whole middle
   float* coded = nullptr;
   float* coded_mass = nullptr;           // [team][G] mass taken back, in the unit of the state

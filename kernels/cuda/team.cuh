@@ -29,8 +29,16 @@ struct TeamShared {
   RowsShared<kHeads> rows;
   HeadWork head[kMaxDeviceGroup];
   HeadState state[kMaxDeviceGroup];
-  float log_gain[kMaxDeviceGroup];  // of inclusion weights, see kernels/cpu/sample.h
-  float floor[kMaxDeviceGroup];
+  // Inclusion weights while rows are drawn (kernels/cpu/sample.h). What comes after the draw, and
+  // the top-k policies, which have none, use the same places for other things.
+  union {
+    float log_gain[kMaxDeviceGroup];
+    float log_weight[kMaxDeviceGroup];  // top-k: of a sampled row, ln(rows it stands for)
+  };
+  union {
+    float floor[kMaxDeviceGroup];
+    float done[kMaxDeviceGroup];  // 1: the head's answer is final; top-k: all its rows were read
+  };
   float sums[kWarps][kMaxDeviceGroup + 1];  // of a pass over estimates
   int32_t kept[kWarps];                     // candidates that each warp draws
   double total[kPartials(kMaxDeviceGroup)];

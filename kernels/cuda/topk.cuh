@@ -143,7 +143,7 @@ __device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t resi
 }
 
 // The sample of every head: walks over the base sample and over what the budgets add to it. Heads
-// that read their whole residual have floor 1. Returns the number of rows of the last list.
+// that read their whole residual are done. Returns the number of rows of the last list.
 template <DType kType, int kHeads>
 __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t base,
                                 const uint32_t* top, int& walks) {
@@ -161,7 +161,7 @@ __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t ba
   const auto weigh = [&] {  // the sample stands for the whole residual
     for (int h = tid; h < heads; h += kThreads) {
       StateOf(team, kFixedParts + (walks - 1) * team.size + team.rank, h)[dim] +=
-          team.shared.log_gain[h];
+          team.shared.log_weight[h];
     }
   };
   for (int h = tid; h < heads; h += kThreads) ranks.want[h] = static_cast<uint32_t>(base);
@@ -184,8 +184,8 @@ __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t ba
   for (int h = tid; h < heads; h += kThreads) {
     const double drawn = team.shared.total[h];
     ranks.want[h] = static_cast<uint32_t>(drawn);
-    team.shared.log_gain[h] = static_cast<float>(log(static_cast<double>(residual) / drawn));
-    team.shared.floor[h] = static_cast<int64_t>(drawn) == residual ? 1 : 0;
+    team.shared.log_weight[h] = static_cast<float>(log(static_cast<double>(residual) / drawn));
+    team.shared.done[h] = static_cast<int64_t>(drawn) == residual ? 1 : 0;
   }
   __syncthreads();
   weigh();
@@ -207,7 +207,7 @@ __device__ __noinline__ void AnswerTopK(Team<kHeads>& team) {
   int64_t count = 0;
   team.Mark(Mark::kScanned);
   SetShifts(team, 0);
-  for (int h = tid; h < heads; h += kThreads) team.shared.floor[h] = k == n ? 1 : 0;  // all is read
+  for (int h = tid; h < heads; h += kThreads) team.shared.done[h] = k == n ? 1 : 0;
   if (k > 0) {
     for (int h = tid; h < heads; h += kThreads) RanksOf(team).want[h] = static_cast<uint32_t>(k);
     __syncthreads();
@@ -237,7 +237,7 @@ __device__ __noinline__ void AnswerTopK(Team<kHeads>& team) {
   WriteHeads(
       team, [](int) { return true; },
       [&](int h) {
-        const Verdict verdict = team.shared.floor[h] > 0 ? Verdict::kExact : Verdict::kBestEffort;
+        const Verdict verdict = team.shared.done[h] > 0 ? Verdict::kExact : Verdict::kBestEffort;
         return make_float2(static_cast<float>(verdict), 0);
       });
   team.Mark(Mark::kDone);

@@ -79,7 +79,7 @@ struct CodedSum : ValueSum<DType::kF32, kHeads> {
 
 // After AttendList of the same list: takes e^ v^ / pi of its rows from this block's states, and
 // their mass, which goes to scratch.coded_mass in the states' unit. Places from `from` on are new:
-// their e^ is looked up and kept in scratch.guess. A row that FixDrawn made exact keeps its own, as
+// their e^ is looked up and kept in scratch.log_predicted_e. A row that FixDrawn made exact keeps its own, as
 // the sum over the middle still has it.
 template <int kHeads>
 __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64_t count,
@@ -113,11 +113,12 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
             if (h < now) {
               const int64_t i = place(k, item / kHeads), at = (first + h) * w.capacity + i;
               if (i >= from) {
-                w.guess[at] = LogEstimate(team.group, heads, LoadShared(w.token + i), first + h);
+                w.log_predicted_e[at] =
+                    LogEstimate(team.group, heads, LoadShared(w.token + i), first + h);
               }
-              const float guess = LoadShared(w.guess + at);
+              const float log_e = LoadShared(w.log_predicted_e + at);
               const float pi = Min(1.f, scale * LoadShared(w.weight + i));
-              if (guess > -INFINITY) p = -expf(guess - team.shared.head[first + h].shift) / pi;
+              if (log_e > -INFINITY) p = -expf(log_e - team.shared.head[first + h].shift) / pi;
             }
             shared.p[item] = p;
           }

@@ -103,15 +103,15 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
             if (coded) {
               // |e (v - o) - e^ (v^ - o)|^2 from dot products.
               const CodedDots<kHeads>& dots = DotsOf(team);
-              const float guess = expf(LoadShared(w.guess + at) - work.shift);
+              const float predicted_e = expf(LoadShared(w.log_predicted_e + at) - work.shift);
               const float code_dot = dots.dot[r * kHeads + h];
               const float code_distance2 = dots.norm2[r] - 2 * code_dot + norm2;
               const float inner =
                   dots.cross[r] - team.shared.rows.p[r * kHeads + h] - code_dot + norm2;
-              token.error2 = Max(
-                  0.f, token.error2 + guess * guess * code_distance2 - 2 * token.e * guess * inner);
-              relative += (token.e - guess) * (token.e - guess) / token.pi;
-              estimate += guess * guess / token.pi;
+              token.error2 = Max(0.f, token.error2 + predicted_e * predicted_e * code_distance2 -
+                                          2 * token.e * predicted_e * inner);
+              relative += (token.e - predicted_e) * (token.e - predicted_e) / token.pi;
+              estimate += predicted_e * predicted_e / token.pi;
             }
             term = MakeTailTerm(token, work.denominator);
             variance += term.variance;
@@ -168,13 +168,13 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
   const bool coded = team.p.storage.host.value_bits > 0;
   __shared__ uint64_t rows[kRankDraws];
   __shared__ const std::byte* codes[kRankDraws];
-  __shared__ float exact[kRankDraws], guess[kRankDraws], cosines[kWarps], pairs[kWarps];
+  __shared__ float exact[kRankDraws], predicted_e[kRankDraws], cosines[kWarps], pairs[kWarps];
   if (tid < kRankDraws) {
     const int64_t i = places[tid], at = h * w.capacity + i;
     rows[tid] = LoadShared(w.row + i) + row.v_offset;
     if (coded) {
       exact[tid] = expf(LoadShared(w.logit + at) - team.shared.head[h].shift);
-      guess[tid] = expf(LoadShared(w.guess + at) - team.shared.head[h].shift);
+      predicted_e[tid] = expf(LoadShared(w.log_predicted_e + at) - team.shared.head[h].shift);
       codes[tid] = ValueCode(team.p.storage, team.group, LoadShared(w.token + i));
     }
   }
@@ -189,7 +189,7 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
       if (coded) {
         const float predicted =
             CodedValue(team.p.storage.host, team.group.index, codes[draw], at + j);
-        residual = exact[draw] * residual - guess[draw] * (predicted - output[at + j]);
+        residual = exact[draw] * residual - predicted_e[draw] * (predicted - output[at + j]);
       }
       memory[draw * pitch + at + j] = residual;
     }

@@ -37,14 +37,14 @@ struct DrawFixture : GroupFixture {
       head.least_ref = .8f;
       group.state[g] = {.eta2 = .3f, .cos2 = -1};
       for (int i = 0; i < count && s.value_bits > 0; ++i)
-        group.scratch.guess[g * group.scratch.stride + i] = Guess(g, i);
+        group.scratch.predicted_e[g * group.scratch.stride + i] = PredictedE(g, i);
     }
     tail = ListTail(group, draw);
   }
 
   uint32_t Token(int i) const { return group.scratch.token[i]; }
   double Pi(int i) const { return std::min(1.f, draw.scale * group.scratch.weight[i]); }
-  float Guess(int g, int i) const {
+  float PredictedE(int g, int i) const {
     return static_cast<float>(std::exp(Logit(g, Token(i)) - .5) * (.7 + .1 * (i % 5)));
   }
 
@@ -58,7 +58,7 @@ struct DrawFixture : GroupFixture {
     for (int j = 0; j < shape.dim_v; ++j) {
       r[j] = e * (Value(Token(i), j) - o[j]) / unit;
       if (storage.value_bits > 0)
-        r[j] -= Guess(g, i) * (DecodedValue(*this, Token(i), j) - o[j]) / unit;
+        r[j] -= PredictedE(g, i) * (DecodedValue(*this, Token(i), j) - o[j]) / unit;
     }
     return r;
   }
@@ -160,14 +160,15 @@ TEST_P(VerifyTest, VarianceRankAndBound) {
     double mass = 0, spread = 0, relative = 0, estimate = 0;
     for (int i = 0; i < f.draw.count; ++i) {
       if (f.Pi(i) >= 1) continue;
-      const double e = std::exp(f.Logit(g, f.Token(i)) - head.shift), guess = f.Guess(g, i);
+      const double e = std::exp(f.Logit(g, f.Token(i)) - head.shift),
+                   predicted_e = f.PredictedE(g, i);
       double distance2 = 0;
       for (int j = 0; j < f.shape.dim_v; ++j)
         distance2 += std::pow(f.Value(f.Token(i), j) - o[j], 2);
       mass += e / f.Pi(i);
       spread += e / f.Pi(i) * distance2;
-      relative += (e - guess) * (e - guess) / f.Pi(i);
-      estimate += guess * guess / f.Pi(i);
+      relative += (e - predicted_e) * (e - predicted_e) / f.Pi(i);
+      estimate += predicted_e * predicted_e / f.Pi(i);
     }
     EXPECT_NEAR(f.group.state[g].spread, spread / mass, 1e-3 * spread / mass);
     if (f.storage.value_bits > 0) {
