@@ -195,7 +195,7 @@ struct Group {
   int64_t tokens = 0;
   int64_t middle_begin = 0;  // multiple of 16; [middle_begin, middle_end) is sampled
   int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
-  int32_t q_heads = 0;       // G
+  int32_t group_heads = 0;   // G
   int32_t out_dtype = 0;     // DType
   // Of the first segment; values are coded with its tables in every segment
   IndexTables index;
@@ -296,10 +296,11 @@ inline int PreparedFloats(const Storage& s) {
 }
 
 // Bytes of working memory of a group with so many tokens.
-size_t ScratchBytes(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads);
+size_t ScratchBytes(const Storage& storage, const Promise& promise, int64_t tokens,
+                    int group_heads);
 // Carves it from `memory`, 64-byte aligned.
-Scratch CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads,
-                     std::byte* memory);
+Scratch CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens,
+                     int group_heads, std::byte* memory);
 
 }  // namespace vattn
 

@@ -32,8 +32,8 @@ constexpr float kMostGrowth = 4;  // of inclusion probabilities between looks, a
 constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
 // A marked token's score does not count, and its estimate is the least one under 0: draws know it
 // by that.
-constexpr float kMarkedScore = -3e38f, kMarkedEstimate = -0x1p-24f;
-constexpr float kMarkedWeight2 = 1e30f;  // drawn with probability 1, in the first draw
+constexpr float kOutlierScore = -3e38f, kOutlierEstimate = -0x1p-24f;
+constexpr float kAlwaysWeight2 = 1e30f;  // drawn with probability 1, in the first draw
 
 // What was not drawn must not hold much, and codes may undervalue it: a token is drawn with
 // probability 1 if it could move the answer by kHarmful of what epsilon allows, were its score

@@ -318,7 +318,7 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group.tokens = tokens;
       group.middle_begin = begin;
       group.middle_end = std::max(begin, end);
-      group.q_heads = group_size;
+      group.group_heads = group_size;
       group.out_dtype = r.out_dtype;
       group.segments = heads.segments.data();
       group.num_segments = static_cast<int32_t>(heads.segments.size());
@@ -351,7 +351,7 @@ void Batch::PrepareGroups(const AttendRequest& r) {
 void Batch::KeepQueries(const Group& group, HeadGroup& heads) {
   const Storage& s = runtime_->storage();
   if (s.code.kind != IndexKind::kBalanced) return;
-  const int64_t count = int64_t{group.q_heads} * s.row.dim_k;
+  const int64_t count = int64_t{group.group_heads} * s.row.dim_k;
   std::vector<float> queries(static_cast<size_t>(count));
   const uint8_t* row = static_cast<const uint8_t*>(group.q);
   cpu::LoadRows(
@@ -383,12 +383,12 @@ void Batch::Account(const AttendRequest& r) {
     if (r.fetched != nullptr) r.fetched[at] = static_cast<int32_t>(misses);
     if (r.looks != nullptr) r.looks[at] = group.looks;
     if (r.middle != nullptr) r.middle[at] = n;
-    if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.q_heads);
+    if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.group_heads);
     if (RecentPlace(group.step) >= 0)
       KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
-    for (int g = 0; g < group.q_heads; ++g) {
-      const size_t head =
-          static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;
+    for (int g = 0; g < group.group_heads; ++g) {
+      const size_t head = static_cast<size_t>(group_slot_[i]) * o.num_q_heads +
+                          group_head_[i] * group.group_heads + g;
       if (r.verdict != nullptr) r.verdict[head] = static_cast<int32_t>(group.verdict[g]);
       if (r.error != nullptr) r.error[head] = group.error[g];
       ++verdicts[static_cast<int>(group.verdict[g])];
@@ -512,7 +512,7 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
   // Of the groups' heads: a call that lacks room is made again, and draws the same
   std::vector<HeadState> before;
   for (const Group& group : groups_)
-    before.insert(before.end(), group.state, group.state + group.q_heads);
+    before.insert(before.end(), group.state, group.state + group.group_heads);
   runtime_->ops().select({.storage = runtime_->storage(),
                           .promise = runtime_->promise(),
                           .groups = groups_.data(),
@@ -544,8 +544,8 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
   if (need > selection.capacity) {
     auto from = before.cbegin();
     for (const Group& group : groups_) {
-      std::copy_n(from, group.q_heads, group.state);
-      from += group.q_heads;
+      std::copy_n(from, group.group_heads, group.state);
+      from += group.group_heads;
     }
   }
   VATTN_RETURN_IF_ERROR(CheckNeed(need, selection.capacity));

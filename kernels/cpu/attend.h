@@ -37,7 +37,7 @@ void WriteHead(const Storage& storage, const Group& group, int head, const float
 // After all heads are written: those whose output has an element that is not finite, because rows
 // or queries had, or because a sum, a score or the type of the output has no room for it, become
 // kBestEffort with an infinite error.
-void MarkNotFinite(const Storage& storage, const Group& group);
+void FlagNotFinite(const Storage& storage, const Group& group);
 
 // Op attend_selected.
 void AttendSelected(const AttendSelectedParams& params, Stream stream);

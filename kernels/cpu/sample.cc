@@ -45,7 +45,7 @@ HWY_INLINE V InverseSqrt(V x) {
 // outlier has e < 0, a sure one e >= `sure` of some head, and both are always drawn.
 HWY_INLINE V SquaredWeight(const uint16_t* estimate, const BlockWeights& by, int n, V* e) {
   const D d;
-  const V always = hn::Set(d, kMarkedWeight2), zero = hn::Zero(d);
+  const V always = hn::Set(d, kAlwaysWeight2), zero = hn::Zero(d);
   V weight2 = zero;
   for (int g = 0; g < n; ++g) {
     e[g] = LoadHalf(estimate + g * kBlockTokens);
@@ -276,13 +276,13 @@ struct Weights {
 
   Weights(const Group& group, const Inclusion& inclusion, int64_t block, int blocks)
       : floor(inclusion.floor) {
-    const float* shift = group.scratch.shift + block * group.q_heads;
-    const int count = blocks * group.q_heads;
+    const float* shift = group.scratch.shift + block * group.group_heads;
+    const int count = blocks * group.group_heads;
     for (int b = 0, at = 0; b < blocks; ++b) {
       const int k = SegmentOf(group.segments, group.num_segments, FirstBlock(group) + block + b);
       const float* least =
-          inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.q_heads;
-      for (int g = 0; g < group.q_heads; ++g, ++at) {
+          inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.group_heads;
+      for (int g = 0; g < group.group_heads; ++g, ++at) {
         gain[at] = inclusion.log_gain[g] + shift[at];
         // E^1 is over every estimate
         sure[at] = least == nullptr ? 1 : std::min(1.f, least[g] - shift[at]);
@@ -300,7 +300,7 @@ struct Weights {
 
 float PredictVariance(const Group& group, const Inclusion& inclusion, int stride, int phase,
                       float* variance, Stream stream) {
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
   ParallelFor(stream, segments, [&](int64_t s) {
@@ -325,7 +325,7 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
 
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
                    Randomness randomness, int64_t count, Stream stream, float* kept) {
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
@@ -392,8 +392,8 @@ void FixDrawn(const Group& group, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     w.weight[i] = std::numeric_limits<float>::infinity();
     const int64_t block = w.token[i] / kBlockTokens - FirstBlock(group);
-    for (int g = 0; g < group.q_heads; ++g) {
-      const int64_t at = block * group.q_heads + g;
+    for (int g = 0; g < group.group_heads; ++g) {
+      const int64_t at = block * group.group_heads + g;
       w.mass[at] -= EstimateOf(group, w.token[i], g);
       w.estimate[at * kBlockTokens + w.token[i] % kBlockTokens] = 0;
     }

@@ -24,8 +24,9 @@ struct Carver {
   }
 };
 
-Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_heads, Carver& c) {
-  const int64_t heads = q_heads;
+Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
+              Carver& c) {
+  const int64_t heads = group_heads;
   const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens + 1;
   const int64_t n = blocks * kBlockTokens;
   const int64_t segments = blocks / cpu::kSegmentBlocks + 2;
@@ -73,16 +74,16 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_he
 
 }  // namespace
 
-size_t ScratchBytes(const Storage& s, const Promise& promise, int64_t tokens, int q_heads) {
+size_t ScratchBytes(const Storage& s, const Promise& promise, int64_t tokens, int group_heads) {
   Carver c{nullptr};
-  Carve(s, promise, tokens, q_heads, c);
+  Carve(s, promise, tokens, group_heads, c);
   return c.used;
 }
 
-Scratch CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int q_heads,
+Scratch CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
                      std::byte* memory) {
   Carver c{memory};
-  return Carve(s, promise, tokens, q_heads, c);
+  return Carve(s, promise, tokens, group_heads, c);
 }
 
 }  // namespace vattn

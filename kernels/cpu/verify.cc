@@ -12,7 +12,7 @@
 namespace vattn::cpu {
 namespace {
 
-float Inclusion(const Group& group, const Draw& draw, int64_t i) {
+float InclusionProbability(const Group& group, const Draw& draw, int64_t i) {
   return std::min(1.f, draw.scale * group.scratch.weight[i]);
 }
 
@@ -101,7 +101,7 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
   for (int64_t t = 0; t < tail; ++t) {
     const uint32_t i = w.tail[t];
     TailToken token;
-    token.pi = Inclusion(group, draw, i);
+    token.pi = InclusionProbability(group, draw, i);
     // Without value codes the weights in use are e / pi; place t <= i of them is free for the
     // terms.
     token.e = predicted_e == nullptr ? term[i] * token.pi : std::exp(logit[i] - work.shift);
@@ -147,7 +147,7 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
 float Growth(const Promise& promise, const Group& group, const Draw& draw, int64_t tail, int look) {
   const Scratch& w = group.scratch;
   float factor = tail < kLeastTail ? kTailGrowth : kLeastGrowth;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const float root = GrowthRoot(promise, look, w.head[g]);
     const float* residual = w.residual + g * w.stride;
     const auto enough = [&](float by) {

@@ -68,14 +68,14 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
         team.memory, team.shared.rows, state,
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
-          return i < count ? LoadShared(w.row + i) : 0;
+          return i < count ? LoadL2(w.row + i) : 0;
         },
         [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
         [&](int k, int r) {
           const int64_t i = place(k, r);
-          team.shared.slot[r] = first == 0 ? LoadShared(w.slot + i) : -1;
+          team.shared.slot[r] = first == 0 ? LoadL2(w.slot + i) : -1;
           if (log_weights != nullptr) return make_float2(log_weights[i], 1);
-          return make_float2(0, 1 / Min(1.f, scale * LoadShared(w.weight + i)));
+          return make_float2(0, 1 / Min(1.f, scale * LoadL2(w.weight + i)));
         },
         [&](int k, int r, int h, float logit) {
           const int64_t i = place(k, r);
@@ -125,9 +125,9 @@ __device__ void Publish(Team<kHeads>& team, int64_t count) {
   const HotSetRef& hot = team.p.hot;
   for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count;
        i += int64_t{team.size} * kThreads) {
-    const int32_t slot = LoadShared(w.slot + i);
+    const int32_t slot = LoadL2(w.slot + i);
     if (slot < 0) continue;
-    const uint32_t token = LoadShared(w.token + i);
+    const uint32_t token = LoadL2(w.token + i);
     const int64_t block = team.group.blocks[token / kBlockTokens];
     __threadfence();
     *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) =
@@ -162,7 +162,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
   Publish(team, count);
   for (int h = team.rank; h < heads; h += team.size) {
     float most = -INFINITY;
-    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadShared(state(r, h) + dim));
+    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadL2(state(r, h) + dim));
     most = WarpMax(most);
     __syncthreads();
     if (tid % kWarp == 0) norms[tid / kWarp] = most;
@@ -171,15 +171,15 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     float mass = 0, mass2 = 0, coded_mass = 0;  // |v|^2 is summed over rows alone
     for (int r = tid; r < parts; r += kThreads) {
       const float* at = state(r, h) + dim;
-      const float own = r < rows ? LoadShared(at + 1) : 0;
-      const float of_codes = r >= rows                ? LoadShared(at + 1)
-                             : coded && r < team.size ? LoadShared(w.coded_mass + r * heads + h)
+      const float own = r < rows ? LoadL2(at + 1) : 0;
+      const float of_codes = r >= rows                ? LoadL2(at + 1)
+                             : coded && r < team.size ? LoadL2(w.coded_mass + r * heads + h)
                                                       : 0;
-      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadShared(at) - most);
+      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadL2(at) - most);
       factor[r] = f;
       mass += f * own;
       coded_mass += f * of_codes;
-      mass2 += f * LoadShared(at + 2);
+      mass2 += f * LoadL2(at + 2);
     }
     mass = BlockSum(mass, norms);
     mass2 = BlockSum(mass2, norms);
@@ -192,7 +192,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       float sum = 0;
 #pragma unroll 8
       for (int r = i / dim; r < parts; r += shares)
-        sum = fmaf(factor[r], LoadShared(state(r, h) + i % dim), sum);
+        sum = fmaf(factor[r], LoadL2(state(r, h) + i % dim), sum);
       share[i] = sum;
     }
     __syncthreads();
@@ -223,16 +223,16 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
 
 // What the blocks of the other heads left in scratch.head and group.state, to all.
 template <int kHeads>
-__device__ void TakeHeads(Team<kHeads>& team, bool states) {
+__device__ void LoadHeads(Team<kHeads>& team, bool states) {
   const int words = sizeof(HeadWork) / 4, state_words = sizeof(HeadState) / 4;
   __syncthreads();
   for (int i = threadIdx.x; i < team.heads() * words; i += kThreads) {
     reinterpret_cast<float*>(team.shared.head)[i] =
-        LoadShared(reinterpret_cast<const float*>(team.group.scratch.head) + i);
+        LoadL2(reinterpret_cast<const float*>(team.group.scratch.head) + i);
   }
   for (int i = threadIdx.x; states && i < team.heads() * state_words; i += kThreads) {
     reinterpret_cast<float*>(team.shared.state)[i] =
-        LoadShared(reinterpret_cast<const float*>(team.group.state) + i);
+        LoadL2(reinterpret_cast<const float*>(team.group.state) + i);
   }
   __syncthreads();
 }

@@ -65,7 +65,7 @@ inline __device__ int32_t ClaimSlot(const HotSetRef& hot, unsigned long long cal
 
 // Fills row and slot of place i of the list for the lanes with `in`, by a whole warp; the number of
 // rows that are not in the hot set.
-inline __device__ int Resolve(const DecodeParams& p, const DeviceGroup& group,
+inline __device__ int Resolve(const StepParams& p, const DeviceGroup& group,
                               unsigned long long call, bool in, uint32_t token, int64_t i) {
   const GroupScratch& w = group.scratch;
   const HotSetRef& hot = p.hot;

@@ -150,7 +150,7 @@ struct CallArrays {
 };
 
 // Places in CallArrays::timeline, as vattn_timeline.
-enum class Mark : int32_t {
+enum class TimelinePoint : int32_t {
   kStart,
   kPrepared,
   kScanned,
@@ -160,7 +160,7 @@ enum class Mark : int32_t {
   kJudged,
   kDone
 };
-constexpr int kMarks = 8;
+constexpr int kTimelinePoints = 8;
 
 // As vattn_selection: in for kAttendSelected, out for kSelect.
 struct SelectionArrays {
@@ -172,7 +172,7 @@ struct SelectionArrays {
 
 enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
 
-struct DecodeParams {
+struct StepParams {
   Task task = Task::kDecode;
   DeviceStorage storage;
   Promise promise;  // quantile: device memory
@@ -182,7 +182,7 @@ struct DecodeParams {
   DeviceCounters* counters = nullptr;
   int32_t most_groups = 0;  // slots * kv_heads
   int32_t kv_heads = 0;
-  int32_t q_heads = 0;  // G
+  int32_t group_heads = 0;  // G
   CallArrays call;
   SelectionArrays selection;
 };

@@ -3,7 +3,7 @@
 #ifndef VATTN_KERNELS_CUDA_PLAN_CUH_
 #define VATTN_KERNELS_CUDA_PLAN_CUH_
 
-#include "kernels/cuda/draw.cuh"
+#include "kernels/cuda/sample.cuh"
 
 namespace vattn::cuda {
 
@@ -78,14 +78,14 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
     const float* fixed = w.fixed + static_cast<int64_t>(h) * floats + floats - 3;
     float top = -INFINITY;
     for (int r = 0; r < team.size; ++r)
-      top = fmaxf(top, static_cast<float>(LoadShared(parts + r * stride + 2 * h)));
+      top = fmaxf(top, static_cast<float>(LoadL2(parts + r * stride + 2 * h)));
     float shift = top;
     for (int part = 0; part < kFixedParts; ++part)
       shift = fmaxf(shift, fixed[static_cast<int64_t>(part) * heads * floats]);
     double mass = 0, sum = 0, norm2 = 0;
     for (int r = 0; r < team.size; ++r) {
-      mass += LoadShared(parts + r * stride + 2 * h + 1) *
-              expf(static_cast<float>(LoadShared(parts + r * stride + 2 * h)) - shift);
+      mass += LoadL2(parts + r * stride + 2 * h + 1) *
+              expf(static_cast<float>(LoadL2(parts + r * stride + 2 * h)) - shift);
     }
     for (int part = 0; part < kFixedParts; ++part) {
       const float* at = fixed + static_cast<int64_t>(part) * heads * floats;
@@ -190,8 +190,10 @@ struct Sample {
           const float unit = expf(shift - team.shared.head[h].shift);
           // What underflows here still has its floor. A sure token's estimate counts no more than a
           // marked one's.
-          if (pair.x > 0) pair.x = pair.x >= limit ? kMarkedEstimate : fmaxf(pair.x * unit, 1e-37f);
-          if (pair.y > 0) pair.y = pair.y >= limit ? kMarkedEstimate : fmaxf(pair.y * unit, 1e-37f);
+          if (pair.x > 0)
+            pair.x = pair.x >= limit ? kOutlierEstimate : fmaxf(pair.x * unit, 1e-37f);
+          if (pair.y > 0)
+            pair.y = pair.y >= limit ? kOutlierEstimate : fmaxf(pair.y * unit, 1e-37f);
         }
         e[h][i] = pair.x, e[h][i + 1] = pair.y;
       }

@@ -133,7 +133,7 @@ class UniformKeys {
       const int lane = threadIdx.x % kWarp;
       key[i] = key_[i];
       if (top_ == nullptr) continue;
-      const uint32_t word = LoadShared(top_ + (b_ * heads_ + h) * kMaskWords + LaneWord(lane, i));
+      const uint32_t word = LoadL2(top_ + (b_ * heads_ + h) * kMaskWords + LaneWord(lane, i));
       in &= ~((word >> LaneBit(lane, i) & 1u) << i);
     }
     return in;
@@ -175,7 +175,7 @@ inline __device__ Bin FindBin(const uint32_t* histogram, uint32_t rest) {
   constexpr int kChunk = 4 * kWarp, kChunks = kDigitBins / kChunk;
   const int lane = threadIdx.x % kWarp;
   const auto bins = [&](int chunk, int at) {
-    return LoadShared(reinterpret_cast<const uint4*>(histogram + chunk * kChunk) + at);
+    return LoadL2(reinterpret_cast<const uint4*>(histogram + chunk * kChunk) + at);
   };
   uint32_t total[kChunks];
 #pragma unroll
@@ -306,7 +306,7 @@ __device__ void CountTies(Team<kHeads>& team, Keys& keys, uint32_t* before) {
   team.Sync();
   for (int h = 0; h < heads; ++h) {
     unsigned count = 0;
-    for (int i = lane; i < place; i += kWarp) count += LoadShared(w.ties + int64_t{i} * heads + h);
+    for (int i = lane; i < place; i += kWarp) count += LoadL2(w.ties + int64_t{i} * heads + h);
     count = __reduce_add_sync(kAllLanes, count);
     if (lane == 0) before[h] = count;
   }
@@ -316,7 +316,8 @@ __device__ void CountTies(Team<kHeads>& team, Keys& keys, uint32_t* before) {
 // Sets masks [blocks][G][kMaskWords] to the best that FindLast found. more: what the masks hold is
 // a part of them, and only the rest is marked then.
 template <int kHeads, class Keys>
-__device__ __noinline__ void MarkBest(Team<kHeads>& team, Keys& keys, uint32_t* masks, bool more) {
+__device__ __noinline__ void SelectBest(Team<kHeads>& team, Keys& keys, uint32_t* masks,
+                                        bool more) {
   const Ranks& ranks = RanksOf(team);
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   // Tied tokens that precede what the warp looks at, per head.
@@ -359,7 +360,7 @@ __device__ __noinline__ void MarkBest(Team<kHeads>& team, Keys& keys, uint32_t* 
 // number. Adds those that no list had before (with `fresh` none was) to shared.count, rows that are
 // not in the hot set to shared.fetched. Others see this block's part after a barrier.
 template <int kHeads>
-__device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* masks, bool fresh) {
+__device__ __noinline__ int64_t ListMasked(Team<kHeads>& team, const uint32_t* masks, bool fresh) {
   constexpr int kBlocks = kWarp / kMaskWords;  // that a warp looks at together
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
@@ -368,7 +369,7 @@ __device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* m
   const auto marked = [&](int64_t b) {  // word lane % kMaskWords of any head
     uint32_t any = 0;
     for (int h = 0; b < end && h < heads; ++h) {
-      any |= LoadShared(masks + (b * heads + h) * kMaskWords + lane % kMaskWords);
+      any |= LoadL2(masks + (b * heads + h) * kMaskWords + lane % kMaskWords);
     }
     return any;
   };
@@ -400,7 +401,7 @@ __device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* m
     team.Sync();
     all = 0;
     for (int r = 0; r < team.size; ++r) {
-      const int64_t n = static_cast<int64_t>(LoadShared(totals + r));
+      const int64_t n = static_cast<int64_t>(LoadL2(totals + r));
       if (r < team.rank) first += n;
       all += n;
     }

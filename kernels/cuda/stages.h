@@ -26,31 +26,31 @@ int DispatchRows(DType dtype, int heads, F&& f) {
 // The answer kernels of one dtype, each built by its own translation unit.
 template <DType kType>
 struct AnswerOf {
-  static int Launch(const DecodeParams& params, const AnswerShape& shape, Stream stream);
-  static AnswerShape Shape(const DeviceStorage& storage, int q_heads, int groups);
+  static int Launch(const StepParams& params, const AnswerShape& shape, Stream stream);
+  static AnswerShape Shape(const DeviceStorage& storage, int group_heads, int groups);
 };
 template <>
-int AnswerOf<DType::kF32>::Launch(const DecodeParams&, const AnswerShape&, Stream);
+int AnswerOf<DType::kF32>::Launch(const StepParams&, const AnswerShape&, Stream);
 template <>
 AnswerShape AnswerOf<DType::kF32>::Shape(const DeviceStorage&, int, int);
 template <>
-int AnswerOf<DType::kF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
+int AnswerOf<DType::kF16>::Launch(const StepParams&, const AnswerShape&, Stream);
 template <>
 AnswerShape AnswerOf<DType::kF16>::Shape(const DeviceStorage&, int, int);
 template <>
-int AnswerOf<DType::kBF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
+int AnswerOf<DType::kBF16>::Launch(const StepParams&, const AnswerShape&, Stream);
 template <>
 AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage&, int, int);
 
-int Prepare(const DecodeParams& params, Stream stream);
+int Prepare(const StepParams& params, Stream stream);
 // True scores of the middle from its keys, for IndexKind::kExact.
-int ScoreRows(const DecodeParams& params, int multiprocessors, Stream stream);
-int Scan(const DecodeParams& params, int multiprocessors, Stream stream);
+int ScoreRows(const StepParams& params, int multiprocessors, Stream stream);
+int Scan(const StepParams& params, int multiprocessors, Stream stream);
 // Multipliers of every head, one thread block a group.
-int PlanDraw(const DecodeParams& params, Stream stream);
+int PlanDraw(const StepParams& params, Stream stream);
 // Predicted variance and candidates of the whole middle under the plan.
-int Predict(const DecodeParams& params, Stream stream);
-int Answer(const DecodeParams& params, const AnswerShape& shape, Stream stream);
+int Predict(const StepParams& params, Stream stream);
+int Answer(const StepParams& params, const AnswerShape& shape, Stream stream);
 
 }  // namespace vattn::cuda
 

@@ -49,7 +49,7 @@ struct TeamShared {
 // A thread block's view of its team at work on one group.
 template <int kHeads>
 struct Team {
-  const DecodeParams& p;
+  const StepParams& p;
   const DeviceGroup& group;
   TeamShared<kHeads>& shared;
   std::byte* memory;  // dynamic shared memory
@@ -57,11 +57,11 @@ struct Team {
   uint32_t phase = 0;   // barriers passed
   uint32_t parity = 0;  // of the partial sums in use
 
-  __device__ int heads() const { return p.q_heads; }
+  __device__ int heads() const { return p.group_heads; }
   __device__ int64_t middle() const { return group.middle_end - group.middle_begin; }
 
-  __device__ void Mark(cuda::Mark mark) const {
-    if (rank == 0 && threadIdx.x == 0 && &group == p.groups) Note(p, mark);
+  __device__ void StampTime(TimelinePoint point) const {
+    if (rank == 0 && threadIdx.x == 0 && &group == p.groups) cuda::StampTime(p, point);
   }
 
   // All threads of the team. What was written to global memory before is seen after it, past the
@@ -88,7 +88,7 @@ struct Team {
   // shared.total[0, count) of every block of the team, summed in the same order by each. Holds a
   // barrier.
   __device__ void Add(int count) {
-    const int stride = kPartials(p.q_heads);
+    const int stride = kPartials(p.group_heads);
     double* own = group.scratch.partial + (static_cast<int64_t>(parity) * size + rank) * stride;
     __syncthreads();
     if (size > 1) {
@@ -99,7 +99,7 @@ struct Team {
       const int part = threadIdx.x % kMostTeam;
       for (int first = 0; first < count; first += kThreads / kMostTeam) {
         const int i = first + threadIdx.x / kMostTeam;
-        double sum = i < count && part < size ? LoadShared(from + part * stride + i) : 0;
+        double sum = i < count && part < size ? LoadL2(from + part * stride + i) : 0;
 #pragma unroll
         for (int o = kMostTeam / 2; o > 0; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
         if (i < count && part == 0) shared.total[i] = sum;
@@ -119,7 +119,7 @@ struct Team {
     return (rank + int64_t{k} * size) * rows + r;
   }
 
-  // Segments of the middle (draw.cuh) that a warp of this thread block looks at: from here up to
+  // Segments of the middle (sample.cuh) that a warp of this thread block looks at: from here up to
   // SegmentBegin(warp + 1). Those of the block are a contiguous run.
   __device__ int SegmentBegin(int warp) const {
     const int segments = NumSegments(NumBlocks(group)), warps = kWarps * size;

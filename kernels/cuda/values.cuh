@@ -34,8 +34,8 @@ inline __device__ float CodedValue(const Storage& s, const IndexTables& index,
 // ln e^ of a token and head; -inf where it is 0.
 inline __device__ float LogEstimate(const DeviceGroup& group, int heads, uint32_t token, int h) {
   const int64_t at = (token / kBlockTokens - FirstBlock(group)) * heads + h;
-  const float e = __half2float(__ushort_as_half(
-      LoadShared(group.scratch.estimate + at * kBlockTokens + token % kBlockTokens)));
+  const float e = __half2float(
+      __ushort_as_half(LoadL2(group.scratch.estimate + at * kBlockTokens + token % kBlockTokens)));
   return e > 0 ? logf(e) + group.scratch.shift[at] : -INFINITY;
 }
 
@@ -102,7 +102,7 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
           return i < count ? reinterpret_cast<uint64_t>(
-                                 ValueCode(team.p.storage, team.group, LoadShared(w.token + i)))
+                                 ValueCode(team.p.storage, team.group, LoadL2(w.token + i)))
                            : 0;
         },
         [&](int k, const std::byte* tile) {
@@ -114,10 +114,10 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
               const int64_t i = place(k, item / kHeads), at = (first + h) * w.capacity + i;
               if (i >= from) {
                 w.log_predicted_e[at] =
-                    LogEstimate(team.group, heads, LoadShared(w.token + i), first + h);
+                    LogEstimate(team.group, heads, LoadL2(w.token + i), first + h);
               }
-              const float log_e = LoadShared(w.log_predicted_e + at);
-              const float pi = Min(1.f, scale * LoadShared(w.weight + i));
+              const float log_e = LoadL2(w.log_predicted_e + at);
+              const float pi = Min(1.f, scale * LoadL2(w.weight + i));
               if (log_e > -INFINITY) p = -expf(log_e - team.shared.head[first + h].shift) / pi;
             }
             shared.p[item] = p;

@@ -57,9 +57,8 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     const int now = min(kHeads, heads - first);
     __syncthreads();
     for (int i = tid; i < kHeads * row.dim_v; i += kThreads) {
-      outputs[i] = i < now * row.dim_v
-                       ? LoadShared(w.output + static_cast<int64_t>(first) * row.dim_v + i)
-                       : 0;
+      outputs[i] =
+          i < now * row.dim_v ? LoadL2(w.output + static_cast<int64_t>(first) * row.dim_v + i) : 0;
     }
     __syncthreads();
     float norm2 = 0;
@@ -69,7 +68,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     }
     double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0, relative = 0,
            estimate = 0;
-    const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
+    const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadL2(w.weight + i)); };
     const auto place = [&](int k, int row_of_tile) {
       return team.RowPlace(shape.rows, k, row_of_tile);
     };
@@ -77,7 +76,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
         shape, team.p.storage.tiles_in_flight, tiles, team.shared.rows.address, team.memory,
         [&](int k, int row_of_tile) -> uint64_t {
           const int64_t i = place(k, row_of_tile);
-          return i < count && inclusion(i) < 1 ? LoadShared(w.row + i) + row.v_offset : 0;
+          return i < count && inclusion(i) < 1 ? LoadL2(w.row + i) + row.v_offset : 0;
         },
         [&](int k, const std::byte* tile) {
           const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
@@ -85,8 +84,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
           if (coded) {
             DotCodes<kType>(
                 team, shape, tile, n, team.shared.rows.address[k % team.p.storage.tiles_in_flight],
-                [&](int row_of_tile) { return LoadShared(w.token + place(k, row_of_tile)); },
-                outputs);
+                [&](int row_of_tile) { return LoadL2(w.token + place(k, row_of_tile)); }, outputs);
           }
           __syncthreads();
           if (h >= now || r >= n) return;
@@ -96,14 +94,14 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
           token.pi = inclusion(i);
           TailTerm term;
           if (token.pi < 1) {
-            token.e = expf(LoadShared(w.logit + at) - work.shift);
+            token.e = expf(LoadL2(w.logit + at) - work.shift);
             token.distance2 =
-                Max(LoadShared(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
+                Max(LoadL2(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
             token.error2 = token.e * token.e * token.distance2;
             if (coded) {
               // |e (v - o) - e^ (v^ - o)|^2 from dot products.
               const CodedDots<kHeads>& dots = DotsOf(team);
-              const float predicted_e = expf(LoadShared(w.log_predicted_e + at) - work.shift);
+              const float predicted_e = expf(LoadL2(w.log_predicted_e + at) - work.shift);
               const float code_dot = dots.dot[r * kHeads + h];
               const float code_distance2 = dots.norm2[r] - 2 * code_dot + norm2;
               const float inner =
@@ -171,11 +169,11 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
   __shared__ float exact[kRankDraws], predicted_e[kRankDraws], cosines[kWarps], pairs[kWarps];
   if (tid < kRankDraws) {
     const int64_t i = places[tid], at = h * w.capacity + i;
-    rows[tid] = LoadShared(w.row + i) + row.v_offset;
+    rows[tid] = LoadL2(w.row + i) + row.v_offset;
     if (coded) {
-      exact[tid] = expf(LoadShared(w.logit + at) - team.shared.head[h].shift);
-      predicted_e[tid] = expf(LoadShared(w.log_predicted_e + at) - team.shared.head[h].shift);
-      codes[tid] = ValueCode(team.p.storage, team.group, LoadShared(w.token + i));
+      exact[tid] = expf(LoadL2(w.logit + at) - team.shared.head[h].shift);
+      predicted_e[tid] = expf(LoadL2(w.log_predicted_e + at) - team.shared.head[h].shift);
+      codes[tid] = ValueCode(team.p.storage, team.group, LoadL2(w.token + i));
     }
   }
   __syncthreads();
@@ -253,7 +251,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
     __syncthreads();
     float norm2 = 0;
     for (int j = tid; j < dim; j += kThreads) {
-      output[j] = LoadShared(w.output + static_cast<int64_t>(h) * dim + j);
+      output[j] = LoadL2(w.output + static_cast<int64_t>(h) * dim + j);
       norm2 = fmaf(output[j], output[j], norm2);
     }
     norm2 = BlockSum(norm2, norms);
@@ -266,7 +264,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
       const float* term = w.term + h * w.capacity;
       double own = 0;
 #pragma unroll 4
-      for (int64_t i = from; i < to; ++i) own += LoadShared(term + i);
+      for (int64_t i = from; i < to; ++i) own += LoadL2(term + i);
       const double until = BlockScan(own, scratch);
       double before = until - own;
       __syncthreads();
@@ -277,7 +275,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
       int next = 0;
       while (next < kRankDraws && target(next) <= before) ++next;
       for (int64_t i = from; i < to && next < kRankDraws && target(next) <= until; ++i) {
-        before += LoadShared(term + i);
+        before += LoadL2(term + i);
         const bool last = i == to - 1;  // rounding of the sums must leave no place open
         while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until)))
           places[next++] = i;
@@ -313,8 +311,8 @@ __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float 
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       const int64_t i = threadIdx.x + int64_t{k} * kThreads;
-      held_weight[k] = i < count ? scale * LoadShared(w.weight + i) : INFINITY;
-      held_residual[k] = i < count ? LoadShared(residual + i) : 0;
+      held_weight[k] = i < count ? scale * LoadL2(w.weight + i) : INFINITY;
+      held_residual[k] = i < count ? LoadL2(residual + i) : 0;
     }
     const auto enough = [&](float by) {
       float variance = 0;
@@ -324,8 +322,8 @@ __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float 
         variance += held_residual[k] * (1 - pi) / pi;
       }
       for (int64_t i = threadIdx.x + int64_t{kHeld} * kThreads; i < count; i += kThreads) {
-        const float pi = Min(1.f, by * scale * LoadShared(w.weight + i));
-        variance += LoadShared(residual + i) * (1 - pi) / pi;
+        const float pi = Min(1.f, by * scale * LoadL2(w.weight + i));
+        variance += LoadL2(residual + i) * (1 - pi) / pi;
       }
       return BlockSum(variance, scratch) <= root * root;
     };

@@ -95,16 +95,16 @@ inline __device__ float WarpMax(float x) {
 }
 
 // Notes the time of a stage; by one thread of the first group's first thread block.
-inline __device__ void Note(const DecodeParams& p, Mark mark) {
+inline __device__ void StampTime(const StepParams& p, TimelinePoint point) {
   if (p.call.timeline == nullptr) return;
   unsigned long long now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  p.call.timeline[static_cast<int>(mark)] = now;
+  p.call.timeline[static_cast<int>(point)] = now;
 }
 
 // Memory that another thread block of the same kernel writes: past the L1 cache.
 template <class T>
-__device__ T LoadShared(const T* at) {
+__device__ T LoadL2(const T* at) {
   return __ldcg(at);
 }
 
@@ -151,7 +151,7 @@ inline __device__ int64_t SegmentEnd(const DeviceGroup& g, int segment, int64_t 
 }
 
 // The group that a block of the scan belongs to, of those counted in StepHeader::scan_blocks.
-inline __device__ int GroupOf(const DecodeParams& p, int64_t block) {
+inline __device__ int GroupOf(const StepParams& p, int64_t block) {
   int g = 0;  // the last one that starts there or before
   for (int step = 1 << 20; step > 0; step /= 2) {
     if (g + step < p.header->num_groups && p.groups[g + step].first_block <= block) g += step;

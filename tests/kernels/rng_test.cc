@@ -167,7 +167,7 @@ class DrawnNumbersTest : public testing::TestWithParam<int64_t> {
 };
 
 TEST_P(DrawnNumbersTest, EqualTheScalarDefinition) {
-  GroupFixture f({.q_heads = 1, .tokens = 6000, .middle_begin = 272, .middle_end = 5952});
+  GroupFixture f({.group_heads = 1, .tokens = 6000, .middle_begin = 272, .middle_end = 5952});
   Group& group = f.group;
   const float zero = 0;
   for (int64_t b = 0; b < cpu::NumBlocks(group); ++b) {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu/attend.h"
-#include "kernels/cpu/draw.h"
+#include "kernels/cpu/estimate.h"
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/scan.h"
 #include "kernels/sampling.h"
@@ -30,7 +30,7 @@ struct DrawFixture : GroupFixture {
       group.scratch.weight[i] = i % 5 == 0 ? 2.5f : .05f * static_cast<float>(1 + i % 37);
     }
     ReadDraw(storage, group, draw, 0, {});
-    for (int g = 0; g < s.q_heads; ++g) {
+    for (int g = 0; g < s.group_heads; ++g) {
       HeadWork& head = group.scratch.head[g];
       head.shift = .5f;
       head.denominator = 5000 + static_cast<float>(g);
@@ -117,7 +117,7 @@ class VerifyTest : public testing::TestWithParam<std::tuple<DType, Dims, int>> {
             .dim_k = dims.k,
             .dim_v = dims.v,
             .shared_kv = dims.shared_kv,
-            .q_heads = heads,
+            .group_heads = heads,
             .tokens = 900,
             .middle_end = 720,
             .value_bits = bits};
@@ -214,7 +214,7 @@ INSTANTIATE_TEST_SUITE_P(Mla, VerifyTest,
                                           testing::Values(Dims{576, 512, true}),
                                           testing::Values(0, 2)));
 
-GroupShape PlainShape() { return {.q_heads = 1, .tokens = 900, .middle_end = 720}; }
+GroupShape PlainShape() { return {.group_heads = 1, .tokens = 900, .middle_end = 720}; }
 
 TEST(EffectiveRankTest, CollinearResidualsHaveRankOne) {
   DrawFixture f(PlainShape());
@@ -252,7 +252,7 @@ TEST(EffectiveRankTest, IsotropicResidualsHaveTheRankOfTheSpace) {
 // Four values of 1e-12 multiplied, or of 1e12, are none of fp32's.
 TEST(EffectiveRankTest, TheUnitOfValuesDoesNotMatter) {
   const auto cos2 = [](float unit) {
-    DrawFixture f({.q_heads = 1});
+    DrawFixture f({.group_heads = 1});
     for (int64_t t = 0; t < f.shape.tokens; ++t) {
       for (int j = 0; j < f.shape.dim_v; ++j) {
         f.SetValue(t, j, unit * static_cast<float>(f.Value(t, j)));

@@ -1,8 +1,8 @@
 // Passes over the estimates of a group (METHOD.md, "Selection"): predicted variance, candidates,
 // and the draw. weight^2 of a token = sum_h (gain_h e^_h + floor_h)^2, it is drawn iff u < scale *
 // weight, and surely where ln e^_h is scratch.sure or over it for any head.
-#ifndef VATTN_KERNELS_CUDA_DRAW_CUH_
-#define VATTN_KERNELS_CUDA_DRAW_CUH_
+#ifndef VATTN_KERNELS_CUDA_SAMPLE_CUH_
+#define VATTN_KERNELS_CUDA_SAMPLE_CUH_
 
 #include <cmath>
 
@@ -45,7 +45,7 @@ inline __device__ float SureEstimate(const float* sure, int h, float shift) {
 // e >= sure.
 inline __device__ void AddWeight(float e, float gain, float floor, float sure, float& weight2) {
   if (e < 0 || e >= sure) {
-    weight2 = kMarkedWeight2;
+    weight2 = kAlwaysWeight2;
     return;
   }
   const float with_floor = fmaf(e, gain, e > 0 ? floor : 0);
@@ -344,8 +344,7 @@ __device__ void SumPredicted(Team<kHeads>& team) {
 #pragma unroll
     for (int i = 0; i < kMostSegments / kWarp; ++i) {
       const int s = i * kWarp + lane;
-      sum +=
-          s < segments ? LoadShared(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h) : 0.f;
+      sum += s < segments ? LoadL2(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h) : 0.f;
     }
     sum = WarpSum(sum);
     if (lane == 0) team.shared.total[h] = sum;
@@ -371,8 +370,8 @@ __device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float b
 // first `count`, and finds their rows; the new count, or -1 if the list has no room for it. Counts
 // misses in shared.fetched. Others see this block's part after a barrier.
 template <int kHeads>
-__device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high,
-                                     Randomness randomness, int64_t count) {
+__device__ __noinline__ int64_t DrawTokens(Team<kHeads>& team, float low, float high,
+                                           Randomness randomness, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int64_t segment_tokens = SegmentBlocks(NumBlocks(team.group)) * kBlockTokens;
@@ -405,7 +404,7 @@ __device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high,
         w.partial + static_cast<int64_t>(team.parity) * team.size * kPartials(team.heads());
     if (tid == 0) totals[team.rank] = own;
     team.Sync();
-    const int n = lane < team.size ? static_cast<int>(LoadShared(totals + lane)) : 0;
+    const int n = lane < team.size ? static_cast<int>(LoadL2(totals + lane)) : 0;
     first += WarpSum(lane < team.rank ? n : 0);
     all = WarpSum(n);
     team.parity ^= 1;
@@ -446,7 +445,7 @@ __device__ __noinline__ void FixDrawn(Team<kHeads>& team, int64_t count) {
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   // A thread block alone writes the estimates that it reads: its L1 cache holds no older ones.
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const uint32_t token = LoadShared(w.token + i);
+    const uint32_t token = LoadL2(w.token + i);
     const int64_t b = token / kBlockTokens - FirstBlock(team.group);
     if (team.rank == 0) w.weight[i] = INFINITY;
     if (b < team.BlocksBegin() || b >= team.BlocksEnd()) continue;
@@ -469,4 +468,4 @@ __device__ __noinline__ void FixDrawn(Team<kHeads>& team, int64_t count) {
 
 }  // namespace vattn::cuda
 
-#endif  // VATTN_KERNELS_CUDA_DRAW_CUH_
+#endif  // VATTN_KERNELS_CUDA_SAMPLE_CUH_

@@ -1,6 +1,6 @@
 // Attention over a weighted draw of the middle: logits of new rows, and the estimate of the output.
-#ifndef VATTN_KERNELS_CPU_DRAW_H_
-#define VATTN_KERNELS_CPU_DRAW_H_
+#ifndef VATTN_KERNELS_CPU_ESTIMATE_H_
+#define VATTN_KERNELS_CPU_ESTIMATE_H_
 
 #include "kernels/cpu/verify.h"
 #include "kernels/params.h"
@@ -25,4 +25,4 @@ void Estimate(const Storage& storage, const Promise& promise, const Group& group
 
 }  // namespace vattn::cpu
 
-#endif  // VATTN_KERNELS_CPU_DRAW_H_
+#endif  // VATTN_KERNELS_CPU_ESTIMATE_H_
