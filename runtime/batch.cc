@@ -5,7 +5,10 @@
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/decode.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/write.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -294,18 +297,18 @@ void Batch::PrepareGroups(const AttendRequest& r) {
                    ? nullptr
                    : static_cast<const std::byte*>(base) + int64_t{slot} * kv_heads * dim * element;
       };
-      runtime_->ops().write({.storage = s,
-                             .blocks = blocks_.data(),
-                             .kv_heads = kv_heads,
-                             .first = layer.tokens,
-                             .count = new_tokens_,
-                             .k = at(r.k_new, s.row.dim_k),
-                             .v = at(r.v_new, s.row.dim_v),
-                             .k_token_stride = int64_t{kv_heads} * s.row.dim_k,
-                             .k_head_stride = s.row.dim_k,
-                             .v_token_stride = int64_t{kv_heads} * s.row.dim_v,
-                             .v_head_stride = s.row.dim_v},
-                            Stream{});
+      cpu::Write({.storage = s,
+                  .blocks = blocks_.data(),
+                  .kv_heads = kv_heads,
+                  .first = layer.tokens,
+                  .count = new_tokens_,
+                  .k = at(r.k_new, s.row.dim_k),
+                  .v = at(r.v_new, s.row.dim_v),
+                  .k_token_stride = int64_t{kv_heads} * s.row.dim_k,
+                  .k_head_stride = s.row.dim_k,
+                  .v_token_stride = int64_t{kv_heads} * s.row.dim_v,
+                  .v_head_stride = s.row.dim_v},
+                 Stream{});
     }
     const int64_t tokens = layer.tokens + new_tokens_;
     const int64_t begin = std::min<int64_t>(o.sinks, tokens), end = sequence->MiddleEnd(tokens);
@@ -416,11 +419,11 @@ absl::Status Batch::Attend(const AttendRequest& r, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckScores(r));
   if (cuda_) return cuda_->Call(cuda::Task::kDecode, r, {}, stream);
   PrepareGroups(r);
-  runtime_->ops().decode({.storage = runtime_->storage(),
-                          .promise = runtime_->promise(),
-                          .groups = groups_.data(),
-                          .num_groups = static_cast<int32_t>(groups_.size())},
-                         runtime_->stream());
+  cpu::Decode({.storage = runtime_->storage(),
+               .promise = runtime_->promise(),
+               .groups = groups_.data(),
+               .num_groups = static_cast<int32_t>(groups_.size())},
+              runtime_->stream());
   Account(r);
   FinishLayer(r.layer);
   return absl::OkStatus();
@@ -464,17 +467,16 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
   for (size_t i = 0; i < groups_.size(); ++i) {
     const int64_t at = int64_t{group_slot_[i]} * kv_heads + group_head_[i];
     Group& group = groups_[i];
-    runtime_->ops().attend_selected(
-        {.storage = runtime_->storage(),
-         .groups = &group,
-         .num_groups = 1,
-         .tokens = selection.tokens + at * selection.capacity,
-         .log_weights = selection.log_weights == nullptr
-                            ? nullptr
-                            : selection.log_weights + at * selection.capacity,
-         .counts = selection.counts + at,
-         .capacity = selection.capacity},
-        runtime_->stream());
+    cpu::AttendSelected({.storage = runtime_->storage(),
+                         .groups = &group,
+                         .num_groups = 1,
+                         .tokens = selection.tokens + at * selection.capacity,
+                         .log_weights = selection.log_weights == nullptr
+                                            ? nullptr
+                                            : selection.log_weights + at * selection.capacity,
+                         .counts = selection.counts + at,
+                         .capacity = selection.capacity},
+                        runtime_->stream());
     group.selected = 0;
     for (int32_t k = 0; k < selection.counts[at]; ++k) {
       const int32_t token = selection.tokens[at * selection.capacity + k];
@@ -513,11 +515,11 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
   std::vector<HeadState> before;
   for (const Group& group : groups_)
     before.insert(before.end(), group.state, group.state + group.group_heads);
-  runtime_->ops().select({.storage = runtime_->storage(),
-                          .promise = runtime_->promise(),
-                          .groups = groups_.data(),
-                          .num_groups = static_cast<int32_t>(groups_.size())},
-                         runtime_->stream());
+  cpu::Select({.storage = runtime_->storage(),
+               .promise = runtime_->promise(),
+               .groups = groups_.data(),
+               .num_groups = static_cast<int32_t>(groups_.size())},
+              runtime_->stream());
   int64_t need = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = groups_[i];

@@ -39,7 +39,7 @@ void WriteHead(const Storage& storage, const Group& group, int head, const float
 // kBestEffort with an infinite error.
 void FlagNotFinite(const Storage& storage, const Group& group);
 
-// Op attend_selected.
+// Attention over the listed tokens of every group and nothing else.
 void AttendSelected(const AttendSelectedParams& params, Stream stream);
 
 }  // namespace vattn::cpu

@@ -160,7 +160,7 @@ CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, 
     errors.noise2 += index.weight[j] * r2;
   };
   for (int j = 0; j < dims; ++j) {
-    const float half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
+    const float half = s.code.half(j);
     // NaN: any, r is NaN
     const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;
     const float r = (x[j] - level) * index.step[j];

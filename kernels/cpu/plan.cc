@@ -76,8 +76,7 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
   const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
   for (int g = 0; g < group.group_heads; ++g) {
-    const SoftmaxState fixed(const_cast<float*>(states) + g * StateFloats(s.row.dim_v),
-                             s.row.dim_v);
+    const ConstSoftmaxState fixed(states + g * StateFloats(s.row.dim_v), s.row.dim_v);
     float top = -std::numeric_limits<float>::infinity();
     for (int64_t b = 0; b < blocks; ++b) top = std::max(top, w.shift[b * group.group_heads + g]);
     const float shift = std::max(top, fixed.max());
@@ -123,11 +122,9 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   }
   Predict(group, plan, 1, 0, stream);
   // What is left of the gap is closed for the worst head by one factor on every probability.
-  float scale = kLeastScale;
-  for (int g = 0; g < heads; ++g) scale = std::max(scale, w.head[g].predicted / w.head[g].target);
-  scale = std::min(scale, kMostScale);
-  scale =
-      std::max(scale, static_cast<float>(promise.min_selected) / std::max(plan.expected, 1e-6f));
+  float worst = kLeastScale;
+  for (int g = 0; g < heads; ++g) worst = std::max(worst, w.head[g].predicted / w.head[g].target);
+  const float scale = PlanScale(promise, worst, plan.expected);
   const float most = promise.max_selected_share * n;
   // A scale below 1 takes nothing off tokens that are sure.
   float sure = 0;

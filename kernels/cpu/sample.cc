@@ -329,10 +329,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
   const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
-  const uint32_t refresh = randomness.redraw > 0 ? 1 : randomness.refresh;
-  const uint32_t use = randomness.redraw > 0
-                           ? static_cast<uint32_t>(RandomUse::kRedraw) + randomness.redraw - 1
-                           : static_cast<uint32_t>(RandomUse::kSelect);
+  const uint32_t refresh = randomness.renewal(), use = randomness.use();
   const uint32_t epoch = static_cast<uint32_t>(group.step / refresh);
   const uint32_t step_phase = static_cast<uint32_t>(group.step % refresh);
   const auto blocks_of = [&](int64_t s) {

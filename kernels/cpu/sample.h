@@ -32,13 +32,6 @@ struct BlockWeights {
 float PredictVariance(const Group& group, const Inclusion& inclusion, int stride, int phase,
                       float* variance, Stream stream);
 
-// Whose random numbers a draw takes: the permanent ones, renewed every `refresh` steps, or those of
-// the step's n-th redraw, n from 1.
-struct Randomness {
-  uint32_t refresh = 1;
-  uint32_t redraw = 0;
-};
-
 // Appends the tokens with previous_scale * weight <= u < scale * weight, ascending, with their
 // weights to scratch.token and scratch.weight after the first `count`; previous_scale 0: all below
 // scale * weight. Returns the new count. A draw that may be followed by others of the same weights

@@ -187,9 +187,9 @@ HWY_INLINE hn::Vec<D> PowerOf2(hn::Vec<D> y) {
   const auto n = hn::Round(y);
   const auto f = hn::Sub(y, n);
 #endif
-  auto p = hn::MulAdd(f, hn::Set(d, .00961813f), hn::Set(d, .05550411f));
-  p = hn::MulAdd(f, p, hn::Set(d, .24022651f));
-  p = hn::MulAdd(f, p, hn::Set(d, .69314718f));
+  auto p = hn::MulAdd(f, hn::Set(d, kPower4), hn::Set(d, kPower3));
+  p = hn::MulAdd(f, p, hn::Set(d, kPower2));
+  p = hn::MulAdd(f, p, hn::Set(d, kPower1));
   p = hn::MulAdd(f, p, hn::Set(d, 1.f));
 #if HWY_TARGET == HWY_AVX3
   return hn::Vec<D>{_mm512_scalef_ps(p.raw, hn::Sub(y, f).raw)};
@@ -207,7 +207,6 @@ float EstimateScores(const float* scores, uint16_t* estimate, float* mass) {
   auto most = hn::Set(d, -std::numeric_limits<float>::infinity());
   for (int i = 0; i < kBlockTokens; i += kLanes) most = hn::Max(most, hn::LoadU(d, scores + i));
   const float shift = hn::GetLane(hn::MaxOfLanes(d, most));
-  constexpr float kLog2E = 1.44269504f;
   const auto by = hn::Set(d, kLog2E), least = hn::Set(d, kLeastEstimate);
   auto sum = hn::Zero(d);
   for (int i = 0; i < kBlockTokens; i += kLanes) {
@@ -252,12 +251,6 @@ namespace {
 
 constexpr int kTaskBlocks = 8;  // 2,048 tokens: small enough to share, large enough to pay
 
-// Levels of dimension j stand for level + .5 - half of its precision.
-float LevelOffset(const CodeLayout& code, int j) {
-  if (j < code.dims8) return .5f - 64.f;
-  return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
-}
-
 // One head's query: its projection y [dims] in int8 and what it takes to undo that.
 void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out, int lane) {
   const int dims = code.dims();
@@ -269,7 +262,7 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
     for (int i = 0; i < 4; ++i) {
       const float level = std::nearbyint(std::max(std::min(127.f, y[4 * r + i] / scale), -127.f));
       word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(level))) << (8 * i);
-      offset += level * scale * LevelOffset(code, 4 * r + i);
+      offset += level * scale * code.middle(4 * r + i);
     }
     out.run[r][lane] = static_cast<int32_t>(word);
   }

@@ -24,11 +24,6 @@ void ScanEstimates(const Storage& storage, IndexKind kind, const Group& group, S
 // The whole middle as scratch.score [G][stride], token - middle_begin along the row.
 void ScanScores(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
 
-inline int64_t FirstBlock(const Group& g) { return g.middle_begin / kBlockTokens; }
-inline int64_t NumBlocks(const Group& g) {
-  return (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
-}
-
 // estimate of one token and head in units of exp(shift).
 float EstimateOf(const Group& group, int64_t token, int head);
 

@@ -27,7 +27,7 @@ struct Carver {
 Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
               Carver& c) {
   const int64_t heads = group_heads;
-  const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens + 1;
+  const int64_t blocks = BlocksFor(tokens) + 1;
   const int64_t n = blocks * kBlockTokens;
   const int64_t segments = blocks / cpu::kSegmentBlocks + 2;
   const int64_t sparse = n + segments * cpu::kDrawSlack;
@@ -66,9 +66,9 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int grou
   w.tops = c.Take<float>(heads * kTopBins);
   w.log_gain = c.Take<float>(heads);
   w.floor = c.Take<float>(heads);
-  w.state = c.Take<float>((n / cpu::kSegmentTokens + 2) * heads * cpu::StateFloats(s.row.dim_v));
+  w.state = c.Take<float>((n / cpu::kSegmentTokens + 2) * heads * StateFloats(s.row.dim_v));
   w.sums = c.Take<float>(segments * (heads + 2));
-  w.work = c.Take<float>(5 * heads * cpu::StateFloats(s.row.dim_v));
+  w.work = c.Take<float>(5 * heads * StateFloats(s.row.dim_v));
   return w;
 }
 

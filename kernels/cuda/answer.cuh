@@ -78,7 +78,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
         queries, team.memory, team.shared.rows,
         team.group.scratch.state +
-            (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+            (static_cast<int64_t>(team.rank) * team.heads() + first) * StateFloats(row.dim_v),
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
           if (i >= count) return 0;
@@ -372,6 +372,17 @@ AnswerShape ShapeOf(const DeviceStorage& storage, int groups) {
   }
   cudaGetLastError();
   return shape;
+}
+
+template <DType kType>
+int AnswerOf<kType>::Launch(const StepParams& p, const AnswerShape& shape, Stream stream) {
+  return p.group_heads <= 4 ? LaunchAnswer<kType, 4>(p, shape, stream)
+                            : LaunchAnswer<kType, 8>(p, shape, stream);
+}
+
+template <DType kType>
+AnswerShape AnswerOf<kType>::Shape(const DeviceStorage& storage, int group_heads, int groups) {
+  return group_heads <= 4 ? ShapeOf<kType, 4>(storage, groups) : ShapeOf<kType, 8>(storage, groups);
 }
 
 }  // namespace vattn::cuda

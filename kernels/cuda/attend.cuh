@@ -62,7 +62,8 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
                                        ? -INFINITY
                                        : team.shared.head[first + tid].shift;
     }
-    float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (row.dim_v + 3);
+    float* state =
+        w.state + (static_cast<int64_t>(team.rank) * heads + first) * StateFloats(row.dim_v);
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, heads - first), queries,
         team.memory, team.shared.rows, state,
@@ -105,7 +106,7 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
         queries, team.memory, team.shared.rows,
-        w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+        w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * StateFloats(row.dim_v),
         [&](int k, int r) -> uint64_t {
           return token(k, r) < count ? reinterpret_cast<uint64_t>(
                                            RowAddress(team.p.storage, team.group, token(k, r)))
@@ -153,16 +154,17 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
   __shared__ float norms[kWarps];
   float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
   const auto state = [&](int r, int h) {
-    const float* from = r < walked ? w.state + static_cast<int64_t>(r) * heads * (dim + 3)
-                        : r < rows ? w.fixed + static_cast<int64_t>(r - walked) * heads * (dim + 3)
-                                   : w.coded;
-    return from + static_cast<int64_t>(h) * (dim + 3);
+    const float* from = r < walked ? w.state + static_cast<int64_t>(r) * heads * StateFloats(dim)
+                        : r < rows
+                            ? w.fixed + static_cast<int64_t>(r - walked) * heads * StateFloats(dim)
+                            : w.coded;
+    return ConstSoftmaxState(from + static_cast<int64_t>(h) * StateFloats(dim), dim);
   };
   team.Sync();
   Publish(team, count);
   for (int h = team.rank; h < heads; h += team.size) {
     float most = -INFINITY;
-    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadL2(state(r, h) + dim));
+    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadL2(&state(r, h).max()));
     most = WarpMax(most);
     __syncthreads();
     if (tid % kWarp == 0) norms[tid / kWarp] = most;
@@ -170,16 +172,16 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     for (int i = 0; i < kWarps; ++i) most = fmaxf(most, norms[i]);
     float mass = 0, mass2 = 0, coded_mass = 0;  // |v|^2 is summed over rows alone
     for (int r = tid; r < parts; r += kThreads) {
-      const float* at = state(r, h) + dim;
-      const float own = r < rows ? LoadL2(at + 1) : 0;
-      const float of_codes = r >= rows                ? LoadL2(at + 1)
+      const ConstSoftmaxState at = state(r, h);
+      const float own = r < rows ? LoadL2(&at.denominator()) : 0;
+      const float of_codes = r >= rows                ? LoadL2(&at.denominator())
                              : coded && r < team.size ? LoadL2(w.coded_mass + r * heads + h)
                                                       : 0;
-      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadL2(at) - most);
+      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadL2(&at.max()) - most);
       factor[r] = f;
       mass += f * own;
       coded_mass += f * of_codes;
-      mass2 += f * LoadL2(at + 2);
+      mass2 += f * LoadL2(&at.value_norm2());
     }
     mass = BlockSum(mass, norms);
     mass2 = BlockSum(mass2, norms);
@@ -192,7 +194,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       float sum = 0;
 #pragma unroll 8
       for (int r = i / dim; r < parts; r += shares)
-        sum = fmaf(factor[r], LoadL2(state(r, h) + i % dim), sum);
+        sum = fmaf(factor[r], LoadL2(state(r, h).numerator + i % dim), sum);
       share[i] = sum;
     }
     __syncthreads();

@@ -40,8 +40,8 @@ int64_t ListCapacity(const Promise& promise, int64_t tokens) {
 size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
                     int team, std::byte* memory, GroupScratch& w) {
   Carver c{memory};
-  const int64_t heads = group_heads, blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
-  const int64_t floats = s.row.dim_v + 3;
+  const int64_t heads = group_heads, blocks = BlocksFor(tokens);
+  const int64_t floats = StateFloats(s.row.dim_v);
   w.capacity = (ListCapacity(promise, tokens) + 63) / 64 * 64;
   const bool ranks = Ranked(promise), uniform = promise.policy == Policy::kTopKUniform;
   const int64_t sampled = promise.policy == Policy::kVerified ? 1 : 0;

@@ -31,7 +31,7 @@ struct Patch {
   int64_t value = 0;
 };
 int ApplyPatches(const Patch* patches, int64_t count, Stream stream);
-// Op write with k, v in device memory: block ids [kv_heads] in device memory.
+// cpu::Write with k and v in device memory: block ids [kv_heads] in device memory.
 int Write(const WriteParams& params, Stream stream);
 
 // Bytes of working memory of a group, and its parts carved from `memory` (null: nothing is carved).

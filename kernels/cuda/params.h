@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/params.h"
+#include "kernels/softmax.h"
 
 namespace vattn::cuda {
 
@@ -170,7 +171,7 @@ struct SelectionArrays {
   int32_t* counts = nullptr;
 };
 
-enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
+using vattn::Task;
 
 struct StepParams {
   Task task = Task::kDecode;

@@ -38,7 +38,8 @@ template <int kHeads>
 __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int stride = kPartials(heads), floats = team.p.storage.host.row.dim_v + 3;
+  const int stride = kPartials(heads), dim = team.p.storage.host.row.dim_v,
+            floats = StateFloats(dim);
   const int64_t begin = team.BlocksBegin(), end = team.BlocksEnd();
   const float* const shifts = w.shift;
   const float* const masses = w.mass;
@@ -75,23 +76,25 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   }
   team.Sync();
   for (int h = threadIdx.x; h < heads; h += kThreads) {
-    const float* fixed = w.fixed + static_cast<int64_t>(h) * floats + floats - 3;
+    const float* const first = w.fixed + static_cast<int64_t>(h) * floats;
+    const auto fixed = [&](int part) {
+      return ConstSoftmaxState(first + static_cast<int64_t>(part) * heads * floats, dim);
+    };
     float top = -INFINITY;
     for (int r = 0; r < team.size; ++r)
       top = fmaxf(top, static_cast<float>(LoadL2(parts + r * stride + 2 * h)));
     float shift = top;
-    for (int part = 0; part < kFixedParts; ++part)
-      shift = fmaxf(shift, fixed[static_cast<int64_t>(part) * heads * floats]);
+    for (int part = 0; part < kFixedParts; ++part) shift = fmaxf(shift, fixed(part).max());
     double mass = 0, sum = 0, norm2 = 0;
     for (int r = 0; r < team.size; ++r) {
       mass += LoadL2(parts + r * stride + 2 * h + 1) *
               expf(static_cast<float>(LoadL2(parts + r * stride + 2 * h)) - shift);
     }
     for (int part = 0; part < kFixedParts; ++part) {
-      const float* at = fixed + static_cast<int64_t>(part) * heads * floats;
-      if (!(at[1] > 0)) continue;
-      sum += at[1] * expf(at[0] - shift);
-      norm2 += at[2] * expf(at[0] - shift);
+      const ConstSoftmaxState at = fixed(part);
+      if (!(at.denominator() > 0)) continue;
+      sum += at.denominator() * expf(at.max() - shift);
+      norm2 += at.value_norm2() * expf(at.max() - shift);
     }
     HeadWork& work = team.shared.head[h];
     work.shift = shift;
@@ -314,11 +317,10 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
   SumPredicted(team);
   plan.expected = TakePrediction(team);
   // What is left of the gap is closed for the worst head by one factor on every probability.
-  float scale = kLeastScale;
+  float worst = kLeastScale;
   for (int h = 0; h < heads; ++h)
-    scale = Max(scale, team.shared.head[h].predicted / team.shared.head[h].target);
-  scale = Min(scale, kMostScale);
-  scale = Max(scale, static_cast<float>(promise.min_selected) / Max(plan.expected, 1e-6f));
+    worst = Max(worst, team.shared.head[h].predicted / team.shared.head[h].target);
+  const float scale = PlanScale(promise, worst, plan.expected);
   const float most = promise.max_selected_share * n;
   const bool any_sure = team.group.scratch.sure != nullptr;
   // A scale below 1 takes nothing off tokens that are sure.

@@ -25,11 +25,6 @@ __device__ void ScaleQueries(const StepParams& p, const DeviceGroup& group, int 
   }
 }
 
-__device__ float LevelOffset(const CodeLayout& code, int j) {
-  if (j < code.dims8) return .5f - 64.f;
-  return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
-}
-
 // One head's query as kernels/cpu/scan.cc packs it, by a warp: int8 levels of y [dims] and what
 // undoes them. The offset's sum has another order than there.
 __device__ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out,
@@ -45,7 +40,7 @@ __device__ void PackHead(const CodeLayout& code, const float* y, float offset, P
     for (int i = 0; i < 4; ++i) {
       const float level = rintf(fmaxf(fminf(127.f, __fdiv_rn(y[4 * r + i], scale)), -127.f));
       word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(level))) << (8 * i);
-      sum += level * scale * LevelOffset(code, 4 * r + i);
+      sum += level * scale * code.middle(4 * r + i);
     }
     out.run[r][head] = static_cast<int32_t>(word);
   }
@@ -232,7 +227,8 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
     __syncthreads();
     ScaleQueries<E>(p, group, first, heads, kHeads, queries);
     if (threadIdx.x < kHeads) shared.most[threadIdx.x] = -INFINITY;
-    float* state = group.scratch.fixed + (int64_t{part} * p.group_heads + first) * (row.dim_v + 3);
+    float* state =
+        group.scratch.fixed + (int64_t{part} * p.group_heads + first) * StateFloats(row.dim_v);
     AttendTiles<kType, kHeads>(
         row, shape, kLeastTiles, tiles, heads, queries, memory, shared, state,
         [&](int k, int r) -> uint64_t {

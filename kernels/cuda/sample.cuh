@@ -11,23 +11,6 @@
 
 namespace vattn::cuda {
 
-// Whose random numbers a draw takes: the permanent ones, or those of the step's n-th redraw, n from
-// 1.
-struct Randomness {
-  uint32_t refresh = 1;
-  uint32_t redraw = 0;
-};
-
-inline __device__ float Uniform(const DeviceGroup& group, const Randomness& r, uint32_t token) {
-  const uint32_t counter = TokenCounter(token);
-  const uint32_t refresh = r.redraw > 0 ? 1 : r.refresh;
-  const uint32_t use = r.redraw > 0 ? static_cast<uint32_t>(RandomUse::kRedraw) + r.redraw - 1
-                                    : static_cast<uint32_t>(RandomUse::kSelect);
-  const Philox4 x = Philox({{counter, Epoch(counter, group.step, refresh), group.key.stream, use}},
-                           group.key.key0, group.key.key1);
-  return UnitFloat(x.word[(token >> 4) & 3]);
-}
-
 // scratch.sure of all heads in a segment of the index; null: no token is sure.
 inline __device__ const float* SureScores(const GroupScratch& w, int segment, int heads) {
   return w.sure == nullptr ? nullptr : w.sure + segment * heads;
@@ -183,10 +166,7 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
                                Randomness randomness) {
   const GroupScratch& w = group.scratch;
   const int lane = threadIdx.x % kWarp;
-  const uint32_t refresh = randomness.redraw > 0 ? 1 : randomness.refresh;
-  const uint32_t use = randomness.redraw > 0
-                           ? static_cast<uint32_t>(RandomUse::kRedraw) + randomness.redraw - 1
-                           : static_cast<uint32_t>(RandomUse::kSelect);
+  const uint32_t refresh = randomness.renewal(), use = randomness.use();
   const RandomKey key = group.key;
   const uint64_t step = group.step;
   const uint16_t* const estimates = w.estimate;
@@ -377,7 +357,8 @@ __device__ __noinline__ int64_t DrawTokens(Team<kHeads>& team, float low, float 
   const int64_t segment_tokens = SegmentBlocks(NumBlocks(team.group)) * kBlockTokens;
   const int segment_begin = team.SegmentBegin(warp), segment_end = team.SegmentBegin(warp + 1);
   const auto drawn = [&](uint64_t c) {
-    const float u = Uniform(team.group, randomness, static_cast<uint32_t>(c));
+    const float u =
+        TokenUniform(team.group.key, static_cast<uint32_t>(c), team.group.step, randomness);
     const float weight = __uint_as_float(static_cast<uint32_t>(c >> 32));
     return u < high * weight && u >= low * weight;
   };

@@ -44,12 +44,12 @@ struct Words {
 // rounds to the nearest integer, whose low bits it leaves where the exponent wants them.
 __device__ float ExpNegative(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23
-  const float y = fmaxf(__fmul_rn(x, 1.44269504f), -30.f);
+  const float y = fmaxf(__fmul_rn(x, kLog2E), -30.f);
   const float r = __fadd_rn(y, kRound);
   const float f = __fsub_rn(y, __fsub_rn(r, kRound));
-  float p = fmaf(f, .00961813f, .05550411f);
-  p = fmaf(f, p, .24022651f);
-  p = fmaf(f, p, .69314718f);
+  float p = fmaf(f, kPower4, kPower3);
+  p = fmaf(f, p, kPower2);
+  p = fmaf(f, p, kPower1);
   p = fmaf(f, p, 1.f);
   const float e = __int_as_float(__float_as_int(p) + (__float_as_int(r) << 23));
   return y > -29.f ? e : 0;

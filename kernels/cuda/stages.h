@@ -29,18 +29,9 @@ struct AnswerOf {
   static int Launch(const StepParams& params, const AnswerShape& shape, Stream stream);
   static AnswerShape Shape(const DeviceStorage& storage, int group_heads, int groups);
 };
-template <>
-int AnswerOf<DType::kF32>::Launch(const StepParams&, const AnswerShape&, Stream);
-template <>
-AnswerShape AnswerOf<DType::kF32>::Shape(const DeviceStorage&, int, int);
-template <>
-int AnswerOf<DType::kF16>::Launch(const StepParams&, const AnswerShape&, Stream);
-template <>
-AnswerShape AnswerOf<DType::kF16>::Shape(const DeviceStorage&, int, int);
-template <>
-int AnswerOf<DType::kBF16>::Launch(const StepParams&, const AnswerShape&, Stream);
-template <>
-AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage&, int, int);
+extern template struct AnswerOf<DType::kF32>;
+extern template struct AnswerOf<DType::kF16>;
+extern template struct AnswerOf<DType::kBF16>;
 
 int Prepare(const StepParams& params, Stream stream);
 // True scores of the middle from its keys, for IndexKind::kExact.

@@ -16,23 +16,24 @@ namespace vattn::cuda {
 // The state of head h from part r: sinks and window first, then walk by walk the team's thread
 // blocks.
 template <int kHeads>
-__device__ float* StateOf(Team<kHeads>& team, int r, int h) {
+__device__ SoftmaxState StateOf(Team<kHeads>& team, int r, int h) {
   const GroupScratch& w = team.group.scratch;
-  const int64_t floats = team.p.storage.host.row.dim_v + 3;
-  return r < kFixedParts
-             ? w.fixed + (static_cast<int64_t>(r) * team.heads() + h) * floats
-             : w.state + (static_cast<int64_t>(r - kFixedParts) * team.heads() + h) * floats;
+  const int dim = team.p.storage.host.row.dim_v;
+  const int64_t floats = StateFloats(dim);
+  return {r < kFixedParts
+              ? w.fixed + (static_cast<int64_t>(r) * team.heads() + h) * floats
+              : w.state + (static_cast<int64_t>(r - kFixedParts) * team.heads() + h) * floats,
+          dim};
 }
 
 // shared.head[h].shift = the largest logit of sinks, window and the first `walks` walks.
 template <int kHeads>
 __device__ void SetShifts(Team<kHeads>& team, int walks) {
-  const int dim = team.p.storage.host.row.dim_v;
   __syncthreads();
   for (int h = threadIdx.x; h < team.heads(); h += kThreads) {
     float most = -INFINITY;
     for (int r = 0; r < kFixedParts + walks * team.size; ++r)
-      most = fmaxf(most, LoadL2(StateOf(team, r, h) + dim));
+      most = fmaxf(most, LoadL2(&StateOf(team, r, h).max()));
     team.shared.head[h].shift = most;
   }
   __syncthreads();
@@ -63,7 +64,7 @@ __device__ __noinline__ void AttendMasked(Team<kHeads>& team, int64_t count, con
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, team.Tiles(count, shape.rows), now, queries,
         team.memory, team.shared.rows,
-        StateOf(team, kFixedParts + walk * team.size + team.rank, first),
+        StateOf(team, kFixedParts + walk * team.size + team.rank, first).numerator,
         [&](int k, int r) -> uint64_t {
           return place(k, r) < count ? LoadL2(w.row + place(k, r)) : 0;
         },
@@ -112,23 +113,23 @@ __device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t resi
   double* factor = reinterpret_cast<double*>(team.memory + sizeof(Ranks));  // [parts]
   __syncthreads();
   for (int r = tid; r < parts; r += kThreads) {
-    const float* at = StateOf(team, r, h) + dim;
-    factor[r] =
-        LoadL2(at + 1) == 0
-            ? 0
-            : exp(static_cast<double>(LoadL2(at)) - static_cast<double>(team.shared.head[h].shift));
+    const SoftmaxState at = StateOf(team, r, h);
+    factor[r] = LoadL2(&at.denominator()) == 0
+                    ? 0
+                    : exp(static_cast<double>(LoadL2(&at.max())) -
+                          static_cast<double>(team.shared.head[h].shift));
   }
   __syncthreads();
   const double n = static_cast<double>(residual), share = 1 / static_cast<double>(base);
   double mass = 0, mean2 = 0, norm2 = 0;
   for (int r = 0; r < exact; ++r)
-    mass += factor[r] * static_cast<double>(LoadL2(StateOf(team, r, h) + dim + 1));
+    mass += factor[r] * static_cast<double>(LoadL2(&StateOf(team, r, h).denominator()));
   for (int j = tid; j < dim; j += kThreads) {
     double sum = 0, mean = 0;
     for (int r = 0; r < exact; ++r)
-      sum += factor[r] * static_cast<double>(LoadL2(StateOf(team, r, h) + j));
+      sum += factor[r] * static_cast<double>(LoadL2(StateOf(team, r, h).numerator + j));
     for (int r = exact; r < parts; ++r)
-      mean += factor[r] * static_cast<double>(LoadL2(StateOf(team, r, h) + j));
+      mean += factor[r] * static_cast<double>(LoadL2(StateOf(team, r, h).numerator + j));
     mean *= share;
     sum += n * mean;
     mean2 += mean * mean;
@@ -148,10 +149,10 @@ template <DType kType, int kHeads>
 __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t base,
                                 const uint32_t* top, int& walks) {
   const GroupScratch& w = team.group.scratch;
-  const int heads = team.heads(), tid = threadIdx.x, dim = team.p.storage.host.row.dim_v;
+  const int heads = team.heads(), tid = threadIdx.x;
   Ranks& ranks = RanksOf(team);
   UniformKeys keys(team.group, heads, team.p.promise.refresh, top);
-  const auto mark = [&](bool more) {
+  const auto list = [&](bool more) {
     FindLast(team, keys);
     SelectBest(team, keys, w.drawn, more);
     const int64_t count = ListMasked(team, w.drawn, !more && top == nullptr);
@@ -160,13 +161,13 @@ __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t ba
   };
   const auto weigh = [&] {  // the sample stands for the whole residual
     for (int h = tid; h < heads; h += kThreads) {
-      StateOf(team, kFixedParts + (walks - 1) * team.size + team.rank, h)[dim] +=
+      StateOf(team, kFixedParts + (walks - 1) * team.size + team.rank, h).max() +=
           team.shared.log_weight[h];
     }
   };
   for (int h = tid; h < heads; h += kThreads) ranks.want[h] = static_cast<uint32_t>(base);
   __syncthreads();
-  int64_t count = mark(false);
+  int64_t count = list(false);
   AttendMasked<kType, kHeads>(team, count, w.drawn, walks++, true);
   team.Add(3 * heads);
   Publish(team, count);
@@ -191,7 +192,7 @@ __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t ba
   weigh();
   team.StampTime(TimelinePoint::kJudged);
   if (!more) return 0;
-  count = mark(true);
+  count = list(true);
   AttendMasked<kType, kHeads>(team, count, w.drawn, walks++, false);
   weigh();
   return count;

@@ -248,7 +248,7 @@ __device__ void MergeParts(const StepParams& p, const DeviceGroup& group, int it
   __syncthreads();
   // e^ (1 + level / 2^b) undone: v^ = mean + (level + middle) step.
   constexpr float kLevels = 1 << kBits, kMiddle = .5f - kLevels / 2;
-  float* const state = group.scratch.coded + static_cast<int64_t>(first) * (dim + 3);
+  float* const state = group.scratch.coded + static_cast<int64_t>(first) * StateFloats(dim);
   for (int i = tid; i < P::kTiles * 4 * kWarp; i += kSumThreads) {
     const int m = i / kWarp / 4, c = i / kWarp % 4, lane = i % kWarp;
     const int h = P::Head(c, lane), j = P::Dim(slice, m, c, lane);
@@ -256,12 +256,12 @@ __device__ void MergeParts(const StepParams& p, const DeviceGroup& group, int it
     float sum = 0;
     for (int r = 0; r < parts; ++r) sum = fmaf(LoadL2(from[r].sum + i), factors[r][h], sum);
     const float levels = fmaf(kLevels, sum, (kMiddle - kLevels) * masses[h]);
-    state[h * (dim + 3) + j] =
+    state[h * StateFloats(dim) + j] =
         fmaf(masses[h], group.index.value_mean[j], levels * group.index.value_step[j]);
   }
   if (slice == 0 && tid < heads) {
-    float* const tail = state + tid * (dim + 3) + dim;
-    tail[0] = units[tid], tail[1] = masses[tid], tail[2] = 0;
+    const SoftmaxState out(state + tid * StateFloats(dim), dim);
+    out.max() = units[tid], out.denominator() = masses[tid], out.value_norm2() = 0;
   }
 }
 

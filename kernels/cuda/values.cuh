@@ -131,15 +131,16 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
           }
           values.AddCodes(shape, tile, n, s.value_bits, shared.p);
         });
-    float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (s.row.dim_v + 3);
+    float* state =
+        w.state + (static_cast<int64_t>(team.rank) * heads + first) * StateFloats(s.row.dim_v);
     if (tid < now) {
-      const float most = state[tid * (s.row.dim_v + 3) + s.row.dim_v];
+      const float most = state[tid * StateFloats(s.row.dim_v) + s.row.dim_v];
       shared.scale[tid] = expf(team.shared.head[first + tid].shift - most);
       w.coded_mass[static_cast<int64_t>(team.rank) * heads + first + tid] =
           shared.mass[tid] * shared.scale[tid];
     }
     values.Finish(reinterpret_cast<float*>(team.memory), now, [&](int h, int j, float x) {
-      float& sum = state[h * (s.row.dim_v + 3) + j];
+      float& sum = state[h * StateFloats(s.row.dim_v) + j];
       sum = fmaf(x, shared.scale[h], sum);
     });
   }

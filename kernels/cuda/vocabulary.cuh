@@ -122,13 +122,6 @@ inline __device__ const std::byte* RowAddress(const DeviceStorage& s, const Devi
   return HostRow(s.host, group.blocks, token);
 }
 
-inline __device__ int64_t FirstBlock(const DeviceGroup& g) { return g.middle_begin / kBlockTokens; }
-inline __device__ int64_t NumBlocks(const DeviceGroup& g) {
-  return g.middle_end <= g.middle_begin
-             ? 0
-             : (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
-}
-
 // Segments of the index of a group: how many, the tables of one, and the one that block `block` of
 // the sequence lies in.
 inline __device__ int IndexSegments(const DeviceGroup& g) {
