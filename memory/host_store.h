@@ -119,10 +119,6 @@ class HostStore {
   TenantUse UseOf(uint64_t tenant) const;
   std::vector<TenantUse> UseOfAll() const;
 
-  // Gives the whole pages of free blocks back to the system. Not while the memory is registered
-  // with a device. Holds the lock meanwhile: milliseconds per GiB given back.
-  absl::Status Trim();
-
   std::byte* data(BlockId block) { return base() + Offset(block); }
   const std::byte* data(BlockId block) const { return base() + Offset(block); }
   std::byte* base() const { return range_.data(); }
