@@ -12,7 +12,7 @@ namespace vattn::cpu {
 // threads, so that sums do not depend on it.
 constexpr int kSegmentBlocks = 16;
 
-// Places behind those of a segment's tokens: a draw writes whole vectors, past its last token.
+// Places behind the places of a segment's tokens: a draw writes whole vectors, past its last token.
 constexpr int kDrawSlack = 64;
 
 // Dense attention sums this many tokens at a time, whatever the number of threads.

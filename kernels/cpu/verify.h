@@ -17,8 +17,8 @@ struct Draw {
 // Fills scratch.tail with the places of tokens with pi < 1; returns their number.
 int64_t ListTail(const Group& group, const Draw& draw);
 
-// Variance, effective rank, z and bound of one head with output o [dim_v] (scratch.head[head]);
-// also renews the head's spread, eta2 and cos2 in group.state. `dots` holds v . o of each token of
+// Writes variance, effective rank, z and bound of one head with output o [dim_v] to scratch.head[head],
+// and renews the head's spread, eta2 and cos2 in group.state. `dots` holds v . o of each token of
 // the tail. Follows Estimate and needs what it left: scratch.scaled = e / pi, or scratch.predicted_e with
 // value codes, where scratch.code_dot must hold v^ . o of the tail as well. z comes from row `look`
 // - 1 of the promise's quantiles.

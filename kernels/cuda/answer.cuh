@@ -61,7 +61,7 @@ __device__ void AnswerSelect(Team<kHeads>& team, int64_t drawn, float scale) {
   }
 }
 
-// Attention over more tokens of the caller's than the list has room for: rows are read past the hot
+// Attention over the caller's tokens when the list has no room for them. Rows are read past the hot
 // set.
 template <DType kType, int kHeads>
 __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t count,
@@ -181,6 +181,8 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
   WriteReport(team, report);
 }
 
+// The policy kVerified, step by step as DecodeVerified of kernels/cpu/decode.cc. It is kept in one piece
+// so that the two can be read side by side.
 template <DType kType, int kHeads>
 __device__ void AnswerVerified(Team<kHeads>& team) {
   const Promise& promise = team.p.promise;
@@ -241,7 +243,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     team.Sync();
     float growth = 1;
     for (int h = 0; h < heads; ++h) growth = Max(growth, LoadL2(team.group.scratch.growth + h));
-    const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
+    const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
     if (GrownCount(count, tail, growth) >
         promise.max_selected_share * static_cast<float>(team.middle()))
       break;

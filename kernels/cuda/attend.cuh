@@ -44,8 +44,8 @@ __device__ void KeepRows(Team<kHeads>& team, const TileShape& shape, const std::
   }
 }
 
-// States of all heads over this block's tiles of the list. log_weights: added to the logits, in
-// place of the inclusion probabilities at `scale`; null: those.
+// States of all heads over this block's tiles of the list. A row counts with 1 / pi at `scale`, or, if
+// log_weights is not null, with exp of its log weight.
 template <DType kType, int kHeads>
 __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float scale,
                                         const float* log_weights) {
@@ -118,8 +118,8 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
   }
 }
 
-// Rows that AttendList brought to the hot set may be found there from now on. After a barrier, so
-// that they are whole.
+// Makes the rows that AttendList brought to the hot set known there. Call it after a barrier, so that
+// the rows are whole.
 template <int kHeads>
 __device__ void Publish(Team<kHeads>& team, int64_t count) {
   const GroupScratch& w = team.group.scratch;
@@ -139,9 +139,10 @@ __device__ void Publish(Team<kHeads>& team, int64_t count) {
   }
 }
 
-// Merges the team's states of this block's heads from `walks` walks over lists, and if `fixed`
-// those of sinks and window and of value codes: output, shift, denominator and ref to scratch;
-// publishes the first `count` rows of the list. Barriers before and after.
+// Merges the team's states from `walks` walks over lists, for the heads of this thread block. With
+// `fixed` the states of sinks and window and of value codes are merged too. Writes output, shift,
+// denominator and ref to scratch, and publishes the first `count` rows of the list. There is a barrier
+// before and after.
 template <int kHeads>
 __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count, int walks = 1) {
   const GroupScratch& w = team.group.scratch;
@@ -223,7 +224,8 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
   team.Sync();
 }
 
-// What the blocks of the other heads left in scratch.head and group.state, to all.
+// Loads to shared memory what the thread blocks of the other heads left in scratch.head, and with
+// `states` in group.state.
 template <int kHeads>
 __device__ void LoadHeads(Team<kHeads>& team, bool states) {
   const int words = sizeof(HeadWork) / 4, state_words = sizeof(HeadState) / 4;

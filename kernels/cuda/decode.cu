@@ -74,7 +74,7 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   if (balanced) c.Take(segments * heads, w.sure);
   c.Take(kFixedParts * heads * floats, w.fixed);
   c.Take((uniform ? kMostWalks : 1) * team * heads * floats, w.state);
-  c.Take(int64_t{2} * team * kPartials(group_heads), w.partial);
+  c.Take(int64_t{2} * team * MostTotals(group_heads), w.partial);
   c.Take(heads * s.row.dim_v, w.output);
   c.Take(heads, w.head);
   c.Take(heads, w.growth);

@@ -18,6 +18,8 @@ __device__ uint32_t Level(float x, int bits) {
   return static_cast<uint32_t>(fminf(fmaxf(0.f, level), static_cast<float>(2 * half - 1)));
 }
 
+// Codes tiles of 16 tokens: grid x goes round the tiles, grid y is the item. Load, transform, errors
+// and packing hand over in shared memory that is laid out at the top, so they stand in one function.
 template <DType kType>
 __global__ void __launch_bounds__(kEncodeThreads)
     EncodeKernel(DeviceStorage storage, const EncodeItem* items) {
@@ -137,7 +139,7 @@ int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int coun
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (most + kTileTokens - 1) / kTileTokens;
-  // As many as the second grid dimension takes
+  // 65,535 is the most that the second dimension of a grid takes.
   for (int first = 0; first < count; first += 65535) {
     const dim3 grid(static_cast<unsigned>(tiles < 4096 ? tiles : 4096),
                     static_cast<unsigned>(count - first < 65535 ? count - first : 65535));

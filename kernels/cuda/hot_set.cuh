@@ -1,7 +1,7 @@
-// The hot set on the device: where the row of a token is, and a slot for it if it has none. Any
-// number of thread blocks use it at a time. A slot that this call uses is never given away: its use
-// word holds the call's number. A claimed slot belongs to its row once that has been written and
-// slot_of says so (Publish), so no other thread block reads a row before it is there.
+// The hot set on the device: finds the row of a token, or claims a slot for it. Any number of thread
+// blocks use it at a time. A slot that this call uses is never given away, because its use word holds
+// the call's number. A claimed slot belongs to its row once the row has been written and slot_of says
+// so (Publish), so that no other thread block reads a row before it is there.
 #ifndef VATTN_KERNELS_CUDA_HOT_SET_CUH_
 #define VATTN_KERNELS_CUDA_HOT_SET_CUH_
 

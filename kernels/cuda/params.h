@@ -13,7 +13,9 @@
 namespace vattn::cuda {
 
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
-VATTN_HD constexpr int kPartials(int heads) { return 7 * heads + 4; }
+// The most sums that a team adds up at a time: those of the certificate, TailTotals of verify.cuh, and
+// of groups with few heads the three of a report.
+VATTN_HD constexpr int MostTotals(int heads) { return 7 * heads + 4; }
 constexpr int kFixedParts = 4;  // thread blocks that share the sinks and window of a group
 constexpr int kMostWalks = 3;   // over lists of rows, with Policy::kTopKUniform
 
@@ -72,7 +74,7 @@ struct GroupScratch {
   // [kFixedParts][G][dim_v + 3] softmax states of sinks and window.
   float* fixed = nullptr;
   float* state = nullptr;     // [walks][team][G][dim_v + 3] softmax states of the draw
-  double* partial = nullptr;  // [2][team][kPartials(G)] sums of a team's parts
+  double* partial = nullptr;  // [2][team][MostTotals(G)] sums of a team's parts
   float* output = nullptr;    // [G][dim_v]
   HeadWork* head = nullptr;   // [G]
   float* growth = nullptr;    // [G]

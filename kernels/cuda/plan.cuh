@@ -16,7 +16,7 @@ struct Plan {
   float expected = 0;    // tokens drawn
   float bound = 0;       // candidates are kept up to this scale
   bool feasible = true;  // false: more than max_selected_share of the middle would be needed
-  // That many tokens are sure already: what codes leave out could hold anything
+  // The sure tokens alone exceed that share: what codes leave out could hold anything.
   bool noisy = false;
 };
 
@@ -38,7 +38,7 @@ template <int kHeads>
 __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int stride = kPartials(heads), dim = team.p.storage.host.row.dim_v,
+  const int stride = MostTotals(heads), dim = team.p.storage.host.row.dim_v,
             floats = StateFloats(dim);
   const int64_t begin = team.BlocksBegin(), end = team.BlocksEnd();
   const float* const shifts = w.shift;
@@ -191,8 +191,8 @@ struct Sample {
                                threadIdx.x % 8 * 2;
           pair = __half22float2(*reinterpret_cast<const __half2*>(at));
           const float unit = expf(shift - team.shared.head[h].shift);
-          // What underflows here still has its floor. A sure token's estimate counts no more than a
-          // marked one's.
+          // What underflows here still has its floor. A sure token's estimate counts no more than an
+          // outlier's.
           if (pair.x > 0)
             pair.x = pair.x >= limit ? kOutlierEstimate : fmaxf(pair.x * unit, 1e-37f);
           if (pair.y > 0)
@@ -332,7 +332,7 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
     plan.noisy = sure > most;
     if (plan.noisy && ReadsWhole(team)) return plan;
     if (plan.noisy) ForgetSure(team);
-    PredictAll(team, 1.f, plan.bound, randomness);  // CountSure listed candidates of its own
+    PredictAll(team, 1.f, plan.bound, randomness);  // CountSure listed other candidates
     plan.expected = TakePrediction(team);
     plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
     __syncthreads();

@@ -14,11 +14,11 @@ namespace {
 
 constexpr int kScanThreads = 256;
 constexpr int kScanWarps = kScanThreads / kWarp;
-// Of a multiprocessor: few warps, but registers for what is on its way
+// Thread blocks of a multiprocessor: few warps, but with registers for the loads under way.
 constexpr int kScanBlocks = 2;
 constexpr int kPartTokens = 32;  // of a warp at a time: two tiles
 constexpr int kParts = kBlockTokens / kPartTokens;
-// Lanes that share rows of a matrix product: lane = 4 * row + place
+// Lanes that share a row of a matrix product: lane = 4 * row + place.
 constexpr int kQuad = 4;
 
 // Code words of a token by precision (kernels/geometry.h). A word holds 1, 2, 4 or 8 runs of 4
@@ -40,8 +40,9 @@ struct Words {
   __device__ int MostRuns(int i) const { return Runs(min(all(), kQuad * (i + 1)) - 1); }
 };
 
-// The polynomial of kernels/cpu/scan.cc, operation by operation; adding and subtracting kRound
-// rounds to the nearest integer, whose low bits it leaves where the exponent wants them.
+// exp(x) for x <= 0 by the operations of PowerOf2 in kernels/cpu/scan.cc, one by one. Adding and
+// subtracting kRound rounds to the nearest integer, and leaves its low bits where the exponent needs
+// them.
 __device__ float ExpNegative(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23
   const float y = fmaxf(__fmul_rn(x, kLog2E), -30.f);
@@ -194,10 +195,11 @@ struct WordQueue {
   }
 };
 
-// Scores of one block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it
-// inside the middle. kFours: fours of words known at compile time and planned in `plans`, the first
-// parts in the queue, where those of the block `following` (or null) come next; 0: any number.
-// kRuns: most of a word. has_outliers: a code of all 0 has kOutlierScore.
+// Scores of one block of 256 tokens for up to kHeads heads, by one warp. Tokens [begin, end) of the
+// block are in the middle. kFours > 0: a token has 4 * kFours code words, `plans` says what a lane
+// does with each, and the first parts are already in `queue`; the loop then fetches the parts of
+// `following`, unless that is null. kFours == 0: any number of words, and nothing is fetched ahead. No
+// word has more than kRuns runs. has_outliers: a token whose code is all 0 gets kOutlierScore.
 template <int kHeads, int kFours, int kRuns>
 __device__ void ScoreBlock(const std::byte* codes, const std::byte* following,
                            WordQueue<kHeads, kFours>& queue, const Words& words,
@@ -346,8 +348,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
       ++g;
       continue;
     }
-    // Queries are packed for one segment of the index.
-    // From numbers of the scan to those of the sequence
+    // Queries are packed for one segment of the index. `before` added to a block's number in the scan
+    // gives its number in the sequence.
     const int64_t before = FirstBlock(group) - group.first_block;
     const int segment = SegmentAt(group, at + before);
     const int64_t end = SegmentEnd(group, segment, last + before) - before;
@@ -376,7 +378,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
         if constexpr (kRanked) {
           float* to_score = group.scratch.score + out * kBlockTokens;
           ForEachScore<kHeads>(score, heads, [&](float s, int i) {
-            // Of a ranking, outlier tokens are the first
+            // In a ranking outliers come first.
             to_score[i] = s == kOutlierScore ? -kOutlierScore : s;
           });
         } else {

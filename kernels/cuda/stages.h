@@ -1,5 +1,18 @@
-// The stages of a decode step on CUDA, in their order; kernels/cuda/decode.cu strings them
-// together.
+// The stages of a decode step on CUDA. Decode in decode.cu launches them in this order:
+//
+//   Prepare     prepare.cu                     the new token's row, packed queries, sinks and window
+//   ScoreRows   exact.cu                       true scores, for IndexKind::kExact
+//   Scan        scan.cu                        predicted scores or estimates
+//   SumValues   values.cu                      the value codes' answer for the whole middle
+//   PlanDraw    plan.cu, plan.cuh              multipliers, by one thread block a group
+//   Predict     plan.cu, sample.cuh            variance and candidates under the plan
+//   Answer      answer.cuh                     a team of thread blocks a group:
+//                 plan.cuh, sample.cuh           scale and draw      (kernels/cpu/plan, sample)
+//                 attend.cuh, rows.cuh           rows and estimate   (kernels/cpu/estimate, attend)
+//                 values.cuh                     value codes         (kernels/cpu/encode)
+//                 verify.cuh                     certificate, growth (kernels/cpu/verify)
+//                 topk.cuh, rank.cuh             top-k policies      (kernels/cpu/topk)
+//                 report.cuh                     outputs and counts
 #ifndef VATTN_KERNELS_CUDA_STAGES_H_
 #define VATTN_KERNELS_CUDA_STAGES_H_
 

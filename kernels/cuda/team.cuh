@@ -39,9 +39,9 @@ struct TeamShared {
     float floor[kMaxDeviceGroup];
     float done[kMaxDeviceGroup];  // 1: the head's answer is final; top-k: all its rows were read
   };
-  float sums[kWarps][kMaxDeviceGroup + 1];  // of a pass over estimates
-  int32_t kept[kWarps];                     // candidates that each warp draws
-  double total[kPartials(kMaxDeviceGroup)];
+  float sums[kWarps][kMaxDeviceGroup + 1];    // of a pass over estimates
+  int32_t kept[kWarps];                       // candidates that each warp draws
+  double total[MostTotals(kMaxDeviceGroup)];  // what Add sums over the team
   int32_t slot[kMostTileRows];
   int32_t count, fetched;
 };
@@ -88,7 +88,7 @@ struct Team {
   // shared.total[0, count) of every block of the team, summed in the same order by each. Holds a
   // barrier.
   __device__ void Add(int count) {
-    const int stride = kPartials(p.group_heads);
+    const int stride = MostTotals(p.group_heads);
     double* own = group.scratch.partial + (static_cast<int64_t>(parity) * size + rank) * stride;
     __syncthreads();
     if (size > 1) {

@@ -136,12 +136,13 @@ struct Products {
   }
 };
 
-// Sums of part `part` of `parts` of an item: to `out`.
+// Sums part `part` of `parts` of an item, to `out`. The function is long because it is one pass over
+// blocks whose sums are in registers while a block lasts.
 template <int kBits>
 __device__ void SumPart(const StepParams& p, const DeviceGroup& group, int item, int part,
                         int parts, ValuePart& out) {
   using P = Products<kBits>;
-  // Of each warp, in units of their own: registers would leave no room for loads ahead.
+  // Each warp's sums in units of its heads. In registers they would leave no room for loads ahead.
   __shared__ float sums[kSumWarps][P::kTiles * 4][kWarp];
   __shared__ float units[kItemHeads], masses[kItemHeads];
   const Storage& s = p.storage.host;
@@ -151,7 +152,7 @@ __device__ void SumPart(const StepParams& p, const DeviceGroup& group, int item,
   const int heads = min(kItemHeads, p.group_heads - first);
   const int64_t blocks = NumBlocks(group);
   const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
-  // Unit and mass of each head, by a warp of its own. The shift of a block without mass is void.
+  // Unit and mass of each head, one warp a head. The shift of a block without mass means nothing.
   if (warp < heads) {
     const float* const shift = w.shift + first + warp;
     const float* const mass = w.mass + first + warp;

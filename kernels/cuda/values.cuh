@@ -77,10 +77,10 @@ struct CodedSum : ValueSum<DType::kF32, kHeads> {
   }
 };
 
-// After AttendList of the same list: takes e^ v^ / pi of its rows from this block's states, and
-// their mass, which goes to scratch.coded_mass in the states' unit. Places from `from` on are new:
-// their e^ is looked up and kept in scratch.log_predicted_e. A row that FixDrawn made exact keeps its own, as
-// the sum over the middle still has it.
+// Called after AttendList of the same list. Takes e^ v^ / pi of this block's rows from the numerators
+// of its states, and writes their mass to scratch.coded_mass in the unit of the states. The places from
+// `from` on are new: their e^ is looked up and kept in scratch.log_predicted_e. A row that FixDrawn
+// made exact keeps its e^, because the sum over the middle still contains it.
 template <int kHeads>
 __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64_t count,
                                          float scale) {
@@ -146,8 +146,8 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
   }
 }
 
-// What the certificate needs of the value codes of a tile of rows. Lies where sums of planning
-// passes lie otherwise.
+// What the certificate needs of the value codes of a tile of rows. It lies in TeamShared::sums, which
+// only planning passes use otherwise.
 template <int kHeads>
 struct CodedDots {
   float dot[kMostTileRows * kHeads];  // [rows][kHeads] v^ . o
@@ -160,8 +160,8 @@ __device__ CodedDots<kHeads>& DotsOf(Team<kHeads>& team) {
   return *reinterpret_cast<CodedDots<kHeads>*>(&team.shared.sums);
 }
 
-// Dots of the first n rows of a tile of V, a warp a row; those that address [rows] leaves out stay
-// as they are. token(r): of the row; outputs [kHeads][dim_v] in shared memory.
+// CodedDots of the first n rows of a tile of V, one warp a row. Rows whose address [rows] is 0 are
+// skipped. token(r) is the token of row r; outputs [kHeads][dim_v] lie in shared memory.
 template <DType kType, int kHeads, class Token>
 __device__ void DotCodes(Team<kHeads>& team, const TileShape& shape, const std::byte* tile, int n,
                          const uint64_t* address, Token&& token, const float* outputs) {

@@ -31,8 +31,8 @@ struct ValuePart {
   float mass[kItemHeads];  // of e^
 };
 
-// Value codes of `count` items in device memory, `most` tokens at most in one of them, into the
-// device and the host copy: to the bit those of kernels/cpu/encode.cc.
+// Codes the values of `count` items in device memory, with at most `most` tokens in one item, into the
+// device and the host copy. The bits are the same as those of kernels/cpu/encode.cc.
 int EncodeValues(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
                  Stream stream);
 

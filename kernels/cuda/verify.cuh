@@ -35,9 +35,33 @@ inline __device__ double BlockScan(double x, double* scratch) {
   return x;
 }
 
-// Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head
-// in shared.total [5 h + {variance, squares, own, mass, spread}], the size of the tail in [5 G],
-// and with value codes [5 G + 1 + 2 h + {relative, estimate}].
+// The sums of the certificate in TeamShared::total, by name: five of each head, how many tokens the
+// tail has, and with value codes two more of each head. A thread's own sums, before they are added,
+// are in the order of Place.
+struct TailTotals {
+  enum Place { kVariance, kSquares, kOwn, kMass, kSpread, kTail, kRelative, kEstimate };
+  static constexpr int kEach = 5, kEachCoded = 2;
+
+  double* total;
+  int heads;
+
+  __device__ double* Head(int h) const { return total + kEach * h; }  // [kVariance .. kSpread]
+  __device__ double& Tail() const { return total[kEach * heads]; }
+  __device__ double* Coded(int h) const {  // relative, estimate
+    return total + kEach * heads + 1 + kEachCoded * h;
+  }
+  __device__ int Count(bool coded) const {
+    return (coded ? kEach + kEachCoded : kEach) * heads + 1;
+  }
+};
+template <int kHeads>
+__device__ TailTotals TailTotalsOf(Team<kHeads>& team) {
+  return {team.shared.total, team.heads()};
+}
+
+// Residuals and terms of the list for outputs in scratch.output, and their sums over the tail of every
+// head as TailTotals. The function is long because it is one walk over the rows, whose sums stay in
+// the registers of a thread until the end.
 template <DType kType, int kHeads>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
@@ -126,31 +150,33 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     // The rows' parts of each head, one warp a head.
     __syncthreads();
     double* mine = sums + static_cast<int64_t>(tid) * kTailSums;
-    mine[0] = variance, mine[1] = squares, mine[2] = own, mine[3] = mass, mine[4] = spread,
-    mine[5] = tail;
-    mine[6] = relative, mine[7] = estimate;
+    mine[TailTotals::kVariance] = variance, mine[TailTotals::kSquares] = squares;
+    mine[TailTotals::kOwn] = own, mine[TailTotals::kMass] = mass;
+    mine[TailTotals::kSpread] = spread, mine[TailTotals::kTail] = tail;
+    mine[TailTotals::kRelative] = relative, mine[TailTotals::kEstimate] = estimate;
     __syncthreads();
     const int warp = tid / kWarp, lane = tid % kWarp;
     if (warp < now) {
       double part[kTailSums] = {};
       for (int i = lane; i < shape.rows; i += kWarp) {
         const double* row_sums = sums + static_cast<int64_t>(warp * shape.rows + i) * kTailSums;
-        for (int c = 0; c < 6; ++c) part[c] += row_sums[c];
-        if (coded) part[6] += row_sums[6], part[7] += row_sums[7];
+        for (int c = 0; c < TailTotals::kRelative; ++c) part[c] += row_sums[c];
+        for (int c = TailTotals::kRelative; coded && c < kTailSums; ++c) part[c] += row_sums[c];
       }
-      for (int c = 0; c < 6; ++c) part[c] = WarpSum(part[c]);
-      if (coded) part[6] = WarpSum(part[6]), part[7] = WarpSum(part[7]);
+      for (int c = 0; c < TailTotals::kRelative; ++c) part[c] = WarpSum(part[c]);
+      for (int c = TailTotals::kRelative; coded && c < kTailSums; ++c) part[c] = WarpSum(part[c]);
       if (lane == 0) {
-        for (int c = 0; c < 5; ++c) team.shared.total[5 * (first + warp) + c] = part[c];
-        if (first + warp == 0) team.shared.total[5 * heads] = part[5];
+        const TailTotals totals = TailTotalsOf(team);
+        for (int c = 0; c < TailTotals::kEach; ++c) totals.Head(first + warp)[c] = part[c];
+        if (first + warp == 0) totals.Tail() = part[TailTotals::kTail];
         if (coded) {
-          double* rest = team.shared.total + 5 * heads + 1 + 2 * (first + warp);
-          rest[0] = part[6], rest[1] = part[7];
+          double* rest = totals.Coded(first + warp);
+          rest[0] = part[TailTotals::kRelative], rest[1] = part[TailTotals::kEstimate];
         }
       }
     }
   }
-  team.Add((coded ? 7 : 5) * heads + 1);
+  team.Add(TailTotalsOf(team).Count(coded));
 }
 
 // Mean squared cosine between the residuals v - o, or e (v - o) - e^ (v^ - o) with value codes, of
@@ -236,15 +262,16 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   __shared__ int64_t places[kRankDraws];
   float* output = reinterpret_cast<float*>(team.memory);  // [dim]
   float* residuals = output + dim;                        // [kRankDraws][dim + 4]
-  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
+  const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
   const bool coded = team.p.storage.host.value_bits > 0;
   for (int h = team.rank; h < heads; h += team.size) {
-    const double* rest = team.shared.total + 5 * heads + 1 + 2 * h;
-    const TailSums sums{.variance = team.shared.total[5 * h],
-                        .squares = team.shared.total[5 * h + 1],
-                        .own = team.shared.total[5 * h + 2],
-                        .mass = team.shared.total[5 * h + 3],
-                        .spread = team.shared.total[5 * h + 4],
+    const double* total = TailTotalsOf(team).Head(h);
+    const double* rest = TailTotalsOf(team).Coded(h);
+    const TailSums sums{.variance = total[TailTotals::kVariance],
+                        .squares = total[TailTotals::kSquares],
+                        .own = total[TailTotals::kOwn],
+                        .mass = total[TailTotals::kMass],
+                        .spread = total[TailTotals::kSpread],
                         .relative = coded ? rest[0] : 0,
                         .estimate = coded ? rest[1] : 0,
                         .coded = coded ? team.shared.head[h].mass : 0};
@@ -301,7 +328,7 @@ template <int kHeads>
 __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float scale, int look) {
   const GroupScratch& w = team.group.scratch;
   __shared__ float scratch[kWarps];
-  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * team.heads()]);
+  const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
   for (int h = team.rank; h < team.heads(); h += team.size) {
     const float root = GrowthRoot(team.p.promise, look, team.shared.head[h]);
     const float* residual = w.residual + h * w.capacity;
