@@ -15,14 +15,19 @@
 
 #include <cstdint>
 
+#include "kernels/host_device.h"
+
 namespace vattn {
 
 enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
 constexpr int kBlockTokens = 256;
 constexpr int kTileTokens = 16;
-constexpr int kCodeTokens = 64;  // tokens leave the window for the index in runs of so many
+constexpr int kCodeTokens = 64;  // tokens leave the window for the index in runs of this length
 constexpr int kMaxCodeDims = 256;
+// Largest head_dim of keys and of values: the arrays of kernels hold no more, and options that ask
+// for more are refused (runtime/options.cc).
+constexpr int kMaxDim = 1024;
 
 // Where predicted scores come from (METHOD.md, "Index").
 enum class IndexKind : int32_t {
@@ -35,6 +40,11 @@ enum class IndexKind : int32_t {
   kClusters = 6,   // nearest of the index's centroids
   kExternal = 7    // the caller; no codes
 };
+
+// The number of blocks that hold `tokens` tokens.
+VATTN_HD constexpr int64_t BlocksFor(int64_t tokens) {
+  return (tokens + kBlockTokens - 1) / kBlockTokens;
+}
 
 constexpr int ElementBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -57,8 +67,8 @@ inline RowLayout MakeRowLayout(DType dtype, int dim_k, int dim_v, bool shared_kv
           .shared_kv = shared_kv};
 }
 
-// Dimensions kept at each precision, in the order of falling score variance, or what a kind without
-// levels keeps.
+// How many dimensions are kept at each precision, in the order of falling score variance; or the
+// bytes that a kind without levels keeps.
 struct CodeLayout {
   int32_t dims8 = 0;  // multiple of 4; 7 bits used, so that pair sums stay within int16
   int32_t dims4 = 0;  // multiple of 8
@@ -68,25 +78,31 @@ struct CodeLayout {
   int32_t other_bytes = 0;  // per token, of kinds without levels
   int32_t centroids = 0;    // of kClusters
 
-  int dims() const { return dims8 + dims4 + dims2 + dims1; }
-  int words() const { return dims8 / 4 + dims4 / 8 + dims2 / 16 + dims1 / 32; }
+  VATTN_HD int dims() const { return dims8 + dims4 + dims2 + dims1; }
+  VATTN_HD int words() const { return dims8 / 4 + dims4 / 8 + dims2 / 16 + dims1 / 32; }
   int bytes() const { return 4 * words() + other_bytes; }
-  int runs() const { return dims() / 4; }                      // runs of 4 dimensions
+  VATTN_HD int runs() const { return dims() / 4; }             // runs of 4 dimensions
   int padded_dims() const { return (dims() + 15) / 16 * 16; }  // row length of IndexTables::encode
-  // Row length of IndexTables::rest, of kBalanced: the directions of a key that have no code.
+  // Of code dimension j in levels, not signs: half the number of levels, and the coordinate that level
+  // 0 stands for, in units of the level's width.
+  VATTN_HD float half(int j) const { return j < dims8 ? 64.f : j < dims8 + dims4 ? 8.f : 2.f; }
+  VATTN_HD float middle(int j) const { return .5f - half(j); }
+  // kBalanced: row length of IndexTables::rest, which has the directions of a key without a code.
   int padded_rest(int dim) const { return (dim - dims() + 15) / 16 * 16; }
 };
 
-// The layout for a budget of `bytes` and keys of `dim` elements: of all that fit, the one with the
-// least expected score noise, for score variance falling over the dimensions as exp(-j / (.18 dim))
-// (recorded attention lies near it) and Gaussian quantisation noise of each precision.
+// The layout for a budget of `bytes` a token and keys of `dim` elements. Of all layouts that fit it is
+// the one with the least expected score noise, if the score variance falls over the dimensions as
+// exp(-j / (0.18 dim)), which recorded attention lies near, and each precision adds the quantisation
+// noise of a Gaussian.
 CodeLayout MakeCodeLayout(int bytes, int dim);
 
-// The layout of any kind. bytes: per token of kBalanced and kSign; of kClusters a token's share in
-// the centroids (fp32) when a sequence has 16,384 tokens; the others' sizes follow from dim.
+// The layout of any kind. With kBalanced and kSign `bytes` is the size of a token's code. With
+// kClusters it is a token's share in the fp32 centroids when a sequence has 16,384 tokens. The sizes
+// of the other kinds follow from dim.
 CodeLayout MakeIndexLayout(IndexKind kind, int bytes, int dim);
 
-// Bytes of value code per token: dim elements of 2 or 4 bits in whole chunks; 0 bits: none.
+// Bytes of a token's value code: dim elements of 2 or 4 bits, in whole chunks. 0 bits: no code.
 constexpr int ValueCodeBytes(int bits, int dim) {
   return bits == 0 ? 0 : (dim * bits + 127) / 128 * 16;
 }

@@ -11,7 +11,8 @@
 
 namespace vattn {
 
-// Work is enqueued on a stream; on the CPU it is the worker pool (kernels/cpu/workers.h).
+// Where the work of a call goes: a cudaStream_t on CUDA, the worker pool on the CPU
+// (kernels/cpu/workers.h).
 struct Stream {
   void* handle = nullptr;
 };
@@ -21,11 +22,15 @@ enum class Norm : int32_t { kValue = 0, kOutput = 1 };
 enum class OnUnverified : int32_t { kDense = 0, kBestEffort = 1 };
 enum class Bound : int32_t { kSharp = 0, kSafe = 1 };
 enum class Target : int32_t { kSdpa = 0, kNumerator = 1, kDenominator = 2 };
+// What a call is for: kDecode answers by the policy, kSelect lists the rows that the first look would
+// read, kAttendSelected attends the rows that the caller lists.
+enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
 enum class Verdict : int32_t { kExact = 0, kVerified = 1, kDense = 2, kBestEffort = 3 };
 
 constexpr int kMaxLooks = 8;
-constexpr int kMaxGroup = 1024;     // query heads per KV head
-constexpr int kQuantileBins = 256;  // of the table over mean squared cosine = 1 / effective rank
+constexpr int kMaxGroup = 1024;  // query heads per KV head
+// Bins of a table of z over the mean squared cosine, which is 1 / effective rank.
+constexpr int kQuantileBins = 256;
 
 // What a runtime promises and how it samples; the same for all its calls.
 struct Promise {
@@ -44,8 +49,8 @@ struct Promise {
   float topk_share = .05f;
   float base_share = .05f;
   uint32_t refresh = 64;
-  bool pilot = false;  // the first draw is to teach the second
-  // quantile[look][bin]: z of that look at 1 / rank = bin / kQuantileBins (runtime/quantiles.cc).
+  bool pilot = false;  // the first draw is small on purpose, and teaches the second
+  // quantile[look - 1][bin] is z of a look at 1 / rank = bin / kQuantileBins (runtime/quantiles.cc).
   const float (*quantile)[kQuantileBins + 1] = nullptr;
   float normal_quantile = 0;  // Phi^-1(1 - delta / 2), for kTopKUniform
 };
@@ -61,28 +66,34 @@ struct Storage {
   float scale = 1;               // of q.k
 };
 
-// The frozen index of one (sequence, layer, KV head) (METHOD.md, "Index"). Code dimension j of a
-// key k is clamp(floor(encode_j . (k - center))), its score part q . (k - center) ~ (project_j . q)
-// * level. kBalanced writes a key as center + sum over dim_k directions of a coordinate times the
-// direction's vector, so that calibration keys have variance 1 in each; the first `dims`
-// coordinates are coded. A token that the codes misrepresent is marked, by a code of all 0, and
-// always read: with r_j the error of coordinate j (of one without code: the coordinate), sum r_j^2
-// is over residual_limit, or sum weight_j r_j^2, the squared error of its score that the queries
-// known when the index was made let expect, is over noise_limit, or its |v|^2, which no score can
-// tell, is over value_limit.
+// The frozen index of one (sequence, layer, KV head) (METHOD.md, "Index").
+//
+// The level of key k in code dimension j is clamp(floor(encode_j . (k - center))), and adds
+// (project_j . q) * level to the predicted score q . (k - center). kBalanced writes a key as center
+// + the sum over dim_k directions of a coordinate times the direction's vector. The calibration keys
+// have variance 1 in each direction, and the first `dims` coordinates are coded.
+//
+// A token is an outlier if its code misrepresents it. It then has a code of all 0 and is always
+// read. r_j is the error of coordinate j, and the coordinate itself where it has no code. A token is
+// an outlier if one of these holds:
+//   sum r_j^2 > residual_limit
+//   sum weight_j r_j^2 > noise_limit: the squared error of its score for queries like those known
+//                                     when the index was made
+//   |v|^2 > value_limit, which no score can tell
 struct IndexTables {
   const float* center = nullptr;     // [dim_k] mean key
   const float* encode = nullptr;     // [dim_k][padded_dims]
   const float* project = nullptr;    // [dims][dim_k]
   const float* centroids = nullptr;  // [centroids][dim_k] less the center
-  // [dims] width of a level in those units; kBalanced, as rest and limits
+  // [dims] width of a level in standard deviations. This one, rest and the limits: kBalanced only.
   const float* step = nullptr;
   const float* rest = nullptr;    // [dim_k][padded_rest] the other directions, see geometry.h
   const float* weight = nullptr;  // [dim_k] mean squared part of a query in each direction
-  // With m_j the mean square of r_j over calibration tokens that are not marked: [dims] m_j /
-  // step_j^2, and [dim_k - dims][dim_k] the vectors of the directions without a code, each times
-  // sqrt(m_j). The variance of the score errors of a scaled query over tokens is sum_j
-  // level_noise2_j (project_j . q)^2 + sum_j (noise_j . q)^2.
+  // The variance of s - s^ over tokens, for a scaled query q, is
+  //   sum_j level_noise2_j (project_j . q)^2 + sum_j (noise_j . q)^2.
+  // m_j is the mean of r_j^2 over calibration tokens that are no outliers. level_noise2 [dims] is
+  // m_j / step_j^2. noise [dim_k - dims][dim_k] has the vectors of the directions without a code,
+  // each times sqrt(m_j).
   const float* level_noise2 = nullptr;
   const float* noise = nullptr;
   const float* value_mean = nullptr;  // [dim_v], with value codes
@@ -99,12 +110,11 @@ struct IndexTables {
   float value_limit = 0;
 };
 
-// A run of blocks whose keys were coded by the same tables. An index grows by segments: keys that
-// come later have another mean, and vary in other directions, than those from which the first
-// tables were made.
+// A run of blocks whose keys were coded by the same tables. An index grows by segments, because keys
+// that come later have another mean and vary in other directions than the first ones.
 constexpr int kMaxSegments = 64;
 struct IndexSegment {
-  // Block number in the sequence; the segment ends where the next one begins
+  // A block number in the sequence. The segment ends where the next one begins.
   int64_t first_block = 0;
   IndexTables tables;
 };
@@ -142,15 +152,16 @@ struct HeadWork {
   float bound = 0;  // z sqrt(V) / ref
 };
 
-// Eight query heads' int8 queries in the order of the code runs.
+// The int8 queries of eight query heads, in the order of the code runs.
 struct PackedQueries {
   int32_t run[kMaxCodeDims / 4][8];  // 4 int8 each
   float scale[8];                    // s^ = scale * sum + offset, natural logarithm units
   float offset[8];
 };
 
-// Working memory of one group, carved from one range by CarveScratch. n = the group's tokens
-// rounded up to blocks, and one block more. Pages are touched as used.
+// Working memory of one group on the CPU, carved from one range by CarveScratch. n is the number of
+// the group's tokens, rounded up to blocks, and one block more. "Of selected" means of the tokens in
+// the list `token`, in its order. A page of the range is touched when it is first used.
 struct Scratch {
   uint16_t* estimate = nullptr;      // [blocks][G][256] e^ over its block's largest, fp16
   float* shift = nullptr;            // [blocks][G] ln of that largest
@@ -161,7 +172,7 @@ struct Scratch {
   uint32_t* sparse_token = nullptr;  // [n] before compaction
   float* sparse_weight = nullptr;    // [n]
   float* logit = nullptr;            // [G][n] s of selected
-  float* guess = nullptr;            // [G][n] s^ of selected
+  float* predicted_e = nullptr;      // [G][n] e^ of selected, as head.shift; with value codes
   float* scaled = nullptr;           // [G][n] weights in use
   float* residual = nullptr;         // [G][n] |e (v - o') - e^ (v^ - o')|^2 / (pi D^2) of the tail
   float* dot = nullptr;              // [G][n] v . o' of the tail
@@ -170,18 +181,18 @@ struct Scratch {
   float* cross = nullptr;            // [n] v . v^ of selected, with value codes
   float* code_dot = nullptr;         // [G][n] v^ . o' of the tail, with value codes
   const uint8_t** row = nullptr;     // [n] rows of selected
-  uint32_t* tail = nullptr;          // [n] places in the list of those with pi < 1
+  uint32_t* tail = nullptr;          // [n] places in the list of the tokens with pi < 1
   float* query = nullptr;            // [G][dim_k] scaled
   PackedQueries* packed = nullptr;   // [segments][packed_stride]
   int32_t packed_stride = 0;         // G / 8 rounded up
   float* prepared = nullptr;         // [G][PreparedFloats()], kinds without levels
-  // Of kBalanced, else null: by segment and head [segments][G] the standard deviation of s - s^
-  // that codes lead to, and the ln e^ from which on a token is always drawn.
+  // kBalanced, else null: [segments of the index][G]. noise is the standard deviation of s - s^, and
+  // a token with ln e^ >= sure is always drawn.
   float* noise = nullptr;
   float* sure = nullptr;
   HeadWork* head = nullptr;   // [G]
   float* tops = nullptr;      // [G][kTopBins] blocks by their largest e^, see kernels/sampling.h
-  float* log_gain = nullptr;  // [G] of Inclusion
+  float* log_gain = nullptr;  // [G] of cpu::Inclusion
   float* floor = nullptr;     // [G]
   float* state = nullptr;     // [segments][G][dim_v + 3] softmax states
   float* sums = nullptr;      // [segments][G + 2] of a planning pass
@@ -195,28 +206,31 @@ struct Group {
   int64_t tokens = 0;
   int64_t middle_begin = 0;  // multiple of 16; [middle_begin, middle_end) is sampled
   int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
-  int32_t q_heads = 0;       // G
+  int32_t group_heads = 0;   // G
   int32_t out_dtype = 0;     // DType
-  // Of the first segment; values are coded with its tables in every segment
+  // The tables of the first segment. Values are coded with them in every segment.
   IndexTables index;
-  // [num_segments] by first block; none: all is coded with `index`
+  // [num_segments] in the order of blocks. Without any, all keys are coded with `index`.
   const IndexSegment* segments = nullptr;
   int32_t num_segments = 0;
   HeadState* state = nullptr;  // [G]
   RandomKey key;
   uint64_t step = 0;
-  const void* q = nullptr;          // [G][dim_k] in the row dtype, unscaled
-  void* out = nullptr;              // [G][dim_v]
-  float* lse = nullptr;             // [G] or null
-  Verdict* verdict = nullptr;       // [G]
-  float* error = nullptr;           // [G] bound on the relative error
-  const float* external = nullptr;  // kExternal: [G] times [tokens] predicted scores,
-  int64_t external_stride = 0;      // so far apart; 0: one row for all heads
-  // Filled by decode.
+  const void* q = nullptr;     // [G][dim_k] in the row dtype, unscaled
+  void* out = nullptr;         // [G][dim_v]
+  float* lse = nullptr;        // [G] or null
+  Verdict* verdict = nullptr;  // [G]
+  float* error = nullptr;      // [G] bound on the relative error
+  // kExternal: predicted scores, [tokens] for each of G heads. The rows of two heads are
+  // external_stride apart; with 0 all heads share one row.
+  const float* external = nullptr;
+  int64_t external_stride = 0;
+  // Filled by cpu::Decode.
   int64_t selected = 0;   // middle rows read: scratch.token[0..selected), unless all_read
   bool all_read = false;  // the whole middle was read
   int32_t looks = 0;
-  bool noisy = false;  // codes are too coarse for the queries: nothing was verified
+  // The codes are too coarse for the queries, so that nothing was verified.
+  bool noisy = false;
   Scratch scratch;
 };
 
@@ -240,7 +254,8 @@ struct EncodeParams {
   const int32_t* blocks = nullptr;
   int64_t begin = 0;
   int64_t end = 0;
-  uint64_t* outliers = nullptr;  // if not null, the outliers among them are added here, atomically
+  // If not null, the number of outliers among the tokens is added here, atomically.
+  uint64_t* outliers = nullptr;
 };
 
 struct DecodeParams {
@@ -250,7 +265,7 @@ struct DecodeParams {
   int32_t num_groups = 0;
 };
 
-// Attention over listed tokens only, for one group.
+// Attention over listed tokens and nothing else.
 struct AttendSelectedParams {
   Storage storage;
   Group* groups = nullptr;  // [num_groups]; scratch.query and scratch.work are used
@@ -261,7 +276,7 @@ struct AttendSelectedParams {
   int64_t capacity = 0;
 };
 
-// The first look's draw of each group: scratch.token, scratch.weight, selected.
+// The first look's draw of each group, which goes to scratch.token, scratch.weight and selected.
 struct SelectParams {
   Storage storage;
   Promise promise;
@@ -269,7 +284,19 @@ struct SelectParams {
   int32_t num_groups = 0;
 };
 
-// Segments of the index as kernels see them: at least one.
+// The blocks of the middle of a Group or a cuda::DeviceGroup: the first one's number in the
+// sequence, and how many there are.
+template <class G>
+VATTN_HD inline int64_t FirstBlock(const G& g) {
+  return g.middle_begin / kBlockTokens;
+}
+template <class G>
+VATTN_HD inline int64_t NumBlocks(const G& g) {
+  return g.middle_end <= g.middle_begin ? 0 : BlocksFor(g.middle_end) - FirstBlock(g);
+}
+
+// The segments of an index as kernels see them: at least one, the number of the segment that a block
+// lies in, and its tables.
 VATTN_HD inline int NumSegments(int num_segments) { return num_segments > 0 ? num_segments : 1; }
 VATTN_HD inline int SegmentOf(const IndexSegment* segments, int num_segments, int64_t block) {
   int k = 0;
@@ -280,8 +307,9 @@ inline const IndexTables& TablesOf(const Group& group, int segment) {
   return group.num_segments > 0 ? group.segments[segment].tables : group.index;
 }
 
-// Floats of a query head in Scratch::prepared. kPage: its positive elements, its negative ones;
-// kPooled: itself, with their offset in Scratch::packed; kClusters: the score of each centroid.
+// How many floats Scratch::prepared holds of a query head. kPage: its positive elements, then its
+// negative ones. kPooled: the query; Scratch::packed has the offset. kClusters: the score of each
+// centroid.
 inline int PreparedFloats(const Storage& s) {
   switch (s.code.kind) {
     case IndexKind::kPage:
@@ -295,11 +323,12 @@ inline int PreparedFloats(const Storage& s) {
   }
 }
 
-// Bytes of working memory of a group with so many tokens.
-size_t ScratchBytes(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads);
+// Bytes of working memory of a group with `tokens` tokens.
+size_t ScratchBytes(const Storage& storage, const Promise& promise, int64_t tokens,
+                    int group_heads);
 // Carves it from `memory`, 64-byte aligned.
-Scratch CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads,
-                     std::byte* memory);
+Scratch CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens,
+                     int group_heads, std::byte* memory);
 
 }  // namespace vattn
 

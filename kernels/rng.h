@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VATTN_HD __host__ __device__
-#else
-#define VATTN_HD
-#endif
+#include "kernels/host_device.h"
 
 namespace vattn {
 
@@ -32,7 +28,7 @@ VATTN_HD inline Philox4 Philox(Philox4 c, uint32_t key0, uint32_t key1) {
   return c;
 }
 
-// What the numbers are drawn for; part of the counter, so that uses never share a number.
+// What a number is drawn for. It is part of the counter, so that two uses never share a number.
 enum class RandomUse : uint32_t { kSelect = 0, kRedraw = 1 };  // kRedraw + n: the n-th in a step
 
 // Where the numbers of one (sequence, layer, KV head) come from.
@@ -49,31 +45,50 @@ VATTN_HD inline RandomKey MakeRandomKey(uint64_t seed, uint64_t sequence, uint32
   return {mixed.word[0], mixed.word[1], layer << 16 | kv_head};
 }
 
-// In (0, 1), 23 bits and a half: exact, so that no number is rounded to 1.
+// A number in (0, 1): 23 bits and a half. The sum is exact, so that no number is rounded to 1.
 VATTN_HD inline float UnitFloat(uint32_t bits) {
   return (static_cast<float>(bits >> 9) + .5f) * 0x1p-23f;
 }
 
-// Tokens t share a Philox call in fours, 16 apart, so that 16 lanes of counters give 64 tokens in
-// order: lane t & 15 of run t >> 6, word (t >> 4) & 3.
+// Four tokens, 16 apart, share a Philox call, so that 16 lanes of counters give the numbers of 64
+// tokens in order. Token t takes word (t >> 4) & 3 of lane t & 15 in run t >> 6.
 VATTN_HD inline uint32_t TokenCounter(uint32_t token) { return (token >> 6) * 16 + (token & 15); }
 
-// The renewal number of a counter at a step: it rises by one every `refresh` steps, at a phase of
-// the counter's own, so that 1 / refresh of the numbers are renewed in each step.
+// The renewal number of a counter at a step. It rises by one every `refresh` steps, each counter at
+// another phase, so that one number in `refresh` is renewed in each step.
 VATTN_HD inline uint32_t Epoch(uint32_t counter, uint64_t step, uint32_t refresh) {
   const uint32_t phase =
       static_cast<uint32_t>((uint64_t{counter * 0x9E3779B1u} * refresh) >> 32);  // [0, refresh)
   return static_cast<uint32_t>(step / refresh) + (phase + step % refresh >= refresh ? 1 : 0);
 }
 
-// The permanent random number u of a token (METHOD.md, "Random numbers").
+// Which random numbers a draw takes: the permanent ones, of which one in `refresh` is renewed in each
+// step, or those of the step's n-th redraw, n from 1, which are new in each step.
+struct Randomness {
+  uint32_t refresh = 1;
+  uint32_t redraw = 0;
+
+  VATTN_HD uint32_t renewal() const { return redraw > 0 ? 1 : refresh; }
+  VATTN_HD uint32_t use() const {
+    return redraw > 0 ? static_cast<uint32_t>(RandomUse::kRedraw) + redraw - 1
+                      : static_cast<uint32_t>(RandomUse::kSelect);
+  }
+};
+
+// The random number u of a token (METHOD.md, "Random numbers").
+VATTN_HD inline float TokenUniform(const RandomKey& key, uint32_t token, uint64_t step,
+                                   const Randomness& randomness) {
+  const uint32_t counter = TokenCounter(token);
+  const uint32_t refresh = randomness.renewal();
+  const uint32_t use = randomness.use();
+  const Philox4 r =
+      Philox({{counter, Epoch(counter, step, refresh), key.stream, use}}, key.key0, key.key1);
+  return UnitFloat(r.word[(token >> 4) & 3]);
+}
+// The permanent one.
 VATTN_HD inline float TokenUniform(const RandomKey& key, uint32_t token, uint64_t step,
                                    uint32_t refresh) {
-  const uint32_t counter = TokenCounter(token);
-  const Philox4 r = Philox({{counter, Epoch(counter, step, refresh), key.stream,
-                             static_cast<uint32_t>(RandomUse::kSelect)}},
-                           key.key0, key.key1);
-  return UnitFloat(r.word[(token >> 4) & 3]);
+  return TokenUniform(key, token, step, Randomness{refresh, 0});
 }
 
 }  // namespace vattn

@@ -4,6 +4,7 @@
 #ifndef VATTN_KERNELS_SAMPLING_H_
 #define VATTN_KERNELS_SAMPLING_H_
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -11,57 +12,78 @@
 
 namespace vattn {
 
-constexpr float kDefensive = .1f;  // floor of a token's contribution, of the mean
-// The plan aims below epsilon by this factor, for a variance that a head exceeds in so many of its
-// steps (rho): a second look takes as long as the first. A pilot aims past epsilon: what a first
-// draw takes too much cannot be given back, what it lacks a second look adds by the knowledge of
-// the first.
+// How each constant was found is in METHOD.md, "Tuned constants".
+
+// The least contribution of a token, as a share of the mean one.
+constexpr float kDefensive = .1f;
+// The first draw aims at 0.9 epsilon, for the variance that only 1 step in 10 exceeds (rho tracks
+// that quantile), because a second look takes as long as the first. A pilot aims at 1.25 epsilon on
+// purpose: rows drawn in excess cannot be given back, and missing ones are added by the second look,
+// which by then knows the variance.
 constexpr float kMargin = .9f, kPilotMargin = 1.25f;
 constexpr float kExceeded = .1f, kPilotExceeded = .5f;
-constexpr float kRhoStep = .3f;    // of ln rho
-constexpr float kLikelyRef = .7f;  // of the predicted scale: a plan counts on no larger reference
-constexpr int kPlanRounds = 12;    // of the fixed point on a part of the tiles, at most
-// |ln| of the worst head's variance over its target that ends them
+constexpr float kRhoStep = .3f;  // how far ln rho moves in a step
+// A plan assumes a reference of at most 0.7 of the predicted rms|v|: the true one can be smaller than
+// that of the last step.
+constexpr float kLikelyRef = .7f;
+constexpr int kPlanRounds = 12;  // most rounds of the fixed point on a part of the tiles
+// The rounds end when the worst head has |ln(variance / target)| below this.
 constexpr float kClose = .3f;
-constexpr float kTiny = 1e-20f;  // of a variance, in the unit of the values
-constexpr float kLeastUnit = 1e-30f;
-constexpr float kExponent = 1.6f;  // damping: alone, a multiplier moves variance by its power -1/2
-constexpr float kLeastScale = .25f, kMostScale = 16.f;  // of the first draw over the plan
-constexpr float kMostGrowth = 4;  // of inclusion probabilities between looks, above it a redraw
-constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
-// A marked token's score does not count, and its estimate is the least one under 0: draws know it
-// by that.
-constexpr float kMarkedScore = -3e38f, kMarkedEstimate = -0x1p-24f;
-constexpr float kMarkedWeight2 = 1e30f;  // drawn with probability 1, in the first draw
+// Added to a variance that may be 0, before it divides or goes into a logarithm; times the mean |v|^2.
+constexpr float kTiny = 1e-20f;
+constexpr float kLeastUnit = 1e-30f;  // least mean |v|^2 that counts as a unit
 
-// What was not drawn must not hold much, and codes may undervalue it: a token is drawn with
-// probability 1 if it could move the answer by kHarmful of what epsilon allows, were its score
-// higher than predicted by kNoiseDeviations and kNoiseQuantiles times the normal quantile of delta,
-// in standard deviations of the codes' error. Measured: these take 5 % more rows than none at delta
-// 0.1 on recordings; one deviation more takes 17 % more rows.
+// 2^f for |f| <= 0.5 is ((kPower4 f + kPower3) f + kPower2) f + kPower1) f + 1, by fused
+// multiply-adds, with a relative error below 5e-5: fp16, to which estimates are rounded, has 5e-4.
+constexpr float kPower4 = .00961813f, kPower3 = .05550411f, kPower2 = .24022651f,
+                kPower1 = .69314718f;
+constexpr float kLog2E = 1.44269504f;
+// A multiplier moves by this power of variance / target. One head alone would need the power 2,
+// because its variance is in proportion to the multiplier's power -1/2; less damps the rounds.
+constexpr float kExponent = 1.6f;
+// Limits of the factor that takes the plan's probabilities to those of the first draw.
+constexpr float kLeastScale = .25f, kMostScale = 16.f;
+// Where probabilities would have to grow by more than this between two looks, the rest is drawn anew.
+constexpr float kMostGrowth = 4;
+constexpr float kLeastEstimate = 0x1p-24f;  // the least fp16 over 0
+// The score of an outlier does not count. Its estimate is the largest fp16 below 0, by which draws
+// know it.
+constexpr float kOutlierScore = -3e38f, kOutlierEstimate = -0x1p-24f;
+// weight^2 of a token that is drawn with probability 1: of outliers and of sure tokens.
+constexpr float kAlwaysWeight2 = 1e30f;
+
+// Sure tokens (METHOD.md, "Selection"): a token is drawn with probability 1 if it could move the
+// answer by kHarmful of what epsilon allows, were its score higher than predicted by
+//   kNoiseDeviations + kNoiseQuantiles * Phi^-1(1 - delta / 2)
+// standard deviations of the codes' error. On recordings at delta 0.1 this takes 5 % more rows than
+// no sure tokens; one deviation more takes 17 % more.
 constexpr float kNoiseDeviations = 2.5f, kNoiseQuantiles = 1.4f, kHarmful = .25f;
-// Nats. Above it all tokens of a segment are sure: those that a query looks for lie at the ends of
-// the levels, where errors are larger than their standard deviation says. Measured: isotropic keys
-// are verified wrongly from 1.8 nats on.
+// The standard deviation of s - s^, in nats, above which all tokens of a segment are sure. The tokens
+// that a query looks for lie at the ends of the levels, where errors are larger than their standard
+// deviation says: isotropic keys were verified wrongly from 1.8 nats on.
 constexpr float kMostNoise = 1.4f;
 
-// Residuals whose angles are measured, drawn by their share of V
+// Residuals whose angles are measured, drawn in proportion to their terms of V.
 constexpr int kRankDraws = 16;
-constexpr float kRankMemory = .75f;    // of cos2 from step to step
-constexpr float kTargetMargin = .98f;  // growth aims below epsilon by this factor
-constexpr int64_t kLeastTail = 8;      // sampled tokens that a variance is judged by
-constexpr float kTailGrowth = 4;       // of inclusion probabilities when there are fewer
+constexpr float kRankMemory = .75f;    // share of cos2 that stays from step to step
+constexpr float kTargetMargin = .98f;  // of epsilon: what growth aims at
+// A variance is judged by at least this many tokens with pi < 1. With fewer, probabilities grow by
+// kTailGrowth.
+constexpr int64_t kLeastTail = 8;
+constexpr float kTailGrowth = 4;
+// Limits of the growth that is sought, and how often the interval between them is halved.
 constexpr float kLeastGrowth = 1.05f, kLargestGrowth = 64;
 constexpr int kGrowthHalvings = 14;
-constexpr float kFirstRho = 1.5f, kLeastRho = .3f, kMostRho = 8;
-constexpr float kLeastOthers = 1e-3f;  // of the denominator
+constexpr float kFirstRho = 1.5f, kLeastRho = .3f, kMostRho = 8;  // start and limits of rho
+constexpr float kLeastOthers = 1e-3f;  // least share of the denominator that is not the token's
 constexpr float kLeastRef = 1e-15f;    // the squares of smaller values leave fp32
-// Mass of value codes over the true one, of which rounding is 1e-7
+// The most that the mass of value codes may be over the denominator: they cancel, and each term is
+// rounded by 1e-7.
 constexpr double kMostCancelled = 1e3;
-constexpr float kMostUnseen = .5f;  // of the denominator from codes alone
+constexpr float kMostUnseen = .5f;  // most of the denominator that codes alone may stand for
 
-// One tile in so many is looked at while multipliers are sought: at most so many tokens and a
-// block.
+// While multipliers are sought, one tile in PlanStride is looked at: at least kLeastPlanStride, and
+// so that kPlanTokens tokens and a block are the most.
 constexpr int64_t kPlanTokens = 4096;
 constexpr int kLeastPlanStride = 4;
 VATTN_HD inline int PlanStride(int64_t middle) {
@@ -82,7 +104,7 @@ VATTN_HD inline T Min(T a, T b) {
 
 VATTN_HD inline bool IsFinite(float x) { return x - x == 0; }
 
-// Mean |v|^2, the unit of what is too small to count.
+// Mean |v|^2, in which kTiny is measured.
 VATTN_HD inline float ValueUnit(const IndexTables& index) {
   return IsFinite(index.value_norm2) ? Max(index.value_norm2, kLeastUnit) : 1;
 }
@@ -95,9 +117,10 @@ VATTN_HD inline float QuantileAt(const Promise& promise, int look, float cos2) {
   return z[bin] + (at - static_cast<float>(bin)) * (z[bin + 1] - z[bin]);
 }
 
-// rms|v| of this step as far as it is known before the draw: exact sets, and of the middle the
-// predicted mass and the mean |v|^2 of all tokens. What errors are relative to is at most that, and
-// far less than in the last step where a sink without a value has taken the attention since.
+// rms|v| of this step as far as it is known before the draw, from the exact sets, the predicted mass
+// of the middle and the mean |v|^2 of all tokens. What errors are relative to is at most about this.
+// It can be far less than in the last step, where a sink without a value has taken the attention
+// since.
 VATTN_HD inline float PredictedScale(const IndexTables& index, const HeadWork& work) {
   const float unit = ValueUnit(index);
   const float scale = std::sqrt((work.fixed_norm2 + work.mass * unit) / work.denominator);
@@ -130,13 +153,13 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
       (promise.pilot ? kPilotMargin : kMargin) * promise.epsilon * state.ref / state.z;
   work.log_norm = .5f * std::log(bracket) - std::log(work.denominator) - work.shift;
   work.floor = kDefensive * std::exp(work.log_norm + work.shift) * work.mass / n;
-  work.target = Max(root * root / state.rho, 1.17549435e-38f);
+  work.target = Max(root * root / state.rho, FLT_MIN);
   if (state.started == 0) state.log_multiplier = -std::log(work.target);
   state.started = 1;
 }
 
-// ln e^ from which on a head draws a token with probability 1; noise: standard deviation of s - s^
-// of its segment. After PlanHead.
+// The ln e^ from which on a head draws a token with probability 1. noise is the standard deviation of
+// s - s^ in the token's segment. Call it after PlanHead.
 VATTN_HD inline float SureScore(const Promise& promise, float noise, const HeadState& state,
                                 const HeadWork& work) {
   if (noise > kMostNoise) return -HUGE_VALF;
@@ -145,9 +168,9 @@ VATTN_HD inline float SureScore(const Promise& promise, float noise, const HeadS
   return IsFinite(score) ? score : -HUGE_VALF;  // nothing is known: everything is read
 }
 
-// Blocks of the middle by their largest e^: bin 0 holds those within a width of the largest of all,
-// the next one those within another, and so on. What is below the last bin is left to the sample of
-// tiles.
+// A histogram of the blocks of the middle by their largest e^. Bin 0 holds the blocks within
+// kTopBinWidth of the largest of all, bin 1 the ones within another width, and so on. Blocks below
+// the last bin are left to the sample of tiles.
 constexpr int kTopBins = 32;
 constexpr float kTopBinWidth = .5f;  // nats
 VATTN_HD inline int TopBin(const HeadWork& work, float shift) {
@@ -155,9 +178,9 @@ VATTN_HD inline int TopBin(const HeadWork& work, float shift) {
   return below < kTopBins ? static_cast<int>(Max(below, 0.f)) : kTopBins;
 }
 
-// Variance of the largest tokens of the `blocks` blocks in bin `bin`, were they drawn for this head
-// alone. A part of the tiles leaves most of them out, and then takes a head that looks for few
-// tokens for one that needs none.
+// Variance of the largest token of each of the `blocks` blocks in bin `bin`, if they were drawn for
+// this head alone. A sample of the tiles leaves most of these tokens out: by it a head that looks for
+// a few tokens would seem to need none.
 VATTN_HD inline float TopVariance(int bin, float blocks, const HeadWork& work,
                                   const HeadState& state) {
   const float below = (static_cast<float>(bin) + (bin == 0 ? 0.f : .5f)) * kTopBinWidth;
@@ -166,9 +189,9 @@ VATTN_HD inline float TopVariance(int bin, float blocks, const HeadWork& work,
   return weight < 1 ? blocks * weight * (1 - weight) * std::exp(-state.log_multiplier) : 0;
 }
 
-// One round of the fixed point for one head, after work.predicted, of the sample, and `tops`, the
-// sum of TopVariance over the bins; returns ln(predicted / target). Sampled largest tokens count
-// twice: an even factor on all multipliers is taken back by the scale.
+// One round of the fixed point for one head; returns ln(predicted / target). work.predicted is of the
+// sample, `tops` is the sum of TopVariance over the bins. A largest token that is in the sample
+// counts twice, which the scale takes back as far as it is a factor on all multipliers.
 VATTN_HD inline float MoveMultiplier(float tiny, float tops, const HeadWork& work,
                                      HeadState& state) {
   const float ratio = std::log((work.predicted + tops + tiny) / work.target);
@@ -176,6 +199,13 @@ VATTN_HD inline float MoveMultiplier(float tiny, float tops, const HeadWork& wor
   const float move = Max(Min(kExponent * ratio, 3.f), -3.f);
   state.log_multiplier = Max(low, state.log_multiplier + move);
   return ratio;
+}
+
+// The factor on all inclusion probabilities of a plan. The worst head lacks `worst` = predicted /
+// target of its variance, and the plan expects `expected` rows.
+VATTN_HD inline float PlanScale(const Promise& promise, float worst, float expected) {
+  return Max(Min(worst, kMostScale),
+             static_cast<float>(promise.min_selected) / Max(expected, 1e-6f));
 }
 
 // A share of n tokens as a number of them, rounded up.
@@ -235,8 +265,8 @@ struct TailTerm {
   float variance = 0;  // residual (1 - pi) / pi
 };
 
-// A token that makes up much of the denominator has drawn the output to itself: its residual is
-// that to the output without it (jackknife).
+// A token that makes up much of the denominator has drawn the output to itself. Its residual is
+// therefore taken to the output without it (jackknife).
 VATTN_HD inline TailTerm MakeTailTerm(const TailToken& t, float denominator) {
   const float others = Max(1 - t.e / (t.pi * denominator), kLeastOthers);
   TailTerm term;
@@ -248,8 +278,8 @@ VATTN_HD inline TailTerm MakeTailTerm(const TailToken& t, float denominator) {
 // Sums over the tail of one head.
 struct TailSums {
   double variance = 0;  // V of METHOD.md, "Certificate"
-  double squares = 0;   // of its terms
-  // Of its terms, times pi: what the middle has for sum of s_i^2, s_i = term_i pi_i
+  double squares = 0;   // sum of its squared terms
+  // Sum of pi times the squared terms: an estimate of the middle's sum of (term_i pi_i)^2.
   double own = 0;
   double mass = 0;      // e / pi
   double spread = 0;    // e / pi |v - o|^2
@@ -258,24 +288,25 @@ struct TailSums {
   double coded = 0;     // e^ over the whole middle, with value codes
 };
 
-// By how much the quantile of a look widens because V was estimated from few terms: few = sum t^2 /
-// (sum t)^2 is about the relative variance of V, so V has 2 / few degrees of freedom. Student's t
-// over the normal quantile z, to second order (Abramowitz and Stegun 26.7.5).
+// The factor by which the quantile of a look widens because V was estimated from few terms t. few =
+// sum t^2 / (sum t)^2 is about the relative variance of V, so that V has 2 / few degrees of freedom.
+// The factor is Student's t over the normal quantile z, to second order (Abramowitz and Stegun
+// 26.7.5).
 VATTN_HD inline float Widening(const Promise& promise, int look, float few) {
   const float z = QuantileAt(promise, look, 1), z2 = z * z, inverse = .5f * few;
   const float t = 1 + inverse * ((z2 + 1) / 4 + inverse * (5 * z2 * z2 + 16 * z2 + 3) / 96);
   return IsFinite(t) ? t : 1;
 }
 
-// Certificate of one head at a look: variance, rank, z and bound; renews what the state learns from it.
+// The certificate of one head at a look: variance, rank, z and bound. Renews what the head's state
+// learns from them.
 //   cos2: mean squared cosine of drawn residuals, negative if there were no two
 //   exact: every middle token was read with probability 1
 VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums& sums, float cos2,
                                int64_t tail, bool exact, float output_norm2, HeadState& state,
                                HeadWork& work) {
   work.variance = static_cast<float>(sums.variance);
-  if (sums.mass > 0)
-    state.spread = Max(static_cast<float>(sums.spread / sums.mass), 1.17549435e-38f);
+  if (sums.mass > 0) state.spread = Max(static_cast<float>(sums.spread / sums.mass), FLT_MIN);
   if (sums.estimate > 0) {
     const float eta2 = Max(Min(static_cast<float>(sums.relative / sums.estimate), 4.f), .01f);
     state.eta2 += .2f * (eta2 - state.eta2);
@@ -303,9 +334,9 @@ VATTN_HD inline void JudgeHead(const Promise& promise, int look, const TailSums&
   work.bound = judged && IsFinite(bound + output_norm2) ? bound : HUGE_VALF;
 }
 
-// What the planned draw taught: rho and z. After the certificate of the first look. rho follows the
-// quantile of the ratio that a share kExceeded of the steps is above: heads whose variance is hard
-// to predict get room, others need none.
+// Learns rho and z from the planned draw, after the certificate of the first look. rho follows the
+// quantile of variance / predicted that a share kExceeded of the steps exceeds, so that heads whose
+// variance is hard to predict get room and the others do without.
 VATTN_HD inline void LearnHead(const Promise& promise, const IndexTables& index,
                                const HeadWork& work, HeadState& state) {
   const float ratio = work.variance / (work.predicted + kTiny * ValueUnit(index));
@@ -320,12 +351,13 @@ VATTN_HD inline float GrowthRoot(const Promise& promise, int look, const HeadWor
   return kTargetMargin * promise.epsilon * work.ref / z;
 }
 
-// Tokens drawn, at most, once probabilities grow: of `count`, `tail` have one below 1.
+// The most tokens that are drawn once probabilities grow by `growth`. Of `count` drawn tokens `tail`
+// have a probability below 1.
 VATTN_HD inline float GrownCount(int64_t count, int64_t tail, float growth) {
   return static_cast<float>(count - tail) + static_cast<float>(tail) * Min(growth, kMostGrowth);
 }
 
-// After a step: what NaN taught is forgotten.
+// Ends the step of a head. A state that is not finite is forgotten.
 VATTN_HD inline void CloseHead(bool sampled, const HeadWork& work, HeadState& state) {
   state.ref = work.ref;
   const float all = state.ref + state.rho + state.z + state.spread + state.log_multiplier +

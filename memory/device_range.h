@@ -88,7 +88,7 @@ class DeviceRange {
   void Reclaim(int64_t keep, const std::function<bool(int64_t, int64_t)>& idle);
 
   int64_t mapped_pages() const;
-  // Of them those that have idle items alone, as in Reclaim.
+  // How many of the mapped pages hold idle items alone; idle as in Reclaim.
   int64_t idle_pages(const std::function<bool(int64_t, int64_t)>& idle) const;
   // All that has memory.
   Stretches mapped() const;

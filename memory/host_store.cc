@@ -5,7 +5,6 @@
 #include <cassert>
 #include <cstring>
 #include <mutex>
-#include <tuple>
 #include <utility>
 
 #include "memory/status.h"
@@ -199,16 +198,6 @@ TenantUse HostStore::UseOf(uint64_t tenant) const {
 std::vector<TenantUse> HostStore::UseOfAll() const {
   const std::lock_guard lock(mutex_);
   return tenants_.All();
-}
-
-absl::Status HostStore::Trim() {
-  const std::lock_guard lock(mutex_);
-  for (auto [first, end] = used_.FreeRun(0, num_blocks_); first < end;
-       std::tie(first, end) = used_.FreeRun(end, num_blocks_)) {
-    VATTN_RETURN_IF_ERROR(range_.Release(static_cast<uint64_t>(first) * block_bytes_,
-                                         static_cast<uint64_t>(end - first) * block_bytes_));
-  }
-  return absl::OkStatus();
 }
 
 bool HostStore::AllFree(int64_t first, int64_t end) const {

@@ -25,7 +25,7 @@ struct HostStoreOptions {
   // 1 or more, rounded up to a multiple of 64. Blocks start on multiples of it from a page
   // boundary: a multiple of 4096 gives page-aligned blocks.
   uint64_t block_bytes = 0;
-  // What a tenant without a limit of its own may hold and have reserved; 0: no limit.
+  // What a tenant may hold and have reserved unless SetTenantLimit gave it a limit; 0: no limit.
   uint64_t tenant_bytes = 0;
   // Preferred NUMA node by its system number; -1: the node of the thread that touches a page first.
   int numa_node = -1;
@@ -114,14 +114,10 @@ class HostStore {
   int64_t MostBlocks(TenantSlot tenant) const;
   // Counts a request of the tenant that found no room.
   void CountRefusal(bool for_quota, TenantSlot tenant);
-  // A limit of a tenant's own, in bytes; 0: that of all again.
+  // Limits one tenant to `bytes`; 0: the tenant_bytes of the options hold for it again.
   void SetTenantLimit(uint64_t tenant, uint64_t bytes);
   TenantUse UseOf(uint64_t tenant) const;
   std::vector<TenantUse> UseOfAll() const;
-
-  // Gives the whole pages of free blocks back to the system. Not while the memory is registered
-  // with a device. Holds the lock meanwhile: milliseconds per GiB given back.
-  absl::Status Trim();
 
   std::byte* data(BlockId block) { return base() + Offset(block); }
   const std::byte* data(BlockId block) const { return base() + Offset(block); }
@@ -157,7 +153,7 @@ class HostStore {
   bool Drop(BlockId block);
   // Callers of the Locked functions hold mutex_.
   int64_t FreeLocked() const;
-  // FULL unless so many are free for the tenant.
+  // FULL unless `count` blocks are free for the tenant.
   absl::Status CheckRoomLocked(int64_t count, TenantSlot tenant) const;
   void TakeLocked(int64_t count, BlockId* out, TenantSlot tenant);
 

@@ -28,11 +28,11 @@ struct TenantUse {
   int64_t room() const { return limit == kNoTenantLimit ? limit : limit - used - reserved; }
 };
 
-// Not thread-safe. A tenant is known as long as it is open, holds or has reserved blocks, or has a
-// limit of its own; its refusals are forgotten with it.
+// Not thread-safe. A tenant is known as long as it is open, holds or has reserved blocks, or was given
+// a limit. After that it is forgotten, and its count of refusals too.
 class TenantLedger {
  public:
-  // default_limit: blocks for each tenant but 0 that has no limit of its own.
+  // default_limit: blocks for each tenant but 0 that was not given a limit.
   explicit TenantLedger(int64_t default_limit);
 
   TenantSlot Open(uint64_t tenant);

@@ -91,21 +91,4 @@ void VirtualRange::Unmap() {
   if (mapped_ != nullptr) ops_->munmap(mapped_, mapped_size_);
 }
 
-absl::Status VirtualRange::Release(uint64_t offset, uint64_t bytes) {
-  if (offset > size_ || bytes > size_ - offset) {
-    return InvalidArgumentError("release of ", bytes, " bytes at ", offset,
-                                " is outside of the range, which has ", size_, " bytes");
-  }
-  const uint64_t page = PageBytes();
-  const uint64_t first = (offset + page - 1) / page * page;
-  const uint64_t end = (offset + bytes) / page * page;
-  if (first >= end) return absl::OkStatus();
-  if (ops_->madvise(data_ + first, end - first, MADV_DONTNEED) != 0) {
-    const int error = errno;
-    return NotSupportedError("the system refused to take back ", end - first,
-                             " bytes: madvise(MADV_DONTNEED): ", std::strerror(error));
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace vattn

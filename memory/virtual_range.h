@@ -27,7 +27,7 @@ struct VirtualRangeOptions {
 // brings the system's out-of-memory killer, not an error, unless the host limits address space
 // (vm.overcommit_memory = 2, RLIMIT_AS), which Reserve reports.
 //
-// Threads: data() and size() from any; Release of one part while others are in use is fine.
+// Threads: data() and size() may be called from any.
 class VirtualRange {
  public:
   // bytes > 0 is rounded up to whole pages.
@@ -41,11 +41,6 @@ class VirtualRange {
 
   std::byte* data() const { return data_; }
   uint64_t size() const { return size_; }
-
-  // Gives the whole pages inside [offset, offset + bytes) back to the system; they read as zero
-  // afterwards. Not for memory that is registered with a device: the device would keep the old
-  // pages.
-  absl::Status Release(uint64_t offset, uint64_t bytes);
 
  private:
   void Unmap();

@@ -5,7 +5,10 @@
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/decode.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/write.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -294,18 +297,18 @@ void Batch::PrepareGroups(const AttendRequest& r) {
                    ? nullptr
                    : static_cast<const std::byte*>(base) + int64_t{slot} * kv_heads * dim * element;
       };
-      runtime_->ops().write({.storage = s,
-                             .blocks = blocks_.data(),
-                             .kv_heads = kv_heads,
-                             .first = layer.tokens,
-                             .count = new_tokens_,
-                             .k = at(r.k_new, s.row.dim_k),
-                             .v = at(r.v_new, s.row.dim_v),
-                             .k_token_stride = int64_t{kv_heads} * s.row.dim_k,
-                             .k_head_stride = s.row.dim_k,
-                             .v_token_stride = int64_t{kv_heads} * s.row.dim_v,
-                             .v_head_stride = s.row.dim_v},
-                            Stream{});
+      cpu::Write({.storage = s,
+                  .blocks = blocks_.data(),
+                  .kv_heads = kv_heads,
+                  .first = layer.tokens,
+                  .count = new_tokens_,
+                  .k = at(r.k_new, s.row.dim_k),
+                  .v = at(r.v_new, s.row.dim_v),
+                  .k_token_stride = int64_t{kv_heads} * s.row.dim_k,
+                  .k_head_stride = s.row.dim_k,
+                  .v_token_stride = int64_t{kv_heads} * s.row.dim_v,
+                  .v_head_stride = s.row.dim_v},
+                 Stream{});
     }
     const int64_t tokens = layer.tokens + new_tokens_;
     const int64_t begin = std::min<int64_t>(o.sinks, tokens), end = sequence->MiddleEnd(tokens);
@@ -318,7 +321,7 @@ void Batch::PrepareGroups(const AttendRequest& r) {
       group.tokens = tokens;
       group.middle_begin = begin;
       group.middle_end = std::max(begin, end);
-      group.q_heads = group_size;
+      group.group_heads = group_size;
       group.out_dtype = r.out_dtype;
       group.segments = heads.segments.data();
       group.num_segments = static_cast<int32_t>(heads.segments.size());
@@ -351,7 +354,7 @@ void Batch::PrepareGroups(const AttendRequest& r) {
 void Batch::KeepQueries(const Group& group, HeadGroup& heads) {
   const Storage& s = runtime_->storage();
   if (s.code.kind != IndexKind::kBalanced) return;
-  const int64_t count = int64_t{group.q_heads} * s.row.dim_k;
+  const int64_t count = int64_t{group.group_heads} * s.row.dim_k;
   std::vector<float> queries(static_cast<size_t>(count));
   const uint8_t* row = static_cast<const uint8_t*>(group.q);
   cpu::LoadRows(
@@ -383,12 +386,12 @@ void Batch::Account(const AttendRequest& r) {
     if (r.fetched != nullptr) r.fetched[at] = static_cast<int32_t>(misses);
     if (r.looks != nullptr) r.looks[at] = group.looks;
     if (r.middle != nullptr) r.middle[at] = n;
-    if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.q_heads);
+    if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.group_heads);
     if (RecentPlace(group.step) >= 0)
       KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
-    for (int g = 0; g < group.q_heads; ++g) {
-      const size_t head =
-          static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;
+    for (int g = 0; g < group.group_heads; ++g) {
+      const size_t head = static_cast<size_t>(group_slot_[i]) * o.num_q_heads +
+                          group_head_[i] * group.group_heads + g;
       if (r.verdict != nullptr) r.verdict[head] = static_cast<int32_t>(group.verdict[g]);
       if (r.error != nullptr) r.error[head] = group.error[g];
       ++verdicts[static_cast<int>(group.verdict[g])];
@@ -416,11 +419,11 @@ absl::Status Batch::Attend(const AttendRequest& r, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckScores(r));
   if (cuda_) return cuda_->Call(cuda::Task::kDecode, r, {}, stream);
   PrepareGroups(r);
-  runtime_->ops().decode({.storage = runtime_->storage(),
-                          .promise = runtime_->promise(),
-                          .groups = groups_.data(),
-                          .num_groups = static_cast<int32_t>(groups_.size())},
-                         runtime_->stream());
+  cpu::Decode({.storage = runtime_->storage(),
+               .promise = runtime_->promise(),
+               .groups = groups_.data(),
+               .num_groups = static_cast<int32_t>(groups_.size())},
+              runtime_->stream());
   Account(r);
   FinishLayer(r.layer);
   return absl::OkStatus();
@@ -464,17 +467,16 @@ absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& sele
   for (size_t i = 0; i < groups_.size(); ++i) {
     const int64_t at = int64_t{group_slot_[i]} * kv_heads + group_head_[i];
     Group& group = groups_[i];
-    runtime_->ops().attend_selected(
-        {.storage = runtime_->storage(),
-         .groups = &group,
-         .num_groups = 1,
-         .tokens = selection.tokens + at * selection.capacity,
-         .log_weights = selection.log_weights == nullptr
-                            ? nullptr
-                            : selection.log_weights + at * selection.capacity,
-         .counts = selection.counts + at,
-         .capacity = selection.capacity},
-        runtime_->stream());
+    cpu::AttendSelected({.storage = runtime_->storage(),
+                         .groups = &group,
+                         .num_groups = 1,
+                         .tokens = selection.tokens + at * selection.capacity,
+                         .log_weights = selection.log_weights == nullptr
+                                            ? nullptr
+                                            : selection.log_weights + at * selection.capacity,
+                         .counts = selection.counts + at,
+                         .capacity = selection.capacity},
+                        runtime_->stream());
     group.selected = 0;
     for (int32_t k = 0; k < selection.counts[at]; ++k) {
       const int32_t token = selection.tokens[at * selection.capacity + k];
@@ -512,12 +514,12 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
   // Of the groups' heads: a call that lacks room is made again, and draws the same
   std::vector<HeadState> before;
   for (const Group& group : groups_)
-    before.insert(before.end(), group.state, group.state + group.q_heads);
-  runtime_->ops().select({.storage = runtime_->storage(),
-                          .promise = runtime_->promise(),
-                          .groups = groups_.data(),
-                          .num_groups = static_cast<int32_t>(groups_.size())},
-                         runtime_->stream());
+    before.insert(before.end(), group.state, group.state + group.group_heads);
+  cpu::Select({.storage = runtime_->storage(),
+               .promise = runtime_->promise(),
+               .groups = groups_.data(),
+               .num_groups = static_cast<int32_t>(groups_.size())},
+              runtime_->stream());
   int64_t need = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = groups_[i];
@@ -544,8 +546,8 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
   if (need > selection.capacity) {
     auto from = before.cbegin();
     for (const Group& group : groups_) {
-      std::copy_n(from, group.q_heads, group.state);
-      from += group.q_heads;
+      std::copy_n(from, group.group_heads, group.state);
+      from += group.group_heads;
     }
   }
   VATTN_RETURN_IF_ERROR(CheckNeed(need, selection.capacity));

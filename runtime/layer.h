@@ -64,7 +64,6 @@ void ForSegments(const Layer& layer, int64_t begin, int64_t end, F&& f) {
   }
 }
 
-inline int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 // What stays coded when so many tokens stay.
 inline int64_t CodedOf(const Layer& layer, int64_t tokens) {
   return layer.tokens <= tokens ? layer.coded

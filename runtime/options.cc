@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/geometry.h"
 #include "memory/status.h"
 
 namespace vattn {
@@ -29,9 +30,9 @@ absl::Status CheckShape(Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("num_layers", o.num_layers, 1, 1024));
   VATTN_RETURN_IF_ERROR(InRange("num_q_heads", o.num_q_heads, 1, 1024));
   VATTN_RETURN_IF_ERROR(InRange("num_kv_heads", o.num_kv_heads, 1, 1024));
-  VATTN_RETURN_IF_ERROR(InRange("head_dim_k", o.head_dim_k, 16, 1024));
+  VATTN_RETURN_IF_ERROR(InRange("head_dim_k", o.head_dim_k, 16, kMaxDim));
   VATTN_RETURN_IF_ERROR(MultipleOf("head_dim_k", o.head_dim_k, 16));
-  VATTN_RETURN_IF_ERROR(InRange("head_dim_v", o.head_dim_v, 16, 1024));
+  VATTN_RETURN_IF_ERROR(InRange("head_dim_v", o.head_dim_v, 16, kMaxDim));
   VATTN_RETURN_IF_ERROR(MultipleOf("head_dim_v", o.head_dim_v, 16));
   VATTN_RETURN_IF_ERROR(InRange("dtype", o.dtype, 0, 2));
   VATTN_RETURN_IF_ERROR(InRange("shared_kv", o.shared_kv, 0, 1));

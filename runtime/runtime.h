@@ -12,7 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/cpu/workers.h"
-#include "kernels/ops.h"
+#include "kernels/params.h"
 #include "memory/host_store.h"
 #include "memory/process.h"
 #include "memory/transfer_queue.h"
@@ -42,7 +42,6 @@ class Runtime {
   const Options& options() const { return options_; }
   const Storage& storage() const { return storage_; }
   const Promise& promise() const { return promise_; }
-  const Ops& ops() const { return *ops_; }
   // One thread is the calling one: there are no workers that calls of several threads would wait
   // for.
   Stream stream() { return options_.num_threads == 1 ? Stream{} : workers_->stream(); }
@@ -113,7 +112,6 @@ class Runtime {
   Storage storage_;
   Promise promise_;
   float quantile_[kMaxLooks][kQuantileBins + 1];
-  const Ops* ops_ = &kCpuOps;
   std::unique_ptr<HostStore> store_;
   std::unique_ptr<CudaBackend> cuda_;  // maps the pool: goes before it
   std::unique_ptr<KeptPrefixes> kept_;

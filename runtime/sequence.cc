@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/cleanup/cleanup.h"
+#include "kernels/cpu/write.h"
 #include "memory/status.h"
 #include "runtime/batch.h"
 
@@ -129,7 +130,7 @@ absl::Status Sequence::Append(const AppendRequest& r) {
   if (OnDevice(r.k)) {
     VATTN_RETURN_IF_ERROR(runtime_->cuda()->Write(write));
   } else {
-    runtime_->ops().write(write, runtime_->stream());
+    cpu::Write(write, runtime_->stream());
   }
   std::move(undo).Cancel();
   AddTokens(r.layer, r.num_tokens);

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "absl/cleanup/cleanup.h"
+#include "kernels/cpu/encode.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/rng.h"
@@ -248,13 +249,13 @@ void Sequence::CodeLayer(int l, const CodingPlan& plan, int64_t end) {
   cpu::ParallelFor(stream, static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
     const HeadGroup& group = layer.groups[g];
     ForSegments(layer, plan.begin, end, [&](size_t k, int64_t from, int64_t to) {
-      runtime_->ops().encode({.storage = runtime_->storage(),
-                              .index = group.segments[k].tables,
-                              .blocks = group.blocks.data(),
-                              .begin = from,
-                              .end = to,
-                              .outliers = &outliers},
-                             stream);
+      cpu::Encode({.storage = runtime_->storage(),
+                   .index = group.segments[k].tables,
+                   .blocks = group.blocks.data(),
+                   .begin = from,
+                   .end = to,
+                   .outliers = &outliers},
+                  stream);
     });
   });
   runtime_->counters().outliers += outliers;

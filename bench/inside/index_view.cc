@@ -107,7 +107,7 @@ std::vector<float> IndexView::PredictedScores(Group& group, const std::vector<fl
   cpu::PrepareQueries(storage(), promise().index, group);
   std::vector<float> predicted = Scores(group, promise().index);
   for (size_t i = 0; i < predicted.size(); ++i) {
-    if (predicted[i] == -kMarkedScore) predicted[i] = exact[i];
+    if (predicted[i] == -kOutlierScore) predicted[i] = exact[i];
   }
   return predicted;
 }

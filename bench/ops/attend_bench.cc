@@ -2,7 +2,7 @@
 #include "bench/ops/bench.h"
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/decode.h"
-#include "kernels/cpu/draw.h"
+#include "kernels/cpu/estimate.h"
 
 namespace vattn::bench {
 namespace {

@@ -121,7 +121,7 @@ Workload::Workload(const Shape& shape) : shape_(shape), data_(std::make_unique<D
   group_.tokens = shape.tokens;
   group_.middle_begin = options.sinks;
   group_.middle_end = (shape.tokens - options.window) / kCodeTokens * kCodeTokens;
-  group_.q_heads = q_heads;
+  group_.group_heads = q_heads;
   group_.out_dtype = static_cast<int32_t>(DType::kF32);
   group_.index = data_->index->tables();
   group_.state = data_->states.data();

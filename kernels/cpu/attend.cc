@@ -5,23 +5,19 @@
 #include <limits>
 
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/workers.h"
 
 namespace vattn::cpu {
-namespace {
-
-constexpr int64_t kSegmentTokens = 2048;  // the same cut whatever the number of threads
-
-}  // namespace
 
 void ScaleQueries(const Storage& s, Group& group) {
   const uint8_t* q = static_cast<const uint8_t*>(group.q);
   const RowList list{.rows = &q, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype};
-  for (int g = 0; g < group.q_heads; ++g, q += s.row.dim_k * ElementBytes(s.row.dtype)) {
+  for (int g = 0; g < group.group_heads; ++g, q += s.row.dim_k * ElementBytes(s.row.dtype)) {
     LoadRows(list, group.scratch.query + int64_t{g} * s.row.dim_k);
   }
-  for (int64_t i = 0; i < int64_t{group.q_heads} * s.row.dim_k; ++i)
+  for (int64_t i = 0; i < int64_t{group.group_heads} * s.row.dim_k; ++i)
     group.scratch.query[i] *= s.scale;
 }
 
@@ -112,11 +108,12 @@ void WriteHead(const Storage& s, const Group& group, int head, const float* outp
   if (group.lse != nullptr) group.lse[head] = lse;
 }
 
-void MarkNotFinite(const Storage& s, const Group& group) {
+void FlagNotFinite(const Storage& s, const Group& group) {
   constexpr int kPiece = 256;
   const DType dtype = static_cast<DType>(group.out_dtype);
   const uint8_t* output = static_cast<const uint8_t*>(group.out);
-  for (int g = 0; g < group.q_heads; ++g, output += int64_t{s.row.dim_v} * ElementBytes(dtype)) {
+  for (int g = 0; g < group.group_heads;
+       ++g, output += int64_t{s.row.dim_v} * ElementBytes(dtype)) {
     bool finite = true;
     for (int from = 0; from < s.row.dim_v; from += kPiece) {
       float values[kPiece];
@@ -145,16 +142,16 @@ void AttendSelected(const AttendSelectedParams& p, Stream stream) {
     float* states = group.scratch.work;
     const int64_t floats = StateFloats(s.row.dim_v);
     ScaleQueries(s, group);
-    for (int g = 0; g < group.q_heads; ++g)
+    for (int g = 0; g < group.group_heads; ++g)
       ResetState({states + g * floats, s.row.dim_v}, s.row.dim_v);
     for (int i = 0; i < p.counts[index]; ++i) group.scratch.row[i] = RowOf(s, group, tokens[i]);
     for (int i = 0; i < p.counts[index]; i += kTileRows) {
       AttendRows(s, group.scratch.row + i, std::min(kTileRows, p.counts[index] - i),
-                 p.counts[index] - i, group.scratch.query, group.q_heads,
+                 p.counts[index] - i, group.scratch.query, group.group_heads,
                  weights == nullptr ? nullptr : weights + i, states,
                  /*value_norms=*/false);
     }
-    for (int g = 0; g < group.q_heads; ++g) {
+    for (int g = 0; g < group.group_heads; ++g) {
       const SoftmaxState state(states + g * floats, s.row.dim_v);
       const float inverse = state.denominator() > 0 ? 1 / state.denominator() : 0;
       for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] *= inverse;
@@ -162,7 +159,7 @@ void AttendSelected(const AttendSelectedParams& p, Stream stream) {
       group.verdict[g] = Verdict::kBestEffort;
       group.error[g] = 0;
     }
-    MarkNotFinite(s, group);
+    FlagNotFinite(s, group);
   });
 }
 

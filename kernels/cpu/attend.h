@@ -19,9 +19,9 @@ inline const uint8_t* RowOf(const Storage& s, const Group& group, int64_t token)
 }
 
 // Adds `count` <= 64 rows to the states [heads][dim_v + 3] of scaled queries [heads][dim_k]. `rows`
-// goes on up to `listed` rows, which are prefetched.
-// log_weights [count] are added to the logits; may be null. Without value_norms the states' sums of
-// e |v|^2 stay as they are, which saves a pass over the values.
+// has `listed` rows; the ones after the first `count` are prefetched. log_weights [count] are added to
+// the logits, unless null. Without value_norms the states' sums of e |v|^2 stay as they are, which
+// saves a pass over the values.
 void AttendRows(const Storage& storage, const uint8_t* const* rows, int count, int listed,
                 const float* queries, int heads, const float* log_weights, float* states,
                 bool value_norms = true);
@@ -34,12 +34,12 @@ void AttendRange(const Storage& storage, const Group& group, int64_t begin, int6
 // Writes out and lse of one head from a finished state.
 void WriteHead(const Storage& storage, const Group& group, int head, const float* output,
                float lse);
-// After all heads are written: those whose output has an element that is not finite, because rows
-// or queries had, or because a sum, a score or the type of the output has no room for it, become
-// kBestEffort with an infinite error.
-void MarkNotFinite(const Storage& storage, const Group& group);
+// Called after all heads are written. A head whose output has an element that is not finite becomes
+// kBestEffort with an infinite error. Rows or queries may have had such an element, or a sum, a score
+// or the type of the output has no room for it.
+void FlagNotFinite(const Storage& storage, const Group& group);
 
-// Op attend_selected.
+// Attention over the listed tokens of every group and nothing else.
 void AttendSelected(const AttendSelectedParams& params, Stream stream);
 
 }  // namespace vattn::cpu

@@ -56,8 +56,8 @@ void PrepareClusters(const Storage& s, Group& group) {
   const int dim = s.row.dim_k, all = s.code.centroids;
   constexpr int kHeads = 8;
   float products[kHeads * kAtOnce];
-  for (int g = 0; g < group.q_heads; g += kHeads) {
-    const int heads = std::min(kHeads, group.q_heads - g);
+  for (int g = 0; g < group.group_heads; g += kHeads) {
+    const int heads = std::min(kHeads, group.group_heads - g);
     const float* queries = group.scratch.query + int64_t{g} * dim;
     float offset[kHeads];
     for (int h = 0; h < heads; ++h) {
@@ -76,7 +76,7 @@ void PrepareClusters(const Storage& s, Group& group) {
 void ScoreClusters(const Storage& s, const Group& group, const BlockPart& part, float* scores) {
   const std::byte* block = s.base + group.blocks[part.block] * s.block.bytes;
   const uint16_t* nearest = reinterpret_cast<const uint16_t*>(block + s.block.codes);
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const float* table = group.scratch.prepared + int64_t{g} * s.code.centroids;
     float* out = scores + int64_t{g} * kBlockTokens;
     for (int t = part.begin; t < part.end; ++t) out[t] = table[nearest[t]];

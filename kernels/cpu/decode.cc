@@ -6,8 +6,8 @@
 #include <numeric>
 
 #include "kernels/cpu/attend.h"
-#include "kernels/cpu/draw.h"
 #include "kernels/cpu/encode.h"
+#include "kernels/cpu/estimate.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/scan.h"
@@ -19,8 +19,6 @@
 
 namespace vattn::cpu {
 namespace {
-
-constexpr int kMaxDim = 1024;
 
 // Scan, units and plan of the first look.
 Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states,
@@ -42,7 +40,7 @@ bool Verify(const Storage& s, const Promise& promise, const Group& group, const 
     for (int i = 0; i < count; ++i) rows[i] = w.row[w.tail[t + i]];
     DotRows(
         {.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype},
-        outputs, group.q_heads, w.dot + t, w.stride);
+        outputs, group.group_heads, w.dot + t, w.stride);
     if (s.value_bits == 0) continue;
     float decoded[kTileRows * kMaxDim];
     const uint8_t* codes[kTileRows];
@@ -52,10 +50,10 @@ bool Verify(const Storage& s, const Promise& promise, const Group& group, const 
     }
     DecodeValues(s, group.index, codes, count, decoded);
     DotRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, outputs,
-            group.q_heads, w.code_dot + t, w.stride);
+            group.group_heads, w.code_dot + t, w.stride);
   }
   bool all = true;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     VerifyHead(s, promise, group, draw, tail, look, g, outputs + g * dim, w.dot + g * w.stride);
     all = all && w.head[g].bound <= promise.epsilon;
   }
@@ -63,14 +61,14 @@ bool Verify(const Storage& s, const Promise& promise, const Group& group, const 
 }
 
 void WriteEstimates(const Storage& s, const Group& group, const float* outputs) {
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const HeadWork& head = group.scratch.head[g];
     WriteHead(s, group, g, outputs + g * s.row.dim_v, std::log(head.denominator) + head.shift);
   }
 }
 
 void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stream stream) {
-  const int64_t floats = group.q_heads * StateFloats(s.row.dim_v);
+  const int64_t floats = group.group_heads * StateFloats(s.row.dim_v);
   float* states = group.scratch.work;
   float* base = states + floats;
   float* outputs = base + 2 * floats;
@@ -121,14 +119,14 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
       previous = kept = 0;
     }
   }
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     CloseHead(sampled, group.scratch.head[g], group.state[g]);
   }
   group.selected = draw.count;
   WriteEstimates(s, group, outputs);
   int32_t failed[kMaxGroup];
   int num_failed = 0;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const HeadWork& head = group.scratch.head[g];
     const float bound =
         sampled && !plan.noisy ? head.bound : std::numeric_limits<float>::infinity();
@@ -159,18 +157,19 @@ void DecodeGroup(const Storage& s, const Promise& promise, Group& group, Stream 
   } else {
     DecodeTopK(s, promise, group, stream);
   }
-  MarkNotFinite(s, group);
+  FlagNotFinite(s, group);
 }
 
 }  // namespace
 
 void AttendFixed(const Storage& s, const Group& group, float* states, Stream stream) {
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     ResetState({states + g * StateFloats(s.row.dim_v), s.row.dim_v}, s.row.dim_v);
   }
-  AttendRange(s, group, 0, group.middle_begin, group.scratch.query, group.q_heads, states, stream);
-  AttendRange(s, group, group.middle_end, group.tokens, group.scratch.query, group.q_heads, states,
+  AttendRange(s, group, 0, group.middle_begin, group.scratch.query, group.group_heads, states,
               stream);
+  AttendRange(s, group, group.middle_end, group.tokens, group.scratch.query, group.group_heads,
+              states, stream);
 }
 
 void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads,
@@ -197,8 +196,8 @@ void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int
 
 void DecodeAllDense(const Storage& s, Group& group, Verdict verdict, Stream stream) {
   int32_t heads[kMaxGroup];
-  std::iota(heads, heads + group.q_heads, 0);
-  DecodeDense(s, group, heads, group.q_heads, verdict, stream);
+  std::iota(heads, heads + group.group_heads, 0);
+  DecodeDense(s, group, heads, group.group_heads, verdict, stream);
 }
 
 void Decode(const DecodeParams& p, Stream stream) {

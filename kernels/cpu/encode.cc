@@ -143,8 +143,6 @@ HWY_EXPORT(DecodeLevels);
 
 namespace {
 
-constexpr int kMaxDim = 1024;
-
 uint8_t Level(float x, int bits) {
   const int half = 1 << (bits - 1);
   const float level = std::floor(x) + static_cast<float>(half);
@@ -162,7 +160,7 @@ CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, 
     errors.noise2 += index.weight[j] * r2;
   };
   for (int j = 0; j < dims; ++j) {
-    const float half = j < s.code.dims8 ? 64 : j < s.code.dims8 + s.code.dims4 ? 8 : 2;
+    const float half = s.code.half(j);
     // NaN: any, r is NaN
     const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;
     const float r = (x[j] - level) * index.step[j];
@@ -172,24 +170,24 @@ CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, 
   return errors;
 }
 
-// A code of all 0 marks a token.
-void Mark(const CodeLayout& code, int token, uint8_t* tile) {
+// A code of all 0 says that the token is an outlier.
+void SetOutlier(const CodeLayout& code, int token, uint8_t* tile) {
   for (int w = 0; w < code.words(); ++w) std::memset(tile + (w * kTileTokens + token) * 4, 0, 4);
 }
 
 // values [16][dim_v].
-void MarkHugeValues(const Storage& s, const IndexTables& index, const float* values,
-                    uint8_t* tile) {
+void SetHugeOutliers(const Storage& s, const IndexTables& index, const float* values,
+                     uint8_t* tile) {
   for (int t = 0; t < kTileTokens; ++t) {
     float norm2 = 0;
     for (int j = 0; j < s.row.dim_v; ++j)
       norm2 += values[t * s.row.dim_v + j] * values[t * s.row.dim_v + j];
-    if (!(norm2 <= index.value_limit)) Mark(s.code, t, tile);
+    if (!(norm2 <= index.value_limit)) SetOutlier(s.code, t, tile);
   }
 }
 
-void CountMarked(const CodeLayout& code, const uint8_t* tile, uint64_t* outliers) {
-  uint64_t marked = 0;
+void CountOutliers(const CodeLayout& code, const uint8_t* tile, uint64_t* outliers) {
+  uint64_t found = 0;
   for (int t = 0; t < kTileTokens; ++t) {
     uint32_t any = 0;
     for (int w = 0; w < code.words(); ++w) {
@@ -197,9 +195,9 @@ void CountMarked(const CodeLayout& code, const uint8_t* tile, uint64_t* outliers
       std::memcpy(&word, tile + (w * kTileTokens + t) * 4, 4);
       any |= word;
     }
-    marked += any == 0;
+    found += any == 0;
   }
-  if (marked > 0) std::atomic_ref<uint64_t>(*outliers).fetch_add(marked, std::memory_order_relaxed);
+  if (found > 0) std::atomic_ref<uint64_t>(*outliers).fetch_add(found, std::memory_order_relaxed);
 }
 
 // Packs one tile's transformed keys x [16][padded] into words of 4-dimension runs.
@@ -254,8 +252,8 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
     }
     FunctionsOf(s.code.kind).encode(s, p.index, keys, tile);
   }
-  const bool marks = s.code.kind == IndexKind::kBalanced;
-  if (!marks && s.value_bits == 0) return;
+  const bool has_outliers = s.code.kind == IndexKind::kBalanced;
+  if (!has_outliers && s.value_bits == 0) return;
   float* values = keys;
   LoadRows({.rows = rows,
             .count = kTileTokens,
@@ -263,8 +261,8 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
             .dim = s.row.dim_v,
             .dtype = s.row.dtype},
            values);
-  if (marks) MarkHugeValues(s, p.index, values, tile);
-  if (marks && p.outliers != nullptr) CountMarked(s.code, tile, p.outliers);
+  if (has_outliers) SetHugeOutliers(s, p.index, values, tile);
+  if (has_outliers && p.outliers != nullptr) CountOutliers(s.code, tile, p.outliers);
   if (s.value_bits == 0) return;
   uint8_t* codes = reinterpret_cast<uint8_t*>(block) + s.block.value_codes;
   for (int t = 0; t < kTileTokens; ++t) {
@@ -306,7 +304,7 @@ void EncodeBalanced(const Storage& s, const IndexTables& index, const float* key
   PackTile(s.code, x, padded, tile);
   for (int t = 0; t < kTileTokens; ++t) {
     if (!CodeTells(index, ErrorsOf(s, index, x + t * padded, rest + t * padded_rest)))
-      Mark(s.code, t, tile);
+      SetOutlier(s.code, t, tile);
   }
 }
 

@@ -13,7 +13,7 @@ void Encode(const EncodeParams& params, Stream stream);
 // Codes of one tile of centred keys [16][dim_k], of a layout with levels (kernels/geometry.h).
 void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys,
                   uint8_t* tile);
-// The same, with tokens marked whose key the code misrepresents (IndexTables).
+// The same, but a key that its code misrepresents becomes an outlier (IndexTables).
 void EncodeBalanced(const Storage& storage, const IndexTables& index, const float* keys,
                     uint8_t* tile);
 
@@ -39,8 +39,9 @@ inline const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t
 void DecodeValues(const Storage& storage, const IndexTables& index, const uint8_t* const* codes,
                   int count, float* out);
 
-// sum[g] += factor_g * sum_i weights[g * ld + i] * v^_i over `count` consecutive tokens of a block;
-// sum_ld floats a head, weights in fp16, factors [heads][2]: factor_g and sum_i weights_i.
+// sum[g] += factor_g * sum_i weights[g * ld + i] * v^_i over `count` consecutive tokens of a block. A
+// head's sum takes sum_ld floats, weights are fp16, and factors [heads][2] holds factor_g and
+// sum_i weights_i.
 void AddValueCodes(const Storage& storage, const IndexTables& index, const uint8_t* codes,
                    const uint16_t* weights, int64_t ld, int count, int heads, const float* factors,
                    float* sum, int64_t sum_ld);

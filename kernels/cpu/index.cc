@@ -21,13 +21,13 @@ void ScoreExact(const Storage& s, const Group& group, const BlockPart& part, flo
            .offset = 0,
            .dim = s.row.dim_k,
            .dtype = s.row.dtype},
-          group.scratch.query, group.q_heads, scores + part.begin, kBlockTokens);
+          group.scratch.query, group.group_heads, scores + part.begin, kBlockTokens);
 }
 
 // Minus infinity would mean that a token is not in the middle, and it would never be drawn.
 void CopyExternal(const Storage&, const Group& group, const BlockPart& part, float* scores) {
   constexpr float kLeast = std::numeric_limits<float>::lowest();
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const float* from = group.external + g * group.external_stride + part.block * kBlockTokens;
     float* to = scores + int64_t{g} * kBlockTokens;
     for (int t = part.begin; t < part.end; ++t) to[t] = from[t] == -INFINITY ? kLeast : from[t];

@@ -19,7 +19,7 @@ struct IndexFunctions {
   void (*encode)(const Storage&, const IndexTables&, const float* keys, uint8_t* tile);
   // scratch.query to scratch.packed and scratch.prepared. Null: queries are used as they are.
   void (*prepare)(const Storage&, Group&);
-  // scores [G][256]: those of the part in natural logarithm units; the others are left alone.
+  // Writes the scores of the part to scores [G][256], in nats, and leaves the others alone.
   void (*score)(const Storage&, const Group&, const BlockPart&, float* scores);
 };
 const IndexFunctions& FunctionsOf(IndexKind kind);

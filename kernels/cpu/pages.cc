@@ -13,7 +13,6 @@
 namespace vattn::cpu {
 namespace {
 
-constexpr int kMaxDim = 1024;
 constexpr int kTiles = kBlockTokens / kTileTokens;
 
 // The nearest bf16 that is not below x; NaN and infinities stay what they are.
@@ -56,7 +55,7 @@ void EncodeMeans(const Storage& s, const IndexTables&, const float* keys, uint8_
 void PreparePages(const Storage& s, Group& group) {
   const int dim = s.row.dim_k, floats = PreparedFloats(s);
   const IndexTables& index = group.index;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const float* q = group.scratch.query + int64_t{g} * dim;
     float* out = group.scratch.prepared + int64_t{g} * floats;
     float offset = index.intercept * QueryNorm(s, group, g);
@@ -80,8 +79,8 @@ void ScorePages(const Storage& s, const Group& group, const BlockPart& part, flo
     rows[t] = codes + int64_t{first + t} * kTileTokens * s.code.bytes();
   constexpr int kHeads = 8;
   float raw[kHeads * kTiles];
-  for (int g = 0; g < group.q_heads; g += kHeads) {
-    const int heads = std::min(kHeads, group.q_heads - g);
+  for (int g = 0; g < group.group_heads; g += kHeads) {
+    const int heads = std::min(kHeads, group.group_heads - g);
     DotRows({.rows = rows,
              .count = count,
              .offset = 0,

@@ -15,13 +15,13 @@ namespace {
 void Predict(const Group& group, Plan& plan, int stride, int phase, Stream stream) {
   const Scratch& w = group.scratch;
   float variance[kMaxGroup];
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const float half = .5f * group.state[g].log_multiplier;
     w.log_gain[g] = w.head[g].log_norm + half;
     w.floor[g] = w.head[g].floor * std::exp(half);
   }
   plan.expected = PredictVariance(group, plan.inclusion, stride, phase, variance, stream);
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     w.head[g].predicted = variance[g] * std::exp(-group.state[g].log_multiplier);
   }
 }
@@ -29,10 +29,10 @@ void Predict(const Group& group, Plan& plan, int stride, int phase, Stream strea
 // Blocks by their largest e^, to scratch.tops. After SumEstimates.
 void CountTops(const Group& group) {
   const Scratch& w = group.scratch;
-  std::fill(w.tops, w.tops + group.q_heads * kTopBins, 0.f);
+  std::fill(w.tops, w.tops + group.group_heads * kTopBins, 0.f);
   const float* shift = w.shift;
   for (int64_t b = 0; b < NumBlocks(group); ++b) {
-    for (int g = 0; g < group.q_heads; ++g, ++shift) {
+    for (int g = 0; g < group.group_heads; ++g, ++shift) {
       const int bin = TopBin(w.head[g], *shift);
       if (bin < kTopBins) w.tops[g * kTopBins + bin] += 1;
     }
@@ -43,8 +43,8 @@ void CountTops(const Group& group) {
 void FindSure(const Promise& promise, const Group& group) {
   const Scratch& w = group.scratch;
   for (int k = 0; k < NumSegments(group.num_segments); ++k) {
-    for (int g = 0; g < group.q_heads; ++g) {
-      const int at = k * group.q_heads + g;
+    for (int g = 0; g < group.group_heads; ++g) {
+      const int at = k * group.group_heads + g;
       w.sure[at] = SureScore(promise, w.noise[at], group.state[g], w.head[g]);
     }
   }
@@ -53,8 +53,8 @@ void FindSure(const Promise& promise, const Group& group) {
 // The number of tokens that are drawn with probability 1 whatever the multipliers are.
 float SureTokens(const Group& group, Stream stream) {
   const Scratch& w = group.scratch;
-  std::fill(w.log_gain, w.log_gain + group.q_heads, -HUGE_VALF);
-  std::fill(w.floor, w.floor + group.q_heads, 0.f);
+  std::fill(w.log_gain, w.log_gain + group.group_heads, -HUGE_VALF);
+  std::fill(w.floor, w.floor + group.group_heads, 0.f);
   float variance[kMaxGroup];
   return PredictVariance(group, {.log_gain = w.log_gain, .floor = w.floor, .sure = w.sure}, 1, 0,
                          variance, stream);
@@ -75,15 +75,14 @@ float PredictTops(const Group& group, int g) {
 void SumEstimates(const Storage& s, const Group& group, const float* states) {
   const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
-  for (int g = 0; g < group.q_heads; ++g) {
-    const SoftmaxState fixed(const_cast<float*>(states) + g * StateFloats(s.row.dim_v),
-                             s.row.dim_v);
+  for (int g = 0; g < group.group_heads; ++g) {
+    const ConstSoftmaxState fixed(states + g * StateFloats(s.row.dim_v), s.row.dim_v);
     float top = -std::numeric_limits<float>::infinity();
-    for (int64_t b = 0; b < blocks; ++b) top = std::max(top, w.shift[b * group.q_heads + g]);
+    for (int64_t b = 0; b < blocks; ++b) top = std::max(top, w.shift[b * group.group_heads + g]);
     const float shift = std::max(top, fixed.max());
     double mass = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t at = b * group.q_heads + g;
+      const int64_t at = b * group.group_heads + g;
       mass += static_cast<double>(w.mass[at]) * std::exp(w.shift[at] - shift);
     }
     HeadWork& work = w.head[g];
@@ -98,7 +97,7 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
 
 Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stream stream) {
   const Scratch& w = group.scratch;
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   const float n = static_cast<float>(group.middle_end - group.middle_begin);
   for (int g = 0; g < heads; ++g) {
     PlanHead(s.value_bits > 0, promise, group.index, n, group.state[g], w.head[g]);
@@ -123,11 +122,9 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   }
   Predict(group, plan, 1, 0, stream);
   // What is left of the gap is closed for the worst head by one factor on every probability.
-  float scale = kLeastScale;
-  for (int g = 0; g < heads; ++g) scale = std::max(scale, w.head[g].predicted / w.head[g].target);
-  scale = std::min(scale, kMostScale);
-  scale =
-      std::max(scale, static_cast<float>(promise.min_selected) / std::max(plan.expected, 1e-6f));
+  float worst = kLeastScale;
+  for (int g = 0; g < heads; ++g) worst = std::max(worst, w.head[g].predicted / w.head[g].target);
+  const float scale = PlanScale(promise, worst, plan.expected);
   const float most = promise.max_selected_share * n;
   // A scale below 1 takes nothing off tokens that are sure.
   float sure = 0;
@@ -154,7 +151,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
 }
 
 void Learn(const Promise& promise, const Group& group) {
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     LearnHead(promise, group.index, group.scratch.head[g], group.state[g]);
   }
 }

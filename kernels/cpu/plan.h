@@ -12,18 +12,18 @@ struct Plan {
   Inclusion inclusion;
   float expected = 0;    // tokens drawn
   bool feasible = true;  // false: more than max_selected_share of the middle would be needed
-  // That many tokens are sure already: what codes leave out could hold anything
+  // The sure tokens alone exceed that share: what codes leave out could hold anything.
   bool noisy = false;
 };
 
-// Units and sums of the scan: scratch.head[h].shift, mass and denominator, given the states of the
-// exact sets [G][dim_v + 3].
+// Sums the estimates of the scan: scratch.head[h].shift, mass, top, denominator and fixed_norm2. states
+// [G][dim_v + 3] are those of sinks and window.
 void SumEstimates(const Storage& storage, const Group& group, const float* states);
 
 // Renews the multipliers in group.state and returns what to draw with.
 Plan MakePlan(const Storage& storage, const Promise& promise, const Group& group, Stream stream);
 
-// Carries what the planned draw taught: rho and z. Call after the certificate of the first look.
+// Learns rho and z from the planned draw. Call it after the certificate of the first look.
 void Learn(const Promise& promise, const Group& group);
 
 }  // namespace vattn::cpu

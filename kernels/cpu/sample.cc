@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels/cpu/scan.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"
@@ -44,7 +45,7 @@ HWY_INLINE V InverseSqrt(V x) {
 // outlier has e < 0, a sure one e >= `sure` of some head, and both are always drawn.
 HWY_INLINE V SquaredWeight(const uint16_t* estimate, const BlockWeights& by, int n, V* e) {
   const D d;
-  const V always = hn::Set(d, kMarkedWeight2), zero = hn::Zero(d);
+  const V always = hn::Set(d, kAlwaysWeight2), zero = hn::Zero(d);
   V weight2 = zero;
   for (int g = 0; g < n; ++g) {
     e[g] = LoadHalf(estimate + g * kBlockTokens);
@@ -255,17 +256,12 @@ HWY_EXPORT(FilterKept);
 
 namespace {
 
-// Work is cut into the same segments whatever the number of threads, so that sums do not depend on
-// it.
-constexpr int kSegmentBlocks = 16;
-
-// A draw writes whole vectors, past the last kept lane.
-constexpr int kSlack = 64;
-
 // Places of a segment in the sparse arrays; the last segment may have fewer than those. A draw that
 // keeps candidates has their u in the second half of the weights' places, Half(blocks) places on.
-constexpr int kSegmentPlaces = kSegmentBlocks * kBlockTokens + kSlack;
-constexpr int Half(int64_t blocks) { return static_cast<int>(blocks * kBlockTokens + kSlack) / 2; }
+constexpr int kSegmentPlaces = kSegmentBlocks * kBlockTokens + kDrawSlack;
+constexpr int Half(int64_t blocks) {
+  return static_cast<int>(blocks * kBlockTokens + kDrawSlack) / 2;
+}
 constexpr int kKeepBlocks = 4;  // segments with fewer have no room to speak of
 // Candidates: what a draw with so much higher probabilities would find
 constexpr float kKeep = 2;
@@ -280,13 +276,13 @@ struct Weights {
 
   Weights(const Group& group, const Inclusion& inclusion, int64_t block, int blocks)
       : floor(inclusion.floor) {
-    const float* shift = group.scratch.shift + block * group.q_heads;
-    const int count = blocks * group.q_heads;
+    const float* shift = group.scratch.shift + block * group.group_heads;
+    const int count = blocks * group.group_heads;
     for (int b = 0, at = 0; b < blocks; ++b) {
       const int k = SegmentOf(group.segments, group.num_segments, FirstBlock(group) + block + b);
       const float* least =
-          inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.q_heads;
-      for (int g = 0; g < group.q_heads; ++g, ++at) {
+          inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.group_heads;
+      for (int g = 0; g < group.group_heads; ++g, ++at) {
         gain[at] = inclusion.log_gain[g] + shift[at];
         // E^1 is over every estimate
         sure[at] = least == nullptr ? 1 : std::min(1.f, least[g] - shift[at]);
@@ -304,7 +300,7 @@ struct Weights {
 
 float PredictVariance(const Group& group, const Inclusion& inclusion, int stride, int phase,
                       float* variance, Stream stream) {
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
   ParallelFor(stream, segments, [&](int64_t s) {
@@ -329,14 +325,11 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
 
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
                    Randomness randomness, int64_t count, Stream stream, float* kept) {
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
-  const uint32_t refresh = randomness.redraw > 0 ? 1 : randomness.refresh;
-  const uint32_t use = randomness.redraw > 0
-                           ? static_cast<uint32_t>(RandomUse::kRedraw) + randomness.redraw - 1
-                           : static_cast<uint32_t>(RandomUse::kSelect);
+  const uint32_t refresh = randomness.renewal(), use = randomness.use();
   const uint32_t epoch = static_cast<uint32_t>(group.step / refresh);
   const uint32_t step_phase = static_cast<uint32_t>(group.step % refresh);
   const auto blocks_of = [&](int64_t s) {
@@ -354,7 +347,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
     const Weights weights(group, inclusion, begin, static_cast<int>(end - begin));
     int n = 0;
     for (int64_t b = begin; b < end; ++b) {
-      if (keep && n + kBlockTokens + kSlack / 2 > half) return -1;
+      if (keep && n + kBlockTokens + kDrawSlack / 2 > half) return -1;
       const uint32_t first = static_cast<uint32_t>((FirstBlock(group) + b) * kBlockTokens);
       HWY_DYNAMIC_DISPATCH(Uniform)
       (group.key, use, TokenCounter(first), epoch, step_phase, refresh, kBlockTokens, u);
@@ -396,8 +389,8 @@ void FixDrawn(const Group& group, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     w.weight[i] = std::numeric_limits<float>::infinity();
     const int64_t block = w.token[i] / kBlockTokens - FirstBlock(group);
-    for (int g = 0; g < group.q_heads; ++g) {
-      const int64_t at = block * group.q_heads + g;
+    for (int g = 0; g < group.group_heads; ++g) {
+      const int64_t at = block * group.group_heads + g;
       w.mass[at] -= EstimateOf(group, w.token[i], g);
       w.estimate[at * kBlockTokens + w.token[i] % kBlockTokens] = 0;
     }

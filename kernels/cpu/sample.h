@@ -7,10 +7,11 @@
 
 namespace vattn::cpu {
 
-// What inclusion probabilities are made of. With e^ = estimate * exp(shift) of a token and head,
+// What the inclusion probability pi of a token is made of. With e^_h = estimate * exp(shift) of the
+// token and head h,
 //   weight^2 = sum_h (gain_h * e^_h + floor_h)^2,   pi = min(1, scale * weight),
-// gain and floor hold the square root of the head's multiplier.
-// and pi = 1 where ln e^_h >= sure_h of the token's segment for any head.
+// and pi = 1 if ln e^_h >= sure_h of the token's segment for any head. gain and floor contain the
+// square root of the head's multiplier.
 struct Inclusion {
   const float* log_gain = nullptr;  // [G]
   const float* floor = nullptr;     // [G]
@@ -18,38 +19,34 @@ struct Inclusion {
   float scale = 1;
 };
 
-// The same for one block, with its shift: gain_h e^_h = gain [G] * estimate, and pi = 1 where
-// estimate >= sure [G].
+// The same in the unit of one block's estimates: gain [G] * estimate is gain_h e^_h, and pi = 1 if
+// estimate >= sure [G] for any head.
 struct BlockWeights {
   const float* gain = nullptr;
   const float* sure = nullptr;
   const float* floor = nullptr;
 };
 
-// One tile of 16 tokens in `stride` is looked at, starting with tile `phase`; sums are scaled up.
-//   variance[h] = sum_i (gain_h e^_hi)^2 (1 - pi_i) / pi_i    (to be divided by the multiplier)
-// Returns the expected number of tokens drawn.
+// Predicts the variance of every head, times its multiplier,
+//   variance[h] = sum_i (gain_h e^_hi)^2 (1 - pi_i) / pi_i,
+// and returns the expected number of tokens drawn. It looks at one tile of 16 tokens in `stride`, from
+// tile `phase` on, and scales the sums up.
 float PredictVariance(const Group& group, const Inclusion& inclusion, int stride, int phase,
                       float* variance, Stream stream);
 
-// Whose random numbers a draw takes: the permanent ones, renewed every `refresh` steps, or those of
-// the step's n-th redraw, n from 1.
-struct Randomness {
-  uint32_t refresh = 1;
-  uint32_t redraw = 0;
-};
-
-// Appends the tokens with previous_scale * weight <= u < scale * weight, ascending, with their
-// weights to scratch.token and scratch.weight after the first `count`; previous_scale 0: all below
-// scale * weight. Returns the new count. A draw that may be followed by others of the same weights
-// and random numbers gets `kept`, 0 at first: it then leaves its candidates in the sparse arrays,
-// and draws of scales up to *kept need no more than those. They find the same tokens in the same
-// order.
+// Appends the tokens with previous_scale * weight <= u < scale * weight, in ascending order, and their
+// weights to scratch.token and scratch.weight after the first `count`. previous_scale 0: all tokens
+// with u < scale * weight. Returns the new count.
+//
+// kept saves passes when other draws of the same weights and random numbers may follow: pass a
+// pointer to 0 to the first draw and the same pointer to the others. The first draw then leaves
+// candidates in the sparse arrays, and draws of scales up to *kept look at these alone. They find the
+// same tokens in the same order as without `kept`.
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
                    Randomness randomness, int64_t count, Stream stream, float* kept = nullptr);
 
 // Makes the first `count` drawn tokens exact: each has inclusion probability 1 from now on, and its
-// estimate leaves the scan, so that no later draw meets it.
+// estimate is taken out of the scan, so that no later draw finds it again.
 void FixDrawn(const Group& group, int64_t count);
 
 }  // namespace vattn::cpu

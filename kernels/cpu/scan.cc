@@ -59,7 +59,7 @@ bool HasVnni() {
 }
 
 // scores [heads][256] of kVectors vectors of tokens from `token` on: sums of several tiles at once
-// hide the latency of a product. With kBalanced, a code of all 0 has kMarkedScore.
+// hide the latency of a product. With kBalanced, a code of all 0 has kOutlierScore.
 template <int kHeads, int kVectors, bool kVnni>
 HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, const PackedQueries& q,
                              int token, float* scores) {
@@ -133,7 +133,7 @@ HWY_INLINE void ScoreVectors(const uint8_t* codes, const CodeLayout& layout, con
     for (int g = 0; g < kHeads; ++g) {
       const auto s =
           hn::MulAdd(hn::ConvertTo(d, acc[v][g]), hn::Set(d, q.scale[g]), hn::Set(d, q.offset[g]));
-      hn::StoreU(hn::IfThenElse(marked, hn::Set(d, kMarkedScore), s), d,
+      hn::StoreU(hn::IfThenElse(marked, hn::Set(d, kOutlierScore), s), d,
                  scores + g * kBlockTokens + token + v * kLanes);
     }
   }
@@ -187,9 +187,9 @@ HWY_INLINE hn::Vec<D> PowerOf2(hn::Vec<D> y) {
   const auto n = hn::Round(y);
   const auto f = hn::Sub(y, n);
 #endif
-  auto p = hn::MulAdd(f, hn::Set(d, .00961813f), hn::Set(d, .05550411f));
-  p = hn::MulAdd(f, p, hn::Set(d, .24022651f));
-  p = hn::MulAdd(f, p, hn::Set(d, .69314718f));
+  auto p = hn::MulAdd(f, hn::Set(d, kPower4), hn::Set(d, kPower3));
+  p = hn::MulAdd(f, p, hn::Set(d, kPower2));
+  p = hn::MulAdd(f, p, hn::Set(d, kPower1));
   p = hn::MulAdd(f, p, hn::Set(d, 1.f));
 #if HWY_TARGET == HWY_AVX3
   return hn::Vec<D>{_mm512_scalef_ps(p.raw, hn::Sub(y, f).raw)};
@@ -207,13 +207,12 @@ float EstimateScores(const float* scores, uint16_t* estimate, float* mass) {
   auto most = hn::Set(d, -std::numeric_limits<float>::infinity());
   for (int i = 0; i < kBlockTokens; i += kLanes) most = hn::Max(most, hn::LoadU(d, scores + i));
   const float shift = hn::GetLane(hn::MaxOfLanes(d, most));
-  constexpr float kLog2E = 1.44269504f;
   const auto by = hn::Set(d, kLog2E), least = hn::Set(d, kLeastEstimate);
   auto sum = hn::Zero(d);
   for (int i = 0; i < kBlockTokens; i += kLanes) {
     const auto score = hn::LoadU(d, scores + i);
     auto e = hn::Max(PowerOf2(hn::Mul(hn::Sub(score, hn::Set(d, shift)), by)), least);
-    e = hn::IfThenElse(hn::Eq(score, hn::Set(d, kMarkedScore)), hn::Set(d, kMarkedEstimate), e);
+    e = hn::IfThenElse(hn::Eq(score, hn::Set(d, kOutlierScore)), hn::Set(d, kOutlierEstimate), e);
     if (!kWhole) {
       e = hn::IfThenElseZero(hn::Gt(score, hn::Set(d, -std::numeric_limits<float>::infinity())), e);
     }
@@ -252,12 +251,6 @@ namespace {
 
 constexpr int kTaskBlocks = 8;  // 2,048 tokens: small enough to share, large enough to pay
 
-// Levels of dimension j stand for level + .5 - half of its precision.
-float LevelOffset(const CodeLayout& code, int j) {
-  if (j < code.dims8) return .5f - 64.f;
-  return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
-}
-
 // One head's query: its projection y [dims] in int8 and what it takes to undo that.
 void PackHead(const CodeLayout& code, const float* y, float offset, PackedQueries& out, int lane) {
   const int dims = code.dims();
@@ -269,7 +262,7 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
     for (int i = 0; i < 4; ++i) {
       const float level = std::nearbyint(std::max(std::min(127.f, y[4 * r + i] / scale), -127.f));
       word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(level))) << (8 * i);
-      offset += level * scale * LevelOffset(code, 4 * r + i);
+      offset += level * scale * code.middle(4 * r + i);
     }
     out.run[r][lane] = static_cast<int32_t>(word);
   }
@@ -303,19 +296,13 @@ const uint8_t* CodesOf(const Storage& s, const Group& group, int64_t block) {
 // with at a time.
 Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
   Group part = group;
-  part.q_heads = heads;
+  part.group_heads = heads;
   part.scratch.query += int64_t{first} * s.row.dim_k;
   part.scratch.packed += first / 8;
   part.scratch.prepared += int64_t{first} * PreparedFloats(s);
   part.external += first * group.external_stride;
   return part;
 }
-
-}  // namespace
-
-namespace {
-
-constexpr int kMaxDim = 1024;
 
 // Standard deviation of s - s^ over tokens, from products of the query: y [dims] with the
 // directions of the code, one with the center, and [uncoded] with the noise of the others.
@@ -345,13 +332,14 @@ void PackSegment(const Storage& s, const Group& group, int segment) {
   const RowList list{
       .rows = rows, .count = dims + 1 + uncoded, .offset = 0, .dim = dim_k, .dtype = DType::kF32};
   float y[8 * kMostRows];
-  for (int g = 0; g < group.q_heads; g += 8) {
-    const int heads = std::min(8, group.q_heads - g);
+  for (int g = 0; g < group.group_heads; g += 8) {
+    const int heads = std::min(8, group.group_heads - g);
     DotRows(list, group.scratch.query + int64_t{g} * dim_k, heads, y, kMostRows);
     for (int h = 0; h < heads; ++h) {
       const float* at = y + h * kMostRows;
       if (group.scratch.noise != nullptr) {
-        group.scratch.noise[segment * group.q_heads + g + h] = NoiseOf(index, dims, uncoded, at);
+        group.scratch.noise[segment * group.group_heads + g + h] =
+            NoiseOf(index, dims, uncoded, at);
       }
       if (s.code.dims1 > 0) {
         const float norm = QueryNorm(s, group, g + h);
@@ -375,10 +363,10 @@ void ScoreLevels(const Storage& s, const Group& group, const BlockPart& part, fl
   const PackedQueries* const packed =
       group.scratch.packed + int64_t{SegmentOf(group.segments, group.num_segments, part.block)} *
                                  group.scratch.packed_stride;
-  for (int g = 0; g < group.q_heads; g += 8) {
+  for (int g = 0; g < group.group_heads; g += 8) {
     const bool fetch = g == 0 && part.soon >= 0;
     HWY_DYNAMIC_DISPATCH(ScoreCodes)
-    (codes, s.code, packed[g / 8], std::min(8, group.q_heads - g), part.begin / kTileTokens,
+    (codes, s.code, packed[g / 8], std::min(8, group.group_heads - g), part.begin / kTileTokens,
      part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon) : nullptr,
      scores + int64_t{g} * kBlockTokens);
   }
@@ -388,7 +376,7 @@ void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t to
                 int64_t soon) {
   const int begin = static_cast<int>(std::max(group.middle_begin - token, int64_t{0}));
   const int end = static_cast<int>(std::min(group.middle_end - token, int64_t{kBlockTokens}));
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   if (begin > 0 || end < kBlockTokens) {
     std::fill(scores, scores + int64_t{heads} * kBlockTokens,
               -std::numeric_limits<float>::infinity());
@@ -398,7 +386,7 @@ void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t to
 }
 
 void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream stream) {
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   const int64_t blocks = NumBlocks(group), first = FirstBlock(group);
   ParallelFor(stream, (blocks + kTaskBlocks - 1) / kTaskBlocks, [&](int64_t task) {
     constexpr int kHeadsAtOnce = 64;
@@ -410,7 +398,7 @@ void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream 
       for (int h = 0; h < heads; h += kHeadsAtOnce) {
         const Group part = HeadsOf(s, group, h, std::min(kHeadsAtOnce, heads - h));
         ScoreBlock(s, kind, part, token, scores, h == 0 ? soon : -1);
-        for (int g = 0; g < part.q_heads; ++g) {
+        for (int g = 0; g < part.group_heads; ++g) {
           const int64_t at = b * heads + h + g;
           // The next block's estimates are written soon.
           const uint16_t* next = group.scratch.estimate + (at + heads) * kBlockTokens;
@@ -426,7 +414,7 @@ void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream 
 }
 
 void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream stream) {
-  const int heads = group.q_heads;
+  const int heads = group.group_heads;
   ParallelFor(stream, NumBlocks(group), [&](int64_t b) {
     constexpr int kHeadsAtOnce = 64;
     alignas(64) float scores[kHeadsAtOnce * kBlockTokens];
@@ -436,12 +424,12 @@ void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream str
     for (int h = 0; h < heads; h += kHeadsAtOnce) {
       const Group part = HeadsOf(s, group, h, std::min(kHeadsAtOnce, heads - h));
       ScoreBlock(s, kind, part, token, scores);
-      for (int g = 0; g < part.q_heads; ++g) {
+      for (int g = 0; g < part.group_heads; ++g) {
         // Of a ranking, marked tokens are the first.
         std::replace_copy(
             scores + g * kBlockTokens + (begin - token), scores + g * kBlockTokens + (end - token),
             group.scratch.score + (h + g) * group.scratch.stride + (begin - group.middle_begin),
-            kMarkedScore, -kMarkedScore);
+            kOutlierScore, -kOutlierScore);
       }
     }
   });
@@ -450,7 +438,7 @@ void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream str
 float EstimateOf(const Group& group, int64_t token, int head) {
   const int64_t b = token / kBlockTokens - FirstBlock(group);
   return HWY_DYNAMIC_DISPATCH(HalfToFloat)(
-      group.scratch.estimate[(b * group.q_heads + head) * kBlockTokens + token % kBlockTokens]);
+      group.scratch.estimate[(b * group.group_heads + head) * kBlockTokens + token % kBlockTokens]);
 }
 
 }  // namespace vattn::cpu

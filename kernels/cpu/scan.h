@@ -6,8 +6,7 @@
 
 namespace vattn::cpu {
 
-// Makes of the group's scaled queries (scratch.query) what the scan of an index of this kind works
-// with.
+// Prepares the group's scaled queries (scratch.query) for the scan of an index of this kind.
 void PrepareQueries(const Storage& storage, IndexKind kind, Group& group);
 
 // Predicted scores of the block that holds `token` (a multiple of 256) for all heads into scores
@@ -24,12 +23,7 @@ void ScanEstimates(const Storage& storage, IndexKind kind, const Group& group, S
 // The whole middle as scratch.score [G][stride], token - middle_begin along the row.
 void ScanScores(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
 
-inline int64_t FirstBlock(const Group& g) { return g.middle_begin / kBlockTokens; }
-inline int64_t NumBlocks(const Group& g) {
-  return (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
-}
-
-// estimate of one token and head in units of exp(shift).
+// e^ of one token and head, in the unit exp(shift) of their block.
 float EstimateOf(const Group& group, int64_t token, int head);
 
 }  // namespace vattn::cpu

@@ -1,4 +1,7 @@
-// Carves a group's working memory from one range; the sizes are stated once, here.
+// Carves a group's working memory from one range. ScratchBytes counts with the same code that
+// carves, so that both agree.
+#include "kernels/cpu/scratch.h"
+
 #include <algorithm>
 
 #include "kernels/cpu/softmax.h"
@@ -7,9 +10,6 @@
 
 namespace vattn {
 namespace {
-
-constexpr int64_t kSegmentSlack = 64;    // per segment of 16 blocks, see sample.cc
-constexpr int64_t kDenseSegment = 2048;  // tokens, see attend.cc
 
 // Hands out pieces of memory; with a null base it only counts.
 struct Carver {
@@ -24,12 +24,13 @@ struct Carver {
   }
 };
 
-Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_heads, Carver& c) {
-  const int64_t heads = q_heads;
-  const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens + 1;
+Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
+              Carver& c) {
+  const int64_t heads = group_heads;
+  const int64_t blocks = BlocksFor(tokens) + 1;
   const int64_t n = blocks * kBlockTokens;
-  const int64_t segments = blocks / 16 + 2;
-  const int64_t sparse = n + segments * kSegmentSlack;
+  const int64_t segments = blocks / cpu::kSegmentBlocks + 2;
+  const int64_t sparse = n + segments * cpu::kDrawSlack;
   const bool ranking = promise.policy == Policy::kTopK || promise.policy == Policy::kTopKUniform;
   Scratch w;
   w.stride = n;
@@ -42,7 +43,7 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_he
   w.sparse_token = c.Take<uint32_t>(sparse);
   w.sparse_weight = c.Take<float>(sparse);
   w.logit = c.Take<float>(heads * n);
-  w.guess = c.Take<float>(s.value_bits > 0 ? heads * n : 0);
+  w.predicted_e = c.Take<float>(s.value_bits > 0 ? heads * n : 0);
   w.scaled = c.Take<float>(heads * n);
   w.residual = c.Take<float>(heads * n);
   w.dot = c.Take<float>(heads * n);
@@ -65,24 +66,24 @@ Scratch Carve(const Storage& s, const Promise& promise, int64_t tokens, int q_he
   w.tops = c.Take<float>(heads * kTopBins);
   w.log_gain = c.Take<float>(heads);
   w.floor = c.Take<float>(heads);
-  w.state = c.Take<float>((n / kDenseSegment + 2) * heads * cpu::StateFloats(s.row.dim_v));
+  w.state = c.Take<float>((n / cpu::kSegmentTokens + 2) * heads * StateFloats(s.row.dim_v));
   w.sums = c.Take<float>(segments * (heads + 2));
-  w.work = c.Take<float>(5 * heads * cpu::StateFloats(s.row.dim_v));
+  w.work = c.Take<float>(5 * heads * StateFloats(s.row.dim_v));
   return w;
 }
 
 }  // namespace
 
-size_t ScratchBytes(const Storage& s, const Promise& promise, int64_t tokens, int q_heads) {
+size_t ScratchBytes(const Storage& s, const Promise& promise, int64_t tokens, int group_heads) {
   Carver c{nullptr};
-  Carve(s, promise, tokens, q_heads, c);
+  Carve(s, promise, tokens, group_heads, c);
   return c.used;
 }
 
-Scratch CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int q_heads,
+Scratch CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
                      std::byte* memory) {
   Carver c{memory};
-  return Carve(s, promise, tokens, q_heads, c);
+  return Carve(s, promise, tokens, group_heads, c);
 }
 
 }  // namespace vattn

@@ -14,8 +14,6 @@
 namespace vattn::cpu {
 namespace {
 
-constexpr int kMaxDim = 1024;
-
 // Marks in scratch.tail, one word a middle token.
 constexpr uint32_t kHeadTop = 1;  // in this head's top-k
 constexpr uint32_t kRead = 2;     // read by some head
@@ -144,7 +142,7 @@ void DecodeTopK(const Storage& s, const Promise& promise, Group& group, Stream s
   uint32_t* order = w.sparse_token;
   if (uniform) OrderByUniform(promise, group, n, n, order);
   uint32_t* list = w.token;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     float* at = w.work + g * floats;
     TopK(group, g, n, k, list);
     AttendListed(s, group, list, k, g, 0, at);

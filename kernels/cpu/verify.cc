@@ -12,9 +12,7 @@
 namespace vattn::cpu {
 namespace {
 
-constexpr int kMaxDim = 1024;
-
-float Inclusion(const Group& group, const Draw& draw, int64_t i) {
+float InclusionProbability(const Group& group, const Draw& draw, int64_t i) {
   return std::min(1.f, draw.scale * group.scratch.weight[i]);
 }
 
@@ -37,8 +35,8 @@ void Residuals(const Storage& s, const Group& group, const uint32_t* places, int
     float decoded[kMaxDim];
     const uint8_t* code = ValueCodeOf(s, group, w.token[places[i]]);
     DecodeValues(s, group.index, &code, 1, decoded);
-    const float guess = w.guess[head * w.stride + places[i]];
-    for (int j = 0; j < dim; ++j) r[j] -= guess * (decoded[j] - output[j]);
+    const float predicted_e = w.predicted_e[head * w.stride + places[i]];
+    for (int j = 0; j < dim; ++j) r[j] -= predicted_e * (decoded[j] - output[j]);
   }
 }
 
@@ -95,29 +93,29 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
   HeadState& state = group.state[head];
   const float norm2 = Dot(output, output, s.row.dim_v);
   const float* logit = w.logit + head * w.stride;
-  const float* guess = s.value_bits > 0 ? w.guess + head * w.stride : nullptr;
+  const float* predicted_e = s.value_bits > 0 ? w.predicted_e + head * w.stride : nullptr;
   float* term = w.scaled + head * w.stride;        // c |a - b o|^2 / D^2, for the rank draws
   float* residual = w.residual + head * w.stride;  // |a - b o|^2 / (pi D^2), for Growth
   TailSums sums;
-  if (guess != nullptr) sums.coded = work.mass;
+  if (predicted_e != nullptr) sums.coded = work.mass;
   for (int64_t t = 0; t < tail; ++t) {
     const uint32_t i = w.tail[t];
     TailToken token;
-    token.pi = Inclusion(group, draw, i);
+    token.pi = InclusionProbability(group, draw, i);
     // Without value codes the weights in use are e / pi; place t <= i of them is free for the
     // terms.
-    token.e = guess == nullptr ? term[i] * token.pi : std::exp(logit[i] - work.shift);
+    token.e = predicted_e == nullptr ? term[i] * token.pi : std::exp(logit[i] - work.shift);
     token.distance2 = std::max(w.value_norm2[i] - 2 * dots[t] + norm2, 0.f);  // NaN stays
     token.error2 = token.e * token.e * token.distance2;
-    if (guess != nullptr) {
+    if (predicted_e != nullptr) {
       // |e (v - o) - e^ (v^ - o)|^2 from dot products.
       const float code_dot = w.code_dot[head * w.stride + t];
       const float code_distance2 = w.code_norm2[i] - 2 * code_dot + norm2;
       const float inner = w.cross[i] - dots[t] - code_dot + norm2;
-      token.error2 = std::max(0.f, token.error2 + guess[i] * guess[i] * code_distance2 -
-                                       2 * token.e * guess[i] * inner);
-      sums.relative += (token.e - guess[i]) * (token.e - guess[i]) / token.pi;
-      sums.estimate += guess[i] * guess[i] / token.pi;
+      token.error2 = std::max(0.f, token.error2 + predicted_e[i] * predicted_e[i] * code_distance2 -
+                                       2 * token.e * predicted_e[i] * inner);
+      sums.relative += (token.e - predicted_e[i]) * (token.e - predicted_e[i]) / token.pi;
+      sums.estimate += predicted_e[i] * predicted_e[i] / token.pi;
     }
     const TailTerm made = MakeTailTerm(token, work.denominator);
     residual[t] = made.residual;
@@ -149,7 +147,7 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
 float Growth(const Promise& promise, const Group& group, const Draw& draw, int64_t tail, int look) {
   const Scratch& w = group.scratch;
   float factor = tail < kLeastTail ? kTailGrowth : kLeastGrowth;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const float root = GrowthRoot(promise, look, w.head[g]);
     const float* residual = w.residual + g * w.stride;
     const auto enough = [&](float by) {

@@ -10,16 +10,16 @@ namespace vattn::cpu {
 // A draw as the certificate sees it. Token i of the list has logit s_i, inclusion probability
 // min(1, scale * weight_i) and, per head, e_i = exp(s_i - shift) and e^_i in the same unit.
 struct Draw {
-  int64_t count = 0;  // of scratch.token, weight, row, logit, guess
+  int64_t count = 0;  // of scratch.token, weight, row, logit, predicted_e
   float scale = 1;
 };
 
 // Fills scratch.tail with the places of tokens with pi < 1; returns their number.
 int64_t ListTail(const Group& group, const Draw& draw);
 
-// Variance, effective rank, z and bound of one head with output o [dim_v] (scratch.head[head]);
-// also renews the head's spread, eta2 and cos2 in group.state. `dots` holds v . o of each token of
-// the tail. Follows Estimate and needs what it left: scratch.scaled = e / pi, or scratch.guess with
+// Writes variance, effective rank, z and bound of one head with output o [dim_v] to scratch.head[head],
+// and renews the head's spread, eta2 and cos2 in group.state. `dots` holds v . o of each token of
+// the tail. Follows Estimate and needs what it left: scratch.scaled = e / pi, or scratch.predicted_e with
 // value codes, where scratch.code_dot must hold v^ . o of the tail as well. z comes from row `look`
 // - 1 of the promise's quantiles.
 void VerifyHead(const Storage& storage, const Promise& promise, const Group& group,

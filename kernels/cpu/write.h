@@ -1,4 +1,4 @@
-// Op write: new rows into their blocks.
+// Writes new rows into their blocks.
 #ifndef VATTN_KERNELS_CPU_WRITE_H_
 #define VATTN_KERNELS_CPU_WRITE_H_
 

@@ -28,7 +28,7 @@ template <DType kType, int kHeads>
 __device__ void AnswerDense(Team<kHeads>& team, Verdict verdict, bool noisy = false) {
   AttendAll<kType, kHeads>(team);
   Combine(team, false, 0);
-  TakeHeads(team, false);
+  LoadHeads(team, false);
   WriteHeads(
       team, [](int) { return true; },
       [&](int) { return make_float2(static_cast<float>(verdict), 0); });
@@ -53,15 +53,15 @@ __device__ void AnswerSelect(Team<kHeads>& team, int64_t drawn, float scale) {
     if (i >= before + drawn) {
       token = team.group.middle_end + (i - before - drawn);
     } else if (i >= before) {
-      token = LoadShared(w.token + i - before);
-      weight = -logf(Min(1.f, scale * LoadShared(w.weight + i - before)));
+      token = LoadL2(w.token + i - before);
+      weight = -logf(Min(1.f, scale * LoadL2(w.weight + i - before)));
     }
     out.tokens[at * out.capacity + i] = static_cast<int32_t>(token);
     if (out.log_weights != nullptr) out.log_weights[at * out.capacity + i] = weight;
   }
 }
 
-// Attention over more tokens of the caller's than the list has room for: rows are read past the hot
+// Attention over the caller's tokens when the list has no room for them. Rows are read past the hot
 // set.
 template <DType kType, int kHeads>
 __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t count,
@@ -78,7 +78,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
         queries, team.memory, team.shared.rows,
         team.group.scratch.state +
-            (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+            (static_cast<int64_t>(team.rank) * team.heads() + first) * StateFloats(row.dim_v),
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
           if (i >= count) return 0;
@@ -95,7 +95,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
         [](int, int, int, float) {}, [](int, const std::byte*) {});
   }
   Combine(team, false, 0);
-  TakeHeads(team, false);
+  LoadHeads(team, false);
   WriteHeads(
       team, [](int) { return true; },
       [](int) { return make_float2(static_cast<float>(Verdict::kBestEffort), 0); });
@@ -165,7 +165,7 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
       team, count, 1.f, in.log_weights == nullptr ? nullptr : in.log_weights + at * in.capacity);
   wrong = team.shared.total[2] > 0;
   Combine(team, false, count);
-  TakeHeads(team, false);
+  LoadHeads(team, false);
   if (wrong) {
     // A token out of range cannot be reported from here: NaN says that the answer is none.
     const int dim = team.p.storage.host.row.dim_v;
@@ -181,6 +181,8 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
   WriteReport(team, report);
 }
 
+// The policy kVerified, step by step as DecodeVerified of kernels/cpu/decode.cc. It is kept in one piece
+// so that the two can be read side by side.
 template <DType kType, int kHeads>
 __device__ void AnswerVerified(Team<kHeads>& team) {
   const Promise& promise = team.p.promise;
@@ -189,7 +191,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     team.shared.log_gain[i] = team.group.scratch.log_gain[i];
     team.shared.floor[i] = team.group.scratch.floor[i];
   }
-  TakeHeads(team, true);
+  LoadHeads(team, true);
   Plan plan = FinishPlan(team);
   if (plan.noisy && ReadsWhole(team))
     return AnswerDense<kType, kHeads>(team, Verdict::kDense, true);
@@ -198,7 +200,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   const bool coded = team.p.storage.host.value_bits > 0;
   if (team.p.task == Task::kSelect) {
     const int64_t drawn =
-        Max(Draw(team, 0, plan.scale, {.refresh = promise.refresh}, 0), int64_t{0});
+        Max(DrawTokens(team, 0, plan.scale, {.refresh = promise.refresh}, 0), int64_t{0});
     if (team.rank == 0) {
       for (int i = threadIdx.x; i < heads; i += kThreads)
         team.group.state[i] = team.shared.state[i];
@@ -217,22 +219,22 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
       plan.bound = plan.scale * kMostGrowth;
       PredictAll(team, 1.f, plan.bound, randomness);
     }
-    const int64_t now = Draw(team, previous, plan.scale, randomness, count);
+    const int64_t now = DrawTokens(team, previous, plan.scale, randomness, count);
     if (now < 0) break;  // no room: the heads that have not passed stay so
     const int64_t before = count;
     count = now;
     team.Sync();
-    if (look == 1) team.Mark(Mark::kDrawn);
+    if (look == 1) team.StampTime(TimelinePoint::kDrawn);
     AttendList<kType, kHeads>(team, count, plan.scale, nullptr);
     if (coded) CorrectList(team, before, count, plan.scale);
     Combine(team, true, count);
-    if (look == 1) team.Mark(Mark::kAttended);
-    TakeHeads(team, look > 1);
+    if (look == 1) team.StampTime(TimelinePoint::kAttended);
+    LoadHeads(team, look > 1);
     SumTail<kType, kHeads>(team, count, plan.scale);
     JudgeHeads<kType, kHeads>(team, count, look);
     team.Sync();
-    TakeHeads(team, true);
-    if (look == 1) team.Mark(Mark::kJudged);
+    LoadHeads(team, true);
+    if (look == 1) team.StampTime(TimelinePoint::kJudged);
     report.looks = look;
     bool passed = true;
     for (int h = 0; h < heads; ++h) passed = passed && team.shared.head[h].bound <= promise.epsilon;
@@ -240,8 +242,8 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     GrowHeads(team, count, plan.scale, look + 1);
     team.Sync();
     float growth = 1;
-    for (int h = 0; h < heads; ++h) growth = Max(growth, LoadShared(team.group.scratch.growth + h));
-    const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
+    for (int h = 0; h < heads; ++h) growth = Max(growth, LoadL2(team.group.scratch.growth + h));
+    const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
     if (GrownCount(count, tail, growth) >
         promise.max_selected_share * static_cast<float>(team.middle()))
       break;
@@ -276,7 +278,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     AttendList<kType, kHeads>(team, 0, plan.scale, nullptr);
     if (coded) CorrectList(team, 0, 0, plan.scale);
     Combine(team, true, 0);
-    TakeHeads(team, false);
+    LoadHeads(team, false);
   }
   WriteHeads(
       team, [&](int h) { return passed(h) || !dense; },
@@ -287,21 +289,21 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
       });
   if (!all && dense) {
     // Verdicts are kept from what the exact answer is about to overwrite.
-    for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.floor[h] = passed(h) ? 1 : 0;
+    for (int h = threadIdx.x; h < heads; h += kThreads) team.shared.done[h] = passed(h) ? 1 : 0;
     AttendAll<kType, kHeads>(team);
     Combine(team, false, 0);
-    TakeHeads(team, false);
+    LoadHeads(team, false);
     WriteHeads(
-        team, [&](int h) { return team.shared.floor[h] == 0; },
+        team, [&](int h) { return team.shared.done[h] == 0; },
         [](int) { return make_float2(static_cast<float>(Verdict::kDense), 0); });
     report.selected = report.fetched = team.middle();
   }
-  team.Mark(Mark::kDone);
+  team.StampTime(TimelinePoint::kDone);
   WriteReport(team, report);
 }
 
 template <DType kType, int kHeads>
-__device__ void AnswerGroup(const DecodeParams& p, const DeviceGroup& group,
+__device__ void AnswerGroup(const StepParams& p, const DeviceGroup& group,
                             TeamShared<kHeads>& shared, std::byte* memory, int rank, int size) {
   Team<kHeads> team{p, group, shared, memory, rank, size};
   __syncthreads();
@@ -328,7 +330,7 @@ __device__ void AnswerGroup(const DecodeParams& p, const DeviceGroup& group,
 // Thread block b is number b % size of the team of group b / size.
 template <DType kType, int kHeads>
 __global__ void __launch_bounds__(kThreads, 1)
-    AnswerKernel(const __grid_constant__ DecodeParams p, int size) {
+    AnswerKernel(const __grid_constant__ StepParams p, int size) {
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ TeamShared<kHeads> shared;
   const int rank = blockIdx.x % size, teams = gridDim.x / size;
@@ -339,13 +341,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <DType kType, int kHeads>
-int LaunchAnswer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
+int LaunchAnswer(const StepParams& p, const AnswerShape& shape, Stream stream) {
   const auto kernel = AnswerKernel<kType, kHeads>;
   const int bytes = RowsBytes<kHeads>(p.storage.host.row, p.storage.tiles_in_flight);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  DecodeParams params = p;
+  StepParams params = p;
   int team = shape.team;
   void* arguments[] = {&params, &team};
   return cudaLaunchCooperativeKernel(kernel, dim3(shape.teams * shape.team), dim3(kThreads),
@@ -372,6 +374,17 @@ AnswerShape ShapeOf(const DeviceStorage& storage, int groups) {
   }
   cudaGetLastError();
   return shape;
+}
+
+template <DType kType>
+int AnswerOf<kType>::Launch(const StepParams& p, const AnswerShape& shape, Stream stream) {
+  return p.group_heads <= 4 ? LaunchAnswer<kType, 4>(p, shape, stream)
+                            : LaunchAnswer<kType, 8>(p, shape, stream);
+}
+
+template <DType kType>
+AnswerShape AnswerOf<kType>::Shape(const DeviceStorage& storage, int group_heads, int groups) {
+  return group_heads <= 4 ? ShapeOf<kType, 4>(storage, groups) : ShapeOf<kType, 8>(storage, groups);
 }
 
 }  // namespace vattn::cuda

@@ -1,17 +1,8 @@
+// The answer kernels for rows of this dtype, apart because they take long to compile.
 #include "kernels/cuda/answer.cuh"
 
 namespace vattn::cuda {
 
-template <>
-int AnswerOf<DType::kBF16>::Launch(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
-  return p.q_heads <= 4 ? LaunchAnswer<DType::kBF16, 4>(p, shape, stream)
-                        : LaunchAnswer<DType::kBF16, 8>(p, shape, stream);
-}
-
-template <>
-AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage& storage, int q_heads, int groups) {
-  return q_heads <= 4 ? ShapeOf<DType::kBF16, 4>(storage, groups)
-                      : ShapeOf<DType::kBF16, 8>(storage, groups);
-}
+template struct AnswerOf<DType::kBF16>;
 
 }  // namespace vattn::cuda

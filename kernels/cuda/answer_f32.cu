@@ -1,17 +1,8 @@
+// The answer kernels for rows of this dtype, apart because they take long to compile.
 #include "kernels/cuda/answer.cuh"
 
 namespace vattn::cuda {
 
-template <>
-int AnswerOf<DType::kF32>::Launch(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
-  return p.q_heads <= 4 ? LaunchAnswer<DType::kF32, 4>(p, shape, stream)
-                        : LaunchAnswer<DType::kF32, 8>(p, shape, stream);
-}
-
-template <>
-AnswerShape AnswerOf<DType::kF32>::Shape(const DeviceStorage& storage, int q_heads, int groups) {
-  return q_heads <= 4 ? ShapeOf<DType::kF32, 4>(storage, groups)
-                      : ShapeOf<DType::kF32, 8>(storage, groups);
-}
+template struct AnswerOf<DType::kF32>;
 
 }  // namespace vattn::cuda

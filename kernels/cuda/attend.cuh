@@ -44,8 +44,8 @@ __device__ void KeepRows(Team<kHeads>& team, const TileShape& shape, const std::
   }
 }
 
-// States of all heads over this block's tiles of the list. log_weights: added to the logits, in
-// place of the inclusion probabilities at `scale`; null: those.
+// States of all heads over this block's tiles of the list. A row counts with 1 / pi at `scale`, or, if
+// log_weights is not null, with exp of its log weight.
 template <DType kType, int kHeads>
 __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float scale,
                                         const float* log_weights) {
@@ -62,20 +62,21 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
                                        ? -INFINITY
                                        : team.shared.head[first + tid].shift;
     }
-    float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (row.dim_v + 3);
+    float* state =
+        w.state + (static_cast<int64_t>(team.rank) * heads + first) * StateFloats(row.dim_v);
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, heads - first), queries,
         team.memory, team.shared.rows, state,
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
-          return i < count ? LoadShared(w.row + i) : 0;
+          return i < count ? LoadL2(w.row + i) : 0;
         },
         [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
         [&](int k, int r) {
           const int64_t i = place(k, r);
-          team.shared.slot[r] = first == 0 ? LoadShared(w.slot + i) : -1;
+          team.shared.slot[r] = first == 0 ? LoadL2(w.slot + i) : -1;
           if (log_weights != nullptr) return make_float2(log_weights[i], 1);
-          return make_float2(0, 1 / Min(1.f, scale * LoadShared(w.weight + i)));
+          return make_float2(0, 1 / Min(1.f, scale * LoadL2(w.weight + i)));
         },
         [&](int k, int r, int h, float logit) {
           const int64_t i = place(k, r);
@@ -105,7 +106,7 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
         queries, team.memory, team.shared.rows,
-        w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * (row.dim_v + 3),
+        w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * StateFloats(row.dim_v),
         [&](int k, int r) -> uint64_t {
           return token(k, r) < count ? reinterpret_cast<uint64_t>(
                                            RowAddress(team.p.storage, team.group, token(k, r)))
@@ -117,17 +118,17 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
   }
 }
 
-// Rows that AttendList brought to the hot set may be found there from now on. After a barrier, so
-// that they are whole.
+// Makes the rows that AttendList brought to the hot set known there. Call it after a barrier, so that
+// the rows are whole.
 template <int kHeads>
 __device__ void Publish(Team<kHeads>& team, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const HotSetRef& hot = team.p.hot;
   for (int64_t i = int64_t{team.rank} * kThreads + threadIdx.x; i < count;
        i += int64_t{team.size} * kThreads) {
-    const int32_t slot = LoadShared(w.slot + i);
+    const int32_t slot = LoadL2(w.slot + i);
     if (slot < 0) continue;
-    const uint32_t token = LoadShared(w.token + i);
+    const uint32_t token = LoadL2(w.token + i);
     const int64_t block = team.group.blocks[token / kBlockTokens];
     __threadfence();
     *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) =
@@ -138,9 +139,10 @@ __device__ void Publish(Team<kHeads>& team, int64_t count) {
   }
 }
 
-// Merges the team's states of this block's heads from `walks` walks over lists, and if `fixed`
-// those of sinks and window and of value codes: output, shift, denominator and ref to scratch;
-// publishes the first `count` rows of the list. Barriers before and after.
+// Merges the team's states from `walks` walks over lists, for the heads of this thread block. With
+// `fixed` the states of sinks and window and of value codes are merged too. Writes output, shift,
+// denominator and ref to scratch, and publishes the first `count` rows of the list. There is a barrier
+// before and after.
 template <int kHeads>
 __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t count, int walks = 1) {
   const GroupScratch& w = team.group.scratch;
@@ -153,16 +155,17 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
   __shared__ float norms[kWarps];
   float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
   const auto state = [&](int r, int h) {
-    const float* from = r < walked ? w.state + static_cast<int64_t>(r) * heads * (dim + 3)
-                        : r < rows ? w.fixed + static_cast<int64_t>(r - walked) * heads * (dim + 3)
-                                   : w.coded;
-    return from + static_cast<int64_t>(h) * (dim + 3);
+    const float* from = r < walked ? w.state + static_cast<int64_t>(r) * heads * StateFloats(dim)
+                        : r < rows
+                            ? w.fixed + static_cast<int64_t>(r - walked) * heads * StateFloats(dim)
+                            : w.coded;
+    return ConstSoftmaxState(from + static_cast<int64_t>(h) * StateFloats(dim), dim);
   };
   team.Sync();
   Publish(team, count);
   for (int h = team.rank; h < heads; h += team.size) {
     float most = -INFINITY;
-    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadShared(state(r, h) + dim));
+    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadL2(&state(r, h).max()));
     most = WarpMax(most);
     __syncthreads();
     if (tid % kWarp == 0) norms[tid / kWarp] = most;
@@ -170,16 +173,16 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     for (int i = 0; i < kWarps; ++i) most = fmaxf(most, norms[i]);
     float mass = 0, mass2 = 0, coded_mass = 0;  // |v|^2 is summed over rows alone
     for (int r = tid; r < parts; r += kThreads) {
-      const float* at = state(r, h) + dim;
-      const float own = r < rows ? LoadShared(at + 1) : 0;
-      const float of_codes = r >= rows                ? LoadShared(at + 1)
-                             : coded && r < team.size ? LoadShared(w.coded_mass + r * heads + h)
+      const ConstSoftmaxState at = state(r, h);
+      const float own = r < rows ? LoadL2(&at.denominator()) : 0;
+      const float of_codes = r >= rows                ? LoadL2(&at.denominator())
+                             : coded && r < team.size ? LoadL2(w.coded_mass + r * heads + h)
                                                       : 0;
-      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadShared(at) - most);
+      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadL2(&at.max()) - most);
       factor[r] = f;
       mass += f * own;
       coded_mass += f * of_codes;
-      mass2 += f * LoadShared(at + 2);
+      mass2 += f * LoadL2(&at.value_norm2());
     }
     mass = BlockSum(mass, norms);
     mass2 = BlockSum(mass2, norms);
@@ -192,7 +195,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       float sum = 0;
 #pragma unroll 8
       for (int r = i / dim; r < parts; r += shares)
-        sum = fmaf(factor[r], LoadShared(state(r, h) + i % dim), sum);
+        sum = fmaf(factor[r], LoadL2(state(r, h).numerator + i % dim), sum);
       share[i] = sum;
     }
     __syncthreads();
@@ -221,18 +224,19 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
   team.Sync();
 }
 
-// What the blocks of the other heads left in scratch.head and group.state, to all.
+// Loads to shared memory what the thread blocks of the other heads left in scratch.head, and with
+// `states` in group.state.
 template <int kHeads>
-__device__ void TakeHeads(Team<kHeads>& team, bool states) {
+__device__ void LoadHeads(Team<kHeads>& team, bool states) {
   const int words = sizeof(HeadWork) / 4, state_words = sizeof(HeadState) / 4;
   __syncthreads();
   for (int i = threadIdx.x; i < team.heads() * words; i += kThreads) {
     reinterpret_cast<float*>(team.shared.head)[i] =
-        LoadShared(reinterpret_cast<const float*>(team.group.scratch.head) + i);
+        LoadL2(reinterpret_cast<const float*>(team.group.scratch.head) + i);
   }
   for (int i = threadIdx.x; states && i < team.heads() * state_words; i += kThreads) {
     reinterpret_cast<float*>(team.shared.state)[i] =
-        LoadShared(reinterpret_cast<const float*>(team.group.state) + i);
+        LoadL2(reinterpret_cast<const float*>(team.group.state) + i);
   }
   __syncthreads();
 }

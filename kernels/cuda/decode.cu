@@ -37,11 +37,11 @@ int64_t ListCapacity(const Promise& promise, int64_t tokens) {
 
 }  // namespace
 
-size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int q_heads, int team,
-                    std::byte* memory, GroupScratch& w) {
+size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
+                    int team, std::byte* memory, GroupScratch& w) {
   Carver c{memory};
-  const int64_t heads = q_heads, blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
-  const int64_t floats = s.row.dim_v + 3;
+  const int64_t heads = group_heads, blocks = BlocksFor(tokens);
+  const int64_t floats = StateFloats(s.row.dim_v);
   w.capacity = (ListCapacity(promise, tokens) + 63) / 64 * 64;
   const bool ranks = Ranked(promise), uniform = promise.policy == Policy::kTopKUniform;
   const int64_t sampled = promise.policy == Policy::kVerified ? 1 : 0;
@@ -74,13 +74,13 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   if (balanced) c.Take(segments * heads, w.sure);
   c.Take(kFixedParts * heads * floats, w.fixed);
   c.Take((uniform ? kMostWalks : 1) * team * heads * floats, w.state);
-  c.Take(int64_t{2} * team * kPartials(q_heads), w.partial);
+  c.Take(int64_t{2} * team * MostTotals(group_heads), w.partial);
   c.Take(heads * s.row.dim_v, w.output);
   c.Take(heads, w.head);
   c.Take(heads, w.growth);
   const bool coded = s.value_bits > 0;
-  const int64_t items = coded ? ValueItems(s, q_heads) : 0;
-  c.Take(coded ? sampled * heads * w.capacity : 0, w.guess);
+  const int64_t items = coded ? ValueItems(s, group_heads) : 0;
+  c.Take(coded ? sampled * heads * w.capacity : 0, w.log_predicted_e);
   c.Take(coded ? sampled * heads * floats : 0, w.coded);
   c.Take(coded ? sampled * team * heads : 0, w.coded_mass);
   c.Take(sampled * items * kMostParts, w.value_part);
@@ -109,18 +109,18 @@ int TilesInFlight(const Storage& storage) {
   return tiles < kLeastTiles ? kLeastTiles : tiles > kMostTiles ? kMostTiles : tiles;
 }
 
-AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups) {
+AnswerShape ShapeAnswer(const DeviceStorage& storage, int group_heads, int groups) {
   switch (storage.host.row.dtype) {
     case DType::kF32:
-      return AnswerOf<DType::kF32>::Shape(storage, q_heads, groups);
+      return AnswerOf<DType::kF32>::Shape(storage, group_heads, groups);
     case DType::kF16:
-      return AnswerOf<DType::kF16>::Shape(storage, q_heads, groups);
+      return AnswerOf<DType::kF16>::Shape(storage, group_heads, groups);
     default:
-      return AnswerOf<DType::kBF16>::Shape(storage, q_heads, groups);
+      return AnswerOf<DType::kBF16>::Shape(storage, group_heads, groups);
   }
 }
 
-int Answer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
+int Answer(const StepParams& p, const AnswerShape& shape, Stream stream) {
   switch (p.storage.host.row.dtype) {
     case DType::kF32:
       return AnswerOf<DType::kF32>::Launch(p, shape, stream);
@@ -131,7 +131,7 @@ int Answer(const DecodeParams& p, const AnswerShape& shape, Stream stream) {
   }
 }
 
-int Decode(const DecodeParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
+int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
   int error = Prepare(p, stream);
   const bool chosen = p.promise.policy != Policy::kDense && p.task != Task::kAttendSelected;
   const bool sampled = chosen && p.promise.policy == Policy::kVerified,

@@ -18,6 +18,8 @@ __device__ uint32_t Level(float x, int bits) {
   return static_cast<uint32_t>(fminf(fmaxf(0.f, level), static_cast<float>(2 * half - 1)));
 }
 
+// Codes tiles of 16 tokens: grid x goes round the tiles, grid y is the item. Load, transform, errors
+// and packing hand over in shared memory that is laid out at the top, so they stand in one function.
 template <DType kType>
 __global__ void __launch_bounds__(kEncodeThreads)
     EncodeKernel(DeviceStorage storage, const EncodeItem* items) {
@@ -29,12 +31,13 @@ __global__ void __launch_bounds__(kEncodeThreads)
   const int dims = many + s.code.dims1, padded = (dims + 15) / 16 * 16,
             padded_rest = (dim - dims + 15) / 16 * 16;
   const int words = s.code.dims8 / 4 + s.code.dims4 / 8 + s.code.dims2 / 16 + s.code.dims1 / 32;
-  const bool marks = s.code.kind == IndexKind::kBalanced;
+  const bool has_outliers = s.code.kind == IndexKind::kBalanced;
   float* keys = memory;                       // [dim][16]
-  float* squares = keys + dim * kTileTokens;  // with marks: [dim][16] of residuals
+  float* squares = keys + dim * kTileTokens;  // with has_outliers: [dim][16] of residuals
   // [dims][16]
-  uint8_t* levels = reinterpret_cast<uint8_t*>(marks ? squares + dim * kTileTokens : squares);
-  __shared__ bool marked[kTileTokens];
+  uint8_t* levels =
+      reinterpret_cast<uint8_t*>(has_outliers ? squares + dim * kTileTokens : squares);
+  __shared__ bool outlier[kTileTokens];
   for (int64_t token = item.begin + int64_t{blockIdx.x} * kTileTokens; token < item.end;
        token += int64_t{gridDim.x} * kTileTokens) {
     __syncthreads();
@@ -44,7 +47,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
       keys[c * kTileTokens + t] = __fsub_rn(k, item.index.center[c]);
     }
     __syncthreads();
-    for (int j = threadIdx.x; j < (marks ? dim : dims); j += kEncodeThreads) {
+    for (int j = threadIdx.x; j < (has_outliers ? dim : dims); j += kEncodeThreads) {
       const float* column = j < dims ? item.index.encode + j : item.index.rest + j - dims;
       const int64_t pitch = j < dims ? padded : padded_rest;
       float x[kTileTokens] = {};
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
                        : j < many                        ? 2
                                                          : 1;
       const float half = static_cast<float>(1 << (bits - 1)),
-                  step = marks && j < dims ? item.index.step[j] : 1;
+                  step = has_outliers && j < dims ? item.index.step[j] : 1;
 #pragma unroll
       for (int t = 0; t < kTileTokens; ++t) {
         float r = x[t];
@@ -74,11 +77,11 @@ __global__ void __launch_bounds__(kEncodeThreads)
           const float level = fminf(fmaxf(-half, floorf(x[t])), half - 1) + .5f;
           r = __fmul_rn(__fsub_rn(x[t], level), step);
         }
-        if (marks) squares[j * kTileTokens + t] = __fmul_rn(r, r);
+        if (has_outliers) squares[j * kTileTokens + t] = __fmul_rn(r, r);
       }
     }
     __syncthreads();
-    if (marks && threadIdx.x < kTileTokens) {
+    if (has_outliers && threadIdx.x < kTileTokens) {
       const int t = threadIdx.x;
       const std::byte* value = HostRow(s, item.blocks, token + t) + s.row.v_offset;
       float residual2 = 0, noise2 = 0, norm2 = 0;
@@ -91,9 +94,9 @@ __global__ void __launch_bounds__(kEncodeThreads)
         const float v = E::One(value + j * E::kBytes);
         norm2 = __fadd_rn(norm2, __fmul_rn(v, v));
       }
-      marked[t] = !(residual2 <= item.index.residual_limit && noise2 <= item.index.noise_limit &&
-                    norm2 <= item.index.value_limit);
-      const unsigned outliers = __ballot_sync((1u << kTileTokens) - 1, marked[t]);
+      outlier[t] = !(residual2 <= item.index.residual_limit && noise2 <= item.index.noise_limit &&
+                     norm2 <= item.index.value_limit);
+      const unsigned outliers = __ballot_sync((1u << kTileTokens) - 1, outlier[t]);
       if (t == 0 && outliers != 0 && item.outliers != nullptr) {
         atomicAdd(item.outliers, static_cast<unsigned long long>(__popc(outliers)));
       }
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
       for (int k = 0; k < 32 / bits; ++k) {
         word |= uint32_t{levels[(first + k) * kTileTokens + t]} << (k % 4 * 8 + k / 4 * bits);
       }
-      if (marks && marked[t]) word = 0;
+      if (has_outliers && outlier[t]) word = 0;
       reinterpret_cast<uint32_t*>(storage.codes + block * storage.code_block_bytes + at)[i] = word;
       reinterpret_cast<uint32_t*>(s.base + block * s.block.bytes + s.block.codes + at)[i] = word;
     }
@@ -136,7 +139,7 @@ int LaunchEncode(const DeviceStorage& storage, const EncodeItem* items, int coun
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (most + kTileTokens - 1) / kTileTokens;
-  // As many as the second grid dimension takes
+  // 65,535 is the most that the second dimension of a grid takes.
   for (int first = 0; first < count; first += 65535) {
     const dim3 grid(static_cast<unsigned>(tiles < 4096 ? tiles : 4096),
                     static_cast<unsigned>(count - first < 65535 ? count - first : 65535));

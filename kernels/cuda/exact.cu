@@ -10,7 +10,7 @@ namespace vattn::cuda {
 namespace {
 
 constexpr int kExactThreads = 256;
-constexpr int kMostHeld = 8;  // 16-byte parts of a key of 4,096 bytes that a lane holds
+constexpr int kMostHeld = kMaxDim * 4 / 16 / kWarp;  // 16-byte parts of a key, in a lane
 
 // s of one token for every head: out [heads][256].
 template <DType kType>
@@ -48,10 +48,9 @@ __device__ void ScoreToken(const std::byte* key, const float* queries, int heads
 }
 
 template <DType kType>
-__global__ void __launch_bounds__(kExactThreads)
-    ExactKernel(const __grid_constant__ DecodeParams p) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, heads = p.q_heads;
-  if (blockIdx.x == 0 && threadIdx.x == 0) Note(p, Mark::kPrepared);
+__global__ void __launch_bounds__(kExactThreads) ExactKernel(const __grid_constant__ StepParams p) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, heads = p.group_heads;
+  if (blockIdx.x == 0 && threadIdx.x == 0) StampTime(p, TimelinePoint::kPrepared);
   for (int64_t item = blockIdx.x; item < p.header->scan_blocks; item += gridDim.x) {
     const DeviceGroup& group = p.groups[GroupOf(p, item)];
     const int64_t b = item - group.first_block, first = (FirstBlock(group) + b) * kBlockTokens;
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(kExactThreads)
 }
 
 template <DType kType>
-int Launch(const DecodeParams& p, int multiprocessors, Stream stream) {
+int Launch(const StepParams& p, int multiprocessors, Stream stream) {
   constexpr int kBlocks = 4;  // of a multiprocessor
   ExactKernel<kType>
       <<<kBlocks * multiprocessors, kExactThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
@@ -79,7 +78,7 @@ int Launch(const DecodeParams& p, int multiprocessors, Stream stream) {
 
 }  // namespace
 
-int ScoreRows(const DecodeParams& p, int multiprocessors, Stream stream) {
+int ScoreRows(const StepParams& p, int multiprocessors, Stream stream) {
   switch (p.storage.host.row.dtype) {
     case DType::kF32:
       return Launch<DType::kF32>(p, multiprocessors, stream);

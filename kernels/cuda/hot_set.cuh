@@ -1,7 +1,7 @@
-// The hot set on the device: where the row of a token is, and a slot for it if it has none. Any
-// number of thread blocks use it at a time. A slot that this call uses is never given away: its use
-// word holds the call's number. A claimed slot belongs to its row once that has been written and
-// slot_of says so (Publish), so no other thread block reads a row before it is there.
+// The hot set on the device: finds the row of a token, or claims a slot for it. Any number of thread
+// blocks use it at a time. A slot that this call uses is never given away, because its use word holds
+// the call's number. A claimed slot belongs to its row once the row has been written and slot_of says
+// so (Publish), so that no other thread block reads a row before it is there.
 #ifndef VATTN_KERNELS_CUDA_HOT_SET_CUH_
 #define VATTN_KERNELS_CUDA_HOT_SET_CUH_
 
@@ -65,7 +65,7 @@ inline __device__ int32_t ClaimSlot(const HotSetRef& hot, unsigned long long cal
 
 // Fills row and slot of place i of the list for the lanes with `in`, by a whole warp; the number of
 // rows that are not in the hot set.
-inline __device__ int Resolve(const DecodeParams& p, const DeviceGroup& group,
+inline __device__ int Resolve(const StepParams& p, const DeviceGroup& group,
                               unsigned long long call, bool in, uint32_t token, int64_t i) {
   const GroupScratch& w = group.scratch;
   const HotSetRef& hot = p.hot;

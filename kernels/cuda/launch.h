@@ -11,11 +11,10 @@ namespace vattn::cuda {
 int TilesInFlight(const Storage& storage);
 
 // How `groups` groups are answered on the current device; team 0: the rows do not fit it.
-AnswerShape ShapeAnswer(const DeviceStorage& storage, int q_heads, int groups);
+AnswerShape ShapeAnswer(const DeviceStorage& storage, int group_heads, int groups);
 
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
-int Decode(const DecodeParams& params, const AnswerShape& shape, int multiprocessors,
-           Stream stream);
+int Decode(const StepParams& params, const AnswerShape& shape, int multiprocessors, Stream stream);
 
 // Codes of `count` items in device memory, `most` tokens at most in one of them.
 int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
@@ -32,11 +31,11 @@ struct Patch {
   int64_t value = 0;
 };
 int ApplyPatches(const Patch* patches, int64_t count, Stream stream);
-// Op write with k, v in device memory: block ids [kv_heads] in device memory.
+// cpu::Write with k and v in device memory: block ids [kv_heads] in device memory.
 int Write(const WriteParams& params, Stream stream);
 
 // Bytes of working memory of a group, and its parts carved from `memory` (null: nothing is carved).
-size_t CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int q_heads,
+size_t CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int group_heads,
                     int team, std::byte* memory, GroupScratch& out);
 
 }  // namespace vattn::cuda

@@ -8,16 +8,19 @@
 #include <cstdint>
 
 #include "kernels/params.h"
+#include "kernels/softmax.h"
 
 namespace vattn::cuda {
 
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
-VATTN_HD constexpr int kPartials(int heads) { return 7 * heads + 4; }
+// The most sums that a team adds up at a time: those of the certificate, TailTotals of verify.cuh, and
+// of groups with few heads the three of a report.
+VATTN_HD constexpr int MostTotals(int heads) { return 7 * heads + 4; }
 constexpr int kFixedParts = 4;  // thread blocks that share the sinks and window of a group
 constexpr int kMostWalks = 3;   // over lists of rows, with Policy::kTopKUniform
 
-// Where the bytes of a token are. Host blocks are as in kernels/geometry.h; codes have a copy on
-// the device, block by block.
+// Where the bytes of a token are. Blocks of the host pool are as in kernels/geometry.h. Codes have a
+// copy on the device, block by block.
 struct DeviceStorage {
   Storage host;                // base: the device's address of the mapped host pool
   std::byte* codes = nullptr;  // [blocks of the pool][256 tokens of code, then of value code]
@@ -27,8 +30,8 @@ struct DeviceStorage {
   int32_t tiles_in_flight = 0;  // of rows, in a thread block's shared memory
 };
 
-// Rows of the middle that stay on the device, shared by the groups of a batch. Evicted by a clock:
-// a slot whose use mark is set gets a second chance.
+// Rows of the middle that stay on the device, shared by the groups of a batch. A clock evicts them: it
+// passes over a slot whose use mark is set once, and clears the mark.
 struct HotSetRef {
   std::byte* rows = nullptr;   // [slots][row_bytes]
   int32_t* slot_of = nullptr;  // [blocks of the pool * 256] slot of a token of a block, -1: none
@@ -41,15 +44,16 @@ struct HotSetRef {
 
 struct ValuePart;
 
-// Working memory of one group for one call; sizes for n tokens rounded up to blocks.
+// Working memory of one group for one call. Sizes are for the group's tokens, rounded up to blocks.
 struct GroupScratch {
   uint16_t* estimate = nullptr;  // [blocks][G][256] e^ over its block's largest, fp16
   float* shift = nullptr;        // [blocks][G] ln of that largest
   float* mass = nullptr;         // [blocks][G] sum of estimate
-  // [blocks][G][256] s^; top-k policies and IndexKind::kExact only
+  // [blocks][G][256] s^. Top-k policies and IndexKind::kExact only.
   float* score = nullptr;
-  uint64_t* candidate = nullptr;  // [blocks][256] token, then weight in the high word
-  // [kMostSegments] of them in use, from the start of each segment
+  // [blocks][256] tokens that may be drawn, in the low word, with their weight in the high one. A
+  // segment's candidates stand from its first place on; `candidates` [kMostSegments] counts them.
+  uint64_t* candidate = nullptr;
   uint32_t* candidates = nullptr;
   float* predicted = nullptr;       // [kMostSegments][G + 1] variances and draws
   float* log_gain = nullptr;        // [G] of the plan, see kernels/cpu/sample.h
@@ -64,29 +68,31 @@ struct GroupScratch {
   float* term = nullptr;            // [G][capacity] its part of the variance
   float* query = nullptr;           // [G][dim_k] scaled
   PackedQueries* packed = nullptr;  // [segments of the index][G / 8 rounded up]
-  // [segments of the index][G] as in Scratch; IndexKind::kBalanced, else null
+  // [segments of the index][G] as in Scratch. IndexKind::kBalanced, else null.
   float* noise = nullptr;
-  float* sure = nullptr;  // [segments of the index][G]
-  // [kFixedParts][G][dim_v + 3] softmax states of sinks and window
+  float* sure = nullptr;
+  // [kFixedParts][G][dim_v + 3] softmax states of sinks and window.
   float* fixed = nullptr;
   float* state = nullptr;     // [walks][team][G][dim_v + 3] softmax states of the draw
-  double* partial = nullptr;  // [2][team][kPartials(G)] sums of a team's parts
+  double* partial = nullptr;  // [2][team][MostTotals(G)] sums of a team's parts
   float* output = nullptr;    // [G][dim_v]
   HeadWork* head = nullptr;   // [G]
   float* growth = nullptr;    // [G]
-  // With value codes. States take back what codes said of their rows; its mass is not in theirs.
-  float* guess = nullptr;  // [G][capacity] ln e^ of the selected
-  // [G][dim_v + 3] softmax states of the codes of the whole middle
+  // The next six only with value codes. What codes had said of rows that were read is taken back from
+  // the numerators in `state`, and its mass is kept in coded_mass.
+  float* log_predicted_e = nullptr;  // [G][capacity] ln e^ of selected tokens
+  // [G][dim_v + 3] softmax states of the codes of the whole middle.
   float* coded = nullptr;
   float* coded_mass = nullptr;           // [team][G] mass taken back, in the unit of the state
   ValuePart* value_part = nullptr;       // [items][kMostParts] see kernels/cuda/values.h
   uint32_t* value_parts_done = nullptr;  // [items] in this call
-  // Top-k policies only; kernels/cuda/rank.cuh. A mask has a bit for each token of a block.
+  // The next five only with top-k policies (kernels/cuda/rank.cuh). A mask has a bit for each token of
+  // a block.
   uint32_t* top = nullptr;        // [blocks][G][8] masks of each head's best
   uint32_t* drawn = nullptr;      // [blocks][G][8] masks of each head's sample
   uint32_t* seen = nullptr;       // [blocks][8] masks of the tokens listed so far
   uint32_t* histogram = nullptr;  // [kDigits][G][kDigitBins]
-  // [warps of the team][G] tokens that are tied for the last place
+  // [warps of the team][G] how many tokens are tied for the last place.
   uint32_t* ties = nullptr;
   uint32_t* barrier = nullptr;  // [1] arrivals in this call
   int64_t capacity = 0;         // of the list of selected tokens
@@ -97,18 +103,18 @@ struct DeviceGroup {
   const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
   std::byte* fixed = nullptr;       // [sinks + ring_tokens][row_bytes]
   HeadState* state = nullptr;       // [G]
-  // Of the first segment; values are coded with its tables in every segment
+  // The tables of the first segment. Values are coded with them in every segment.
   IndexTables index;
   const IndexSegment* segments = nullptr;  // [num_segments]
   int32_t num_segments = 0;
-  // [G][dim_k] where the step's queries go, in the row dtype; null: nowhere
+  // Where the step's queries go, [G][dim_k] in the row dtype; null: nowhere.
   std::byte* recent = nullptr;
   RandomKey key;
   int32_t slot = 0, kv_head = 0;  // of the batch; says where queries and outputs are
   int64_t tokens = 0;             // with the step's new token; 0: nobody sits here
   int64_t middle_begin = 0, middle_end = 0;
   int64_t ring_begin = 0;   // tokens from here on are in the ring
-  int64_t first_block = 0;  // of the scan: blocks of all groups before this one
+  int64_t first_block = 0;  // of the scan: how many blocks the groups before this one have
   uint64_t step = 0;
   GroupScratch scratch;
 };
@@ -126,10 +132,10 @@ struct DeviceCounters {
   unsigned long long outliers, noisy;
 };
 
-// How the answer kernel is launched: teams of thread blocks, a group's each.
+// How the answer kernel is launched: teams of thread blocks, each at work on one group.
 struct AnswerShape {
-  int32_t teams = 0;  // at a time; with fewer than there are groups they take several in turn
-  int32_t team = 0;   // thread blocks of one
+  int32_t teams = 0;  // teams at a time; if there are more groups, a team takes several in turn
+  int32_t team = 0;   // thread blocks of a team
 };
 
 // Arrays of an attention call, extents as vattn_attend_params.
@@ -150,7 +156,7 @@ struct CallArrays {
 };
 
 // Places in CallArrays::timeline, as vattn_timeline.
-enum class Mark : int32_t {
+enum class TimelinePoint : int32_t {
   kStart,
   kPrepared,
   kScanned,
@@ -160,9 +166,9 @@ enum class Mark : int32_t {
   kJudged,
   kDone
 };
-constexpr int kMarks = 8;
+constexpr int kTimelinePoints = 8;
 
-// As vattn_selection: in for kAttendSelected, out for kSelect.
+// As vattn_selection. kAttendSelected reads them, kSelect writes them.
 struct SelectionArrays {
   int64_t capacity = 0;
   int32_t* tokens = nullptr;
@@ -170,9 +176,9 @@ struct SelectionArrays {
   int32_t* counts = nullptr;
 };
 
-enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
+using vattn::Task;
 
-struct DecodeParams {
+struct StepParams {
   Task task = Task::kDecode;
   DeviceStorage storage;
   Promise promise;  // quantile: device memory
@@ -182,7 +188,7 @@ struct DecodeParams {
   DeviceCounters* counters = nullptr;
   int32_t most_groups = 0;  // slots * kv_heads
   int32_t kv_heads = 0;
-  int32_t q_heads = 0;  // G
+  int32_t group_heads = 0;  // G
   CallArrays call;
   SelectionArrays selection;
 };
@@ -192,10 +198,10 @@ struct EncodeItem {
   const int32_t* blocks = nullptr;
   IndexTables index;
   int64_t begin = 0, end = 0;
-  unsigned long long* outliers = nullptr;  // if not null, the outliers among them are added here
+  unsigned long long* outliers = nullptr;  // if not null, the number of outliers is added here
 };
 
-// Rows of sinks and ring of a group brought to the device: all that lie below `tokens`.
+// Sinks and ring of a group whose rows are brought to the device, as far as they lie below `tokens`.
 struct FixedItem {
   const int32_t* blocks = nullptr;
   std::byte* fixed = nullptr;

@@ -19,7 +19,7 @@ __device__ void FindPlan(Team<kHeads>& team, int* tops) {
     team.shared.state[h] = team.group.state[h];
   }
   __syncthreads();
-  team.Mark(Mark::kScanned);
+  team.StampTime(TimelinePoint::kScanned);
   SumEstimates(team);
   for (int h = tid; h < heads; h += kThreads) {
     PlanHead(team.p.storage.host.value_bits > 0, team.p.promise, team.group.index,
@@ -43,11 +43,11 @@ __device__ void FindPlan(Team<kHeads>& team, int* tops) {
     team.group.scratch.head[h] = team.shared.head[h];
     team.group.state[h] = team.shared.state[h];
   }
-  team.Mark(Mark::kPlanned);
+  team.StampTime(TimelinePoint::kPlanned);
 }
 
 template <int kHeads>
-__global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant__ StepParams p) {
   __shared__ TeamShared<kHeads> shared;
   extern __shared__ int tops[];  // [G][kTopBins]
   if (static_cast<int>(blockIdx.x) >= p.header->num_groups) return;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant_
 
 template <int kHeads>
 __global__ void __launch_bounds__(kPredictThreads, 4)
-    PredictKernel(const __grid_constant__ DecodeParams p) {
+    PredictKernel(const __grid_constant__ StepParams p) {
   const int warp = threadIdx.x / kWarp, groups = p.header->num_groups;
   // Segments go round the groups, so that neighbouring warps share no group's tables but all have
   // work.
@@ -69,13 +69,14 @@ __global__ void __launch_bounds__(kPredictThreads, 4)
     const DeviceGroup& group = p.groups[i / kMostSegments];
     const int segment = static_cast<int>(i % kMostSegments);
     if (group.tokens == 0 || segment >= NumSegments(NumBlocks(group))) continue;
-    PredictSegment<kHeads>(group, p.q_heads, segment, group.scratch.log_gain, group.scratch.floor,
-                           1.f, kCandidateScale, {.refresh = p.promise.refresh});
+    PredictSegment<kHeads>(group, p.group_heads, segment, group.scratch.log_gain,
+                           group.scratch.floor, 1.f, kCandidateScale,
+                           {.refresh = p.promise.refresh});
   }
 }
 
 template <int kHeads>
-int LaunchPredict(const DecodeParams& p, cudaStream_t stream) {
+int LaunchPredict(const StepParams& p, cudaStream_t stream) {
   const int64_t warps = static_cast<int64_t>(p.most_groups) * kMostSegments;
   const int64_t blocks = (warps + kPredictWarps - 1) / kPredictWarps;
   PredictKernel<kHeads>
@@ -84,9 +85,9 @@ int LaunchPredict(const DecodeParams& p, cudaStream_t stream) {
 }
 
 template <int kHeads>
-int LaunchPlan(const DecodeParams& p, cudaStream_t stream) {
+int LaunchPlan(const StepParams& p, cudaStream_t stream) {
   const auto kernel = PlanKernel<kHeads>;
-  const int bytes = p.q_heads * kTopBins * static_cast<int>(sizeof(int));
+  const int bytes = p.group_heads * kTopBins * static_cast<int>(sizeof(int));
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -96,14 +97,14 @@ int LaunchPlan(const DecodeParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int PlanDraw(const DecodeParams& p, Stream stream) {
+int PlanDraw(const StepParams& p, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  return p.q_heads <= 4 ? LaunchPlan<4>(p, s) : LaunchPlan<8>(p, s);
+  return p.group_heads <= 4 ? LaunchPlan<4>(p, s) : LaunchPlan<8>(p, s);
 }
 
-int Predict(const DecodeParams& p, Stream stream) {
+int Predict(const StepParams& p, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  return p.q_heads <= 4 ? LaunchPredict<4>(p, s) : LaunchPredict<8>(p, s);
+  return p.group_heads <= 4 ? LaunchPredict<4>(p, s) : LaunchPredict<8>(p, s);
 }
 
 }  // namespace vattn::cuda

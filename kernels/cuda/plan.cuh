@@ -3,7 +3,7 @@
 #ifndef VATTN_KERNELS_CUDA_PLAN_CUH_
 #define VATTN_KERNELS_CUDA_PLAN_CUH_
 
-#include "kernels/cuda/draw.cuh"
+#include "kernels/cuda/sample.cuh"
 
 namespace vattn::cuda {
 
@@ -16,7 +16,7 @@ struct Plan {
   float expected = 0;    // tokens drawn
   float bound = 0;       // candidates are kept up to this scale
   bool feasible = true;  // false: more than max_selected_share of the middle would be needed
-  // That many tokens are sure already: what codes leave out could hold anything
+  // The sure tokens alone exceed that share: what codes leave out could hold anything.
   bool noisy = false;
 };
 
@@ -38,7 +38,8 @@ template <int kHeads>
 __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int stride = kPartials(heads), floats = team.p.storage.host.row.dim_v + 3;
+  const int stride = MostTotals(heads), dim = team.p.storage.host.row.dim_v,
+            floats = StateFloats(dim);
   const int64_t begin = team.BlocksBegin(), end = team.BlocksEnd();
   const float* const shifts = w.shift;
   const float* const masses = w.mass;
@@ -75,23 +76,25 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   }
   team.Sync();
   for (int h = threadIdx.x; h < heads; h += kThreads) {
-    const float* fixed = w.fixed + static_cast<int64_t>(h) * floats + floats - 3;
+    const float* const first = w.fixed + static_cast<int64_t>(h) * floats;
+    const auto fixed = [&](int part) {
+      return ConstSoftmaxState(first + static_cast<int64_t>(part) * heads * floats, dim);
+    };
     float top = -INFINITY;
     for (int r = 0; r < team.size; ++r)
-      top = fmaxf(top, static_cast<float>(LoadShared(parts + r * stride + 2 * h)));
+      top = fmaxf(top, static_cast<float>(LoadL2(parts + r * stride + 2 * h)));
     float shift = top;
-    for (int part = 0; part < kFixedParts; ++part)
-      shift = fmaxf(shift, fixed[static_cast<int64_t>(part) * heads * floats]);
+    for (int part = 0; part < kFixedParts; ++part) shift = fmaxf(shift, fixed(part).max());
     double mass = 0, sum = 0, norm2 = 0;
     for (int r = 0; r < team.size; ++r) {
-      mass += LoadShared(parts + r * stride + 2 * h + 1) *
-              expf(static_cast<float>(LoadShared(parts + r * stride + 2 * h)) - shift);
+      mass += LoadL2(parts + r * stride + 2 * h + 1) *
+              expf(static_cast<float>(LoadL2(parts + r * stride + 2 * h)) - shift);
     }
     for (int part = 0; part < kFixedParts; ++part) {
-      const float* at = fixed + static_cast<int64_t>(part) * heads * floats;
-      if (!(at[1] > 0)) continue;
-      sum += at[1] * expf(at[0] - shift);
-      norm2 += at[2] * expf(at[0] - shift);
+      const ConstSoftmaxState at = fixed(part);
+      if (!(at.denominator() > 0)) continue;
+      sum += at.denominator() * expf(at.max() - shift);
+      norm2 += at.value_norm2() * expf(at.max() - shift);
     }
     HeadWork& work = team.shared.head[h];
     work.shift = shift;
@@ -188,10 +191,12 @@ struct Sample {
                                threadIdx.x % 8 * 2;
           pair = __half22float2(*reinterpret_cast<const __half2*>(at));
           const float unit = expf(shift - team.shared.head[h].shift);
-          // What underflows here still has its floor. A sure token's estimate counts no more than a
-          // marked one's.
-          if (pair.x > 0) pair.x = pair.x >= limit ? kMarkedEstimate : fmaxf(pair.x * unit, 1e-37f);
-          if (pair.y > 0) pair.y = pair.y >= limit ? kMarkedEstimate : fmaxf(pair.y * unit, 1e-37f);
+          // What underflows here still has its floor. A sure token's estimate counts no more than an
+          // outlier's.
+          if (pair.x > 0)
+            pair.x = pair.x >= limit ? kOutlierEstimate : fmaxf(pair.x * unit, 1e-37f);
+          if (pair.y > 0)
+            pair.y = pair.y >= limit ? kOutlierEstimate : fmaxf(pair.y * unit, 1e-37f);
         }
         e[h][i] = pair.x, e[h][i + 1] = pair.y;
       }
@@ -312,11 +317,10 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
   SumPredicted(team);
   plan.expected = TakePrediction(team);
   // What is left of the gap is closed for the worst head by one factor on every probability.
-  float scale = kLeastScale;
+  float worst = kLeastScale;
   for (int h = 0; h < heads; ++h)
-    scale = Max(scale, team.shared.head[h].predicted / team.shared.head[h].target);
-  scale = Min(scale, kMostScale);
-  scale = Max(scale, static_cast<float>(promise.min_selected) / Max(plan.expected, 1e-6f));
+    worst = Max(worst, team.shared.head[h].predicted / team.shared.head[h].target);
+  const float scale = PlanScale(promise, worst, plan.expected);
   const float most = promise.max_selected_share * n;
   const bool any_sure = team.group.scratch.sure != nullptr;
   // A scale below 1 takes nothing off tokens that are sure.
@@ -328,7 +332,7 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
     plan.noisy = sure > most;
     if (plan.noisy && ReadsWhole(team)) return plan;
     if (plan.noisy) ForgetSure(team);
-    PredictAll(team, 1.f, plan.bound, randomness);  // CountSure listed candidates of its own
+    PredictAll(team, 1.f, plan.bound, randomness);  // CountSure listed other candidates
     plan.expected = TakePrediction(team);
     plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
     __syncthreads();

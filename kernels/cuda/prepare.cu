@@ -15,19 +15,14 @@ constexpr int kPackParts = 8;  // thread blocks that share the segments of a gro
 constexpr int kPackHeads = 8;  // at a time
 
 template <class E>
-__device__ void ScaleQueries(const DecodeParams& p, const DeviceGroup& group, int first, int heads,
+__device__ void ScaleQueries(const StepParams& p, const DeviceGroup& group, int first, int heads,
                              int most, float* out) {
   const int dim = p.storage.host.row.dim_k;
-  const int64_t head = (int64_t{group.slot} * p.kv_heads + group.kv_head) * p.q_heads + first;
+  const int64_t head = (int64_t{group.slot} * p.kv_heads + group.kv_head) * p.group_heads + first;
   const std::byte* q = static_cast<const std::byte*>(p.call.q) + head * dim * E::kBytes;
   for (int i = threadIdx.x; i < most * dim; i += kThreads) {
     out[i] = i < heads * dim ? E::One(q + i * E::kBytes) * p.storage.host.scale : 0;
   }
-}
-
-__device__ float LevelOffset(const CodeLayout& code, int j) {
-  if (j < code.dims8) return .5f - 64.f;
-  return j < code.dims8 + code.dims4 ? .5f - 8.f : .5f - 2.f;
 }
 
 // One head's query as kernels/cpu/scan.cc packs it, by a warp: int8 levels of y [dims] and what
@@ -45,7 +40,7 @@ __device__ void PackHead(const CodeLayout& code, const float* y, float offset, P
     for (int i = 0; i < 4; ++i) {
       const float level = rintf(fmaxf(fminf(127.f, __fdiv_rn(y[4 * r + i], scale)), -127.f));
       word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(level))) << (8 * i);
-      sum += level * scale * LevelOffset(code, 4 * r + i);
+      sum += level * scale * code.middle(4 * r + i);
     }
     out.run[r][head] = static_cast<int32_t>(word);
   }
@@ -116,7 +111,7 @@ VATTN_HD inline int PackRows(const Storage& s) {
 // Queries q [kPackHeads][dim] of heads [first, first + heads) in the coordinates of one segment's
 // codes. y: shared memory, [kPackHeads][PackRows]. Holds barriers.
 __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segment, int first,
-                            int heads, int q_heads, const float* q, float* y) {
+                            int heads, int group_heads, const float* q, float* y) {
   const CodeLayout& code = s.code;
   const IndexTables& index = TablesOf(group, segment);
   const int dim = s.row.dim_k, dims = code.dims8 + code.dims4 + code.dims2 + code.dims1,
@@ -139,7 +134,8 @@ __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segm
   // Heads that are not there are packed as zeros.
   if (warp < kPackHeads) {
     const float* at = y + warp * rows;
-    PackedQueries& out = group.scratch.packed[segment * ((q_heads + 7) / 8) + first / kPackHeads];
+    PackedQueries& out =
+        group.scratch.packed[segment * ((group_heads + 7) / 8) + first / kPackHeads];
     if (code.dims1 == 0) {
       PackHead(code, at, at[dims], out, warp);
     } else {
@@ -151,7 +147,7 @@ __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segm
     }
     if (group.scratch.noise != nullptr && warp < heads) {
       const float noise = NoiseOf(index, dims, rows - dims - 1, at);
-      if (lane == 0) group.scratch.noise[segment * q_heads + first + warp] = noise;
+      if (lane == 0) group.scratch.noise[segment * group_heads + first + warp] = noise;
     }
   }
   __syncthreads();
@@ -160,15 +156,15 @@ __device__ void PackSegment(const Storage& s, const DeviceGroup& group, int segm
 // Thread block `part` of kPackParts: segments part, part + kPackParts, ... of the index; the first
 // one brings the scaled queries to scratch too.
 template <class E>
-__device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, int part,
+__device__ void PackQueries(const StepParams& p, const DeviceGroup& group, int part,
                             float* memory) {
   const int dim = p.storage.host.row.dim_k;
   const int segments = group.middle_end > group.middle_begin ? IndexSegments(group) : 0;
   if (part > 0 && part >= segments) return;
   float* q = memory;                     // [kPackHeads][dim]
   float* y = memory + kPackHeads * dim;  // [kPackHeads][PackRows]
-  for (int first = 0; first < p.q_heads; first += kPackHeads) {
-    const int heads = min(kPackHeads, p.q_heads - first);
+  for (int first = 0; first < p.group_heads; first += kPackHeads) {
+    const int heads = min(kPackHeads, p.group_heads - first);
     __syncthreads();
     ScaleQueries<E>(p, group, first, heads, kPackHeads, q);
     __syncthreads();
@@ -176,16 +172,16 @@ __device__ void PackQueries(const DecodeParams& p, const DeviceGroup& group, int
       group.scratch.query[first * dim + i] = q[i];
     }
     for (int k = part; k < segments; k += kPackParts) {
-      PackSegment(p.storage.host, group, k, first, heads, p.q_heads, q, y);
+      PackSegment(p.storage.host, group, k, first, heads, p.group_heads, q, y);
     }
   }
 }
 
 // The step's queries, as they are, to those from which tables may be learnt later.
 template <class E>
-__device__ void KeepQueries(const DecodeParams& p, const DeviceGroup& group) {
+__device__ void KeepQueries(const StepParams& p, const DeviceGroup& group) {
   using Bits = std::conditional_t<E::kBytes == 2, uint16_t, uint32_t>;
-  const int count = p.q_heads * p.storage.host.row.dim_k;
+  const int count = p.group_heads * p.storage.host.row.dim_k;
   const int64_t place = int64_t{group.slot} * p.kv_heads + group.kv_head;
   const Bits* from = static_cast<const Bits*>(p.call.q) + place * count;
   for (int i = threadIdx.x; i < count; i += kThreads)
@@ -194,7 +190,7 @@ __device__ void KeepQueries(const DecodeParams& p, const DeviceGroup& group) {
 
 // The new token's row into the ring and into the host pool.
 template <class E>
-__device__ void WriteRow(const DecodeParams& p, const DeviceGroup& group) {
+__device__ void WriteRow(const StepParams& p, const DeviceGroup& group) {
   const RowLayout& row = p.storage.host.row;
   const int64_t token = group.tokens - 1, head = int64_t{group.slot} * p.kv_heads + group.kv_head;
   std::byte* ring = const_cast<std::byte*>(RowAddress(p.storage, group, token));
@@ -211,7 +207,7 @@ __device__ void WriteRow(const DecodeParams& p, const DeviceGroup& group) {
 }
 
 template <DType kType, int kHeads>
-__device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int part,
+__device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int part,
                             std::byte* memory, RowsShared<kHeads>& shared) {
   using E = Element<kType>;
   const RowLayout& row = p.storage.host.row;
@@ -226,12 +222,13 @@ __device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int
   float* queries =
       reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row, kLeastTiles)) - kHeads * row.dim_k;
   const auto first_of = [&](int k) { return int64_t{part + k * kFixedParts} * shape.rows; };
-  for (int first = 0; first < p.q_heads; first += kHeads) {
-    const int heads = min(kHeads, p.q_heads - first);
+  for (int first = 0; first < p.group_heads; first += kHeads) {
+    const int heads = min(kHeads, p.group_heads - first);
     __syncthreads();
     ScaleQueries<E>(p, group, first, heads, kHeads, queries);
     if (threadIdx.x < kHeads) shared.most[threadIdx.x] = -INFINITY;
-    float* state = group.scratch.fixed + (int64_t{part} * p.q_heads + first) * (row.dim_v + 3);
+    float* state =
+        group.scratch.fixed + (int64_t{part} * p.group_heads + first) * StateFloats(row.dim_v);
     AttendTiles<kType, kHeads>(
         row, shape, kLeastTiles, tiles, heads, queries, memory, shared, state,
         [&](int k, int r) -> uint64_t {
@@ -248,12 +245,12 @@ __device__ void AttendFixed(const DecodeParams& p, const DeviceGroup& group, int
 }
 
 template <DType kType, int kHeads>
-__global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant__ StepParams p) {
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ RowsShared<kHeads> shared;
   const bool first = blockIdx.x == 0 && blockIdx.y == kFixedParts && threadIdx.x == 0;
   if (first) {
-    Note(p, Mark::kStart);
+    StampTime(p, TimelinePoint::kStart);
     ++*p.hot.call;
   }
   if (static_cast<int>(blockIdx.x) >= p.header->num_groups) return;
@@ -266,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant_
   const int part = blockIdx.y - kFixedParts;
   if (part == 0) {
     if (threadIdx.x == 0) *group.scratch.barrier = 0;
-    for (int i = threadIdx.x; i < ValueItems(p.storage.host, p.q_heads); i += kThreads) {
+    for (int i = threadIdx.x; i < ValueItems(p.storage.host, p.group_heads); i += kThreads) {
       group.scratch.value_parts_done[i] = 0;
     }
     if (group.recent != nullptr && p.task != Task::kSelect) KeepQueries<Element<kType>>(p, group);
@@ -275,7 +272,7 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant_
 }
 
 template <DType kType, int kHeads>
-int Launch(const DecodeParams& p, Stream stream) {
+int Launch(const StepParams& p, Stream stream) {
   const RowLayout& row = p.storage.host.row;
   const int pack = kPackHeads * (row.dim_k + PackRows(p.storage.host)) * 4;
   const int rows = RowsBytes<kHeads>(row, kLeastTiles), bytes = rows > pack ? rows : pack;
@@ -292,8 +289,8 @@ int Launch(const DecodeParams& p, Stream stream) {
 
 }  // namespace
 
-int Prepare(const DecodeParams& p, Stream stream) {
-  return DispatchRows(p.storage.host.row.dtype, p.q_heads,
+int Prepare(const StepParams& p, Stream stream) {
+  return DispatchRows(p.storage.host.row.dtype, p.group_heads,
                       [&]<DType kType, int kHeads>() { return Launch<kType, kHeads>(p, stream); });
 }
 

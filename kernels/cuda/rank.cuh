@@ -1,6 +1,6 @@
 // The best tokens of the middle by rank, for every head of a group by its team: radix select over
-// 32-bit keys, exact, ties to the lower token, kept as masks of a bit a token; and the list of
-// marked tokens with their rows. Only counts cross thread blocks, so that a selection does not
+// 32-bit keys, exact, ties to the lower token, kept as masks of a bit a token; and the list of the
+// masks' tokens with their rows. Only counts cross thread blocks, so that a selection does not
 // depend on the team's size.
 #ifndef VATTN_KERNELS_CUDA_RANK_CUH_
 #define VATTN_KERNELS_CUDA_RANK_CUH_
@@ -55,7 +55,7 @@ struct BlockMask {
     for (int q = 0; q < kMaskWords; ++q) count += __popc(word[q]);
     return count;
   }
-  // Marked tokens below the lane's i-th.
+  // Tokens of the mask below the lane's i-th.
   __device__ int Before(int lane, int i) const {
     const int at = LaneWord(lane, i);
     int count = 0;
@@ -79,8 +79,8 @@ inline __device__ unsigned InMiddle(const DeviceGroup& group, int64_t b) {
   return in;
 }
 
-// Keys of tokens, the larger the better. Open is called by whole warps for a block of the middle,
-// then Load for its heads: keys of the lane's tokens, and flags of those that take part.
+// Keys of tokens: the larger the better. Whole warps call Open for a block of the middle, then Load
+// for its heads, which gives the keys of the lane's tokens and flags of the tokens that take part.
 
 // By score. NaN is worst.
 class ScoreKeys {
@@ -105,8 +105,8 @@ class ScoreKeys {
   unsigned in_ = 0;
 };
 
-// By the permanent random number of a token, the smallest the best, without those marked in `top`
-// [blocks][G][kMaskWords] (null: none is).
+// By the permanent random number of a token, the smallest first. Tokens in the masks `top`
+// [blocks][G][kMaskWords], if there are any, take no part.
 class UniformKeys {
  public:
   __device__ UniformKeys(const DeviceGroup& group, int heads, uint32_t refresh, const uint32_t* top)
@@ -133,7 +133,7 @@ class UniformKeys {
       const int lane = threadIdx.x % kWarp;
       key[i] = key_[i];
       if (top_ == nullptr) continue;
-      const uint32_t word = LoadShared(top_ + (b_ * heads_ + h) * kMaskWords + LaneWord(lane, i));
+      const uint32_t word = LoadL2(top_ + (b_ * heads_ + h) * kMaskWords + LaneWord(lane, i));
       in &= ~((word >> LaneBit(lane, i) & 1u) << i);
     }
     return in;
@@ -175,7 +175,7 @@ inline __device__ Bin FindBin(const uint32_t* histogram, uint32_t rest) {
   constexpr int kChunk = 4 * kWarp, kChunks = kDigitBins / kChunk;
   const int lane = threadIdx.x % kWarp;
   const auto bins = [&](int chunk, int at) {
-    return LoadShared(reinterpret_cast<const uint4*>(histogram + chunk * kChunk) + at);
+    return LoadL2(reinterpret_cast<const uint4*>(histogram + chunk * kChunk) + at);
   };
   uint32_t total[kChunks];
 #pragma unroll
@@ -279,8 +279,8 @@ __device__ __noinline__ void FindLast(Team<kHeads>& team, Keys& keys) {
   }
 }
 
-// Of the tokens with the last key some are left out: how many each warp of the team meets before
-// its own, to before [G] of this warp. Holds a barrier.
+// Some of the tokens with the last key are left out. Counts for each head how many such tokens the
+// warps before this one have, to before [G]. Holds a barrier.
 template <int kHeads, class Keys>
 __device__ void CountTies(Team<kHeads>& team, Keys& keys, uint32_t* before) {
   const GroupScratch& w = team.group.scratch;
@@ -306,17 +306,18 @@ __device__ void CountTies(Team<kHeads>& team, Keys& keys, uint32_t* before) {
   team.Sync();
   for (int h = 0; h < heads; ++h) {
     unsigned count = 0;
-    for (int i = lane; i < place; i += kWarp) count += LoadShared(w.ties + int64_t{i} * heads + h);
+    for (int i = lane; i < place; i += kWarp) count += LoadL2(w.ties + int64_t{i} * heads + h);
     count = __reduce_add_sync(kAllLanes, count);
     if (lane == 0) before[h] = count;
   }
   __syncwarp();
 }
 
-// Sets masks [blocks][G][kMaskWords] to the best that FindLast found. more: what the masks hold is
-// a part of them, and only the rest is marked then.
+// Sets masks [blocks][G][kMaskWords] to the best tokens that FindLast found. more: the masks hold some
+// of these already, and are set to the rest.
 template <int kHeads, class Keys>
-__device__ __noinline__ void MarkBest(Team<kHeads>& team, Keys& keys, uint32_t* masks, bool more) {
+__device__ __noinline__ void SelectBest(Team<kHeads>& team, Keys& keys, uint32_t* masks,
+                                        bool more) {
   const Ranks& ranks = RanksOf(team);
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   // Tied tokens that precede what the warp looks at, per head.
@@ -355,26 +356,27 @@ __device__ __noinline__ void MarkBest(Team<kHeads>& team, Keys& keys, uint32_t* 
   }
 }
 
-// The tokens that a head has marked in masks, ascending, as the team's list with their rows; their
-// number. Adds those that no list had before (with `fresh` none was) to shared.count, rows that are
-// not in the hot set to shared.fetched. Others see this block's part after a barrier.
+// Lists the tokens that the masks of any head hold, in ascending order and with their rows, as the
+// team's list; returns their number. Adds to shared.count the tokens that no list had before (all of
+// them if `fresh`), and to shared.fetched the rows that are not in the hot set. The other thread
+// blocks see this block's part after a barrier.
 template <int kHeads>
-__device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* masks, bool fresh) {
+__device__ __noinline__ int64_t ListMasked(Team<kHeads>& team, const uint32_t* masks, bool fresh) {
   constexpr int kBlocks = kWarp / kMaskWords;  // that a warp looks at together
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   __syncthreads();
   const int64_t begin = RunBegin(team, warp), end = RunBegin(team, warp + 1);
-  const auto marked = [&](int64_t b) {  // word lane % kMaskWords of any head
+  const auto listed = [&](int64_t b) {  // word lane % kMaskWords of any head
     uint32_t any = 0;
     for (int h = 0; b < end && h < heads; ++h) {
-      any |= LoadShared(masks + (b * heads + h) * kMaskWords + lane % kMaskWords);
+      any |= LoadL2(masks + (b * heads + h) * kMaskWords + lane % kMaskWords);
     }
     return any;
   };
   unsigned kept = 0, added = 0;
   for (int64_t b = begin + lane / kMaskWords; b < end; b += kBlocks) {
-    const uint32_t any = marked(b);
+    const uint32_t any = listed(b);
     uint32_t* seen = w.seen + b * kMaskWords + lane % kMaskWords;  // this thread's alone
     const uint32_t old = fresh ? 0 : *seen;
     *seen = old | any;
@@ -395,12 +397,12 @@ __device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* m
   // Where this thread block's part of the list starts.
   int64_t first = 0, all = own;
   if (team.size > 1) {
-    double* totals = w.partial + static_cast<int64_t>(team.parity) * team.size * kPartials(heads);
+    double* totals = w.partial + static_cast<int64_t>(team.parity) * team.size * MostTotals(heads);
     if (tid == 0) totals[team.rank] = static_cast<double>(own);
     team.Sync();
     all = 0;
     for (int r = 0; r < team.size; ++r) {
-      const int64_t n = static_cast<int64_t>(LoadShared(totals + r));
+      const int64_t n = static_cast<int64_t>(LoadL2(totals + r));
       if (r < team.rank) first += n;
       all += n;
     }
@@ -409,7 +411,7 @@ __device__ __noinline__ int64_t ListMarked(Team<kHeads>& team, const uint32_t* m
   to += first;
   const uint32_t first_token = static_cast<uint32_t>(FirstBlock(team.group) * kBlockTokens);
   for (int64_t b = begin + lane / kMaskWords; b - lane / kMaskWords < end; b += kBlocks) {
-    uint32_t any = marked(b);
+    uint32_t any = listed(b);
     int upto = __popc(any);
     const int here = upto;
 #pragma unroll

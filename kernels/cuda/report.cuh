@@ -22,7 +22,7 @@ __device__ void WriteHeads(Team<kHeads>& team, Write&& write, Judge&& judge) {
     if (!write(h)) continue;
     for (int j = threadIdx.x; j < dim; j += kThreads) {
       StoreOutput(call.out, (base + h) * dim + j, call.out_dtype,
-                  LoadShared(team.group.scratch.output + static_cast<int64_t>(h) * dim + j));
+                  LoadL2(team.group.scratch.output + static_cast<int64_t>(h) * dim + j));
     }
     if (threadIdx.x > 0) continue;
     const HeadWork& work = team.shared.head[h];

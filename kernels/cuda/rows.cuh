@@ -262,12 +262,12 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int de
               values.Add(shape, tile, n, row.v_offset, shared.p, shared.scale);
             });
   values.Finish(reinterpret_cast<float*>(memory), heads,
-                [&](int h, int j, float x) { state[h * (row.dim_v + 3) + j] = x; });
+                [&](int h, int j, float x) { state[h * StateFloats(row.dim_v) + j] = x; });
   if (tid < heads) {
-    float* tail = state + tid * (row.dim_v + 3) + row.dim_v;
-    tail[0] = shared.most[tid];
-    tail[1] = shared.mass[tid];
-    tail[2] = shared.mass2[tid];
+    const SoftmaxState out(state + tid * StateFloats(row.dim_v), row.dim_v);
+    out.max() = shared.most[tid];
+    out.denominator() = shared.mass[tid];
+    out.value_norm2() = shared.mass2[tid];
   }
   __syncthreads();
 }

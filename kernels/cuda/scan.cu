@@ -14,11 +14,11 @@ namespace {
 
 constexpr int kScanThreads = 256;
 constexpr int kScanWarps = kScanThreads / kWarp;
-// Of a multiprocessor: few warps, but registers for what is on its way
+// Thread blocks of a multiprocessor: few warps, but with registers for the loads under way.
 constexpr int kScanBlocks = 2;
 constexpr int kPartTokens = 32;  // of a warp at a time: two tiles
 constexpr int kParts = kBlockTokens / kPartTokens;
-// Lanes that share rows of a matrix product: lane = 4 * row + place
+// Lanes that share a row of a matrix product: lane = 4 * row + place.
 constexpr int kQuad = 4;
 
 // Code words of a token by precision (kernels/geometry.h). A word holds 1, 2, 4 or 8 runs of 4
@@ -40,16 +40,17 @@ struct Words {
   __device__ int MostRuns(int i) const { return Runs(min(all(), kQuad * (i + 1)) - 1); }
 };
 
-// The polynomial of kernels/cpu/scan.cc, operation by operation; adding and subtracting kRound
-// rounds to the nearest integer, whose low bits it leaves where the exponent wants them.
+// exp(x) for x <= 0 by the operations of PowerOf2 in kernels/cpu/scan.cc, one by one. Adding and
+// subtracting kRound rounds to the nearest integer, and leaves its low bits where the exponent needs
+// them.
 __device__ float ExpNegative(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23
-  const float y = fmaxf(__fmul_rn(x, 1.44269504f), -30.f);
+  const float y = fmaxf(__fmul_rn(x, kLog2E), -30.f);
   const float r = __fadd_rn(y, kRound);
   const float f = __fsub_rn(y, __fsub_rn(r, kRound));
-  float p = fmaf(f, .00961813f, .05550411f);
-  p = fmaf(f, p, .24022651f);
-  p = fmaf(f, p, .69314718f);
+  float p = fmaf(f, kPower4, kPower3);
+  p = fmaf(f, p, kPower2);
+  p = fmaf(f, p, kPower1);
   p = fmaf(f, p, 1.f);
   const float e = __int_as_float(__float_as_int(p) + (__float_as_int(r) << 23));
   return y > -29.f ? e : 0;
@@ -194,14 +195,15 @@ struct WordQueue {
   }
 };
 
-// Scores of one block of 256 tokens for up to kHeads heads, by one warp, codes [begin, end) of it
-// inside the middle. kFours: fours of words known at compile time and planned in `plans`, the first
-// parts in the queue, where those of the block `following` (or null) come next; 0: any number.
-// kRuns: most of a word. marks: a code of all 0 has kMarkedScore.
+// Scores of one block of 256 tokens for up to kHeads heads, by one warp. Tokens [begin, end) of the
+// block are in the middle. kFours > 0: a token has 4 * kFours code words, `plans` says what a lane
+// does with each, and the first parts are already in `queue`; the loop then fetches the parts of
+// `following`, unless that is null. kFours == 0: any number of words, and nothing is fetched ahead. No
+// word has more than kRuns runs. has_outliers: a token whose code is all 0 gets kOutlierScore.
 template <int kHeads, int kFours, int kRuns>
 __device__ void ScoreBlock(const std::byte* codes, const std::byte* following,
                            WordQueue<kHeads, kFours>& queue, const Words& words,
-                           const WordPlan<kRuns>* plans, const PackedQueries& q, bool marks,
+                           const WordPlan<kRuns>* plans, const PackedQueries& q, bool has_outliers,
                            int begin, int end, typename Spread<kHeads>::Scores& score) {
   using Lanes = Spread<kHeads>;
   constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
@@ -239,14 +241,14 @@ __device__ void ScoreBlock(const std::byte* codes, const std::byte* following,
     Lanes::Share(acc, sum);
     present |= __shfl_xor_sync(kAllLanes, present, 1);
     present |= __shfl_xor_sync(kAllLanes, present, 2);
-    if (!marks) present = 0xf;
+    if (!has_outliers) present = 0xf;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int token = part * kPartTokens + Lanes::FirstToken() + t;
 #pragma unroll
       for (int h = 0; h < kOwn; ++h) {
         const float dot = fmaf(static_cast<float>(sum[t][h]), scale[h], offset[h]);
-        const float s = (present >> token % 4 & 1) != 0 ? dot : kMarkedScore;
+        const float s = (present >> token % 4 & 1) != 0 ? dot : kOutlierScore;
         score[part][t][h] = token >= begin && token < end ? s : -INFINITY;
       }
     }
@@ -296,9 +298,9 @@ __device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int 
       for (int t = 0; t < kTokens; ++t) {
         const float s = score[part][t][h];
         const float e = s > -INFINITY ? fmaxf(ExpNegative(__fsub_rn(s, most)), kLeastEstimate) : 0;
-        const bool marked = s == kMarkedScore;
-        rounded[t] = __float2half_rn(marked ? kMarkedEstimate : e);
-        sum += marked ? 0 : static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
+        const bool outlier = s == kOutlierScore;
+        rounded[t] = __float2half_rn(outlier ? kOutlierEstimate : e);
+        sum += outlier ? 0 : static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
       }
       if (head >= heads) continue;
       uint16_t* out = estimate + head * kBlockTokens + part * kPartTokens + Lanes::FirstToken();
@@ -324,7 +326,7 @@ __device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int 
 // 0. kRanked: scores go to scratch.score.
 template <int kHeads, int k8, int k4, int k2, int k1, bool kRanked>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
-    ScanKernel(const __grid_constant__ DecodeParams p) {
+    ScanKernel(const __grid_constant__ StepParams p) {
   constexpr int kFours = k8 < 0 ? 0 : (k8 + k4 + k2 + k1 + kQuad - 1) / kQuad;
   constexpr int kRuns = k1 == 0 ? 4 : 8;
   const CodeLayout& code = p.storage.host.code;
@@ -332,7 +334,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
   const Words words = k8 < 0
                           ? Words{code.dims8 / 4, code.dims4 / 8, code.dims2 / 16, code.dims1 / 32}
                           : Words{k8, k4, k2, k1};
-  if (blockIdx.x == 0 && threadIdx.x == 0) Note(p, Mark::kPrepared);
+  if (blockIdx.x == 0 && threadIdx.x == 0) StampTime(p, TimelinePoint::kPrepared);
   // Warps take contiguous runs of the blocks of all groups.
   const int64_t all = p.header->scan_blocks, warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
@@ -346,14 +348,14 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
       ++g;
       continue;
     }
-    // Queries are packed for one segment of the index.
-    // From numbers of the scan to those of the sequence
+    // Queries are packed for one segment of the index. `before` added to a block's number in the scan
+    // gives its number in the sequence.
     const int64_t before = FirstBlock(group) - group.first_block;
     const int segment = SegmentAt(group, at + before);
     const int64_t end = SegmentEnd(group, segment, last + before) - before;
     const PackedQueries* const queries =
-        group.scratch.packed + int64_t{segment} * ((p.q_heads + 7) / 8);
-    for (int first = 0; first < p.q_heads; first += kHeads) {
+        group.scratch.packed + int64_t{segment} * ((p.group_heads + 7) / 8);
+    for (int first = 0; first < p.group_heads; first += kHeads) {
       const PackedQueries& packed = queries[first / 8];
       WordPlan<kRuns> plans[kFours > 0 ? kFours : 1];
 #pragma unroll
@@ -365,8 +367,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
       for (int part = 0; part < queue.kAhead; ++part) queue.Fetch(codes(at), words.all(), part);
       for (int64_t item = at; item < end; ++item) {
         const int64_t b = item - group.first_block, token = (FirstBlock(group) + b) * kBlockTokens;
-        const int64_t out = b * p.q_heads + first;
-        const int heads = min(kHeads, p.q_heads - first);
+        const int64_t out = b * p.group_heads + first;
+        const int heads = min(kHeads, p.group_heads - first);
         typename Spread<kHeads>::Scores score;
         ScoreBlock<kHeads, kFours, kRuns>(
             codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans, packed,
@@ -376,8 +378,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
         if constexpr (kRanked) {
           float* to_score = group.scratch.score + out * kBlockTokens;
           ForEachScore<kHeads>(score, heads, [&](float s, int i) {
-            // Of a ranking, marked tokens are the first
-            to_score[i] = s == kMarkedScore ? -kMarkedScore : s;
+            // In a ranking outliers come first.
+            to_score[i] = s == kOutlierScore ? -kOutlierScore : s;
           });
         } else {
           EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens,
@@ -392,14 +394,14 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
 // Estimates from the scores in scratch.score, a warp a block.
 template <int kHeads>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
-    EstimateKernel(const __grid_constant__ DecodeParams p) {
+    EstimateKernel(const __grid_constant__ StepParams p) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
        item < p.header->scan_blocks; item += warps) {
     const DeviceGroup& group = p.groups[GroupOf(p, item)];
-    for (int first = 0; first < p.q_heads; first += kHeads) {
-      const int64_t out = (item - group.first_block) * p.q_heads + first;
-      const int heads = min(kHeads, p.q_heads - first);
+    for (int first = 0; first < p.group_heads; first += kHeads) {
+      const int64_t out = (item - group.first_block) * p.group_heads + first;
+      const int heads = min(kHeads, p.group_heads - first);
       const float* from = group.scratch.score + out * kBlockTokens;
       typename Spread<kHeads>::Scores score = {};
       ForEachScore<kHeads>(score, heads, [&](float& s, int i) { s = from[i]; });
@@ -410,7 +412,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
 }
 
 template <int kHeads, bool kRanked>
-void LaunchScan(const DecodeParams& p, int blocks, cudaStream_t stream) {
+void LaunchScan(const StepParams& p, int blocks, cudaStream_t stream) {
   const CodeLayout& c = p.storage.host.code;
   if (c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48) {
     ScanKernel<kHeads, 0, 5, 3, 0, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
@@ -424,7 +426,7 @@ void LaunchScan(const DecodeParams& p, int blocks, cudaStream_t stream) {
 }
 
 template <int kHeads>
-int Launch(const DecodeParams& p, int multiprocessors, cudaStream_t stream) {
+int Launch(const StepParams& p, int multiprocessors, cudaStream_t stream) {
   const int blocks = multiprocessors * kScanBlocks;
   if (p.promise.index == IndexKind::kExact) {
     EstimateKernel<kHeads><<<blocks, kScanThreads, 0, stream>>>(p);
@@ -438,11 +440,11 @@ int Launch(const DecodeParams& p, int multiprocessors, cudaStream_t stream) {
 
 }  // namespace
 
-int Scan(const DecodeParams& p, int multiprocessors, Stream stream) {
+int Scan(const StepParams& p, int multiprocessors, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  if (p.q_heads <= 1) return Launch<1>(p, multiprocessors, s);
-  if (p.q_heads <= 2) return Launch<2>(p, multiprocessors, s);
-  if (p.q_heads <= 4) return Launch<4>(p, multiprocessors, s);
+  if (p.group_heads <= 1) return Launch<1>(p, multiprocessors, s);
+  if (p.group_heads <= 2) return Launch<2>(p, multiprocessors, s);
+  if (p.group_heads <= 4) return Launch<4>(p, multiprocessors, s);
   return Launch<8>(p, multiprocessors, s);
 }
 

@@ -1,5 +1,18 @@
-// The stages of a decode step on CUDA, in their order; kernels/cuda/decode.cu strings them
-// together.
+// The stages of a decode step on CUDA. Decode in decode.cu launches them in this order:
+//
+//   Prepare     prepare.cu                     the new token's row, packed queries, sinks and window
+//   ScoreRows   exact.cu                       true scores, for IndexKind::kExact
+//   Scan        scan.cu                        predicted scores or estimates
+//   SumValues   values.cu                      the value codes' answer for the whole middle
+//   PlanDraw    plan.cu, plan.cuh              multipliers, by one thread block a group
+//   Predict     plan.cu, sample.cuh            variance and candidates under the plan
+//   Answer      answer.cuh                     a team of thread blocks a group:
+//                 plan.cuh, sample.cuh           scale and draw      (kernels/cpu/plan, sample)
+//                 attend.cuh, rows.cuh           rows and estimate   (kernels/cpu/estimate, attend)
+//                 values.cuh                     value codes         (kernels/cpu/encode)
+//                 verify.cuh                     certificate, growth (kernels/cpu/verify)
+//                 topk.cuh, rank.cuh             top-k policies      (kernels/cpu/topk)
+//                 report.cuh                     outputs and counts
 #ifndef VATTN_KERNELS_CUDA_STAGES_H_
 #define VATTN_KERNELS_CUDA_STAGES_H_
 
@@ -26,31 +39,22 @@ int DispatchRows(DType dtype, int heads, F&& f) {
 // The answer kernels of one dtype, each built by its own translation unit.
 template <DType kType>
 struct AnswerOf {
-  static int Launch(const DecodeParams& params, const AnswerShape& shape, Stream stream);
-  static AnswerShape Shape(const DeviceStorage& storage, int q_heads, int groups);
+  static int Launch(const StepParams& params, const AnswerShape& shape, Stream stream);
+  static AnswerShape Shape(const DeviceStorage& storage, int group_heads, int groups);
 };
-template <>
-int AnswerOf<DType::kF32>::Launch(const DecodeParams&, const AnswerShape&, Stream);
-template <>
-AnswerShape AnswerOf<DType::kF32>::Shape(const DeviceStorage&, int, int);
-template <>
-int AnswerOf<DType::kF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
-template <>
-AnswerShape AnswerOf<DType::kF16>::Shape(const DeviceStorage&, int, int);
-template <>
-int AnswerOf<DType::kBF16>::Launch(const DecodeParams&, const AnswerShape&, Stream);
-template <>
-AnswerShape AnswerOf<DType::kBF16>::Shape(const DeviceStorage&, int, int);
+extern template struct AnswerOf<DType::kF32>;
+extern template struct AnswerOf<DType::kF16>;
+extern template struct AnswerOf<DType::kBF16>;
 
-int Prepare(const DecodeParams& params, Stream stream);
+int Prepare(const StepParams& params, Stream stream);
 // True scores of the middle from its keys, for IndexKind::kExact.
-int ScoreRows(const DecodeParams& params, int multiprocessors, Stream stream);
-int Scan(const DecodeParams& params, int multiprocessors, Stream stream);
+int ScoreRows(const StepParams& params, int multiprocessors, Stream stream);
+int Scan(const StepParams& params, int multiprocessors, Stream stream);
 // Multipliers of every head, one thread block a group.
-int PlanDraw(const DecodeParams& params, Stream stream);
+int PlanDraw(const StepParams& params, Stream stream);
 // Predicted variance and candidates of the whole middle under the plan.
-int Predict(const DecodeParams& params, Stream stream);
-int Answer(const DecodeParams& params, const AnswerShape& shape, Stream stream);
+int Predict(const StepParams& params, Stream stream);
+int Answer(const StepParams& params, const AnswerShape& shape, Stream stream);
 
 }  // namespace vattn::cuda
 

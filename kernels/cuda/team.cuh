@@ -29,11 +29,19 @@ struct TeamShared {
   RowsShared<kHeads> rows;
   HeadWork head[kMaxDeviceGroup];
   HeadState state[kMaxDeviceGroup];
-  float log_gain[kMaxDeviceGroup];  // of inclusion weights, see kernels/cpu/sample.h
-  float floor[kMaxDeviceGroup];
-  float sums[kWarps][kMaxDeviceGroup + 1];  // of a pass over estimates
-  int32_t kept[kWarps];                     // candidates that each warp draws
-  double total[kPartials(kMaxDeviceGroup)];
+  // Inclusion weights while rows are drawn (kernels/cpu/sample.h). What comes after the draw, and
+  // the top-k policies, which have none, use the same places for other things.
+  union {
+    float log_gain[kMaxDeviceGroup];
+    float log_weight[kMaxDeviceGroup];  // top-k: of a sampled row, ln(rows it stands for)
+  };
+  union {
+    float floor[kMaxDeviceGroup];
+    float done[kMaxDeviceGroup];  // 1: the head's answer is final; top-k: all its rows were read
+  };
+  float sums[kWarps][kMaxDeviceGroup + 1];    // of a pass over estimates
+  int32_t kept[kWarps];                       // candidates that each warp draws
+  double total[MostTotals(kMaxDeviceGroup)];  // what Add sums over the team
   int32_t slot[kMostTileRows];
   int32_t count, fetched;
 };
@@ -41,7 +49,7 @@ struct TeamShared {
 // A thread block's view of its team at work on one group.
 template <int kHeads>
 struct Team {
-  const DecodeParams& p;
+  const StepParams& p;
   const DeviceGroup& group;
   TeamShared<kHeads>& shared;
   std::byte* memory;  // dynamic shared memory
@@ -49,11 +57,11 @@ struct Team {
   uint32_t phase = 0;   // barriers passed
   uint32_t parity = 0;  // of the partial sums in use
 
-  __device__ int heads() const { return p.q_heads; }
+  __device__ int heads() const { return p.group_heads; }
   __device__ int64_t middle() const { return group.middle_end - group.middle_begin; }
 
-  __device__ void Mark(cuda::Mark mark) const {
-    if (rank == 0 && threadIdx.x == 0 && &group == p.groups) Note(p, mark);
+  __device__ void StampTime(TimelinePoint point) const {
+    if (rank == 0 && threadIdx.x == 0 && &group == p.groups) cuda::StampTime(p, point);
   }
 
   // All threads of the team. What was written to global memory before is seen after it, past the
@@ -80,7 +88,7 @@ struct Team {
   // shared.total[0, count) of every block of the team, summed in the same order by each. Holds a
   // barrier.
   __device__ void Add(int count) {
-    const int stride = kPartials(p.q_heads);
+    const int stride = MostTotals(p.group_heads);
     double* own = group.scratch.partial + (static_cast<int64_t>(parity) * size + rank) * stride;
     __syncthreads();
     if (size > 1) {
@@ -91,7 +99,7 @@ struct Team {
       const int part = threadIdx.x % kMostTeam;
       for (int first = 0; first < count; first += kThreads / kMostTeam) {
         const int i = first + threadIdx.x / kMostTeam;
-        double sum = i < count && part < size ? LoadShared(from + part * stride + i) : 0;
+        double sum = i < count && part < size ? LoadL2(from + part * stride + i) : 0;
 #pragma unroll
         for (int o = kMostTeam / 2; o > 0; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
         if (i < count && part == 0) shared.total[i] = sum;
@@ -111,7 +119,7 @@ struct Team {
     return (rank + int64_t{k} * size) * rows + r;
   }
 
-  // Segments of the middle (draw.cuh) that a warp of this thread block looks at: from here up to
+  // Segments of the middle (sample.cuh) that a warp of this thread block looks at: from here up to
   // SegmentBegin(warp + 1). Those of the block are a contiguous run.
   __device__ int SegmentBegin(int warp) const {
     const int segments = NumSegments(NumBlocks(group)), warps = kWarps * size;

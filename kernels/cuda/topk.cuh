@@ -16,23 +16,24 @@ namespace vattn::cuda {
 // The state of head h from part r: sinks and window first, then walk by walk the team's thread
 // blocks.
 template <int kHeads>
-__device__ float* StateOf(Team<kHeads>& team, int r, int h) {
+__device__ SoftmaxState StateOf(Team<kHeads>& team, int r, int h) {
   const GroupScratch& w = team.group.scratch;
-  const int64_t floats = team.p.storage.host.row.dim_v + 3;
-  return r < kFixedParts
-             ? w.fixed + (static_cast<int64_t>(r) * team.heads() + h) * floats
-             : w.state + (static_cast<int64_t>(r - kFixedParts) * team.heads() + h) * floats;
+  const int dim = team.p.storage.host.row.dim_v;
+  const int64_t floats = StateFloats(dim);
+  return {r < kFixedParts
+              ? w.fixed + (static_cast<int64_t>(r) * team.heads() + h) * floats
+              : w.state + (static_cast<int64_t>(r - kFixedParts) * team.heads() + h) * floats,
+          dim};
 }
 
 // shared.head[h].shift = the largest logit of sinks, window and the first `walks` walks.
 template <int kHeads>
 __device__ void SetShifts(Team<kHeads>& team, int walks) {
-  const int dim = team.p.storage.host.row.dim_v;
   __syncthreads();
   for (int h = threadIdx.x; h < team.heads(); h += kThreads) {
     float most = -INFINITY;
     for (int r = 0; r < kFixedParts + walks * team.size; ++r)
-      most = fmaxf(most, LoadShared(StateOf(team, r, h) + dim));
+      most = fmaxf(most, LoadL2(&StateOf(team, r, h).max()));
     team.shared.head[h].shift = most;
   }
   __syncthreads();
@@ -42,7 +43,7 @@ __device__ void SetShifts(Team<kHeads>& team, int walks) {
 // masks [blocks][G][kMaskWords] mark for it, with weight 1. moments: also sums of e, e^2 and e^2
 // |v|^2 over them to shared.total [3 G], e in the unit exp(shared.head[h].shift).
 template <DType kType, int kHeads>
-__device__ __noinline__ void AttendMarked(Team<kHeads>& team, int64_t count, const uint32_t* masks,
+__device__ __noinline__ void AttendMasked(Team<kHeads>& team, int64_t count, const uint32_t* masks,
                                           int walk, bool moments) {
   const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
@@ -63,20 +64,19 @@ __device__ __noinline__ void AttendMarked(Team<kHeads>& team, int64_t count, con
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, team.Tiles(count, shape.rows), now, queries,
         team.memory, team.shared.rows,
-        StateOf(team, kFixedParts + walk * team.size + team.rank, first),
+        StateOf(team, kFixedParts + walk * team.size + team.rank, first).numerator,
         [&](int k, int r) -> uint64_t {
-          return place(k, r) < count ? LoadShared(w.row + place(k, r)) : 0;
+          return place(k, r) < count ? LoadL2(w.row + place(k, r)) : 0;
         },
         [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
         [&](int k, int r) {
-          team.shared.slot[r] = first == 0 ? LoadShared(w.slot + place(k, r)) : -1;
+          team.shared.slot[r] = first == 0 ? LoadL2(w.slot + place(k, r)) : -1;
           return make_float2(0, 1);
         },
         [&](int k, int r, int h, float& logit) {
-          const uint32_t token = LoadShared(w.token + place(k, r)), at = token % kBlockTokens;
+          const uint32_t token = LoadL2(w.token + place(k, r)), at = token % kBlockTokens;
           const int64_t b = token / kBlockTokens - first_block;
-          const uint32_t word =
-              LoadShared(masks + (b * heads + first + h) * kMaskWords + at / kWarp);
+          const uint32_t word = LoadL2(masks + (b * heads + first + h) * kMaskWords + at / kWarp);
           if ((word >> at % kWarp & 1) == 0) {
             logit = -INFINITY;
           } else if (moments) {
@@ -113,22 +113,23 @@ __device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t resi
   double* factor = reinterpret_cast<double*>(team.memory + sizeof(Ranks));  // [parts]
   __syncthreads();
   for (int r = tid; r < parts; r += kThreads) {
-    const float* at = StateOf(team, r, h) + dim;
-    factor[r] = LoadShared(at + 1) == 0 ? 0
-                                        : exp(static_cast<double>(LoadShared(at)) -
-                                              static_cast<double>(team.shared.head[h].shift));
+    const SoftmaxState at = StateOf(team, r, h);
+    factor[r] = LoadL2(&at.denominator()) == 0
+                    ? 0
+                    : exp(static_cast<double>(LoadL2(&at.max())) -
+                          static_cast<double>(team.shared.head[h].shift));
   }
   __syncthreads();
   const double n = static_cast<double>(residual), share = 1 / static_cast<double>(base);
   double mass = 0, mean2 = 0, norm2 = 0;
   for (int r = 0; r < exact; ++r)
-    mass += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + dim + 1));
+    mass += factor[r] * static_cast<double>(LoadL2(&StateOf(team, r, h).denominator()));
   for (int j = tid; j < dim; j += kThreads) {
     double sum = 0, mean = 0;
     for (int r = 0; r < exact; ++r)
-      sum += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + j));
+      sum += factor[r] * static_cast<double>(LoadL2(StateOf(team, r, h).numerator + j));
     for (int r = exact; r < parts; ++r)
-      mean += factor[r] * static_cast<double>(LoadShared(StateOf(team, r, h) + j));
+      mean += factor[r] * static_cast<double>(LoadL2(StateOf(team, r, h).numerator + j));
     mean *= share;
     sum += n * mean;
     mean2 += mean * mean;
@@ -143,31 +144,31 @@ __device__ int64_t FindBudget(Team<kHeads>& team, int h, int walks, int64_t resi
 }
 
 // The sample of every head: walks over the base sample and over what the budgets add to it. Heads
-// that read their whole residual have floor 1. Returns the number of rows of the last list.
+// that read their whole residual are done. Returns the number of rows of the last list.
 template <DType kType, int kHeads>
 __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t base,
                                 const uint32_t* top, int& walks) {
   const GroupScratch& w = team.group.scratch;
-  const int heads = team.heads(), tid = threadIdx.x, dim = team.p.storage.host.row.dim_v;
+  const int heads = team.heads(), tid = threadIdx.x;
   Ranks& ranks = RanksOf(team);
   UniformKeys keys(team.group, heads, team.p.promise.refresh, top);
-  const auto mark = [&](bool more) {
+  const auto list = [&](bool more) {
     FindLast(team, keys);
-    MarkBest(team, keys, w.drawn, more);
-    const int64_t count = ListMarked(team, w.drawn, !more && top == nullptr);
+    SelectBest(team, keys, w.drawn, more);
+    const int64_t count = ListMasked(team, w.drawn, !more && top == nullptr);
     team.Sync();
     return count;
   };
   const auto weigh = [&] {  // the sample stands for the whole residual
     for (int h = tid; h < heads; h += kThreads) {
-      StateOf(team, kFixedParts + (walks - 1) * team.size + team.rank, h)[dim] +=
-          team.shared.log_gain[h];
+      StateOf(team, kFixedParts + (walks - 1) * team.size + team.rank, h).max() +=
+          team.shared.log_weight[h];
     }
   };
   for (int h = tid; h < heads; h += kThreads) ranks.want[h] = static_cast<uint32_t>(base);
   __syncthreads();
-  int64_t count = mark(false);
-  AttendMarked<kType, kHeads>(team, count, w.drawn, walks++, true);
+  int64_t count = list(false);
+  AttendMasked<kType, kHeads>(team, count, w.drawn, walks++, true);
   team.Add(3 * heads);
   Publish(team, count);
   for (int h = team.rank; h < heads; h += team.size) {
@@ -184,15 +185,15 @@ __device__ int64_t AttendSample(Team<kHeads>& team, int64_t residual, int64_t ba
   for (int h = tid; h < heads; h += kThreads) {
     const double drawn = team.shared.total[h];
     ranks.want[h] = static_cast<uint32_t>(drawn);
-    team.shared.log_gain[h] = static_cast<float>(log(static_cast<double>(residual) / drawn));
-    team.shared.floor[h] = static_cast<int64_t>(drawn) == residual ? 1 : 0;
+    team.shared.log_weight[h] = static_cast<float>(log(static_cast<double>(residual) / drawn));
+    team.shared.done[h] = static_cast<int64_t>(drawn) == residual ? 1 : 0;
   }
   __syncthreads();
   weigh();
-  team.Mark(Mark::kJudged);
+  team.StampTime(TimelinePoint::kJudged);
   if (!more) return 0;
-  count = mark(true);
-  AttendMarked<kType, kHeads>(team, count, w.drawn, walks++, false);
+  count = list(true);
+  AttendMasked<kType, kHeads>(team, count, w.drawn, walks++, false);
   weigh();
   return count;
 }
@@ -205,21 +206,21 @@ __device__ __noinline__ void AnswerTopK(Team<kHeads>& team) {
   const int64_t n = team.middle(), k = ShareOf(promise.topk_share, n);
   int walks = 0;
   int64_t count = 0;
-  team.Mark(Mark::kScanned);
+  team.StampTime(TimelinePoint::kScanned);
   SetShifts(team, 0);
-  for (int h = tid; h < heads; h += kThreads) team.shared.floor[h] = k == n ? 1 : 0;  // all is read
+  for (int h = tid; h < heads; h += kThreads) team.shared.done[h] = k == n ? 1 : 0;
   if (k > 0) {
     for (int h = tid; h < heads; h += kThreads) RanksOf(team).want[h] = static_cast<uint32_t>(k);
     __syncthreads();
     ScoreKeys keys(team.group, heads);
     FindLast(team, keys);
-    team.Mark(Mark::kPlanned);
-    MarkBest(team, keys, w.top, false);
-    count = ListMarked(team, w.top, true);
+    team.StampTime(TimelinePoint::kPlanned);
+    SelectBest(team, keys, w.top, false);
+    count = ListMasked(team, w.top, true);
     team.Sync();
-    team.Mark(Mark::kDrawn);
-    AttendMarked<kType, kHeads>(team, count, w.top, walks++, false);
-    team.Mark(Mark::kAttended);
+    team.StampTime(TimelinePoint::kDrawn);
+    AttendMasked<kType, kHeads>(team, count, w.top, walks++, false);
+    team.StampTime(TimelinePoint::kAttended);
   }
   if (promise.policy == Policy::kTopKUniform && k < n) {
     team.Sync();
@@ -229,7 +230,7 @@ __device__ __noinline__ void AnswerTopK(Team<kHeads>& team) {
                                         k > 0 ? w.top : nullptr, walks);
   }
   Combine(team, true, count, walks);
-  TakeHeads(team, false);
+  LoadHeads(team, false);
   if (tid == 0)
     team.shared.total[0] = team.shared.count, team.shared.total[1] = team.shared.fetched;
   team.Add(2);
@@ -237,10 +238,10 @@ __device__ __noinline__ void AnswerTopK(Team<kHeads>& team) {
   WriteHeads(
       team, [](int) { return true; },
       [&](int h) {
-        const Verdict verdict = team.shared.floor[h] > 0 ? Verdict::kExact : Verdict::kBestEffort;
+        const Verdict verdict = team.shared.done[h] > 0 ? Verdict::kExact : Verdict::kBestEffort;
         return make_float2(static_cast<float>(verdict), 0);
       });
-  team.Mark(Mark::kDone);
+  team.StampTime(TimelinePoint::kDone);
   // A row that is in two lists and has no hot slot is read twice, and counts once.
   const int64_t fetched = Min(selected, static_cast<int64_t>(team.shared.total[1]));
   WriteReport(team, {.selected = selected, .fetched = fetched, .looks = 1});

@@ -1,5 +1,5 @@
 // Value codes: encode, and the sum of e^ v^ over the whole middle (MakeBase of
-// kernels/cpu/draw.cc).
+// kernels/cpu/estimate.cc).
 //
 // The sum is a product of matrices: levels [dims][tokens] by estimates [tokens][heads], on tensor
 // cores in fp16 with fp32 sums. Estimates are fp16 already; a level of b bits becomes the fp16
@@ -136,31 +136,33 @@ struct Products {
   }
 };
 
-// Sums of part `part` of `parts` of an item: to `out`.
+// Sums part `part` of `parts` of an item, to `out`. The function is long because it is one pass over
+// blocks whose sums are in registers while a block lasts.
 template <int kBits>
-__device__ void SumPart(const DecodeParams& p, const DeviceGroup& group, int item, int part,
+__device__ void SumPart(const StepParams& p, const DeviceGroup& group, int item, int part,
                         int parts, ValuePart& out) {
   using P = Products<kBits>;
-  // Of each warp, in units of their own: registers would leave no room for loads ahead.
+  // Each warp's sums in units of its heads. In registers they would leave no room for loads ahead.
   __shared__ float sums[kSumWarps][P::kTiles * 4][kWarp];
   __shared__ float units[kItemHeads], masses[kItemHeads];
   const Storage& s = p.storage.host;
   const GroupScratch& w = group.scratch;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int slice = item % ValueSlices(s), first = item / ValueSlices(s) * kItemHeads;
-  const int heads = min(kItemHeads, p.q_heads - first);
+  const int heads = min(kItemHeads, p.group_heads - first);
   const int64_t blocks = NumBlocks(group);
   const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
-  // Unit and mass of each head, by a warp of its own. The shift of a block without mass is void.
+  // Unit and mass of each head, one warp a head. The shift of a block without mass means nothing.
   if (warp < heads) {
     const float* const shift = w.shift + first + warp;
     const float* const mass = w.mass + first + warp;
     float unit = -INFINITY, sum = 0;
-    for (int64_t b = begin + lane; b < end; b += kWarp) unit = fmaxf(unit, shift[b * p.q_heads]);
+    for (int64_t b = begin + lane; b < end; b += kWarp)
+      unit = fmaxf(unit, shift[b * p.group_heads]);
     unit = WarpMax(unit);
     for (int64_t b = begin + lane; b < end; b += kWarp) {
-      const float m = mass[b * p.q_heads];
-      if (m != 0) sum = fmaf(m, expf(shift[b * p.q_heads] - unit), sum);
+      const float m = mass[b * p.group_heads];
+      if (m != 0) sum = fmaf(m, expf(shift[b * p.group_heads] - unit), sum);
     }
     sum = WarpSum(sum);
     if (lane == 0) units[warp] = unit, masses[warp] = sum;
@@ -181,7 +183,7 @@ __device__ void SumPart(const DecodeParams& p, const DeviceGroup& group, int ite
                             group.blocks[FirstBlock(group) + b] * p.storage.code_block_bytes +
                             codes_at;
     const uint16_t* const estimate =
-        w.estimate + (b * p.q_heads + first + min(g, heads - 1)) * kBlockTokens + 4 * t;
+        w.estimate + (b * p.group_heads + first + min(g, heads - 1)) * kBlockTokens + 4 * t;
     float sum[P::kTiles][4] = {};
 #pragma unroll 1
     for (int token = 0; token < kBlockTokens; token += kBatch * kStepTokens) {
@@ -199,7 +201,7 @@ __device__ void SumPart(const DecodeParams& p, const DeviceGroup& group, int ite
       for (int step = 0; step < kBatch; ++step) P::Add(word[step], e[step], sum);
     }
     const auto factor = [&](int h, float unit) {
-      const int64_t at = b * p.q_heads + first + h;
+      const int64_t at = b * p.group_heads + first + h;
       return h < heads && w.mass[at] != 0 ? expf(w.shift[at] - unit) : 0;
     };
     const float factor0 = factor(2 * t, unit0), factor1 = factor(2 * t + 1, unit1);
@@ -226,20 +228,20 @@ __device__ void SumPart(const DecodeParams& p, const DeviceGroup& group, int ite
 
 // Parts of an item as softmax states of its heads, by the thread block that came last.
 template <int kBits>
-__device__ void MergeParts(const DecodeParams& p, const DeviceGroup& group, int item, int parts,
+__device__ void MergeParts(const StepParams& p, const DeviceGroup& group, int item, int parts,
                            const ValuePart* from) {
   using P = Products<kBits>;
   __shared__ float factors[kMostParts][kItemHeads], units[kItemHeads], masses[kItemHeads];
   const Storage& s = p.storage.host;
   const int tid = threadIdx.x, dim = s.row.dim_v;
   const int slice = item % ValueSlices(s), first = item / ValueSlices(s) * kItemHeads;
-  const int heads = min(kItemHeads, p.q_heads - first);
+  const int heads = min(kItemHeads, p.group_heads - first);
   if (tid < heads) {
     float unit = -INFINITY, mass = 0;
-    for (int r = 0; r < parts; ++r) unit = fmaxf(unit, LoadShared(&from[r].unit[tid]));
+    for (int r = 0; r < parts; ++r) unit = fmaxf(unit, LoadL2(&from[r].unit[tid]));
     for (int r = 0; r < parts; ++r) {
-      const float m = LoadShared(&from[r].mass[tid]);
-      factors[r][tid] = m != 0 ? expf(LoadShared(&from[r].unit[tid]) - unit) : 0;
+      const float m = LoadL2(&from[r].mass[tid]);
+      factors[r][tid] = m != 0 ? expf(LoadL2(&from[r].unit[tid]) - unit) : 0;
       mass = fmaf(m, factors[r][tid], mass);
     }
     units[tid] = unit, masses[tid] = mass;
@@ -247,27 +249,27 @@ __device__ void MergeParts(const DecodeParams& p, const DeviceGroup& group, int 
   __syncthreads();
   // e^ (1 + level / 2^b) undone: v^ = mean + (level + middle) step.
   constexpr float kLevels = 1 << kBits, kMiddle = .5f - kLevels / 2;
-  float* const state = group.scratch.coded + static_cast<int64_t>(first) * (dim + 3);
+  float* const state = group.scratch.coded + static_cast<int64_t>(first) * StateFloats(dim);
   for (int i = tid; i < P::kTiles * 4 * kWarp; i += kSumThreads) {
     const int m = i / kWarp / 4, c = i / kWarp % 4, lane = i % kWarp;
     const int h = P::Head(c, lane), j = P::Dim(slice, m, c, lane);
     if (h >= heads || j >= dim) continue;
     float sum = 0;
-    for (int r = 0; r < parts; ++r) sum = fmaf(LoadShared(from[r].sum + i), factors[r][h], sum);
+    for (int r = 0; r < parts; ++r) sum = fmaf(LoadL2(from[r].sum + i), factors[r][h], sum);
     const float levels = fmaf(kLevels, sum, (kMiddle - kLevels) * masses[h]);
-    state[h * (dim + 3) + j] =
+    state[h * StateFloats(dim) + j] =
         fmaf(masses[h], group.index.value_mean[j], levels * group.index.value_step[j]);
   }
   if (slice == 0 && tid < heads) {
-    float* const tail = state + tid * (dim + 3) + dim;
-    tail[0] = units[tid], tail[1] = masses[tid], tail[2] = 0;
+    const SoftmaxState out(state + tid * StateFloats(dim), dim);
+    out.max() = units[tid], out.denominator() = masses[tid], out.value_norm2() = 0;
   }
 }
 
 // Grid: parts of all groups by items.
 template <int kBits>
 __global__ void __launch_bounds__(kSumThreads, 2)
-    SumValuesKernel(const __grid_constant__ DecodeParams p) {
+    SumValuesKernel(const __grid_constant__ StepParams p) {
   __shared__ bool last;
   const int index = blockIdx.x / kMostParts, part = blockIdx.x % kMostParts, item = blockIdx.y;
   if (index >= p.header->num_groups) return;
@@ -303,10 +305,10 @@ int EncodeValues(const DeviceStorage& storage, const EncodeItem* items, int coun
   }
 }
 
-int SumValues(const DecodeParams& p, Stream stream) {
+int SumValues(const StepParams& p, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
   const dim3 grid(static_cast<unsigned>(p.most_groups) * kMostParts,
-                  ValueItems(p.storage.host, p.q_heads));
+                  ValueItems(p.storage.host, p.group_heads));
   if (p.storage.host.value_bits == 2) {
     SumValuesKernel<2><<<grid, kSumThreads, 0, s>>>(p);  // on the caller's stream
   } else {

@@ -34,8 +34,8 @@ inline __device__ float CodedValue(const Storage& s, const IndexTables& index,
 // ln e^ of a token and head; -inf where it is 0.
 inline __device__ float LogEstimate(const DeviceGroup& group, int heads, uint32_t token, int h) {
   const int64_t at = (token / kBlockTokens - FirstBlock(group)) * heads + h;
-  const float e = __half2float(__ushort_as_half(
-      LoadShared(group.scratch.estimate + at * kBlockTokens + token % kBlockTokens)));
+  const float e = __half2float(
+      __ushort_as_half(LoadL2(group.scratch.estimate + at * kBlockTokens + token % kBlockTokens)));
   return e > 0 ? logf(e) + group.scratch.shift[at] : -INFINITY;
 }
 
@@ -77,10 +77,10 @@ struct CodedSum : ValueSum<DType::kF32, kHeads> {
   }
 };
 
-// After AttendList of the same list: takes e^ v^ / pi of its rows from this block's states, and
-// their mass, which goes to scratch.coded_mass in the states' unit. Places from `from` on are new:
-// their e^ is looked up and kept in scratch.guess. A row that FixDrawn made exact keeps its own, as
-// the sum over the middle still has it.
+// Called after AttendList of the same list. Takes e^ v^ / pi of this block's rows from the numerators
+// of its states, and writes their mass to scratch.coded_mass in the unit of the states. The places from
+// `from` on are new: their e^ is looked up and kept in scratch.log_predicted_e. A row that FixDrawn
+// made exact keeps its e^, because the sum over the middle still contains it.
 template <int kHeads>
 __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64_t count,
                                          float scale) {
@@ -102,7 +102,7 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
         [&](int k, int r) -> uint64_t {
           const int64_t i = place(k, r);
           return i < count ? reinterpret_cast<uint64_t>(
-                                 ValueCode(team.p.storage, team.group, LoadShared(w.token + i)))
+                                 ValueCode(team.p.storage, team.group, LoadL2(w.token + i)))
                            : 0;
         },
         [&](int k, const std::byte* tile) {
@@ -113,11 +113,12 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
             if (h < now) {
               const int64_t i = place(k, item / kHeads), at = (first + h) * w.capacity + i;
               if (i >= from) {
-                w.guess[at] = LogEstimate(team.group, heads, LoadShared(w.token + i), first + h);
+                w.log_predicted_e[at] =
+                    LogEstimate(team.group, heads, LoadL2(w.token + i), first + h);
               }
-              const float guess = LoadShared(w.guess + at);
-              const float pi = Min(1.f, scale * LoadShared(w.weight + i));
-              if (guess > -INFINITY) p = -expf(guess - team.shared.head[first + h].shift) / pi;
+              const float log_e = LoadL2(w.log_predicted_e + at);
+              const float pi = Min(1.f, scale * LoadL2(w.weight + i));
+              if (log_e > -INFINITY) p = -expf(log_e - team.shared.head[first + h].shift) / pi;
             }
             shared.p[item] = p;
           }
@@ -130,22 +131,23 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
           }
           values.AddCodes(shape, tile, n, s.value_bits, shared.p);
         });
-    float* state = w.state + (static_cast<int64_t>(team.rank) * heads + first) * (s.row.dim_v + 3);
+    float* state =
+        w.state + (static_cast<int64_t>(team.rank) * heads + first) * StateFloats(s.row.dim_v);
     if (tid < now) {
-      const float most = state[tid * (s.row.dim_v + 3) + s.row.dim_v];
+      const float most = state[tid * StateFloats(s.row.dim_v) + s.row.dim_v];
       shared.scale[tid] = expf(team.shared.head[first + tid].shift - most);
       w.coded_mass[static_cast<int64_t>(team.rank) * heads + first + tid] =
           shared.mass[tid] * shared.scale[tid];
     }
     values.Finish(reinterpret_cast<float*>(team.memory), now, [&](int h, int j, float x) {
-      float& sum = state[h * (s.row.dim_v + 3) + j];
+      float& sum = state[h * StateFloats(s.row.dim_v) + j];
       sum = fmaf(x, shared.scale[h], sum);
     });
   }
 }
 
-// What the certificate needs of the value codes of a tile of rows. Lies where sums of planning
-// passes lie otherwise.
+// What the certificate needs of the value codes of a tile of rows. It lies in TeamShared::sums, which
+// only planning passes use otherwise.
 template <int kHeads>
 struct CodedDots {
   float dot[kMostTileRows * kHeads];  // [rows][kHeads] v^ . o
@@ -158,8 +160,8 @@ __device__ CodedDots<kHeads>& DotsOf(Team<kHeads>& team) {
   return *reinterpret_cast<CodedDots<kHeads>*>(&team.shared.sums);
 }
 
-// Dots of the first n rows of a tile of V, a warp a row; those that address [rows] leaves out stay
-// as they are. token(r): of the row; outputs [kHeads][dim_v] in shared memory.
+// CodedDots of the first n rows of a tile of V, one warp a row. Rows whose address [rows] is 0 are
+// skipped. token(r) is the token of row r; outputs [kHeads][dim_v] lie in shared memory.
 template <DType kType, int kHeads, class Token>
 __device__ void DotCodes(Team<kHeads>& team, const TileShape& shape, const std::byte* tile, int n,
                          const uint64_t* address, Token&& token, const float* outputs) {

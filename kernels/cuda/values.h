@@ -16,8 +16,8 @@ constexpr int kLeastPartBlocks = 8;
 VATTN_HD inline int ValueSlices(const Storage& s) {
   return (s.value_code_bytes + kItemBytes - 1) / kItemBytes;
 }
-VATTN_HD inline int ValueItems(const Storage& s, int q_heads) {
-  return ValueSlices(s) * ((q_heads + kItemHeads - 1) / kItemHeads);
+VATTN_HD inline int ValueItems(const Storage& s, int group_heads) {
+  return ValueSlices(s) * ((group_heads + kItemHeads - 1) / kItemHeads);
 }
 VATTN_HD inline int ValueParts(int64_t blocks) {
   const int64_t parts = blocks / kLeastPartBlocks;
@@ -31,14 +31,14 @@ struct ValuePart {
   float mass[kItemHeads];  // of e^
 };
 
-// Value codes of `count` items in device memory, `most` tokens at most in one of them, into the
-// device and the host copy: to the bit those of kernels/cpu/encode.cc.
+// Codes the values of `count` items in device memory, with at most `most` tokens in one item, into the
+// device and the host copy. The bits are the same as those of kernels/cpu/encode.cc.
 int EncodeValues(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
                  Stream stream);
 
 // Sum of e^ v^ over the middle of every group and head, as a softmax state in scratch.coded. After
 // Scan.
-int SumValues(const DecodeParams& params, Stream stream);
+int SumValues(const StepParams& params, Stream stream);
 
 }  // namespace vattn::cuda
 

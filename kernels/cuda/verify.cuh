@@ -35,9 +35,33 @@ inline __device__ double BlockScan(double x, double* scratch) {
   return x;
 }
 
-// Residuals and terms of the list for outputs in scratch.output; sums over the tail of every head
-// in shared.total [5 h + {variance, squares, own, mass, spread}], the size of the tail in [5 G],
-// and with value codes [5 G + 1 + 2 h + {relative, estimate}].
+// The sums of the certificate in TeamShared::total, by name: five of each head, how many tokens the
+// tail has, and with value codes two more of each head. A thread's own sums, before they are added,
+// are in the order of Place.
+struct TailTotals {
+  enum Place { kVariance, kSquares, kOwn, kMass, kSpread, kTail, kRelative, kEstimate };
+  static constexpr int kEach = 5, kEachCoded = 2;
+
+  double* total;
+  int heads;
+
+  __device__ double* Head(int h) const { return total + kEach * h; }  // [kVariance .. kSpread]
+  __device__ double& Tail() const { return total[kEach * heads]; }
+  __device__ double* Coded(int h) const {  // relative, estimate
+    return total + kEach * heads + 1 + kEachCoded * h;
+  }
+  __device__ int Count(bool coded) const {
+    return (coded ? kEach + kEachCoded : kEach) * heads + 1;
+  }
+};
+template <int kHeads>
+__device__ TailTotals TailTotalsOf(Team<kHeads>& team) {
+  return {team.shared.total, team.heads()};
+}
+
+// Residuals and terms of the list for outputs in scratch.output, and their sums over the tail of every
+// head as TailTotals. The function is long because it is one walk over the rows, whose sums stay in
+// the registers of a thread until the end.
 template <DType kType, int kHeads>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
@@ -57,9 +81,8 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     const int now = min(kHeads, heads - first);
     __syncthreads();
     for (int i = tid; i < kHeads * row.dim_v; i += kThreads) {
-      outputs[i] = i < now * row.dim_v
-                       ? LoadShared(w.output + static_cast<int64_t>(first) * row.dim_v + i)
-                       : 0;
+      outputs[i] =
+          i < now * row.dim_v ? LoadL2(w.output + static_cast<int64_t>(first) * row.dim_v + i) : 0;
     }
     __syncthreads();
     float norm2 = 0;
@@ -69,7 +92,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     }
     double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0, relative = 0,
            estimate = 0;
-    const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadShared(w.weight + i)); };
+    const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadL2(w.weight + i)); };
     const auto place = [&](int k, int row_of_tile) {
       return team.RowPlace(shape.rows, k, row_of_tile);
     };
@@ -77,7 +100,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
         shape, team.p.storage.tiles_in_flight, tiles, team.shared.rows.address, team.memory,
         [&](int k, int row_of_tile) -> uint64_t {
           const int64_t i = place(k, row_of_tile);
-          return i < count && inclusion(i) < 1 ? LoadShared(w.row + i) + row.v_offset : 0;
+          return i < count && inclusion(i) < 1 ? LoadL2(w.row + i) + row.v_offset : 0;
         },
         [&](int k, const std::byte* tile) {
           const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
@@ -85,8 +108,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
           if (coded) {
             DotCodes<kType>(
                 team, shape, tile, n, team.shared.rows.address[k % team.p.storage.tiles_in_flight],
-                [&](int row_of_tile) { return LoadShared(w.token + place(k, row_of_tile)); },
-                outputs);
+                [&](int row_of_tile) { return LoadL2(w.token + place(k, row_of_tile)); }, outputs);
           }
           __syncthreads();
           if (h >= now || r >= n) return;
@@ -96,22 +118,22 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
           token.pi = inclusion(i);
           TailTerm term;
           if (token.pi < 1) {
-            token.e = expf(LoadShared(w.logit + at) - work.shift);
+            token.e = expf(LoadL2(w.logit + at) - work.shift);
             token.distance2 =
-                Max(LoadShared(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
+                Max(LoadL2(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
             token.error2 = token.e * token.e * token.distance2;
             if (coded) {
               // |e (v - o) - e^ (v^ - o)|^2 from dot products.
               const CodedDots<kHeads>& dots = DotsOf(team);
-              const float guess = expf(LoadShared(w.guess + at) - work.shift);
+              const float predicted_e = expf(LoadL2(w.log_predicted_e + at) - work.shift);
               const float code_dot = dots.dot[r * kHeads + h];
               const float code_distance2 = dots.norm2[r] - 2 * code_dot + norm2;
               const float inner =
                   dots.cross[r] - team.shared.rows.p[r * kHeads + h] - code_dot + norm2;
-              token.error2 = Max(
-                  0.f, token.error2 + guess * guess * code_distance2 - 2 * token.e * guess * inner);
-              relative += (token.e - guess) * (token.e - guess) / token.pi;
-              estimate += guess * guess / token.pi;
+              token.error2 = Max(0.f, token.error2 + predicted_e * predicted_e * code_distance2 -
+                                          2 * token.e * predicted_e * inner);
+              relative += (token.e - predicted_e) * (token.e - predicted_e) / token.pi;
+              estimate += predicted_e * predicted_e / token.pi;
             }
             term = MakeTailTerm(token, work.denominator);
             variance += term.variance;
@@ -128,31 +150,33 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
     // The rows' parts of each head, one warp a head.
     __syncthreads();
     double* mine = sums + static_cast<int64_t>(tid) * kTailSums;
-    mine[0] = variance, mine[1] = squares, mine[2] = own, mine[3] = mass, mine[4] = spread,
-    mine[5] = tail;
-    mine[6] = relative, mine[7] = estimate;
+    mine[TailTotals::kVariance] = variance, mine[TailTotals::kSquares] = squares;
+    mine[TailTotals::kOwn] = own, mine[TailTotals::kMass] = mass;
+    mine[TailTotals::kSpread] = spread, mine[TailTotals::kTail] = tail;
+    mine[TailTotals::kRelative] = relative, mine[TailTotals::kEstimate] = estimate;
     __syncthreads();
     const int warp = tid / kWarp, lane = tid % kWarp;
     if (warp < now) {
       double part[kTailSums] = {};
       for (int i = lane; i < shape.rows; i += kWarp) {
         const double* row_sums = sums + static_cast<int64_t>(warp * shape.rows + i) * kTailSums;
-        for (int c = 0; c < 6; ++c) part[c] += row_sums[c];
-        if (coded) part[6] += row_sums[6], part[7] += row_sums[7];
+        for (int c = 0; c < TailTotals::kRelative; ++c) part[c] += row_sums[c];
+        for (int c = TailTotals::kRelative; coded && c < kTailSums; ++c) part[c] += row_sums[c];
       }
-      for (int c = 0; c < 6; ++c) part[c] = WarpSum(part[c]);
-      if (coded) part[6] = WarpSum(part[6]), part[7] = WarpSum(part[7]);
+      for (int c = 0; c < TailTotals::kRelative; ++c) part[c] = WarpSum(part[c]);
+      for (int c = TailTotals::kRelative; coded && c < kTailSums; ++c) part[c] = WarpSum(part[c]);
       if (lane == 0) {
-        for (int c = 0; c < 5; ++c) team.shared.total[5 * (first + warp) + c] = part[c];
-        if (first + warp == 0) team.shared.total[5 * heads] = part[5];
+        const TailTotals totals = TailTotalsOf(team);
+        for (int c = 0; c < TailTotals::kEach; ++c) totals.Head(first + warp)[c] = part[c];
+        if (first + warp == 0) totals.Tail() = part[TailTotals::kTail];
         if (coded) {
-          double* rest = team.shared.total + 5 * heads + 1 + 2 * (first + warp);
-          rest[0] = part[6], rest[1] = part[7];
+          double* rest = totals.Coded(first + warp);
+          rest[0] = part[TailTotals::kRelative], rest[1] = part[TailTotals::kEstimate];
         }
       }
     }
   }
-  team.Add((coded ? 7 : 5) * heads + 1);
+  team.Add(TailTotalsOf(team).Count(coded));
 }
 
 // Mean squared cosine between the residuals v - o, or e (v - o) - e^ (v^ - o) with value codes, of
@@ -168,14 +192,14 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
   const bool coded = team.p.storage.host.value_bits > 0;
   __shared__ uint64_t rows[kRankDraws];
   __shared__ const std::byte* codes[kRankDraws];
-  __shared__ float exact[kRankDraws], guess[kRankDraws], cosines[kWarps], pairs[kWarps];
+  __shared__ float exact[kRankDraws], predicted_e[kRankDraws], cosines[kWarps], pairs[kWarps];
   if (tid < kRankDraws) {
     const int64_t i = places[tid], at = h * w.capacity + i;
-    rows[tid] = LoadShared(w.row + i) + row.v_offset;
+    rows[tid] = LoadL2(w.row + i) + row.v_offset;
     if (coded) {
-      exact[tid] = expf(LoadShared(w.logit + at) - team.shared.head[h].shift);
-      guess[tid] = expf(LoadShared(w.guess + at) - team.shared.head[h].shift);
-      codes[tid] = ValueCode(team.p.storage, team.group, LoadShared(w.token + i));
+      exact[tid] = expf(LoadL2(w.logit + at) - team.shared.head[h].shift);
+      predicted_e[tid] = expf(LoadL2(w.log_predicted_e + at) - team.shared.head[h].shift);
+      codes[tid] = ValueCode(team.p.storage, team.group, LoadL2(w.token + i));
     }
   }
   __syncthreads();
@@ -189,7 +213,7 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
       if (coded) {
         const float predicted =
             CodedValue(team.p.storage.host, team.group.index, codes[draw], at + j);
-        residual = exact[draw] * residual - guess[draw] * (predicted - output[at + j]);
+        residual = exact[draw] * residual - predicted_e[draw] * (predicted - output[at + j]);
       }
       memory[draw * pitch + at + j] = residual;
     }
@@ -238,22 +262,23 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
   __shared__ int64_t places[kRankDraws];
   float* output = reinterpret_cast<float*>(team.memory);  // [dim]
   float* residuals = output + dim;                        // [kRankDraws][dim + 4]
-  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * heads]);
+  const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
   const bool coded = team.p.storage.host.value_bits > 0;
   for (int h = team.rank; h < heads; h += team.size) {
-    const double* rest = team.shared.total + 5 * heads + 1 + 2 * h;
-    const TailSums sums{.variance = team.shared.total[5 * h],
-                        .squares = team.shared.total[5 * h + 1],
-                        .own = team.shared.total[5 * h + 2],
-                        .mass = team.shared.total[5 * h + 3],
-                        .spread = team.shared.total[5 * h + 4],
+    const double* total = TailTotalsOf(team).Head(h);
+    const double* rest = TailTotalsOf(team).Coded(h);
+    const TailSums sums{.variance = total[TailTotals::kVariance],
+                        .squares = total[TailTotals::kSquares],
+                        .own = total[TailTotals::kOwn],
+                        .mass = total[TailTotals::kMass],
+                        .spread = total[TailTotals::kSpread],
                         .relative = coded ? rest[0] : 0,
                         .estimate = coded ? rest[1] : 0,
                         .coded = coded ? team.shared.head[h].mass : 0};
     __syncthreads();
     float norm2 = 0;
     for (int j = tid; j < dim; j += kThreads) {
-      output[j] = LoadShared(w.output + static_cast<int64_t>(h) * dim + j);
+      output[j] = LoadL2(w.output + static_cast<int64_t>(h) * dim + j);
       norm2 = fmaf(output[j], output[j], norm2);
     }
     norm2 = BlockSum(norm2, norms);
@@ -266,7 +291,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
       const float* term = w.term + h * w.capacity;
       double own = 0;
 #pragma unroll 4
-      for (int64_t i = from; i < to; ++i) own += LoadShared(term + i);
+      for (int64_t i = from; i < to; ++i) own += LoadL2(term + i);
       const double until = BlockScan(own, scratch);
       double before = until - own;
       __syncthreads();
@@ -277,7 +302,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
       int next = 0;
       while (next < kRankDraws && target(next) <= before) ++next;
       for (int64_t i = from; i < to && next < kRankDraws && target(next) <= until; ++i) {
-        before += LoadShared(term + i);
+        before += LoadL2(term + i);
         const bool last = i == to - 1;  // rounding of the sums must leave no place open
         while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until)))
           places[next++] = i;
@@ -303,7 +328,7 @@ template <int kHeads>
 __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float scale, int look) {
   const GroupScratch& w = team.group.scratch;
   __shared__ float scratch[kWarps];
-  const int64_t tail = static_cast<int64_t>(team.shared.total[5 * team.heads()]);
+  const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
   for (int h = team.rank; h < team.heads(); h += team.size) {
     const float root = GrowthRoot(team.p.promise, look, team.shared.head[h]);
     const float* residual = w.residual + h * w.capacity;
@@ -313,8 +338,8 @@ __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float 
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       const int64_t i = threadIdx.x + int64_t{k} * kThreads;
-      held_weight[k] = i < count ? scale * LoadShared(w.weight + i) : INFINITY;
-      held_residual[k] = i < count ? LoadShared(residual + i) : 0;
+      held_weight[k] = i < count ? scale * LoadL2(w.weight + i) : INFINITY;
+      held_residual[k] = i < count ? LoadL2(residual + i) : 0;
     }
     const auto enough = [&](float by) {
       float variance = 0;
@@ -324,8 +349,8 @@ __device__ __noinline__ void GrowHeads(Team<kHeads>& team, int64_t count, float 
         variance += held_residual[k] * (1 - pi) / pi;
       }
       for (int64_t i = threadIdx.x + int64_t{kHeld} * kThreads; i < count; i += kThreads) {
-        const float pi = Min(1.f, by * scale * LoadShared(w.weight + i));
-        variance += LoadShared(residual + i) * (1 - pi) / pi;
+        const float pi = Min(1.f, by * scale * LoadL2(w.weight + i));
+        variance += LoadL2(residual + i) * (1 - pi) / pi;
       }
       return BlockSum(variance, scratch) <= root * root;
     };

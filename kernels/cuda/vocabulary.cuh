@@ -94,17 +94,18 @@ inline __device__ float WarpMax(float x) {
   return x;
 }
 
-// Notes the time of a stage; by one thread of the first group's first thread block.
-inline __device__ void Note(const DecodeParams& p, Mark mark) {
+// Writes the time of a point to the timeline. One thread calls it, of the first group's first thread
+// block.
+inline __device__ void StampTime(const StepParams& p, TimelinePoint point) {
   if (p.call.timeline == nullptr) return;
   unsigned long long now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  p.call.timeline[static_cast<int>(mark)] = now;
+  p.call.timeline[static_cast<int>(point)] = now;
 }
 
-// Memory that another thread block of the same kernel writes: past the L1 cache.
+// Loads global memory that another thread block of the same kernel writes, past the L1 cache.
 template <class T>
-__device__ T LoadShared(const T* at) {
+__device__ T LoadL2(const T* at) {
   return __ldcg(at);
 }
 
@@ -122,15 +123,8 @@ inline __device__ const std::byte* RowAddress(const DeviceStorage& s, const Devi
   return HostRow(s.host, group.blocks, token);
 }
 
-inline __device__ int64_t FirstBlock(const DeviceGroup& g) { return g.middle_begin / kBlockTokens; }
-inline __device__ int64_t NumBlocks(const DeviceGroup& g) {
-  return g.middle_end <= g.middle_begin
-             ? 0
-             : (g.middle_end + kBlockTokens - 1) / kBlockTokens - FirstBlock(g);
-}
-
-// Segments of the index of a group: how many, the tables of one, and the one that block `block` of
-// the sequence lies in.
+// The segments of a group's index: how many there are, the tables of one, and the segment that block
+// `block` of the sequence lies in.
 inline __device__ int IndexSegments(const DeviceGroup& g) {
   return vattn::NumSegments(g.num_segments);
 }
@@ -145,13 +139,13 @@ inline __device__ int SegmentAt(const DeviceGroup& g, int64_t block) {
   }
   return k;
 }
-// Where those of blocks [..., end) that lie in the segment end.
+// The end of the segment, or `end` where that comes first.
 inline __device__ int64_t SegmentEnd(const DeviceGroup& g, int segment, int64_t end) {
   return segment + 1 < g.num_segments ? min(end, g.segments[segment + 1].first_block) : end;
 }
 
-// The group that a block of the scan belongs to, of those counted in StepHeader::scan_blocks.
-inline __device__ int GroupOf(const DecodeParams& p, int64_t block) {
+// The group that a block belongs to, by its number among the StepHeader::scan_blocks of the scan.
+inline __device__ int GroupOf(const StepParams& p, int64_t block) {
   int g = 0;  // the last one that starts there or before
   for (int step = 1 << 20; step > 0; step /= 2) {
     if (g + step < p.header->num_groups && p.groups[g + step].first_block <= block) g += step;

@@ -290,7 +290,7 @@ absl::Status CudaBatch::SendOpenTables() {
 absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Selection& selection,
                                DeviceStream stream) {
   Device& d = backend_.device();
-  cuda::DecodeParams p;
+  cuda::StepParams p;
   p.task = task;
   p.storage = backend_.storage();
   p.promise = backend_.promise();
@@ -302,7 +302,7 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
   p.counters = backend_.counters();
   p.most_groups = slots_ * kv_heads;
   p.kv_heads = kv_heads;
-  p.q_heads = runtime_.group(r.layer);
+  p.group_heads = runtime_.group(r.layer);
   p.call = {.q = r.q,
             .k_new = r.k_new,
             .v_new = r.v_new,
@@ -361,7 +361,7 @@ absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Sel
     a.at = bytes;
     if (a.host != nullptr) bytes += RoundUp(a.slot_bytes * slots_, 256);
   }
-  constexpr uint64_t kTimelineBytes = cuda::kMarks * sizeof(uint64_t);
+  constexpr uint64_t kTimelineBytes = cuda::kTimelinePoints * sizeof(uint64_t);
   if (static_cast<uint64_t>(bytes) + kTimelineBytes > staging_.size()) {
     absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(bytes) + kTimelineBytes);
     if (!memory.ok()) return memory.status();

@@ -10,7 +10,7 @@
 namespace vattn::test {
 namespace {
 
-using cuda::DecodeParams, cuda::DeviceGroup, cuda::kThreads, cuda::kWarps, cuda::Team,
+using cuda::StepParams, cuda::DeviceGroup, cuda::kThreads, cuda::kWarps, cuda::Team,
     cuda::TeamShared;
 
 // What a launch is asked for and what it leaves.
@@ -30,10 +30,10 @@ __device__ void Keep(Team<kHeads>& team, RankCall& call, int i, int64_t count,
   team.Sync();
   const int64_t words = NumBlocks(team.group) * team.heads() * cuda::kMaskWords;
   for (int64_t at = threadIdx.x; team.rank == 0 && at < words; at += kThreads) {
-    call.masks[i][at] = cuda::LoadShared(masks + at);
+    call.masks[i][at] = cuda::LoadL2(masks + at);
   }
   for (int64_t at = threadIdx.x; team.rank == 0 && at < count; at += kThreads) {
-    call.list[i][at] = cuda::LoadShared(w.token + at);
+    call.list[i][at] = cuda::LoadL2(w.token + at);
   }
   if (team.rank == 0 && threadIdx.x == 0) call.count[i] = count;
   team.Sync();
@@ -41,13 +41,12 @@ __device__ void Keep(Team<kHeads>& team, RankCall& call, int i, int64_t count,
 
 // Dynamic shared memory: what ranking needs, then TeamShared.
 template <int kHeads>
-VATTN_HD int MemoryBytes(const DecodeParams& p) {
+VATTN_HD int MemoryBytes(const StepParams& p) {
   return cuda::RowsBytes<kHeads>(p.storage.host.row, p.storage.tiles_in_flight);
 }
 
 template <int kHeads>
-__global__ void __launch_bounds__(kThreads, 1)
-    RankKernel(DecodeParams p, int size, RankCall* call) {
+__global__ void __launch_bounds__(kThreads, 1) RankKernel(StepParams p, int size, RankCall* call) {
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<TeamShared<kHeads>*>(memory + MemoryBytes<kHeads>(p));
   Team<kHeads> team{p, p.groups[0], shared, memory, static_cast<int>(blockIdx.x), size};
@@ -64,18 +63,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     want([&](int) { return call->k; });
     cuda::ScoreKeys keys(team.group, heads);
     FindLast(team, keys);
-    MarkBest(team, keys, w.top, false);
-    Keep(team, *call, 0, ListMarked(team, w.top, true), w.top);
+    SelectBest(team, keys, w.top, false);
+    Keep(team, *call, 0, ListMasked(team, w.top, true), w.top);
   }
   cuda::UniformKeys keys(team.group, heads, p.promise.refresh, call->k > 0 ? w.top : nullptr);
   want([&](int) { return call->base; });
   FindLast(team, keys);
-  MarkBest(team, keys, w.drawn, false);
-  Keep(team, *call, 1, ListMarked(team, w.drawn, call->k == 0), w.drawn);
+  SelectBest(team, keys, w.drawn, false);
+  Keep(team, *call, 1, ListMasked(team, w.drawn, call->k == 0), w.drawn);
   want([&](int h) { return call->budget[h]; });
   FindLast(team, keys);
-  MarkBest(team, keys, w.drawn, true);
-  Keep(team, *call, 2, ListMarked(team, w.drawn, false), w.drawn);
+  SelectBest(team, keys, w.drawn, true);
+  Keep(team, *call, 2, ListMasked(team, w.drawn, false), w.drawn);
   if (threadIdx.x == 0) shared.total[0] = shared.count;
   team.Add(1);
   if (team.rank == 0 && threadIdx.x == 0) call->distinct = static_cast<int64_t>(shared.total[0]);
@@ -113,7 +112,7 @@ class Shared {
 };
 
 template <int kHeads>
-void Launch(DecodeParams p, int team, RankCall* call) {
+void Launch(StepParams p, int team, RankCall* call) {
   const auto kernel = RankKernel<kHeads>;
   const int bytes = MemoryBytes<kHeads>(p) + static_cast<int>(sizeof(TeamShared<kHeads>));
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
@@ -142,11 +141,11 @@ RankOutput RankOnDevice(const RankInput& in) {
           in.score[static_cast<size_t>(h * n + t - in.begin)];
     }
   }
-  DecodeParams p;
+  StepParams p;
   p.storage.host.row = MakeRowLayout(DType::kF16, 16, 16, false);  // the least memory
   p.storage.tiles_in_flight = cuda::kLeastTiles;
   p.promise.refresh = in.refresh;
-  p.q_heads = in.heads;
+  p.group_heads = in.heads;
   p.hot.call = memory.Take<unsigned long long>(1, 0);
   DeviceGroup* group = memory.Take<DeviceGroup>(1, 0);
   *group = {};

@@ -24,7 +24,7 @@ std::vector<int64_t> Range(int64_t begin, int64_t end) {
 double LogitRounding(const GroupFixture& f) {
   double most = 0;
   for (int64_t t = 0; t < f.shape.tokens; ++t) {
-    for (int g = 0; g < f.shape.q_heads; ++g) {
+    for (int g = 0; g < f.shape.group_heads; ++g) {
       double size = 0;
       for (int c = 0; c < f.shape.dim_k; ++c) size += std::abs(f.Query(g, c) * f.Key(t, c));
       most = std::max(most, size * f.storage.scale);
@@ -50,7 +50,7 @@ void ExpectState(const GroupFixture& f, const float* floats, const Attention& ex
 void ExpectDense(GroupFixture& f, double tolerance) {
   ScaleQueries(f.storage, f.group);
   DecodeAllDense(f.storage, f.group, Verdict::kDense, {});
-  for (int g = 0; g < f.shape.q_heads; ++g) {
+  for (int g = 0; g < f.shape.group_heads; ++g) {
     const Attention exact = f.AttendAll(g);
     EXPECT_LE(f.OutputError(g, exact), tolerance * std::sqrt(exact.value_norm2) + 1e-37);
     EXPECT_NEAR(f.lse[g], exact.lse, tolerance + 1e-6 * std::abs(exact.lse));
@@ -61,13 +61,13 @@ void ExpectDense(GroupFixture& f, double tolerance) {
 
 class AttendTest : public testing::TestWithParam<std::tuple<DType, Dims>> {
  protected:
-  GroupShape Shape(int q_heads, int64_t tokens) const {
+  GroupShape Shape(int group_heads, int64_t tokens) const {
     const auto& [dtype, dims] = GetParam();
     return {.dtype = dtype,
             .dim_k = dims.k,
             .dim_v = dims.v,
             .shared_kv = dims.shared_kv,
-            .q_heads = q_heads,
+            .group_heads = group_heads,
             .tokens = tokens,
             .middle_begin = 0,
             .middle_end = 0};
@@ -146,7 +146,7 @@ INSTANTIATE_TEST_SUITE_P(Rows, AttendTest,
 // Cut into segments whose states are merged: the same bits whatever the number of threads.
 TEST(AttendRangeTest, LongRangesDoNotDependOnThreads) {
   for (const int64_t tokens : {2047, 2048, 2049, 4096, 6001}) {
-    GroupFixture f({.q_heads = 3, .tokens = tokens, .middle_begin = 0, .middle_end = 0});
+    GroupFixture f({.group_heads = 3, .tokens = tokens, .middle_begin = 0, .middle_end = 0});
     ExpectDense(f, LogitRounding(f));
     const std::vector<double> alone = f.Output(2);
     for (const int threads : {1, 2}) {
@@ -159,7 +159,7 @@ TEST(AttendRangeTest, LongRangesDoNotDependOnThreads) {
 }
 
 TEST(AttendRangeTest, ChosenHeadsOnly) {
-  GroupFixture f({.q_heads = 6, .tokens = 500, .middle_begin = 0, .middle_end = 0});
+  GroupFixture f({.group_heads = 6, .tokens = 500, .middle_begin = 0, .middle_end = 0});
   ScaleQueries(f.storage, f.group);
   std::fill(f.lse.begin(), f.lse.end(), 123.f);
   const int32_t heads[] = {1, 4, 5};
@@ -172,8 +172,11 @@ class ExtremeLogitsTest : public testing::TestWithParam<DType> {};
 
 TEST_P(ExtremeLogitsTest, Huge) {
   for (const double sign : {-1., 1.}) {
-    GroupFixture f(
-        {.dtype = GetParam(), .q_heads = 2, .tokens = 2500, .middle_begin = 0, .middle_end = 0});
+    GroupFixture f({.dtype = GetParam(),
+                    .group_heads = 2,
+                    .tokens = 2500,
+                    .middle_begin = 0,
+                    .middle_end = 0});
     // Logits sign * 1e4 + small: exact in fp32 because one dimension carries the large part.
     for (int g = 0; g < 2; ++g) f.SetQuery(g, 0, 128);
     for (int64_t t = 0; t < 2500; ++t) f.SetKey(t, 0, static_cast<float>(sign * 640));
@@ -183,7 +186,7 @@ TEST_P(ExtremeLogitsTest, Huge) {
 
 TEST_P(ExtremeLogitsTest, OneTokenHasEverything) {
   GroupFixture f(
-      {.dtype = GetParam(), .q_heads = 2, .tokens = 2500, .middle_begin = 0, .middle_end = 0});
+      {.dtype = GetParam(), .group_heads = 2, .tokens = 2500, .middle_begin = 0, .middle_end = 0});
   for (int g = 0; g < 2; ++g) f.SetQuery(g, 0, 128);
   f.SetKey(2200, 0, 640);
   ExpectDense(f, 1e-5);
@@ -192,7 +195,7 @@ TEST_P(ExtremeLogitsTest, OneTokenHasEverything) {
 
 TEST_P(ExtremeLogitsTest, AllEqual) {
   GroupFixture f(
-      {.dtype = GetParam(), .q_heads = 2, .tokens = 2500, .middle_begin = 0, .middle_end = 0});
+      {.dtype = GetParam(), .group_heads = 2, .tokens = 2500, .middle_begin = 0, .middle_end = 0});
   for (int64_t t = 0; t < 2500; ++t) {
     for (int c = 0; c < 64; ++c) f.SetKey(t, c, static_cast<float>(f.Key(0, c)));
   }
@@ -201,7 +204,7 @@ TEST_P(ExtremeLogitsTest, AllEqual) {
 
 TEST_P(ExtremeLogitsTest, Subnormals) {
   GroupFixture f(
-      {.dtype = GetParam(), .q_heads = 2, .tokens = 300, .middle_begin = 0, .middle_end = 0});
+      {.dtype = GetParam(), .group_heads = 2, .tokens = 300, .middle_begin = 0, .middle_end = 0});
   const float least = GetParam() == DType::kF16 ? 0x1p-24f : 0x1p-133f;
   for (int64_t t = 0; t < 300; ++t) {
     for (int c = 0; c < 64; ++c) {
@@ -216,7 +219,7 @@ INSTANTIATE_TEST_SUITE_P(Types, ExtremeLogitsTest,
                          testing::Values(DType::kF32, DType::kF16, DType::kBF16));
 
 TEST(AttendRangeTest, OneToken) {
-  GroupFixture f({.q_heads = 3, .tokens = 1, .middle_begin = 0, .middle_end = 0});
+  GroupFixture f({.group_heads = 3, .tokens = 1, .middle_begin = 0, .middle_end = 0});
   ExpectDense(f, 1e-6);
 }
 

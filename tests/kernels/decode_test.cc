@@ -26,7 +26,7 @@ double Ref(const GroupFixture& f, const Attention& exact) {
 }
 
 void ExpectExact(const GroupFixture& f, double tolerance = 3e-5) {
-  for (int g = 0; g < f.shape.q_heads; ++g) {
+  for (int g = 0; g < f.shape.group_heads; ++g) {
     const Attention exact = f.AttendAll(g);
     EXPECT_LE(f.OutputError(g, exact), tolerance * std::sqrt(exact.value_norm2)) << "head " << g;
     EXPECT_NEAR(f.lse[g], exact.lse, tolerance);
@@ -41,7 +41,7 @@ class DecodeTest : public testing::TestWithParam<std::tuple<DType, Dims>> {
             .dim_k = dims.k,
             .dim_v = dims.v,
             .shared_kv = dims.shared_kv,
-            .q_heads = heads,
+            .group_heads = heads,
             .tokens = 900,
             .middle_end = 720,
             .value_bits = value_bits};
@@ -120,7 +120,7 @@ class UnbiasedTest : public testing::TestWithParam<int> {};
 
 TEST_P(UnbiasedTest, MeanOverSeeds) {
   GroupFixture f(
-      {.q_heads = 3, .tokens = 1300, .middle_end = 1152, .value_bits = GetParam()}, 6,
+      {.group_heads = 3, .tokens = 1300, .middle_end = 1152, .value_bits = GetParam()}, 6,
       {.on_unverified = OnUnverified::kBestEffort, .epsilon = .2f, .max_looks = 1, .refresh = 1});
   f.BuildIndex();
   constexpr int kSeeds = 1500, kParts = 9;
@@ -163,8 +163,8 @@ TEST(DecodeThreadsTest, ResultsDoNotDependOnThreads) {
       std::vector<std::vector<double>> first;
       for (const int threads : {0, 1, 2}) {
         Workers workers(std::max(threads, 1));
-        GroupFixture f({.q_heads = 4, .tokens = 9000, .middle_end = 8832, .value_bits = bits}, 3,
-                       {.policy = policy, .refresh = 8});
+        GroupFixture f({.group_heads = 4, .tokens = 9000, .middle_end = 8832, .value_bits = bits},
+                       3, {.policy = policy, .refresh = 8});
         f.promise.normal_quantile = 1.6449f;
         f.BuildIndex();
         std::vector<std::vector<double>> outputs;
@@ -185,7 +185,7 @@ TEST(DecodeThreadsTest, ResultsDoNotDependOnThreads) {
 
 // NaN in one head's query leaves the other heads right and the next step untouched.
 TEST(DecodeHostileTest, NanQueryStaysInItsHead) {
-  GroupFixture f({.q_heads = 3, .tokens = 1300, .middle_end = 1152});
+  GroupFixture f({.group_heads = 3, .tokens = 1300, .middle_end = 1152});
   f.BuildIndex();
   const float before = static_cast<float>(f.Query(1, 0));
   f.SetQuery(1, 0, NAN);
@@ -207,7 +207,7 @@ TEST(DecodeHostileTest, NanQueryStaysInItsHead) {
 }
 
 TEST(DecodeHostileTest, NanValueIsNotVerified) {
-  GroupFixture f({.q_heads = 2, .tokens = 1300, .middle_end = 1152}, 1,
+  GroupFixture f({.group_heads = 2, .tokens = 1300, .middle_end = 1152}, 1,
                  {.min_selected = 1 << 20, .max_selected_share = 1});
   f.BuildIndex();
   // The token of the largest score, which is drawn for certain.
@@ -224,7 +224,7 @@ TEST(DecodeHostileTest, NanValueIsNotVerified) {
 }
 
 TEST(SelectTest, ListsTheFirstLookWithItsProbabilities) {
-  GroupFixture f({.q_heads = 4, .tokens = 3000, .middle_end = 2880});
+  GroupFixture f({.group_heads = 4, .tokens = 3000, .middle_end = 2880});
   f.BuildIndex();
   Select({.storage = f.storage, .promise = f.promise, .groups = &f.group, .num_groups = 1}, {});
   ASSERT_GT(f.group.selected, 0);

@@ -123,7 +123,7 @@ class EncodeTest : public testing::TestWithParam<std::tuple<DType, Dims>> {
             .dim_k = dims.k,
             .dim_v = dims.v,
             .shared_kv = dims.shared_kv,
-            .q_heads = 2,
+            .group_heads = 2,
             .tokens = 400,
             .middle_begin = 16,
             .middle_end = 336,
@@ -285,7 +285,7 @@ INSTANTIATE_TEST_SUITE_P(Rows, EncodeTest,
 
 TEST(EncodeRangeTest, LeavesOtherTokensAndThreadsDoNotMatter) {
   GroupFixture f(
-      {.q_heads = 1, .tokens = 3000, .middle_begin = 16, .middle_end = 2880, .value_bits = 4});
+      {.group_heads = 1, .tokens = 3000, .middle_begin = 16, .middle_end = 2880, .value_bits = 4});
   f.BuildIndex();
   std::vector<std::byte> before(f.Block(600), f.Block(600) + f.storage.block.bytes);
   std::fill(f.Block(600) + f.storage.block.codes, f.Block(600) + f.storage.block.bytes,
@@ -309,7 +309,7 @@ TEST(EncodeRangeTest, LeavesOtherTokensAndThreadsDoNotMatter) {
 
 TEST(EncodeRangeTest, NanAndInfinityStayWithinTheirLevels) {
   GroupFixture f(
-      {.q_heads = 1, .tokens = 500, .middle_begin = 16, .middle_end = 336, .value_bits = 2});
+      {.group_heads = 1, .tokens = 500, .middle_begin = 16, .middle_end = 336, .value_bits = 2});
   f.BuildIndex();
   const std::vector<int> before = {CodeLevel(f, 21, 0), CodeLevel(f, 23, 5)};
   for (const float bad : {NAN, INFINITY, -INFINITY, 3e38f}) {

@@ -95,11 +95,11 @@ AlignedBytes AllocateAligned(size_t bytes) {
 GroupFixture::GroupFixture(const GroupShape& s, uint64_t seed, Promise p)
     : shape(s),
       promise(p),
-      verdict(s.q_heads),
-      lse(s.q_heads),
-      error(s.q_heads),
+      verdict(s.group_heads),
+      lse(s.group_heads),
+      error(s.group_heads),
       random_(seed),
-      states_(s.q_heads) {
+      states_(s.group_heads) {
   storage.row = MakeRowLayout(s.dtype, s.dim_k, s.dim_v, s.shared_kv);
   storage.code = MakeIndexLayout(s.index, s.index_bytes, s.dim_k);
   storage.value_bits = s.value_bits;
@@ -115,15 +115,15 @@ GroupFixture::GroupFixture(const GroupShape& s, uint64_t seed, Promise p)
   std::shuffle(blocks_.begin(), blocks_.end(), random_);
   pool_ = AllocateAligned(2 * blocks * storage.block.bytes);
   storage.base = pool_.get();
-  query_ = AllocateAligned(int64_t{s.q_heads} * s.dim_k * 4);
-  out_ = AllocateAligned(int64_t{s.q_heads} * s.dim_v * 4);
-  scratch_ = AllocateAligned(ScratchBytes(storage, promise, s.tokens, s.q_heads));
+  query_ = AllocateAligned(int64_t{s.group_heads} * s.dim_k * 4);
+  out_ = AllocateAligned(int64_t{s.group_heads} * s.dim_v * 4);
+  scratch_ = AllocateAligned(ScratchBytes(storage, promise, s.tokens, s.group_heads));
 
   group.blocks = blocks_.data();
   group.tokens = s.tokens;
   group.middle_begin = s.middle_begin;
   group.middle_end = s.middle_end;
-  group.q_heads = s.q_heads;
+  group.group_heads = s.group_heads;
   group.state = states_.data();
   group.key = MakeRandomKey(seed, 1, 0, 0);
   group.q = query_.get();
@@ -131,7 +131,7 @@ GroupFixture::GroupFixture(const GroupShape& s, uint64_t seed, Promise p)
   group.lse = lse.data();
   group.verdict = verdict.data();
   group.error = error.data();
-  group.scratch = CarveScratch(storage, promise, s.tokens, s.q_heads, scratch_.get());
+  group.scratch = CarveScratch(storage, promise, s.tokens, s.group_heads, scratch_.get());
 
   // Keys around a mean whose variance falls over the dimensions; queries of unit variance.
   std::normal_distribution<float> normal;
@@ -149,7 +149,7 @@ GroupFixture::GroupFixture(const GroupShape& s, uint64_t seed, Promise p)
     if (s.shared_kv) continue;
     for (int j = 0; j < s.dim_v; ++j) SetValue(t, j, normal(random_) + .3f);
   }
-  for (int g = 0; g < s.q_heads; ++g) {
+  for (int g = 0; g < s.group_heads; ++g) {
     for (int c = 0; c < s.dim_k; ++c) SetQuery(g, c, normal(random_));
   }
 }
@@ -243,12 +243,12 @@ void GroupFixture::BuildIndex() {
     for (int c = 0; c < shape.dim_k; ++c) keys.push_back(static_cast<float>(Key(t, c)));
     for (int j = 0; j < shape.dim_v; ++j) values.push_back(static_cast<float>(Value(t, j)));
   }
-  for (int g = 0; g < shape.q_heads; ++g) {
+  for (int g = 0; g < shape.group_heads; ++g) {
     for (int c = 0; c < shape.dim_k; ++c)
       queries.push_back(static_cast<float>(Query(g, c)) * storage.scale);
   }
   QueryMoment moment(shape.dim_k);
-  moment.Add(queries.data(), shape.q_heads, shape.q_heads);
+  moment.Add(queries.data(), shape.group_heads, shape.group_heads);
   index = Index::Make(storage, keys.data(), values.data(), shape.middle_end - shape.middle_begin,
                       moment);
   group.index = index->tables();

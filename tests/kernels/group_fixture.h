@@ -38,7 +38,7 @@ struct GroupShape {
   DType dtype = DType::kF32;
   int dim_k = 64, dim_v = 64;
   bool shared_kv = false;
-  int q_heads = 4;
+  int group_heads = 4;
   int64_t tokens = 1500;
   int64_t middle_begin = 16, middle_end = 1344;
   int index_bytes = 32;

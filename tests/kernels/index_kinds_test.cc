@@ -21,7 +21,7 @@ GroupShape Shape(IndexKind index, const Dims& dims, int heads, int bytes = 32) {
           .dim_k = dims.k,
           .dim_v = dims.v,
           .shared_kv = dims.shared_kv,
-          .q_heads = heads,
+          .group_heads = heads,
           .tokens = 700,
           .middle_begin = kBegin,
           .middle_end = kEnd,
@@ -49,13 +49,13 @@ double Norm(const GroupFixture& f, int head) {
 // f(head, token, score) for tokens of the middle on every instruction set, from ScoreBlock.
 template <class F>
 void ForScores(GroupFixture& f, IndexKind kind, F&& each) {
-  std::vector<float> scores(f.shape.q_heads * kBlockTokens);
+  std::vector<float> scores(f.shape.group_heads * kBlockTokens);
   for (const int64_t target : SimdTargets()) {
     UseSimdTarget(target);
     f.Scan(kind);
     for (int64_t block = 0; block < kEnd; block += kBlockTokens) {
       ScoreBlock(f.storage, kind, f.group, block, scores.data());
-      for (int g = 0; g < f.shape.q_heads; ++g) {
+      for (int g = 0; g < f.shape.group_heads; ++g) {
         for (int64_t t = block; t < block + kBlockTokens; t += t % 7 + 1) {
           const float score = scores[g * kBlockTokens + t - block];
           if (t < kBegin || t >= kEnd) {

@@ -167,13 +167,13 @@ class DrawnNumbersTest : public testing::TestWithParam<int64_t> {
 };
 
 TEST_P(DrawnNumbersTest, EqualTheScalarDefinition) {
-  GroupFixture f({.q_heads = 1, .tokens = 6000, .middle_begin = 272, .middle_end = 5952});
+  GroupFixture f({.group_heads = 1, .tokens = 6000, .middle_begin = 272, .middle_end = 5952});
   Group& group = f.group;
   const float zero = 0;
-  for (int64_t b = 0; b < cpu::NumBlocks(group); ++b) {
+  for (int64_t b = 0; b < NumBlocks(group); ++b) {
     group.scratch.shift[b] = 0;
     for (int64_t i = 0; i < kBlockTokens; ++i) {
-      const int64_t token = (cpu::FirstBlock(group) + b) * kBlockTokens + i;
+      const int64_t token = (FirstBlock(group) + b) * kBlockTokens + i;
       const bool inside = token >= group.middle_begin && token < group.middle_end;
       group.scratch.estimate[b * kBlockTokens + i] = HalfBits(inside ? 1 : 0);
     }

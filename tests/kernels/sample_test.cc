@@ -23,10 +23,10 @@ namespace {
 // Gains and floors of every head, in the unit of the estimates.
 struct Weights {
   Weights(const GroupFixture& f, double level) {
-    for (int g = 0; g < f.shape.q_heads; ++g) {
+    for (int g = 0; g < f.shape.group_heads; ++g) {
       float most = -INFINITY;
       for (int64_t b = 0; b < NumBlocks(f.group); ++b) {
-        most = std::max(most, f.group.scratch.shift[b * f.shape.q_heads + g]);
+        most = std::max(most, f.group.scratch.shift[b * f.shape.group_heads + g]);
       }
       log_gain.push_back(-most + .1f * static_cast<float>(g));
       floor.push_back(static_cast<float>(level * (g % 3)));
@@ -44,12 +44,12 @@ double Part(const GroupFixture& f, const Weights& w, int head, int64_t token) {
   const int64_t block = token / kBlockTokens - FirstBlock(f.group);
   return EstimateOf(f.group, token, head) *
          std::exp(static_cast<double>(w.log_gain[head]) +
-                  f.group.scratch.shift[block * f.shape.q_heads + head]);
+                  f.group.scratch.shift[block * f.shape.group_heads + head]);
 }
 
 double Weight(const GroupFixture& f, const Weights& w, int64_t token) {
   double sum = 0;
-  for (int g = 0; g < f.shape.q_heads; ++g) {
+  for (int g = 0; g < f.shape.group_heads; ++g) {
     if (EstimateOf(f.group, token, g) == 0) continue;
     const double x = Part(f, w, g, token) + w.floor[g];
     sum += x * x;
@@ -59,7 +59,7 @@ double Weight(const GroupFixture& f, const Weights& w, int64_t token) {
 
 // Marked tokens are drawn with probability 1 in the first draw, and in no other.
 TEST(MarkedTest, AreDrawnOnce) {
-  GroupFixture f({.q_heads = 4}, 5);
+  GroupFixture f({.group_heads = 4}, 5);
   f.BuildIndex();
   const std::vector<int64_t> marked = {17, 300, 301, 1000};
   for (const int64_t token : marked) {
@@ -104,8 +104,10 @@ class SampleTest : public testing::TestWithParam<std::tuple<int, int64_t>> {
   }
   void TearDown() override { UseSimdTarget(0); }
   static GroupShape Shape() {
-    return {
-        .q_heads = std::get<0>(GetParam()), .tokens = 5300, .middle_begin = 16, .middle_end = 5120};
+    return {.group_heads = std::get<0>(GetParam()),
+            .tokens = 5300,
+            .middle_begin = 16,
+            .middle_end = 5120};
   }
   std::vector<uint32_t> Tokens(int64_t count) const {
     return {f_.group.scratch.token, f_.group.scratch.token + count};
@@ -119,22 +121,22 @@ TEST_P(SampleTest, PredictsVarianceAndSize) {
     const Weights w(f_, floor);
     for (const auto& [scale, stride, phase] : std::vector<std::tuple<float, int, int>>{
              {1.f, 1, 0}, {.1f, 1, 0}, {8.f, 1, 0}, {.5f, 2, 0}, {.5f, 2, 1}, {.5f, 4, 3}}) {
-      std::vector<double> variance(f_.shape.q_heads);
+      std::vector<double> variance(f_.shape.group_heads);
       double expected = 0;
       for (int64_t t = 16; t < 5120; ++t) {
         const int64_t block = t / kBlockTokens, tile = t % kBlockTokens / kTileTokens;
         if (tile % stride != (phase + block) % stride) continue;
         const double weight = Weight(f_, w, t), pi = std::min(1., scale * weight);
         expected += pi * stride;
-        for (int g = 0; g < f_.shape.q_heads; ++g) {
+        for (int g = 0; g < f_.shape.group_heads; ++g) {
           const double x = Part(f_, w, g, t);
           if (pi < 1) variance[g] += stride * x * x * (1 / (scale * weight) - 1);
         }
       }
-      std::vector<float> got(f_.shape.q_heads);
+      std::vector<float> got(f_.shape.group_heads);
       const float size = PredictVariance(f_.group, w.At(scale), stride, phase, got.data(), {});
       EXPECT_NEAR(size, expected, 1e-4 * expected);
-      for (int g = 0; g < f_.shape.q_heads; ++g)
+      for (int g = 0; g < f_.shape.group_heads; ++g)
         EXPECT_NEAR(got[g], variance[g], 2e-4 * variance[g] + 1e-12) << g;
     }
   }
@@ -218,7 +220,7 @@ TEST_P(SampleTest, CandidatesChangeNothing) {
 
 TEST_P(SampleTest, ThreadsDoNotMatter) {
   const Weights w(f_, 1e-3);
-  std::vector<float> variance(f_.shape.q_heads), other(f_.shape.q_heads);
+  std::vector<float> variance(f_.shape.group_heads), other(f_.shape.group_heads);
   const float size = PredictVariance(f_.group, w.At(1.f), 1, 0, variance.data(), {});
   const std::vector<uint32_t> drawn = Tokens(DrawTokens(f_.group, w.At(1.f), 0, {}, 0, {}));
   for (const int threads : {1, 2}) {
@@ -233,11 +235,11 @@ TEST_P(SampleTest, FixedTokensLeaveTheScan) {
   const Weights w(f_, 1e-3);
   const int64_t count = DrawTokens(f_.group, w.At(.5f), 0, {}, 0, {});
   const std::vector<uint32_t> fixed = Tokens(count);
-  std::vector<double> mass(NumBlocks(f_.group) * f_.shape.q_heads);
+  std::vector<double> mass(NumBlocks(f_.group) * f_.shape.group_heads);
   for (size_t i = 0; i < mass.size(); ++i) mass[i] = f_.group.scratch.mass[i];
   for (const uint32_t t : fixed) {
-    for (int g = 0; g < f_.shape.q_heads; ++g) {
-      mass[(t / kBlockTokens) * f_.shape.q_heads + g] -= EstimateOf(f_.group, t, g);
+    for (int g = 0; g < f_.shape.group_heads; ++g) {
+      mass[(t / kBlockTokens) * f_.shape.group_heads + g] -= EstimateOf(f_.group, t, g);
     }
   }
   FixDrawn(f_.group, count);
@@ -318,7 +320,8 @@ TEST(PlanTest, LearnsTheRatioThatOneStepInTenExceeds) {
 // largest e^ tell. Where they count for nothing, the last pass finds 16 times the variance asked
 // for, or more.
 TEST(PlanTest, SeesHeavyTokensOutsideItsTiles) {
-  GroupFixture f({.q_heads = 2, .tokens = 65536 + 256, .middle_begin = 256, .middle_end = 65536});
+  GroupFixture f(
+      {.group_heads = 2, .tokens = 65536 + 256, .middle_begin = 256, .middle_end = 65536});
   f.BuildIndex();
   f.Scan();
   Scratch& w = f.group.scratch;
@@ -349,7 +352,7 @@ TEST(PlanTest, SeesHeavyTokensOutsideItsTiles) {
 
 // The share of draws that hold a token is its inclusion probability.
 TEST(InclusionTest, FrequenciesAreTheProbabilities) {
-  GroupFixture f({.q_heads = 2, .tokens = 500, .middle_begin = 16, .middle_end = 336});
+  GroupFixture f({.group_heads = 2, .tokens = 500, .middle_begin = 16, .middle_end = 336});
   f.BuildIndex();
   f.Scan();
   const Weights w(f, .02);

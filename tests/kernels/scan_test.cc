@@ -76,7 +76,7 @@ class ScanTest : public testing::TestWithParam<Dims> {
             .dim_k = dims.k,
             .dim_v = dims.v,
             .shared_kv = dims.shared_kv,
-            .q_heads = heads,
+            .group_heads = heads,
             .tokens = 700,
             .middle_begin = 32,
             .middle_end = 576,
@@ -119,7 +119,7 @@ TEST_P(ScanTest, ScoresEqualFloat64OfTheCodes) {
             if (t < 32 || t >= 576) {
               ASSERT_EQ(score, -INFINITY) << t;
             } else if (IsMarked(f, t)) {
-              ASSERT_EQ(score, kMarkedScore) << t;
+              ASSERT_EQ(score, kOutlierScore) << t;
             } else {
               ASSERT_NEAR(score, Score(f, g, t), 2e-5 * ScoreSize(f, g))
                   << bytes << " " << heads << " " << t;
@@ -135,7 +135,7 @@ INSTANTIATE_TEST_SUITE_P(Rows, ScanTest, testing::ValuesIn(kDims));
 
 void ExpectEstimates(const GroupFixture& f, IndexKind kind, double rounding = 6e-4) {
   const Scratch& w = f.group.scratch;
-  const int heads = f.shape.q_heads;
+  const int heads = f.shape.group_heads;
   std::vector<float> scores(heads * kBlockTokens);
   for (int64_t b = 0; b < NumBlocks(f.group); ++b) {
     const int64_t first = (FirstBlock(f.group) + b) * kBlockTokens;
@@ -150,7 +150,7 @@ void ExpectEstimates(const GroupFixture& f, IndexKind kind, double rounding = 6e
         const double got = EstimateOf(f.group, first + i, g);
         const bool inside = first + i >= f.group.middle_begin && first + i < f.group.middle_end;
         if (kind == IndexKind::kBalanced && inside && IsMarked(f, first + i)) {
-          ASSERT_EQ(got, kMarkedEstimate) << first + i;
+          ASSERT_EQ(got, kOutlierEstimate) << first + i;
           ++marked;
           continue;
         }
@@ -175,7 +175,8 @@ TEST(ScanEstimatesTest, EdgesOfTheMiddle) {
   for (const int64_t begin : {0, 16, 240, 256}) {
     for (const int64_t end : {320, 512, 576, 1024}) {
       for (const IndexKind kind : {IndexKind::kBalanced, IndexKind::kExact}) {
-        GroupFixture f({.q_heads = 3, .tokens = 1100, .middle_begin = begin, .middle_end = end});
+        GroupFixture f(
+            {.group_heads = 3, .tokens = 1100, .middle_begin = begin, .middle_end = end});
         f.BuildIndex();
         f.Scan(kind);
         ExpectEstimates(f, kind);
@@ -187,7 +188,7 @@ TEST(ScanEstimatesTest, EdgesOfTheMiddle) {
 // Predictions 20 and more below the block's best keep a chance to be drawn.
 TEST(ScanEstimatesTest, PeakedScores) {
   for (const double spread : {20., 200.}) {
-    GroupFixture f({.q_heads = 4, .tokens = 1100, .middle_end = 1024, .logit_spread = spread});
+    GroupFixture f({.group_heads = 4, .tokens = 1100, .middle_end = 1024, .logit_spread = spread});
     f.BuildIndex();
     for (const int64_t target : SimdTargets()) {
       UseSimdTarget(target);
@@ -200,7 +201,7 @@ TEST(ScanEstimatesTest, PeakedScores) {
 
 TEST(ScanEstimatesTest, ManyHeadsOnTwoThreads) {
   for (const int heads : {16, 64, 65, 130}) {
-    GroupFixture f({.q_heads = heads, .tokens = 4200, .middle_end = 4096});
+    GroupFixture f({.group_heads = heads, .tokens = 4200, .middle_end = 4096});
     f.BuildIndex();
     f.Scan();
     ExpectEstimates(f, IndexKind::kBalanced);
@@ -215,9 +216,12 @@ TEST(ScanEstimatesTest, ManyHeadsOnTwoThreads) {
 }
 
 TEST(ScanScoresTest, ExactScoresOfTheMiddleInARow) {
-  GroupFixture f(
-      {.dtype = DType::kF16, .q_heads = 6, .tokens = 1100, .middle_begin = 48, .middle_end = 960},
-      1, {.policy = Policy::kTopK});
+  GroupFixture f({.dtype = DType::kF16,
+                  .group_heads = 6,
+                  .tokens = 1100,
+                  .middle_begin = 48,
+                  .middle_end = 960},
+                 1, {.policy = Policy::kTopK});
   ScaleQueries(f.storage, f.group);
   ScanScores(f.storage, IndexKind::kExact, f.group, {});
   for (int g = 0; g < 6; ++g) {

@@ -85,7 +85,8 @@ TEST(TopKTest, ReadsTheExactBest) {
   for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
     for (const int heads : kGroupSizes) {
       for (const float share : {0.f, .01f, .2f, 1.f}) {
-        GroupFixture f({.dtype = dtype, .q_heads = heads, .tokens = 700, .middle_end = 528}, heads,
+        GroupFixture f({.dtype = dtype, .group_heads = heads, .tokens = 700, .middle_end = 528},
+                       heads,
                        {.policy = Policy::kTopK, .index = IndexKind::kExact, .topk_share = share});
         RunDecode(f);
         const int64_t k = static_cast<int64_t>(std::ceil(share * 512));
@@ -105,7 +106,7 @@ TEST(TopKTest, ReadsTheExactBest) {
 }
 
 TEST(TopKTest, TiesGoToTheLowerToken) {
-  GroupFixture f({.q_heads = 2, .tokens = 700, .middle_end = 528}, 1,
+  GroupFixture f({.group_heads = 2, .tokens = 700, .middle_end = 528}, 1,
                  {.policy = Policy::kTopK, .index = IndexKind::kExact, .topk_share = .25f});
   for (int64_t t = 0; t < 700; ++t) {
     for (int c = 0; c < 64; ++c) f.SetKey(t, c, c == 0 ? static_cast<float>(t % 3 == 0) : 0.f);
@@ -130,7 +131,7 @@ Promise UniformPromise(float epsilon, float topk, float base) {
 
 TEST(TopKUniformTest, AllOfTheResidualIsDense) {
   for (const float base : {.01f, 1.f}) {
-    GroupFixture f({.q_heads = 3, .tokens = 700, .middle_end = 528}, 2,
+    GroupFixture f({.group_heads = 3, .tokens = 700, .middle_end = 528}, 2,
                    UniformPromise(1e-6f, .05f, base));
     RunDecode(f);
     EXPECT_TRUE(f.group.all_read);
@@ -144,7 +145,7 @@ TEST(TopKUniformTest, AllOfTheResidualIsDense) {
 
 // With the size of the sample fixed, numerator and denominator have the exact ones as their mean.
 TEST(TopKUniformTest, UnbiasedOverSeeds) {
-  GroupFixture f({.q_heads = 2, .tokens = 700, .middle_end = 528}, 2,
+  GroupFixture f({.group_heads = 2, .tokens = 700, .middle_end = 528}, 2,
                  UniformPromise(10, .05f, .2f));
   constexpr int kSeeds = 2000, kParts = 9;
   std::vector<double> sum(2 * kParts), sum2(2 * kParts);

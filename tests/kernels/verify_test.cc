@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu/attend.h"
-#include "kernels/cpu/draw.h"
+#include "kernels/cpu/estimate.h"
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/scan.h"
 #include "kernels/sampling.h"
@@ -30,21 +30,21 @@ struct DrawFixture : GroupFixture {
       group.scratch.weight[i] = i % 5 == 0 ? 2.5f : .05f * static_cast<float>(1 + i % 37);
     }
     ReadDraw(storage, group, draw, 0, {});
-    for (int g = 0; g < s.q_heads; ++g) {
+    for (int g = 0; g < s.group_heads; ++g) {
       HeadWork& head = group.scratch.head[g];
       head.shift = .5f;
       head.denominator = 5000 + static_cast<float>(g);
       head.least_ref = .8f;
       group.state[g] = {.eta2 = .3f, .cos2 = -1};
       for (int i = 0; i < count && s.value_bits > 0; ++i)
-        group.scratch.guess[g * group.scratch.stride + i] = Guess(g, i);
+        group.scratch.predicted_e[g * group.scratch.stride + i] = PredictedE(g, i);
     }
     tail = ListTail(group, draw);
   }
 
   uint32_t Token(int i) const { return group.scratch.token[i]; }
   double Pi(int i) const { return std::min(1.f, draw.scale * group.scratch.weight[i]); }
-  float Guess(int g, int i) const {
+  float PredictedE(int g, int i) const {
     return static_cast<float>(std::exp(Logit(g, Token(i)) - .5) * (.7 + .1 * (i % 5)));
   }
 
@@ -58,7 +58,7 @@ struct DrawFixture : GroupFixture {
     for (int j = 0; j < shape.dim_v; ++j) {
       r[j] = e * (Value(Token(i), j) - o[j]) / unit;
       if (storage.value_bits > 0)
-        r[j] -= Guess(g, i) * (DecodedValue(*this, Token(i), j) - o[j]) / unit;
+        r[j] -= PredictedE(g, i) * (DecodedValue(*this, Token(i), j) - o[j]) / unit;
     }
     return r;
   }
@@ -117,7 +117,7 @@ class VerifyTest : public testing::TestWithParam<std::tuple<DType, Dims, int>> {
             .dim_k = dims.k,
             .dim_v = dims.v,
             .shared_kv = dims.shared_kv,
-            .q_heads = heads,
+            .group_heads = heads,
             .tokens = 900,
             .middle_end = 720,
             .value_bits = bits};
@@ -160,14 +160,15 @@ TEST_P(VerifyTest, VarianceRankAndBound) {
     double mass = 0, spread = 0, relative = 0, estimate = 0;
     for (int i = 0; i < f.draw.count; ++i) {
       if (f.Pi(i) >= 1) continue;
-      const double e = std::exp(f.Logit(g, f.Token(i)) - head.shift), guess = f.Guess(g, i);
+      const double e = std::exp(f.Logit(g, f.Token(i)) - head.shift),
+                   predicted_e = f.PredictedE(g, i);
       double distance2 = 0;
       for (int j = 0; j < f.shape.dim_v; ++j)
         distance2 += std::pow(f.Value(f.Token(i), j) - o[j], 2);
       mass += e / f.Pi(i);
       spread += e / f.Pi(i) * distance2;
-      relative += (e - guess) * (e - guess) / f.Pi(i);
-      estimate += guess * guess / f.Pi(i);
+      relative += (e - predicted_e) * (e - predicted_e) / f.Pi(i);
+      estimate += predicted_e * predicted_e / f.Pi(i);
     }
     EXPECT_NEAR(f.group.state[g].spread, spread / mass, 1e-3 * spread / mass);
     if (f.storage.value_bits > 0) {
@@ -213,7 +214,7 @@ INSTANTIATE_TEST_SUITE_P(Mla, VerifyTest,
                                           testing::Values(Dims{576, 512, true}),
                                           testing::Values(0, 2)));
 
-GroupShape PlainShape() { return {.q_heads = 1, .tokens = 900, .middle_end = 720}; }
+GroupShape PlainShape() { return {.group_heads = 1, .tokens = 900, .middle_end = 720}; }
 
 TEST(EffectiveRankTest, CollinearResidualsHaveRankOne) {
   DrawFixture f(PlainShape());
@@ -251,7 +252,7 @@ TEST(EffectiveRankTest, IsotropicResidualsHaveTheRankOfTheSpace) {
 // Four values of 1e-12 multiplied, or of 1e12, are none of fp32's.
 TEST(EffectiveRankTest, TheUnitOfValuesDoesNotMatter) {
   const auto cos2 = [](float unit) {
-    DrawFixture f({.q_heads = 1});
+    DrawFixture f({.group_heads = 1});
     for (int64_t t = 0; t < f.shape.tokens; ++t) {
       for (int j = 0; j < f.shape.dim_v; ++j) {
         f.SetValue(t, j, unit * static_cast<float>(f.Value(t, j)));

@@ -149,7 +149,7 @@ TEST(HostStoreTest, AReservedBlockGoesBackToItsReservation) {
   EXPECT_TRUE(store->CheckInvariants().ok()) << store->CheckInvariants();
 }
 
-TEST(HostStoreTest, PagesAreTouchedOnlyAsBlocksAreWrittenAndTrimGivesFreeOnesBack) {
+TEST(HostStoreTest, PagesAreTouchedOnlyAsBlocksAreWritten) {
   const std::unique_ptr<HostStore> store = MakeStore(1000, PageBytes());
   const std::vector<int32_t> ids = Allocate(*store, 900);
   EXPECT_EQ(ResidentPages(*store), 0);
@@ -157,23 +157,6 @@ TEST(HostStoreTest, PagesAreTouchedOnlyAsBlocksAreWrittenAndTrimGivesFreeOnesBac
   EXPECT_EQ(ResidentPages(*store), 50);
   for (int i = 10; i < 30; ++i) store->Release(static_cast<BlockId>(ids[i]));
   EXPECT_EQ(ResidentPages(*store), 50);
-  ASSERT_TRUE(store->Trim().ok());
-  EXPECT_EQ(ResidentPages(*store), 30);
-  EXPECT_EQ(store->data(static_cast<BlockId>(ids[9]))[0], std::byte{9});
-  EXPECT_EQ(store->data(static_cast<BlockId>(ids[30]))[0], std::byte{9});
-}
-
-TEST(HostStoreTest, TrimKeepsPagesThatAUsedBlockReachesInto) {
-  const uint64_t block_bytes = PageBytes() + PageBytes() / 2;
-  const std::unique_ptr<HostStore> store = MakeStore(3, block_bytes);
-  Allocate(*store, 3);
-  std::memset(store->base(), 5, 3 * block_bytes);
-  store->Release(BlockId{1});  // from inside page 1 to the end of page 2
-  ASSERT_TRUE(store->Trim().ok());
-  EXPECT_EQ(ResidentPages(*store), 4);
-  const auto is_five = [](std::byte b) { return b == std::byte{5}; };
-  EXPECT_TRUE(std::all_of(store->data(BlockId{0}), store->data(BlockId{0}) + block_bytes, is_five));
-  EXPECT_TRUE(std::all_of(store->data(BlockId{2}), store->data(BlockId{2}) + block_bytes, is_five));
 }
 
 TEST(HostStoreTest, PrefaultTouchesEveryPage) {

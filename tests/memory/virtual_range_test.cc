@@ -22,7 +22,7 @@ int64_t ResidentPages(const VirtualRange& range) {
   return count;
 }
 
-TEST(VirtualRangeTest, PagesComeWithUseAndGoWithRelease) {
+TEST(VirtualRangeTest, PagesComeWithUse) {
   const uint64_t page = PageBytes();
   absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(100 * page, {});
   ASSERT_TRUE(range.ok()) << range.status();
@@ -30,13 +30,6 @@ TEST(VirtualRangeTest, PagesComeWithUseAndGoWithRelease) {
   EXPECT_EQ(ResidentPages(*range), 0);
   for (uint64_t i = 10; i < 20; ++i) range->data()[i * page] = std::byte{1};
   EXPECT_EQ(ResidentPages(*range), 10);
-
-  // Only whole pages go: 11 to 13 of the bytes from inside page 10 to inside page 14.
-  ASSERT_TRUE(range->Release(10 * page + 1, 4 * page).ok());
-  EXPECT_EQ(ResidentPages(*range), 7);
-  EXPECT_EQ(range->data()[10 * page], std::byte{1});
-  EXPECT_EQ(range->data()[11 * page], std::byte{0});
-  EXPECT_EQ(range->data()[14 * page], std::byte{1});
 }
 
 TEST(VirtualRangeTest, MayExceedPhysicalMemory) {
@@ -76,11 +69,6 @@ TEST(VirtualRangeTest, RefusalsAreErrors) {
   EXPECT_EQ(CodeOf(full), Code::kOutOfMemory);
   EXPECT_NE(std::string(full.message()).find(std::to_string(all / 2 + 1)), std::string::npos)
       << full;
-
-  absl::StatusOr<VirtualRange> range = VirtualRange::Reserve(PageBytes(), {});
-  ASSERT_TRUE(range.ok());
-  EXPECT_EQ(CodeOf(range->Release(1, PageBytes())), Code::kInvalidArgument);
-  EXPECT_EQ(CodeOf(range->Release(PageBytes() + 1, all)), Code::kInvalidArgument);
 }
 
 }  // namespace

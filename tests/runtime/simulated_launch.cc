@@ -48,7 +48,7 @@ uint32_t CodeOf(const Storage& s, const std::byte* row, const IndexTables& index
 int64_t CodeAt(const Storage& s, int64_t token) { return token % kBlockTokens * s.code.bytes(); }
 
 // The row of a middle token by the hot set: from there, or from the host pool and then kept.
-const std::byte* HotRow(const DecodeParams& p, const DeviceGroup& g, int64_t token, bool* bad) {
+const std::byte* HotRow(const StepParams& p, const DeviceGroup& g, int64_t token, bool* bad) {
   const HotSetRef& hot = p.hot;
   const int64_t row_bytes = p.storage.host.row.row_bytes;
   const std::byte* const host = HostRow(p.storage.host, g.blocks, token);
@@ -70,9 +70,9 @@ const std::byte* HotRow(const DecodeParams& p, const DeviceGroup& g, int64_t tok
 }
 
 // False if what a group is made of has gone.
-bool IsThere(const DeviceGroup& g, int q_heads) {
+bool IsThere(const DeviceGroup& g, int group_heads) {
   return Reaches(g.blocks, 4) && Reaches(g.fixed, 1) &&
-         Reaches(g.state, sizeof(HeadState) * q_heads) && Reaches(g.scratch.output, 4) &&
+         Reaches(g.state, sizeof(HeadState) * group_heads) && Reaches(g.scratch.output, 4) &&
          (g.num_segments == 0 || Reaches(g.segments, 1)) &&
          (g.recent == nullptr || Reaches(g.recent, 4));
 }
@@ -85,7 +85,7 @@ const IndexTables& TablesAt(const DeviceGroup& g, int64_t token) {
 
 // Outputs [G][dim_v] and lse [G] of a group into scratch; not a number where the device contradicts
 // itself.
-void Answer(const DecodeParams& p, const DeviceGroup& g) {
+void Answer(const StepParams& p, const DeviceGroup& g) {
   const Storage& s = p.storage.host;
   const int dim_k = s.row.dim_k, dim_v = s.row.dim_v;
   const int64_t place = int64_t{g.slot} * p.kv_heads + g.kv_head;
@@ -100,7 +100,7 @@ void Answer(const DecodeParams& p, const DeviceGroup& g) {
                 size_t{4} * (dim_k + dim_v));
   }
   if (g.recent != nullptr) {
-    const size_t bytes = size_t{4} * p.q_heads * dim_k;
+    const size_t bytes = size_t{4} * p.group_heads * dim_k;
     std::memcpy(g.recent,
                 static_cast<const std::byte*>(p.call.q) + place * static_cast<int64_t>(bytes),
                 bytes);
@@ -125,8 +125,9 @@ void Answer(const DecodeParams& p, const DeviceGroup& g) {
     const float* const from = reinterpret_cast<const float*>(row);
     rows.insert(rows.end(), from, from + width);
   }
-  for (int h = 0; h < p.q_heads; ++h) {
-    const float* const q = static_cast<const float*>(p.call.q) + (place * p.q_heads + h) * dim_k;
+  for (int h = 0; h < p.group_heads; ++h) {
+    const float* const q =
+        static_cast<const float*>(p.call.q) + (place * p.group_heads + h) * dim_k;
     std::vector<double> logit, out(static_cast<size_t>(dim_v));
     double most = -std::numeric_limits<double>::infinity(), mass = 0;
     for (size_t at = 0; at < rows.size(); at += width) {
@@ -146,12 +147,12 @@ void Answer(const DecodeParams& p, const DeviceGroup& g) {
   }
 }
 
-void Report(const DecodeParams& p, const DeviceGroup& g) {
+void Report(const StepParams& p, const DeviceGroup& g) {
   const int dim = p.storage.host.row.dim_v;
   const int64_t place = int64_t{g.slot} * p.kv_heads + g.kv_head;
-  for (int h = 0; h < p.q_heads; ++h) {
+  for (int h = 0; h < p.group_heads; ++h) {
     const float* const from = g.scratch.output + h * (dim + 1);
-    const int64_t head = place * p.q_heads + h;
+    const int64_t head = place * p.group_heads + h;
     std::memcpy(static_cast<float*>(p.call.out) + head * dim, from, size_t{4} * dim);
     if (p.call.lse != nullptr) p.call.lse[head] = from[dim];
     if (p.call.error != nullptr) p.call.error[head] = g.state[h].started;
@@ -165,15 +166,15 @@ int TilesInFlight(const Storage&) { return 2; }
 AnswerShape ShapeAnswer(const DeviceStorage&, int, int) { return {.teams = 1, .team = 1}; }
 
 // Two operations: what the first leaves in scratch must still be there for the second.
-int Decode(const DecodeParams& p, const AnswerShape&, int, Stream stream) {
+int Decode(const StepParams& p, const AnswerShape&, int, Stream stream) {
   Enqueue(stream, [p] {
     for (int g = 0; g < p.header->num_groups; ++g) {
-      if (IsThere(p.groups[g], p.q_heads)) Answer(p, p.groups[g]);
+      if (IsThere(p.groups[g], p.group_heads)) Answer(p, p.groups[g]);
     }
   });
   return Enqueue(stream, [p] {
     for (int g = 0; g < p.header->num_groups; ++g) {
-      if (IsThere(p.groups[g], p.q_heads)) Report(p, p.groups[g]);
+      if (IsThere(p.groups[g], p.group_heads)) Report(p, p.groups[g]);
     }
   });
 }
@@ -252,10 +253,10 @@ int Write(const WriteParams& p, Stream stream) {
   });
 }
 
-size_t CarveScratch(const Storage& storage, const Promise&, int64_t, int q_heads, int,
+size_t CarveScratch(const Storage& storage, const Promise&, int64_t, int group_heads, int,
                     std::byte* memory, GroupScratch& out) {
   if (memory != nullptr) out.output = reinterpret_cast<float*>(memory);
-  return static_cast<size_t>(q_heads) * (storage.row.dim_v + 1) * sizeof(float);
+  return static_cast<size_t>(group_heads) * (storage.row.dim_v + 1) * sizeof(float);
 }
 
 }  // namespace vattn::cuda

@@ -158,21 +158,6 @@ TEST(SystemFaultTest, EveryCallForMemory) {
   }
 }
 
-TEST(SystemFaultTest, PagesThatTheSystemDoesNotTakeBack) {
-  memory_faults = {};
-  const uint64_t page = PageBytes();
-  absl::StatusOr<std::unique_ptr<HostStore>> store =
-      HostStore::Create({.limit_bytes = 8 * page,
-                         .block_bytes = page,
-                         .huge_pages = false,
-                         .memory_ops = &kFaultMemoryOps});
-  ASSERT_TRUE(store.ok()) << store.status();
-  memory_faults = {.fail_at = 1};
-  EXPECT_EQ(CodeOf((*store)->Trim()), Code::kNotSupported);
-  EXPECT_TRUE((*store)->Trim().ok());
-  EXPECT_TRUE((*store)->CheckInvariants().ok());
-}
-
 // Last: what oneTBB was refused it does not ask for again.
 TEST(SystemFaultTest, ThreadsThatTheSystemDoesNotStart) {
   ScratchDirectory scratch;

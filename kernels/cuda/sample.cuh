@@ -1,8 +1,8 @@
 // Passes over the estimates of a group (METHOD.md, "Selection"): predicted variance, candidates,
-// and the draw. weight^2 of a token = sum_h (gain_h e^_h + floor_h)^2, it is drawn iff u < scale *
-// weight, and surely where ln e^_h is scratch.sure or over it for any head.
-#ifndef VATTN_KERNELS_CUDA_DRAW_CUH_
-#define VATTN_KERNELS_CUDA_DRAW_CUH_
+// and the draw. The weight of a token is the root of sum_h (gain_h e^_h + floor_h)^2. A token is drawn
+// if and only if u < scale * weight, or ln e^_h >= scratch.sure_h for any head h.
+#ifndef VATTN_KERNELS_CUDA_SAMPLE_CUH_
+#define VATTN_KERNELS_CUDA_SAMPLE_CUH_
 
 #include <cmath>
 
@@ -11,41 +11,24 @@
 
 namespace vattn::cuda {
 
-// Whose random numbers a draw takes: the permanent ones, or those of the step's n-th redraw, n from
-// 1.
-struct Randomness {
-  uint32_t refresh = 1;
-  uint32_t redraw = 0;
-};
-
-inline __device__ float Uniform(const DeviceGroup& group, const Randomness& r, uint32_t token) {
-  const uint32_t counter = TokenCounter(token);
-  const uint32_t refresh = r.redraw > 0 ? 1 : r.refresh;
-  const uint32_t use = r.redraw > 0 ? static_cast<uint32_t>(RandomUse::kRedraw) + r.redraw - 1
-                                    : static_cast<uint32_t>(RandomUse::kSelect);
-  const Philox4 x = Philox({{counter, Epoch(counter, group.step, refresh), group.key.stream, use}},
-                           group.key.key0, group.key.key1);
-  return UnitFloat(x.word[(token >> 4) & 3]);
-}
-
-// scratch.sure of all heads in a segment of the index; null: no token is sure.
+// scratch.sure of all heads in a segment of the index. Null: no token is sure.
 inline __device__ const float* SureScores(const GroupScratch& w, int segment, int heads) {
   return w.sure == nullptr ? nullptr : w.sure + segment * heads;
 }
 
-// The least estimate of a block with this shift from which on head h draws a token surely. sure: of
-// SureScores.
+// The estimate from which on head h draws a token for sure, in a block with this shift. `sure` is what
+// SureScores returned.
 inline __device__ float SureEstimate(const float* sure, int h, float shift) {
   constexpr float kNever = 2;  // over every estimate
   // Tokens that are not there have estimate 0.
   return sure == nullptr ? kNever : fmaxf(expf(fminf(1.f, sure[h] - shift)), kLeastEstimate);
 }
 
-// e's part of weight^2; a marked token, with e < 0 for every head, is always drawn, as is one with
-// e >= sure.
+// Adds the part of one head to weight^2. An outlier, whose e is below 0 for every head, is always
+// drawn, and so is a token with e >= sure.
 inline __device__ void AddWeight(float e, float gain, float floor, float sure, float& weight2) {
   if (e < 0 || e >= sure) {
-    weight2 = kMarkedWeight2;
+    weight2 = kAlwaysWeight2;
     return;
   }
   const float with_floor = fmaf(e, gain, e > 0 ? floor : 0);
@@ -59,8 +42,9 @@ inline __device__ float Excess(float weight2, float scale, float& expected) {
   return fmaxf(inverse / scale - 1.f, 0.f);
 }
 
-// One tile of 16 tokens in `stride` is looked at, in block b those whose number is (phase + b)
-// modulo stride: how many there are in so many blocks, and where the item-th lies.
+// One tile of 16 tokens in `stride` is looked at: in block b the tiles whose number is (phase + b)
+// modulo stride. SampledTiles says how many these are in `blocks` blocks, SampledTile where the item-th
+// of them lies.
 constexpr int kTilesPerBlock = kBlockTokens / kTileTokens;
 inline __device__ int64_t SampledTiles(int stride, int64_t blocks) {
   if (stride <= kTilesPerBlock) return blocks * (kTilesPerBlock / stride);
@@ -79,8 +63,8 @@ inline __device__ TilePlace SampledTile(int stride, int phase, int64_t item) {
   return {item / kTilesPerBlock * stride + (tile - phase % stride + stride) % stride, tile};
 }
 
-// Predicted variance of every head [0, G) and expected draws [G] over one tile of 16 tokens in
-// `stride`, as PredictVariance of kernels/cpu/sample.h: into shared.total.
+// As PredictVariance of kernels/cpu/sample.h, from one tile of 16 tokens in `stride`: into shared.total
+// the predicted variance of every head, [0, G), and the expected draws, [G].
 template <int kHeads>
 __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int stride, int phase) {
   const GroupScratch& w = team.group.scratch;
@@ -145,8 +129,8 @@ inline __device__ int DrawToken(int lane, int i) {
   return lane / 8 * 64 + i / 2 * 16 + lane % 8 * 2 + i % 2;
 }
 
-// Writes a warp's kept tokens (ballots, by place in the lane) of one block, ascending; their
-// number.
+// Writes the tokens of one block that a warp keeps, in ascending order, and returns their number.
+// kept[i]: the ballot of the lanes' i-th tokens.
 inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane,
                                       const unsigned (&kept)[kDrawTokens],
                                       const float (&weight2)[kDrawTokens]) {
@@ -174,19 +158,19 @@ inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane,
   return count;
 }
 
-// One segment by a warp: predicted variance of every head and expected draws to scratch.predicted,
-// and as candidates all tokens with u < bound * weight, one after the other from where its tokens
-// start.
+// A pass of a warp over one segment. Writes the predicted variance of every head and the expected
+// draws to scratch.predicted, and lists all tokens with u < bound * weight as candidates, from the
+// segment's first place in scratch.candidate on.
+//
+// The function is long because it is one loop over registers: up to kHeads heads stay in registers
+// over the segment, and with kAhead the next block is loaded meanwhile; more heads go in rounds.
 template <int kHeads>
 __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
                                const float* log_gain, const float* floors, float scale, float bound,
                                Randomness randomness) {
   const GroupScratch& w = group.scratch;
   const int lane = threadIdx.x % kWarp;
-  const uint32_t refresh = randomness.redraw > 0 ? 1 : randomness.refresh;
-  const uint32_t use = randomness.redraw > 0
-                           ? static_cast<uint32_t>(RandomUse::kRedraw) + randomness.redraw - 1
-                           : static_cast<uint32_t>(RandomUse::kSelect);
+  const uint32_t refresh = randomness.renewal(), use = randomness.use();
   const RandomKey key = group.key;
   const uint64_t step = group.step;
   const uint16_t* const estimates = w.estimate;
@@ -206,7 +190,7 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
   int candidates = 0;
   // Estimates of kHeads heads from `first` on of block b, and the unit of head first + lane %
   // kHeads.
-  constexpr bool kAhead = kHeads <= 4;  // there are registers for the next block's
+  constexpr bool kAhead = kHeads <= 4;  // there are registers for the next block
   __half2 held[kHeads][kDrawTokens / 2], next[kAhead ? kHeads : 1][kDrawTokens / 2];
   float shift = 0, next_shift = 0;
   const auto load = [&](int64_t b, int first, auto& to, float& unit) {
@@ -344,8 +328,7 @@ __device__ void SumPredicted(Team<kHeads>& team) {
 #pragma unroll
     for (int i = 0; i < kMostSegments / kWarp; ++i) {
       const int s = i * kWarp + lane;
-      sum +=
-          s < segments ? LoadShared(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h) : 0.f;
+      sum += s < segments ? LoadL2(w.predicted + static_cast<int64_t>(s) * (heads + 1) + h) : 0.f;
     }
     sum = WarpSum(sum);
     if (lane == 0) team.shared.total[h] = sum;
@@ -371,14 +354,15 @@ __device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float b
 // first `count`, and finds their rows; the new count, or -1 if the list has no room for it. Counts
 // misses in shared.fetched. Others see this block's part after a barrier.
 template <int kHeads>
-__device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high,
-                                     Randomness randomness, int64_t count) {
+__device__ __noinline__ int64_t DrawTokens(Team<kHeads>& team, float low, float high,
+                                           Randomness randomness, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int64_t segment_tokens = SegmentBlocks(NumBlocks(team.group)) * kBlockTokens;
   const int segment_begin = team.SegmentBegin(warp), segment_end = team.SegmentBegin(warp + 1);
   const auto drawn = [&](uint64_t c) {
-    const float u = Uniform(team.group, randomness, static_cast<uint32_t>(c));
+    const float u =
+        TokenUniform(team.group.key, static_cast<uint32_t>(c), team.group.step, randomness);
     const float weight = __uint_as_float(static_cast<uint32_t>(c >> 32));
     return u < high * weight && u >= low * weight;
   };
@@ -402,10 +386,10 @@ __device__ __noinline__ int64_t Draw(Team<kHeads>& team, float low, float high,
   int64_t first = count, all = own;
   if (team.size > 1) {
     double* totals =
-        w.partial + static_cast<int64_t>(team.parity) * team.size * kPartials(team.heads());
+        w.partial + static_cast<int64_t>(team.parity) * team.size * MostTotals(team.heads());
     if (tid == 0) totals[team.rank] = own;
     team.Sync();
-    const int n = lane < team.size ? static_cast<int>(LoadShared(totals + lane)) : 0;
+    const int n = lane < team.size ? static_cast<int>(LoadL2(totals + lane)) : 0;
     first += WarpSum(lane < team.rank ? n : 0);
     all = WarpSum(n);
     team.parity ^= 1;
@@ -446,7 +430,7 @@ __device__ __noinline__ void FixDrawn(Team<kHeads>& team, int64_t count) {
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   // A thread block alone writes the estimates that it reads: its L1 cache holds no older ones.
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const uint32_t token = LoadShared(w.token + i);
+    const uint32_t token = LoadL2(w.token + i);
     const int64_t b = token / kBlockTokens - FirstBlock(team.group);
     if (team.rank == 0) w.weight[i] = INFINITY;
     if (b < team.BlocksBegin() || b >= team.BlocksEnd()) continue;
@@ -469,4 +453,4 @@ __device__ __noinline__ void FixDrawn(Team<kHeads>& team, int64_t count) {
 
 }  // namespace vattn::cuda
 
-#endif  // VATTN_KERNELS_CUDA_DRAW_CUH_
+#endif  // VATTN_KERNELS_CUDA_SAMPLE_CUH_

@@ -1,4 +1,4 @@
-#include "kernels/cpu/draw.h"
+#include "kernels/cpu/estimate.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,8 +12,6 @@
 
 namespace vattn::cpu {
 namespace {
-
-constexpr int kMaxDim = 1024;
 
 // v^ of `count` <= 64 places of the list into out [count][dim_v], and pointers to its rows.
 void DecodeDrawn(const Storage& s, const Group& group, int64_t first, int count, float* out,
@@ -76,7 +74,7 @@ void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t fr
              .soon_count =
                  static_cast<int32_t>(std::min<int64_t>(kTileRows, draw.count - first - count)),
              .soon_bytes = s.row.row_bytes},
-            w.query, group.q_heads, w.logit + first, w.stride, s.scale);
+            w.query, group.group_heads, w.logit + first, w.stride, s.scale);
     NormRows({.rows = rows,
               .count = count,
               .offset = s.row.v_offset,
@@ -101,7 +99,7 @@ void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t fr
 void RaiseShift(const Group& group, const Draw& draw) {
   const Scratch& w = group.scratch;
   if (draw.count == 0) return;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     HeadWork& head = w.head[g];
     const float most = MaxRow(w.logit + g * w.stride, static_cast<int>(draw.count));
     if (most <= head.shift) continue;
@@ -115,8 +113,8 @@ void MakeBase(const Storage& s, const Group& group, const float* states, float* 
   const Scratch& w = group.scratch;
   const int dim = s.row.dim_v;
   const int64_t floats = StateFloats(dim);
-  std::copy_n(states, group.q_heads * floats, base);
-  for (int g = 0; g < group.q_heads; ++g) {
+  std::copy_n(states, group.group_heads * floats, base);
+  for (int g = 0; g < group.group_heads; ++g) {
     const SoftmaxState state(base + g * floats, dim);
     if (state.denominator() == 0) state.max() = w.head[g].shift;
     RescaleState(state, dim, w.head[g].shift);
@@ -126,8 +124,8 @@ void MakeBase(const Storage& s, const Group& group, const float* states, float* 
   float factors[2 * kMaxGroup];
   for (int64_t b = 0; b < NumBlocks(group); ++b) {
     const int64_t token = (FirstBlock(group) + b) * kBlockTokens;
-    for (int g = 0; g < group.q_heads; ++g) {
-      const int64_t at = b * group.q_heads + g;
+    for (int g = 0; g < group.group_heads; ++g) {
+      const int64_t at = b * group.group_heads + g;
       factors[2 * g] = std::exp(w.shift[at] - w.head[g].shift);
       factors[2 * g + 1] = w.mass[at];
     }
@@ -135,15 +133,15 @@ void MakeBase(const Storage& s, const Group& group, const float* states, float* 
     const uint8_t* codes = reinterpret_cast<const uint8_t*>(
                                s.base + group.blocks[token / kBlockTokens] * s.block.bytes) +
                            s.block.value_codes;
-    AddValueCodes(s, group.index, codes, w.estimate + b * group.q_heads * kBlockTokens,
-                  kBlockTokens, count, group.q_heads, factors, base, floats);
+    AddValueCodes(s, group.index, codes, w.estimate + b * group.group_heads * kBlockTokens,
+                  kBlockTokens, count, group.group_heads, factors, base, floats);
   }
 }
 
 void Estimate(const Storage& s, const Promise& promise, const Group& group, const Draw& draw,
               const float* base, float* outputs) {
   const Scratch& w = group.scratch;
-  const int dim = s.row.dim_v, heads = group.q_heads;
+  const int dim = s.row.dim_v, heads = group.group_heads;
   const int64_t floats = StateFloats(dim);
   float* sums = w.work + 2 * heads * floats;
   std::copy_n(base, heads * floats, sums);
@@ -179,10 +177,10 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
       for (int64_t i = 0; i < draw.count; ++i) {
         const uint32_t token = w.token[i];
         const int64_t block = token / kBlockTokens - FirstBlock(group);
-        const float guess =
+        const float predicted_e =
             EstimateOf(group, token, g) * std::exp(w.shift[block * heads + g] - w.head[g].shift);
-        w.guess[g * w.stride + i] = guess;
-        w.scaled[g * w.stride + i] = -guess / std::min(1.f, draw.scale * w.weight[i]);
+        w.predicted_e[g * w.stride + i] = predicted_e;
+        w.scaled[g * w.stride + i] = -predicted_e / std::min(1.f, draw.scale * w.weight[i]);
         w.head[g].unseen += w.scaled[g * w.stride + i];
       }
     }
