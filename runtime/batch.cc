@@ -188,11 +188,11 @@ absl::Status Batch::TakeMemory() {
       Layer& layer = sequence->layer(l);
       const int64_t tokens = layer.tokens + new_tokens_, end = sequence->MiddleEnd(tokens);
       bytes += static_cast<uint64_t>(runtime_->kv_heads(l)) *
-               ScratchBytes(runtime_->storage(), runtime_->promise(), tokens, runtime_->group(l));
-      groups += layer.groups.size();
+               ScratchBytes(runtime_->storage(), runtime_->promise(), tokens, runtime_->group_heads(l));
+      groups += layer.kv_heads.size();
       if (runtime_->options().hot_share == 0) continue;
-      for (HeadGroup& group : layer.groups)
-        group.hot.Reserve(end, HotCapacity(end - runtime_->options().sinks));
+      for (KvHead& kv_head : layer.kv_heads)
+        kv_head.hot.Reserve(end, HotCapacity(end - runtime_->options().sinks));
     }
     most = std::max(most, bytes);
     most_groups = std::max(most_groups, groups);
@@ -276,7 +276,7 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
 void Batch::PrepareGroups(const AttendRequest& r) {
   const Options& o = runtime_->options();
   const Storage& s = runtime_->storage();
-  const int kv_heads = runtime_->kv_heads(r.layer), group_size = runtime_->group(r.layer);
+  const int kv_heads = runtime_->kv_heads(r.layer), group_size = runtime_->group_heads(r.layer);
   const int element = ElementBytes(s.row.dtype);
   groups_.clear();
   group_slot_.clear();
@@ -288,7 +288,7 @@ void Batch::PrepareGroups(const AttendRequest& r) {
     Layer& layer = sequence->layer(r.layer);
     if (new_tokens_ > 0) {
       blocks_.clear();
-      for (const HeadGroup& group : layer.groups) blocks_.push_back(group.blocks.data());
+      for (const KvHead& kv_head : layer.kv_heads) blocks_.push_back(kv_head.blocks.data());
       const auto at = [&](const void* base, int dim) {
         return base == nullptr
                    ? nullptr
@@ -311,19 +311,19 @@ void Batch::PrepareGroups(const AttendRequest& r) {
     const int64_t begin = std::min<int64_t>(o.sinks, tokens), end = sequence->MiddleEnd(tokens);
     const int out_element = ElementBytes(static_cast<DType>(r.out_dtype));
     for (int h = 0; h < kv_heads; ++h) {
-      HeadGroup& heads = layer.groups[h];
+      KvHead& kv_head = layer.kv_heads[h];
       const int64_t head = int64_t{slot} * o.num_q_heads + int64_t{h} * group_size;
       Group group;
-      group.blocks = heads.blocks.data();
+      group.blocks = kv_head.blocks.data();
       group.tokens = tokens;
       group.middle_begin = begin;
       group.middle_end = std::max(begin, end);
       group.q_heads = group_size;
       group.out_dtype = r.out_dtype;
-      group.segments = heads.segments.data();
-      group.num_segments = static_cast<int32_t>(heads.segments.size());
-      if (group.num_segments > 0) group.index = heads.segments[0].tables;
-      group.state = heads.states.data();
+      group.segments = kv_head.segments.data();
+      group.num_segments = static_cast<int32_t>(kv_head.segments.size());
+      if (group.num_segments > 0) group.index = kv_head.segments[0].tables;
+      group.state = kv_head.states.data();
       group.key = MakeRandomKey(o.seed, sequence->id(), static_cast<uint32_t>(r.layer),
                                 static_cast<uint32_t>(h));
       group.step = sequence->step();
@@ -348,7 +348,7 @@ void Batch::PrepareGroups(const AttendRequest& r) {
   }
 }
 
-void Batch::KeepQueries(const Group& group, HeadGroup& heads) {
+void Batch::KeepQueries(const Group& group, KvHead& kv_head) {
   const Storage& s = runtime_->storage();
   if (s.code.kind != IndexKind::kBalanced) return;
   const int64_t count = int64_t{group.q_heads} * s.row.dim_k;
@@ -358,7 +358,7 @@ void Batch::KeepQueries(const Group& group, HeadGroup& heads) {
       {.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype},
       queries.data());
   for (float& x : queries) x *= s.scale;
-  heads.recent.Add(queries.data(), count);
+  kv_head.recent.Add(queries.data(), count);
 }
 
 void Batch::Account(const AttendRequest& r) {
@@ -368,7 +368,7 @@ void Batch::Account(const AttendRequest& r) {
   uint64_t middle = 0, selected = 0, fetched = 0, looks = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = groups_[i];
-    HotSet& hot = slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]].hot;
+    HotSet& hot = slots_[group_slot_[i]]->layer(r.layer).kv_heads[group_head_[i]].hot;
     const int64_t n = group.middle_end - group.middle_begin;
     int64_t misses = 0;
     if (o.hot_share > 0) {
@@ -385,7 +385,7 @@ void Batch::Account(const AttendRequest& r) {
     if (r.middle != nullptr) r.middle[at] = n;
     if (group.noisy) runtime_->counters().heads_noisy += static_cast<uint64_t>(group.q_heads);
     if (RecentPlace(group.step) >= 0)
-      KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).groups[group_head_[i]]);
+      KeepQueries(group, slots_[group_slot_[i]]->layer(r.layer).kv_heads[group_head_[i]]);
     for (int g = 0; g < group.q_heads; ++g) {
       const size_t head =
           static_cast<size_t>(group_slot_[i]) * o.num_q_heads + group_head_[i] * group.q_heads + g;

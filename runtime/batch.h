@@ -17,7 +17,7 @@ namespace vattn {
 class Sequence;
 
 // Used by one thread at a time.
-struct HeadGroup;
+struct KvHead;
 
 class Batch {
  public:
@@ -68,7 +68,7 @@ class Batch {
   // Hot sets, reports and counters after an attention.
   void Account(const AttendRequest& request);
   // Queries that the index of a KV head may be learnt from later.
-  void KeepQueries(const Group& group, HeadGroup& heads);
+  void KeepQueries(const Group& group, KvHead& kv_head);
   // Counts the new rows in and closes the layer for this step.
   void FinishLayer(int layer);
 

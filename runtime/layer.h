@@ -24,7 +24,7 @@ struct SegmentTables {
 };
 
 // State of one KV head of one layer.
-struct HeadGroup {
+struct KvHead {
   std::vector<int32_t> blocks;          // ids by block number
   std::vector<SegmentTables> tables;    // [segments of the layer]
   std::vector<IndexSegment> segments;   // the same as kernels see them, on the CPU
@@ -47,7 +47,7 @@ struct Layer {
   // The last block may have rows past `tokens`, and a hot set may know them
   bool stale_tail = false;
   std::vector<Segment> segments;  // of the index: none until the first middle token is coded
-  std::vector<HeadGroup> groups;  // [kv_heads]
+  std::vector<KvHead> kv_heads;  // [kv_heads]
 };
 // After a change of layer.segments or of the tables of a KV head: those of segments that are no
 // more go, and what kernels see is brought up to date.

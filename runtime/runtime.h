@@ -66,7 +66,7 @@ class Runtime {
   const HomeProcess& home() const { return home_; }
 
   int kv_heads(int layer) const { return options_.layer_kv_heads[layer]; }  // 0: left out
-  int group(int layer) const { return options_.num_q_heads / kv_heads(layer); }
+  int group_heads(int layer) const { return options_.num_q_heads / kv_heads(layer); }
 
   // What the index of a sequence without queries is calibrated on: the profile, or nothing (empty).
   QueryMoment ProfileMoment(int layer, int kv_head) const;

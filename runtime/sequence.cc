@@ -15,8 +15,8 @@ Sequence::Sequence(std::shared_ptr<Runtime> runtime, const SequenceOptions& opti
   const Options& o = runtime_->options();
   layers_.resize(o.num_layers);
   for (int l = 0; l < o.num_layers; ++l) {
-    layers_[l].groups.resize(runtime_->kv_heads(l));
-    for (HeadGroup& group : layers_[l].groups) group.states.resize(runtime_->group(l));
+    layers_[l].kv_heads.resize(runtime_->kv_heads(l));
+    for (KvHead& kv_head : layers_[l].kv_heads) kv_head.states.resize(runtime_->group_heads(l));
   }
   CountTables();
 }
@@ -47,7 +47,7 @@ absl::StatusOr<CudaSequence*> Sequence::Cuda() {
     if (!made.ok()) return made.status();
     cuda_ = *std::move(made);
     for (Layer& layer : layers_) {
-      for (HeadGroup& group : layer.groups) group.changed_from = 0;
+      for (KvHead& kv_head : layer.kv_heads) kv_head.changed_from = 0;
     }
   }
   return cuda_.get();
@@ -87,7 +87,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromLayers(std::shared_ptr<R
 
 void Sequence::ResetStates() {
   for (Layer& layer : layers_) {
-    for (HeadGroup& group : layer.groups) group.states.assign(group.states.size(), HeadState());
+    for (KvHead& kv_head : layer.kv_heads) kv_head.states.assign(kv_head.states.size(), HeadState());
   }
 }
 
@@ -106,15 +106,15 @@ absl::Status Sequence::Append(const AppendRequest& r) {
   if (cuda_) cuda_->ForgetFixed();
   Layer& layer = layers_[r.layer];
   const Storage& s = runtime_->storage();
-  std::vector<std::unique_ptr<QueryMoment>> moments(layer.groups.size());
+  std::vector<std::unique_ptr<QueryMoment>> moments(layer.kv_heads.size());
   if (r.num_queries > 0) VATTN_RETURN_IF_ERROR(AddQueries(r, moments));
   std::vector<Need> needs;
   ListNeeds(r.layer, layer.tokens, layer.tokens + r.num_tokens, needs);
-  std::vector<const int32_t*> blocks(layer.groups.size());
+  std::vector<const int32_t*> blocks(layer.kv_heads.size());
   absl::Cleanup undo = [this] { ReleaseSpare(); };
   VATTN_RETURN_IF_ERROR(Meet(needs));
   ClaimTail(layer);
-  for (size_t g = 0; g < blocks.size(); ++g) blocks[g] = layer.groups[g].blocks.data();
+  for (size_t g = 0; g < blocks.size(); ++g) blocks[g] = layer.kv_heads[g].blocks.data();
   const WriteParams write{.storage = s,
                           .blocks = blocks.data(),
                           .kv_heads = static_cast<int32_t>(blocks.size()),
@@ -134,7 +134,7 @@ absl::Status Sequence::Append(const AppendRequest& r) {
   std::move(undo).Cancel();
   AddTokens(r.layer, r.num_tokens);
   for (size_t g = 0; g < moments.size(); ++g) {
-    if (moments[g]) layer.groups[g].moment = std::move(moments[g]);
+    if (moments[g]) layer.kv_heads[g].moment = std::move(moments[g]);
   }
   CountTables();
   return absl::OkStatus();
@@ -149,14 +149,14 @@ void Sequence::CountTables() {
   int64_t bytes =
       static_cast<int64_t>(sizeof(Sequence) + states_before_step_.capacity() * sizeof(HeadState));
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
-      bytes += static_cast<int64_t>(sizeof(HeadGroup) + group.blocks.capacity() * sizeof(int32_t) +
-                                    group.states.capacity() * sizeof(HeadState)) +
-               group.hot.bytes();
-      for (const SegmentTables& tables : group.tables) bytes += tables.index->bytes();
-      bytes += group.recent.bytes() +
-               static_cast<int64_t>(group.segments.capacity() * sizeof(IndexSegment));
-      if (group.moment) bytes += int64_t{group.moment->dim()} * group.moment->dim() * 8;
+    for (const KvHead& kv_head : layer.kv_heads) {
+      bytes += static_cast<int64_t>(sizeof(KvHead) + kv_head.blocks.capacity() * sizeof(int32_t) +
+                                    kv_head.states.capacity() * sizeof(HeadState)) +
+               kv_head.hot.bytes();
+      for (const SegmentTables& tables : kv_head.tables) bytes += tables.index->bytes();
+      bytes += kv_head.recent.bytes() +
+               static_cast<int64_t>(kv_head.segments.capacity() * sizeof(IndexSegment));
+      if (kv_head.moment) bytes += int64_t{kv_head.moment->dim()} * kv_head.moment->dim() * 8;
     }
   }
   table_bytes_.store(bytes, std::memory_order_relaxed);

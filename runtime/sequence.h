@@ -156,7 +156,7 @@ class Sequence {
 
   // A block that a write needs: a new one, or a copy of a shared one.
   struct Need {
-    int layer, group;
+    int layer, kv_head;
     int64_t block;
     bool copy;
   };
@@ -201,7 +201,7 @@ class Sequence {
   // Refused in the middle of a decode step.
   absl::Status CheckWhole() const;
   // True if the block goes back to the reservation when the sequence lets go of it.
-  bool Returns(const HeadGroup& group, int64_t block) const;
+  bool Returns(const KvHead& kv_head, int64_t block) const;
   // Before rows are written behind the last one of a layer.
   void ClaimTail(Layer& layer);
   void Adopt(SharedLayers layers);

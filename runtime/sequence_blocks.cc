@@ -24,12 +24,12 @@ int64_t Sequence::Unmet(int64_t reserve_tokens, int64_t keep_tokens, int64_t sha
     // Rows are written behind the tokens, codes behind those that are coded.
     const int64_t write_from = std::max<int64_t>(CodedOf(layer, tokens), runtime_->options().sinks);
     const int64_t first = std::min(write_from, tokens) / kBlockTokens;
-    for (const HeadGroup& group : layer.groups) {
-      const int64_t size = static_cast<int64_t>(group.blocks.size());
+    for (const KvHead& kv_head : layer.kv_heads) {
+      const int64_t size = static_cast<int64_t>(kv_head.blocks.size());
       const int64_t have = layer.tokens <= keep_tokens ? size : BlocksFor(tokens);
       blocks += std::max<int64_t>(0, reserved - have);
       for (int64_t b = first; b < std::min(have, reserved); ++b) {
-        if (b < shared || !store.IsUnique(BlockId{group.blocks[b]})) ++blocks;
+        if (b < shared || !store.IsUnique(BlockId{kv_head.blocks[b]})) ++blocks;
       }
     }
   }
@@ -75,8 +75,8 @@ void Sequence::Adopt(SharedLayers layers) {
 }
 
 void Sequence::ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const {
-  for (int g = 0; g < static_cast<int>(layers_[l].groups.size()); ++g) {
-    const std::vector<int32_t>& blocks = layers_[l].groups[g].blocks;
+  for (int g = 0; g < static_cast<int>(layers_[l].kv_heads.size()); ++g) {
+    const std::vector<int32_t>& blocks = layers_[l].kv_heads[g].blocks;
     const int64_t have = static_cast<int64_t>(blocks.size());
     for (int64_t b = begin / kBlockTokens; b < BlocksFor(end); ++b) {
       const bool copy = b < have;
@@ -96,7 +96,7 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
   int64_t own = 0;
   // The most blocks of a group first
   for (auto need = needs.rbegin(); need != needs.rend(); ++need) {
-    std::vector<int32_t>& blocks = layers_[need->layer].groups[need->group].blocks;
+    std::vector<int32_t>& blocks = layers_[need->layer].kv_heads[need->kv_head].blocks;
     const size_t room = static_cast<size_t>(need->block) + 1;
     if (blocks.capacity() < room) blocks.reserve(std::max(room, blocks.capacity() * 3 / 2));
     copies |= need->copy;
@@ -106,11 +106,11 @@ absl::Status Sequence::Meet(const std::vector<Need>& needs) {
   if (copies) VATTN_RETURN_IF_ERROR(Pull());  // a step may still read the blocks that are let go
   VATTN_RETURN_IF_ERROR(TakeBlocks(own, count, taken.data()));
   for (size_t i = 0; i < needs.size(); ++i) {
-    HeadGroup& group = layers_[needs[i].layer].groups[needs[i].group];
-    std::vector<int32_t>& blocks = group.blocks;
+    KvHead& kv_head = layers_[needs[i].layer].kv_heads[needs[i].kv_head];
+    std::vector<int32_t>& blocks = kv_head.blocks;
     const int32_t id = static_cast<int32_t>(taken[i]);
-    group.changed_from = std::min(group.changed_from, needs[i].block);
-    group.unseen_from = std::min(group.unseen_from, needs[i].block);
+    kv_head.changed_from = std::min(kv_head.changed_from, needs[i].block);
+    kv_head.unseen_from = std::min(kv_head.unseen_from, needs[i].block);
     if (runtime_->cuda() != nullptr) runtime_->cuda()->Renew(id);
     if (!needs[i].copy) {
       blocks.push_back(id);
@@ -149,11 +149,11 @@ void Sequence::ClaimTail(Layer& layer) {
   // The tail is the sequence's own by now. Its rows to come are not those that a hot set may know.
   if (!std::exchange(layer.stale_tail, false) || runtime_->cuda() == nullptr) return;
   const int64_t tail = layer.tokens / kBlockTokens;
-  for (HeadGroup& group : layer.groups) {
-    if (tail >= static_cast<int64_t>(group.blocks.size())) continue;
-    runtime_->cuda()->Renew(group.blocks[static_cast<size_t>(tail)]);
-    group.changed_from = std::min(group.changed_from, tail);
-    group.unseen_from = std::min(group.unseen_from, tail);
+  for (KvHead& kv_head : layer.kv_heads) {
+    if (tail >= static_cast<int64_t>(kv_head.blocks.size())) continue;
+    runtime_->cuda()->Renew(kv_head.blocks[static_cast<size_t>(tail)]);
+    kv_head.changed_from = std::min(kv_head.changed_from, tail);
+    kv_head.unseen_from = std::min(kv_head.unseen_from, tail);
   }
 }
 
@@ -165,9 +165,9 @@ absl::Status Sequence::Truncate(int64_t tokens) {
     int64_t returned = 0;
     for (const Layer& layer : layers_) {
       const int64_t keep = BlocksFor(std::min(layer.tokens, tokens));
-      for (const HeadGroup& group : layer.groups) {
-        for (int64_t b = keep; b < static_cast<int64_t>(group.blocks.size()); ++b)
-          returned += Returns(group, b);
+      for (const KvHead& kv_head : layer.kv_heads) {
+        for (int64_t b = keep; b < static_cast<int64_t>(kv_head.blocks.size()); ++b)
+          returned += Returns(kv_head, b);
       }
     }
     VATTN_RETURN_IF_ERROR(ReserveUpTo(Unmet(reserve_tokens_, tokens, 0) - returned));
@@ -187,10 +187,10 @@ void Sequence::CutTo(int64_t tokens) {
     UpdateSegments(layer);
     AddTokens(l, tokens - layer.tokens);
     layer.stale_tail = true;
-    for (HeadGroup& group : layer.groups) {
-      group.hot.Truncate(tokens);
-      group.changed_from = std::min(group.changed_from, tokens / kBlockTokens);
-      group.unseen_from = std::min(group.unseen_from, tokens / kBlockTokens);
+    for (KvHead& kv_head : layer.kv_heads) {
+      kv_head.hot.Truncate(tokens);
+      kv_head.changed_from = std::min(kv_head.changed_from, tokens / kBlockTokens);
+      kv_head.unseen_from = std::min(kv_head.unseen_from, tokens / kBlockTokens);
     }
   }
   ReleaseSpare();
@@ -198,9 +198,9 @@ void Sequence::CutTo(int64_t tokens) {
   CountTables();
 }
 
-bool Sequence::Returns(const HeadGroup& group, int64_t block) const {
+bool Sequence::Returns(const KvHead& kv_head, int64_t block) const {
   const HostStore& store = runtime_->store();
-  const BlockId id{group.blocks[static_cast<size_t>(block)]};
+  const BlockId id{kv_head.blocks[static_cast<size_t>(block)]};
   return block < BlocksFor(reserve_tokens_) && store.IsUnique(id) &&
          store.TenantOf(id) == tenant_.slot();
 }
@@ -209,17 +209,17 @@ void Sequence::ReleaseSpare() {
   int64_t released = 0;
   for (Layer& layer : layers_) {
     const size_t keep = static_cast<size_t>(BlocksFor(layer.tokens));
-    for (HeadGroup& group : layer.groups) {
-      for (size_t b = keep; b < group.blocks.size(); ++b) {
+    for (KvHead& kv_head : layer.kv_heads) {
+      for (size_t b = keep; b < kv_head.blocks.size(); ++b) {
         ++released;
-        if (Returns(group, static_cast<int64_t>(b))) {
-          runtime_->store().ReleaseToReserve(BlockId{group.blocks[b]});
+        if (Returns(kv_head, static_cast<int64_t>(b))) {
+          runtime_->store().ReleaseToReserve(BlockId{kv_head.blocks[b]});
           ++reserved_;
         } else {
-          runtime_->store().Release(BlockId{group.blocks[b]});
+          runtime_->store().Release(BlockId{kv_head.blocks[b]});
         }
       }
-      group.blocks.resize(std::min(keep, group.blocks.size()));
+      kv_head.blocks.resize(std::min(keep, kv_head.blocks.size()));
     }
   }
   if (runtime_->cuda() != nullptr) runtime_->cuda()->LetGo(released);
@@ -229,11 +229,11 @@ void Sequence::ReleaseBlocks() {
   int64_t released = 0;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     AddTokens(l, -layers_[l].tokens);
-    for (HeadGroup& group : layers_[l].groups) {
-      for (const int32_t block : group.blocks) runtime_->store().Release(BlockId{block});
-      released += static_cast<int64_t>(group.blocks.size());
-      group.blocks.clear();
-      group.unseen_from = 0;
+    for (KvHead& kv_head : layers_[l].kv_heads) {
+      for (const int32_t block : kv_head.blocks) runtime_->store().Release(BlockId{block});
+      released += static_cast<int64_t>(kv_head.blocks.size());
+      kv_head.blocks.clear();
+      kv_head.unseen_from = 0;
     }
   }
   if (runtime_->cuda() != nullptr) runtime_->cuda()->LetGo(released);

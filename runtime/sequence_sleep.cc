@@ -43,8 +43,8 @@ absl::Status Sequence::LoadCounted(SnapshotReader& reader, const std::string& pa
   VATTN_RETURN_IF_ERROR(Told(*runtime_, "restore", Load(reader, path, most)));
   ++runtime_->counters().restores;
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
-      runtime_->counters().bytes_restored += group.blocks.size() * runtime_->store().block_bytes();
+    for (const KvHead& kv_head : layer.kv_heads) {
+      runtime_->counters().bytes_restored += kv_head.blocks.size() * runtime_->store().block_bytes();
     }
   }
   return absl::OkStatus();
@@ -112,8 +112,8 @@ absl::Status Sequence::Spill() {
 
 bool Sequence::HoldsBlocks() const {
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
-      if (!group.blocks.empty()) return true;
+    for (const KvHead& kv_head : layer.kv_heads) {
+      if (!kv_head.blocks.empty()) return true;
     }
   }
   return false;
@@ -142,10 +142,10 @@ void Sequence::ForgetLoaded() {
     layer.coded = layer.coded_on_device = 0;
     layer.segments.clear();
     UpdateSegments(layer);
-    for (HeadGroup& group : layer.groups) {
-      group.moment.reset();
-      group.recent = RecentQueries();
-      group.hot = HotSet();
+    for (KvHead& kv_head : layer.kv_heads) {
+      kv_head.moment.reset();
+      kv_head.recent = RecentQueries();
+      kv_head.hot = HotSet();
     }
   }
 }

@@ -43,7 +43,7 @@ absl::Status CudaBatch::Allocate() {
     cuda::AnswerShape shape;
     if (runtime_.kv_heads(l) > 0) {
       shape =
-          cuda::ShapeAnswer(backend_.storage(), runtime_.group(l), slots_ * runtime_.kv_heads(l));
+          cuda::ShapeAnswer(backend_.storage(), runtime_.group_heads(l), slots_ * runtime_.kv_heads(l));
     }
     if (runtime_.kv_heads(l) > 0 && shape.team == 0) {
       return NotSupportedError("rows of ", row_bytes,
@@ -114,11 +114,11 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
   std::vector<int32_t> changed, renewed;
   for (const Filled& f : filled_) {
     for (int l = 0; l < runtime_.options().num_layers; ++l) {
-      for (const HeadGroup& group : f.sequence->layer(l).groups) {
+      for (const KvHead& kv_head : f.sequence->layer(l).kv_heads) {
         // A sequence that comes from another batch may bring blocks that changed there.
-        const int64_t size = static_cast<int64_t>(group.blocks.size());
-        const int64_t from = f.sequence->hot_set == id_ ? std::min(group.unseen_from, size) : 0;
-        changed.insert(changed.end(), group.blocks.begin() + from, group.blocks.end());
+        const int64_t size = static_cast<int64_t>(kv_head.blocks.size());
+        const int64_t from = f.sequence->hot_set == id_ ? std::min(kv_head.unseen_from, size) : 0;
+        changed.insert(changed.end(), kv_head.blocks.begin() + from, kv_head.blocks.end());
       }
     }
   }
@@ -149,8 +149,8 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
   for (const Filled& f : filled_) {
     f.sequence->hot_set = id_;
     for (int l = 0; l < runtime_.options().num_layers; ++l) {
-      for (HeadGroup& group : f.sequence->layer(l).groups) {
-        group.unseen_from = static_cast<int64_t>(group.blocks.size());
+      for (KvHead& kv_head : f.sequence->layer(l).kv_heads) {
+        kv_head.unseen_from = static_cast<int64_t>(kv_head.blocks.size());
       }
     }
   }
@@ -168,7 +168,7 @@ absl::Status CudaBatch::GrowScratch(int new_tokens) {
       bytes += static_cast<uint64_t>(kv_heads) *
                cuda::CarveScratch(runtime_.storage(), runtime_.promise(),
                                   RoundUp(f.sequence->layer(l).tokens + new_tokens, kScratchTokens),
-                                  runtime_.group(l), answer_[l].team, nullptr, scratch);
+                                  runtime_.group_heads(l), answer_[l].team, nullptr, scratch);
     }
     most = std::max(most, bytes);
   }
@@ -193,7 +193,7 @@ void CudaBatch::FillTables(int new_tokens, int steps) {
 void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& header,
                            cuda::DeviceGroup* groups) const {
   const Options& o = runtime_.options();
-  const int kv_heads = runtime_.kv_heads(l), group_size = runtime_.group(l);
+  const int kv_heads = runtime_.kv_heads(l), group_size = runtime_.group_heads(l);
   std::byte* memory = scratch_.data();
   int count = 0;
   int64_t scanned = 0;
@@ -203,15 +203,15 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
     const int64_t begin = std::min<int64_t>(o.sinks, tokens),
                   end = std::max(begin, f.sequence->MiddleEnd(tokens));
     for (int h = 0; h < kv_heads; ++h, ++count) {
-      const HeadGroup& heads = layer.groups[h];
+      const KvHead& kv_head = layer.kv_heads[h];
       cuda::DeviceGroup& g = groups[count];
       g = {};
       g.blocks = f.sequence->cuda()->blocks(l, h);
       g.fixed = f.sequence->cuda()->fixed(l, h);
       g.state = f.sequence->cuda()->state(l, h);
-      g.num_segments = static_cast<int32_t>(heads.tables.size());
+      g.num_segments = static_cast<int32_t>(kv_head.tables.size());
       if (g.num_segments > 0) {
-        g.index = heads.tables[0].DeviceTables();
+        g.index = kv_head.tables[0].DeviceTables();
         g.segments = f.sequence->cuda()->segments(l, h);
       }
       g.key = MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l),
@@ -302,7 +302,7 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
   p.counters = backend_.counters();
   p.most_groups = slots_ * kv_heads;
   p.kv_heads = kv_heads;
-  p.q_heads = runtime_.group(r.layer);
+  p.q_heads = runtime_.group_heads(r.layer);
   p.call = {.q = r.q,
             .k_new = r.k_new,
             .v_new = r.v_new,

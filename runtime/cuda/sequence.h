@@ -32,7 +32,7 @@ class CudaSequence {
   // come from a replayed graph, can still follow.
   absl::Status Pull(Sequence& sequence, bool in_step);
 
-  // Brings the queries that steps up to the last Pull have kept to HeadGroup::recent.
+  // Brings the queries that steps up to the last Pull have kept to KvHead::recent.
   absl::Status ReadQueries(Sequence& sequence);
 
   const int32_t* blocks(int layer, int head) const;

@@ -166,14 +166,14 @@ absl::StatusOr<StoredPrefix> ReadPrefix(SnapshotReader& reader, const std::strin
 uint64_t Sequence::SavedBytes() const {
   uint64_t bytes = kSnapshotFileAlignment + 2 * kSnapshotHeaderBytes;
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
+    for (const KvHead& kv_head : layer.kv_heads) {
       bytes +=
-          sizeof(SavedGroup) + 3 * kSnapshotHeaderBytes + group.states.size() * sizeof(HeadState);
-      for (const SegmentTables& tables : group.tables) {
+          sizeof(SavedGroup) + 3 * kSnapshotHeaderBytes + kv_head.states.size() * sizeof(HeadState);
+      for (const SegmentTables& tables : kv_head.tables) {
         bytes += sizeof(SavedSegment) + tables.index->floats().size() * sizeof(float);
       }
-      const uint64_t dim = group.moment ? static_cast<uint64_t>(group.moment->dim()) : 0;
-      if (group.moment) bytes += (dim * dim + 1) * sizeof(double);
+      const uint64_t dim = kv_head.moment ? static_cast<uint64_t>(kv_head.moment->dim()) : 0;
+      if (kv_head.moment) bytes += (dim * dim + 1) * sizeof(double);
       bytes += static_cast<uint64_t>(BlocksFor(layer.tokens)) *
                (runtime_->store().block_bytes() + kSnapshotHeaderBytes);
     }
@@ -209,16 +209,16 @@ absl::StatusOr<SavedFile> Sequence::WriteFile(const SaveTarget& target, const St
     return runtime_->cuda() == nullptr ? coded : std::min(coded, layer.coded_on_device);
   };
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
+    for (const KvHead& kv_head : layer.kv_heads) {
       const std::vector<double> moment =
-          group.moment ? group.moment->Save() : std::vector<double>();
+          kv_head.moment ? kv_head.moment->Save() : std::vector<double>();
       const std::vector<SavedSegment> segments = SavedSegments(layer, coded(layer));
       const SavedGroup saved{tokens(layer), coded(layer), static_cast<int64_t>(segments.size()),
                              static_cast<int64_t>(moment.size())};
-      std::vector<std::span<const std::byte>> tables = {BytesOf(saved), BytesOf(group.states),
+      std::vector<std::span<const std::byte>> tables = {BytesOf(saved), BytesOf(kv_head.states),
                                                         BytesOf(segments)};
       for (size_t k = 0; k < segments.size(); ++k)
-        tables.push_back(BytesOf(group.tables[k].index->floats()));
+        tables.push_back(BytesOf(kv_head.tables[k].index->floats()));
       tables.push_back(BytesOf(moment));
       VATTN_RETURN_IF_ERROR((*writer)->Add(kGroup, tables));
     }
@@ -226,10 +226,10 @@ absl::StatusOr<SavedFile> Sequence::WriteFile(const SaveTarget& target, const St
   const std::vector<std::byte> zeros(static_cast<size_t>(s.block.bytes), std::byte{0});
   std::vector<std::span<const std::byte>> parts;
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
+    for (const KvHead& kv_head : layer.kv_heads) {
       for (int64_t b = 0; b < BlocksFor(tokens(layer)); ++b) {
         parts.clear();
-        AddBlockParts(s, runtime_->store().data(BlockId{group.blocks[b]}), zeros.data(),
+        AddBlockParts(s, runtime_->store().data(BlockId{kv_head.blocks[b]}), zeros.data(),
                       b * kBlockTokens, tokens(layer), runtime_->options().sinks, coded(layer),
                       parts);
         VATTN_RETURN_IF_ERROR((*writer)->Add(kBlock, parts));
@@ -249,7 +249,7 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   // Tables: all groups at once.
   const size_t first_group = records.size() > 1 && records[1].type == kPrefix ? 2 : 1;
   size_t groups = 0;
-  for (const Layer& layer : layers_) groups += layer.groups.size();
+  for (const Layer& layer : layers_) groups += layer.kv_heads.size();
   if (groups > records.size() - first_group) return lost(records.size(), "is missing");
   std::vector<std::vector<std::byte>> tables;
   std::vector<std::span<std::byte>> payloads;
@@ -260,21 +260,21 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   size_t at = 0, in_file = 0;
   int64_t needed = 0, to_come = 0;  // blocks of the file, and those of the reservation beyond
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
-      loaded[at].states.resize(group.states.size());
+    for (const KvHead& kv_head : layer.kv_heads) {
+      loaded[at].states.resize(kv_head.states.size());
       if (records[first_group + at].type != kGroup || !Parse(tables[at], s, loaded[at])) {
         return lost(first_group + at, "contradicts itself");
       }
       const SavedGroup& saved = loaded[at].saved;
       const SavedGroup& before =
-          loaded[at - static_cast<size_t>(&group - layer.groups.data())].saved;
+          loaded[at - static_cast<size_t>(&kv_head - layer.kv_heads.data())].saved;
       const auto same = [&](const SavedSegment& a, const SavedSegment& b) {
         return a.first_block == b.first_block && a.made_from == b.made_from &&
                a.provisional == b.provisional;
       };
       const std::vector<SavedSegment>& segments = loaded[at].segments;
       const std::vector<SavedSegment>& first =
-          loaded[at - static_cast<size_t>(&group - layer.groups.data())].segments;
+          loaded[at - static_cast<size_t>(&kv_head - layer.kv_heads.data())].segments;
       if (saved.tokens != before.tokens || saved.coded != before.coded ||
           !std::equal(segments.begin(), segments.end(), first.begin(), first.end(), same)) {
         return lost(first_group + at, "disagrees with its layer");
@@ -308,8 +308,8 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   }
   at = 0;
   for (Layer& layer : layers_) {
-    for (HeadGroup& group : layer.groups) {
-      group.blocks.reserve(
+    for (KvHead& kv_head : layer.kv_heads) {
+      kv_head.blocks.reserve(
           static_cast<size_t>(BlocksFor(std::min(loaded[at++].saved.tokens, most))));
     }
   }
@@ -329,7 +329,7 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
     payloads.clear();
   };
   for (Layer& layer : layers_) {
-    for (HeadGroup& group : layer.groups) {
+    for (KvHead& kv_head : layer.kv_heads) {
       const SavedGroup& saved = loaded[at++].saved;
       const size_t keep = static_cast<size_t>(BlocksFor(std::min(saved.tokens, most)));
       if (run + payloads.size() != record) {
@@ -337,7 +337,7 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
         run = record;
       }
       for (size_t b = 0; b < keep; ++b, ++id) {
-        group.blocks.push_back(static_cast<int32_t>(ids[id]));
+        kv_head.blocks.push_back(static_cast<int32_t>(ids[id]));
         if (runtime_->cuda() != nullptr) {
           runtime_->cuda()->Renew(static_cast<int32_t>(ids[id]));
           codes_to_load_.push_back(static_cast<int32_t>(ids[id]));
@@ -353,9 +353,9 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
   at = 0;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     Layer& layer = layers_[l];
-    for (HeadGroup& group : layer.groups) {
+    for (KvHead& kv_head : layer.kv_heads) {
       LoadedGroup& from = loaded[at++];
-      if (&group == &layer.groups[0]) {
+      if (&kv_head == &layer.kv_heads[0]) {
         const int64_t tokens = std::min(from.saved.tokens, most);
         AddTokens(l, tokens);
         layer.coded = tokens == from.saved.tokens
@@ -366,9 +366,9 @@ absl::Status Sequence::Load(SnapshotReader& reader, const std::string& path, int
           layer.segments.push_back({saved.first_block, saved.made_from, saved.provisional != 0});
         }
       }
-      group.states = std::move(from.states);
-      group.tables = std::move(from.tables);
-      group.moment = std::move(from.moment);
+      kv_head.states = std::move(from.states);
+      kv_head.tables = std::move(from.tables);
+      kv_head.moment = std::move(from.moment);
     }
     layer.segments = SegmentsOf(layer.segments, layer.coded);
     UpdateSegments(layer);

@@ -12,8 +12,8 @@ namespace {
 template <class F>
 void ForEachBlock(const std::vector<Layer>& layers, F&& f) {
   for (const Layer& layer : layers) {
-    for (const HeadGroup& group : layer.groups) {
-      for (const int32_t block : group.blocks) f(block);
+    for (const KvHead& kv_head : layer.kv_heads) {
+      for (const int32_t block : kv_head.blocks) f(block);
     }
   }
 }
@@ -21,10 +21,10 @@ void ForEachBlock(const std::vector<Layer>& layers, F&& f) {
 uint64_t TableBytes(const Prefix& prefix, const std::vector<Layer>& layers) {
   uint64_t bytes = prefix.salt.size() + prefix.tokens.size() * sizeof(int32_t);
   for (const Layer& layer : layers) {
-    for (const HeadGroup& group : layer.groups) {
-      bytes += sizeof(HeadGroup) + group.blocks.size() * sizeof(int32_t) +
-               group.states.size() * sizeof(HeadState);
-      for (const SegmentTables& tables : group.tables)
+    for (const KvHead& kv_head : layer.kv_heads) {
+      bytes += sizeof(KvHead) + kv_head.blocks.size() * sizeof(int32_t) +
+               kv_head.states.size() * sizeof(HeadState);
+      for (const SegmentTables& tables : kv_head.tables)
         bytes += static_cast<uint64_t>(tables.index->bytes());
     }
   }
