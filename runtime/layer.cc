@@ -22,13 +22,13 @@ SharedLayers::SharedLayers(HostStore& store, const std::vector<Layer>& layers, i
     Layer& to = layers_[l];
     to.tokens = std::min(from.tokens, most);
     to.coded = CodedOf(from, most);
-    to.coded_on_device = std::min(from.coded_on_device, to.coded);
-    to.stale_tail = to.tokens < from.tokens || from.stale_tail;
+    to.codes_made = std::min(from.codes_made, to.coded);
+    to.stale_last_block = to.tokens < from.tokens || from.stale_last_block;
     to.kv_heads.resize(from.kv_heads.size());
     for (size_t g = 0; g < from.kv_heads.size(); ++g) {
       const KvHead& source = from.kv_heads[g];
       KvHead& copy = to.kv_heads[g];
-      copy.blocks.assign(source.blocks.begin(), source.blocks.begin() + BlocksFor(to.tokens));
+      copy.blocks = BlockTable(source.blocks, BlocksFor(to.tokens));
       copy.tables = source.tables;
       if (source.moment) copy.moment = std::make_unique<QueryMoment>(*source.moment);
       copy.states = source.states;

@@ -7,6 +7,8 @@
 #include "memory/machine.h"
 #include "memory/save_target.h"
 #include "memory/status.h"
+#include "runtime/cpu/backend.h"
+#include "runtime/cuda/backend.h"
 #include "runtime/files/disk.h"
 #include "runtime/files/sequence_file.h"
 #include "runtime/prefix/memory.h"
@@ -118,11 +120,15 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
     if (!disk.ok()) return disk.status();
     runtime->disk_ = *std::move(disk);
   }
-  if (runtime->options_.backend != kCuda) return runtime;
+  if (runtime->options_.backend != kCuda) {
+    runtime->backend_ = std::make_unique<CpuBackend>();
+    return runtime;
+  }
   absl::StatusOr<std::unique_ptr<CudaBackend>> cuda = CudaBackend::Create(
       runtime->options_, runtime->storage_, runtime->promise_, *runtime->store_);
   if (!cuda.ok()) return cuda.status();
-  runtime->cuda_ = *std::move(cuda);
+  runtime->cuda_ = cuda->get();
+  runtime->backend_ = *std::move(cuda);
   return runtime;
 }
 
@@ -166,30 +172,16 @@ SignMap Runtime::LearnedMap(int layer, int kv_head) const {
 
 StatsSnapshot Runtime::Stats() const {
   StatsSnapshot s = Snapshot(counters_);
-  if (cuda_) {
-    // Steps count on the device; a lost one leaves these at 0.
-    const absl::StatusOr<cuda::DeviceCounters> read = cuda_->ReadCounters();
-    const cuda::DeviceCounters c = read.ok() ? *read : cuda::DeviceCounters{};
-    s.heads_exact = c.verdicts[0], s.heads_verified = c.verdicts[1];
-    s.heads_dense = c.verdicts[2], s.heads_best_effort = c.verdicts[3];
-    s.rows_middle = c.middle, s.rows_selected = c.selected, s.rows_fetched = c.fetched;
-    s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.row.row_bytes);
-    s.looks = c.looks;
-    s.outliers = c.outliers, s.heads_noisy = c.noisy;
-    const PageCounts pages = cuda_->pages().counts();
-    s.device_bytes_reserved = pages.reserved_bytes,
-    s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;
-    s.device_growths = pages.growths, s.device_growth_ns = pages.growth_ns;
-  }
+  backend_->AddTo(s);
   s.host_bytes_limit = static_cast<uint64_t>(store_->num_blocks()) * store_->block_bytes();
   s.host_bytes_used = store_->bytes_used();
   s.host_bytes_reserved = static_cast<uint64_t>(store_->num_reserved()) * store_->block_bytes();
   s.kept_prefixes = static_cast<uint64_t>(kept_->size());
   s.table_bytes = kept_->table_bytes();
   s.disk_bytes_used = disk_ ? disk_->bytes() : 0;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Sequence* sequence : sequences_)
-    s.table_bytes += static_cast<uint64_t>(sequence->table_bytes());
+  sequences_.ForEach([&](const Sequence& sequence) {
+    s.table_bytes += static_cast<uint64_t>(sequence.table_bytes());
+  });
   return s;
 }
 
@@ -203,8 +195,8 @@ TenantSnapshot Runtime::StatsOf(const TenantUse& use) const {
                       .host_bytes_reserved = static_cast<uint64_t>(use.reserved) * bytes,
                       .full_refusals = use.full_refusals,
                       .quota_refusals = use.quota_refusals};
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Sequence* sequence : sequences_) s.sequences += sequence->tenant() == use.tenant;
+  sequences_.ForEach(
+      [&](const Sequence& sequence) { s.sequences += sequence.tenant() == use.tenant; });
   return s;
 }
 
@@ -222,103 +214,9 @@ void Runtime::Log(LogLevel level, std::string message) const noexcept {
   if (level <= most_logged_) LogLine(logger_, level, std::move(message));
 }
 
-void Runtime::Enlist(Sequence* sequence) {
-  sequence->Touch();
-  const std::lock_guard<std::mutex> lock(mutex_);
-  sequences_.insert(sequence);
-  counters_.sequences = sequences_.size();
-}
-
-void Runtime::Delist(Sequence* sequence) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  sequences_.erase(sequence);
-  counters_.sequences = sequences_.size();
-}
-
-template <class Take>
-absl::Status Runtime::TakeOrMakeRoom(const Sequence& user, int64_t count, const Take& take) {
-  const TenantSlot tenant = user.tenant_slot();
-  absl::Status spilled;
-  for (;;) {
-    const absl::Status status = take();
-    if (CodeOf(status) != Code::kFull) return status;
-    const bool for_quota = !store_->QuotaAllows(count, tenant);
-    if (count <= store_->MostBlocks(tenant)) {
-      if (kept_->Evict(tenant, for_quota)) continue;
-      if (options_.spill == 1) {
-        const absl::StatusOr<bool> more = SpillColdest(user, for_quota);
-        if (more.ok() && *more) continue;
-        spilled = more.status();
-      }
-    }
-    CountRefusal(user, for_quota);
-    if (spilled.ok()) return status;
-    return FullError(status.message(), "; nothing could be spilled: ", spilled.message());
-  }
-}
-
-void Runtime::CountRefusal(const Sequence& user, bool for_quota) {
-  ++counters_.full_refusals;
-  if (for_quota) ++counters_.quota_refusals;
-  store_->CountRefusal(for_quota, user.tenant_slot());
-}
-
-absl::Status Runtime::Allocate(const Sequence& user, int64_t count, BlockId* out) {
-  if (static_cast<Admission>(options_.admission) == Admission::kReserved) {
-    CountRefusal(user, false);
-    return FullError(
-        "the reservation is used up: need ", count, " blocks of ", store_->block_bytes(),
-        " bytes, 0 of those for ", user.reserve_tokens(), " tokens are left, limit ",
-        user.reserve_tokens(),
-        " tokens; reserve more (vattn_sequence_reserve) or create with admission overcommit");
-  }
-  return TakeOrMakeRoom(user, count,
-                        [&] { return store_->Allocate(count, out, user.tenant_slot()); });
-}
-
-absl::Status Runtime::Reserve(const Sequence& user, int64_t count) {
-  return TakeOrMakeRoom(user, count, [&] { return store_->Reserve(count, user.tenant_slot()); });
-}
-
-absl::StatusOr<bool> Runtime::SpillColdest(const Sequence& user, bool for_quota) {
-  const LogHold hold;  // until the coldest sequence may be used again
-  Sequence* coldest = nullptr;
-  std::unique_lock<std::mutex> use;
-  const auto colder = [&](const Sequence& a, const Sequence& b) {  // a goes before b
-    const bool a_own = a.tenant() == user.tenant(), b_own = b.tenant() == user.tenant();
-    return a_own != b_own ? a_own : a.last_use() < b.last_use();
-  };
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Sequence* sequence : sequences_) {
-      if (sequence == &user || (for_quota && sequence->tenant() != user.tenant())) continue;
-      if (coldest != nullptr && colder(*coldest, *sequence)) continue;
-      std::unique_lock<std::mutex> its_use(sequence->use(), std::try_to_lock);
-      if (!its_use || sequence->batch.load() != nullptr || !sequence->HoldsBlocks()) continue;
-      if (sequence->reserve_tokens() > 0) continue;  // its room is promised
-      coldest = sequence;
-      use = std::move(its_use);
-    }
-  }
-  if (coldest == nullptr) return false;
-  const absl::Status status = coldest->Spill();
-  if (!status.ok()) {
-    ++counters_.spill_failures;
-    Log(LogLevel::kWarning,
-        absl::StrCat("sequence ", coldest->id(), " could not be spilled: ", status.message()));
-    return status;
-  }
-  Log(LogLevel::kInfo, absl::StrCat("sequence ", coldest->id(), " was spilled"));
-  return true;
-}
-
 void Runtime::Close() {
   closed_ = true;
-  size_t left;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    left = sequences_.size();
-  }
+  const size_t left = sequences_.size();
   const int batches = batches_.load();
   if (left == 0 && batches == 0) return;
   Log(LogLevel::kError, absl::StrCat("runtime destroyed while ", left, " of its sequences and ",

@@ -7,7 +7,7 @@
 #include "kernels/cpu/workers.h"
 #include "kernels/rng.h"
 #include "memory/status.h"
-#include "runtime/batch.h"
+#include "runtime/backend.h"
 #include "runtime/sequence.h"
 
 namespace vattn {
@@ -41,8 +41,7 @@ struct Walk {
   }
 };
 
-void LoadSample(const Storage& s, const std::vector<int32_t>& blocks, const Walk& walk,
-                Sample& out) {
+void LoadSample(const Storage& s, const BlockTable& blocks, const Walk& walk, Sample& out) {
   const size_t begin = static_cast<size_t>(out.count);
   out.count += walk.count;
   out.keys.resize(static_cast<size_t>(out.count) * s.row.dim_k);
@@ -85,27 +84,25 @@ absl::Status Sequence::AddQueries(const AppendRequest& r,
                                   std::vector<std::unique_ptr<QueryMoment>>& moments) const {
   const Storage& s = runtime_->storage();
   // Those on the device come over whole, from the first element to the last.
-  const uint8_t* q = static_cast<const uint8_t*>(r.q);
-  std::vector<uint8_t> copied;
-  if (OnDevice(r.q)) {
-    const int64_t last = (r.num_queries - 1) * r.q_token_stride +
-                         (runtime_->options().num_q_heads - 1) * r.q_head_stride + s.row.dim_k;
-    copied.resize(static_cast<size_t>(last * ElementBytes(s.row.dtype)));
-    VATTN_RETURN_IF_ERROR(runtime_->cuda()->Read(copied.data(), r.q, copied.size()));
-    q = copied.data();
-  }
-  const int group = runtime_->group_heads(r.layer), dim = s.row.dim_k,
+  const int64_t last = (r.num_queries - 1) * r.q_token_stride +
+                       (runtime_->options().num_q_heads - 1) * r.q_head_stride + s.row.dim_k;
+  std::vector<std::byte> copy;
+  const absl::StatusOr<const std::byte*> on_host = runtime_->backend().OnHost(
+      r.q, static_cast<uint64_t>(last * ElementBytes(s.row.dtype)), copy);
+  if (!on_host.ok()) return on_host.status();
+  const uint8_t* const q = reinterpret_cast<const uint8_t*>(*on_host);
+  const int group_heads = runtime_->group_heads(r.layer), dim = s.row.dim_k,
             element = ElementBytes(s.row.dtype);
   for (size_t g = 0; g < moments.size(); ++g) {
     const KvHead& kv_head = layers_[r.layer].kv_heads[g];
     moments[g] = kv_head.moment ? std::make_unique<QueryMoment>(*kv_head.moment)
-                              : std::make_unique<QueryMoment>(dim);
-    const int64_t picks = QueryMoment::NumPicks(r.num_queries, group);
+                                : std::make_unique<QueryMoment>(dim);
+    const int64_t picks = QueryMoment::NumPicks(r.num_queries, group_heads);
     std::vector<float> queries(static_cast<size_t>(picks * dim));
     for (int64_t i = 0; i < picks; ++i) {
-      const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group);
+      const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group_heads);
       const int64_t at = pick.token * r.q_token_stride +
-                         (static_cast<int64_t>(g) * group + pick.head) * r.q_head_stride;
+                         (static_cast<int64_t>(g) * group_heads + pick.head) * r.q_head_stride;
       const uint8_t* row = q + at * element;
       cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype},
                     queries.data() + i * dim);
@@ -123,46 +120,29 @@ int64_t Sequence::MiddleEnd(int64_t tokens) const {
 }
 
 absl::Status Sequence::BuildIndex() {
-  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
+  if (Seat* const sits_in = seat.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0, /*in_turn=*/false));
-  if (runtime_->cuda() == nullptr) return absl::OkStatus();
-  absl::StatusOr<CudaSequence*> cuda = Cuda();
-  if (!cuda.ok()) return cuda.status();
-  Device& device = runtime_->cuda()->device();
-  VATTN_RETURN_IF_ERROR((*cuda)->Flush(*this, device.stream()));
-  return device.Synchronize(device.stream());
+  return half_->Settle(*this);
 }
 
 absl::Status Sequence::OpenStep(int new_tokens) {
-  states_before_step_.clear();
   for (const Layer& layer : layers_) {
-    if (layer.kv_heads.empty()) continue;
-    tokens_before_step_ = layer.tokens;
-    if (runtime_->cuda() != nullptr) continue;
-    for (const KvHead& kv_head : layer.kv_heads) {
-      states_before_step_.insert(states_before_step_.end(), kv_head.states.begin(),
-                                 kv_head.states.end());
-    }
+    if (!layer.kv_heads.empty()) tokens_before_step_ = layer.tokens;
   }
+  new_tokens_ = new_tokens;
+  half_->BeginStep(*this);
   return MakeRoomAndCode(new_tokens, /*in_turn=*/true);
 }
 
 void Sequence::GiveUpStep() {
   CutTo(tokens_before_step_);
   --step_;
-  if (runtime_->cuda() != nullptr) return;
-  auto before = states_before_step_.cbegin();
-  for (Layer& layer : layers_) {
-    for (KvHead& kv_head : layer.kv_heads) {
-      std::copy_n(before, kv_head.states.size(), kv_head.states.begin());
-      before += static_cast<std::ptrdiff_t>(kv_head.states.size());
-    }
-  }
+  half_->GiveUpStep(*this);
 }
 
 void Sequence::TakeRecentQueries() {
   // What a lost device had is left out; the calls that follow report it.
-  if (cuda_) cuda_->ReadQueries(*this).IgnoreError();
+  half_->ReadBackQueries(*this).IgnoreError();
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     for (KvHead& kv_head : layers_[l].kv_heads) {
       if (kv_head.recent.empty()) continue;
@@ -204,7 +184,7 @@ CodingPlan Sequence::PlanLayer(int l, int64_t end, bool in_turn) const {
 }
 
 absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
-  std::vector<Need> needs;
+  std::vector<BlockNeed> needs;
   std::vector<CodingPlan> plans(layers_.size());
   bool makes = false;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
@@ -215,18 +195,18 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
     // One list per layer without repeats: what is coded lies before what is written.
     const int64_t code_from = plans[l].begin,
                   write_from = layer.tokens / kBlockTokens * kBlockTokens;
-    if (end > code_from) ListNeeds(l, code_from, std::min(end, write_from), needs);
-    ListNeeds(
+    if (end > code_from) blocks_.ListNeeds(l, code_from, std::min(end, write_from), needs);
+    blocks_.ListNeeds(
         l, end > code_from ? std::min(layer.tokens, std::max(code_from, write_from)) : layer.tokens,
         tokens, needs);
   }
-  VATTN_RETURN_IF_ERROR(Meet(needs));
+  VATTN_RETURN_IF_ERROR(TakeBlocksFor(needs));
   if (new_tokens > 0) {
-    for (Layer& layer : layers_) ClaimTail(layer);
+    for (Layer& layer : layers_) blocks_.ClaimLastBlock(layer);
   }
   // Segments are made from rows and queries that steps have written.
   if (makes) {
-    VATTN_RETURN_IF_ERROR(Pull());
+    VATTN_RETURN_IF_ERROR(ReadBackState());
     TakeRecentQueries();
   }
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
@@ -241,23 +221,8 @@ void Sequence::CodeLayer(int l, const CodingPlan& plan, int64_t end) {
   if (end <= plan.begin || layer.kv_heads.empty()) return;
   if (plan.coding != Coding::kExtend) MakeSegment(l, plan, end);
   layer.coded = end;
-  layer.coded_on_device = std::min(layer.coded_on_device, plan.begin);
-  if (runtime_->cuda() != nullptr) return;  // CudaSequence::Flush codes
-  const Stream stream = runtime_->stream();
-  uint64_t outliers = 0;
-  cpu::ParallelFor(stream, static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t g) {
-    const KvHead& kv_head = layer.kv_heads[g];
-    ForSegments(layer, plan.begin, end, [&](size_t k, int64_t from, int64_t to) {
-      runtime_->ops().encode({.storage = runtime_->storage(),
-                              .index = kv_head.segments[k].tables,
-                              .blocks = kv_head.blocks.data(),
-                              .begin = from,
-                              .end = to,
-                              .outliers = &outliers},
-                             stream);
-    });
-  });
-  runtime_->counters().outliers += outliers;
+  layer.codes_made = std::min(layer.codes_made, plan.begin);
+  half_->Code(*this, l, plan.begin);
 }
 
 void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {

@@ -61,7 +61,8 @@ IndexView::IndexView(const Trace& trace, std::vector<int32_t> layers, const vatt
   Check(runtime.status());
   runtime_ = *std::move(runtime);
   sequence_ = AppendPrompt(runtime_, trace_, layers_);
-  const size_t bytes = ScratchBytes(storage(), promise(), trace_.prompt_tokens, runtime_->group_heads(0));
+  const size_t bytes =
+      ScratchBytes(storage(), promise(), trace_.prompt_tokens, runtime_->group_heads(0));
   memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{64})));
 }
 

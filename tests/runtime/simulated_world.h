@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "runtime/batch.h"
+#include "runtime/cuda/backend.h"
 #include "runtime/sequence.h"
 #include "tests/runtime/simulated_device.h"
 

@@ -44,7 +44,7 @@ void SimulatedWorld::Step(int b) {
     // In the middle of a step some wait for the device, and some go.
     if (Below(40) == 0) Destroy();
     Twin* const twin = Below(12) == 0 ? AnyTwin() : nullptr;
-    if (twin != nullptr) Done(twin->sequence->Pull(), "pull");
+    if (twin != nullptr) Done(twin->sequence->ReadBackState(), "read back");
     if (Below(20) == 0) return Abandon(b, layer + 1, new_tokens);
   }
 }
