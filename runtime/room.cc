@@ -19,7 +19,7 @@ absl::Status Room::TakeOrMake(const Sequence& user, int64_t count, const Take& t
     if (CodeOf(status) != Code::kFull) return status;
     const bool for_quota = !store.QuotaAllows(count, tenant);
     if (count <= store.MostBlocks(tenant)) {
-      if (runtime_.kept().Evict(tenant, for_quota)) continue;
+      if (runtime_.memory_prefixes().Evict(tenant, for_quota)) continue;
       if (runtime_.options().spill == 1) {
         const absl::StatusOr<bool> more = SpillColdest(user, for_quota);
         if (more.ok() && *more) continue;

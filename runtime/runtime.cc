@@ -152,7 +152,7 @@ Runtime::Runtime(Options options, Logger logger, LogLevel most_logged,
           .block_bytes = static_cast<uint32_t>(options_.io_block_bytes),
           .timeout_ms = options_.io_timeout_ms},
       workers_(std::move(workers)) {
-  kept_ = std::make_unique<KeptPrefixes>(*store_, counters_);
+  memory_prefixes_ = std::make_unique<MemoryPrefixes>(*store_, counters_);
   FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, promise_.pilot, quantile_);
   promise_.quantile = quantile_;
   promise_.normal_quantile = static_cast<float>(TwoSidedNormalQuantile(promise_.delta));
@@ -176,8 +176,8 @@ StatsSnapshot Runtime::Stats() const {
   s.host_bytes_limit = static_cast<uint64_t>(store_->num_blocks()) * store_->block_bytes();
   s.host_bytes_used = store_->bytes_used();
   s.host_bytes_reserved = static_cast<uint64_t>(store_->num_reserved()) * store_->block_bytes();
-  s.kept_prefixes = static_cast<uint64_t>(kept_->size());
-  s.table_bytes = kept_->table_bytes();
+  s.memory_prefixes = static_cast<uint64_t>(memory_prefixes_->size());
+  s.table_bytes = memory_prefixes_->table_bytes();
   s.disk_bytes_used = disk_ ? disk_->bytes() : 0;
   sequences_.ForEach([&](const Sequence& sequence) {
     s.table_bytes += static_cast<uint64_t>(sequence.table_bytes());

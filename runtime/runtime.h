@@ -27,7 +27,7 @@ namespace vattn {
 
 class CudaBackend;
 class Disk;
-class KeptPrefixes;
+class MemoryPrefixes;
 
 // Thread-safe. Sequences and batches keep it alive.
 class Runtime {
@@ -51,7 +51,7 @@ class Runtime {
   const IoOptions& io() const { return io_; }
   // Null without disk_path.
   Disk* disk() const { return disk_.get(); }
-  KeptPrefixes& kept() { return *kept_; }
+  MemoryPrefixes& memory_prefixes() { return *memory_prefixes_; }
   Backend& backend() { return *backend_; }
   // The backend, if it is that of a CUDA device; else null.
   CudaBackend* cuda() const { return cuda_; }
@@ -108,7 +108,7 @@ class Runtime {
   std::unique_ptr<HostStore> store_;
   std::unique_ptr<Backend> backend_;  // may have the pool mapped: goes before it
   CudaBackend* cuda_ = nullptr;       // the same, or null
-  std::unique_ptr<KeptPrefixes> kept_;
+  std::unique_ptr<MemoryPrefixes> memory_prefixes_;
   const IoOptions io_;
   std::unique_ptr<Disk> disk_;
   const std::unique_ptr<cpu::Workers> workers_;

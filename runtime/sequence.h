@@ -52,7 +52,7 @@ class Sequence {
   // FULL if reserve_tokens cannot be set aside.
   static absl::StatusOr<std::unique_ptr<Sequence>> Create(std::shared_ptr<Runtime> runtime,
                                                           const SequenceOptions& options);
-  // A sequence of the layers of a kept prefix. FULL as Create.
+  // A sequence of the layers of a prefix in memory. FULL as Create.
   static absl::StatusOr<std::unique_ptr<Sequence>> FromLayers(std::shared_ptr<Runtime> runtime,
                                                               const SequenceOptions& options,
                                                               SharedLayers layers);

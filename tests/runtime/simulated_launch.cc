@@ -16,7 +16,8 @@ using test::Simulation;
 
 template <class F>
 int Enqueue(Stream stream, F&& operation) {
-  Simulation::Current().Enqueue(stream.handle, std::forward<F>(operation));
+  Simulation::Current().Enqueue(static_cast<DeviceStream>(stream.handle),
+                                std::forward<F>(operation));
   return 0;
 }
 
