@@ -24,7 +24,7 @@ class BlockTable {
   std::vector<int32_t>::const_iterator begin() const { return ids_.begin(); }
   std::vector<int32_t>::const_iterator end() const { return ids_.end(); }
 
-  // Room for so many blocks: Append then allocates nothing.
+  // Room for `blocks` blocks: Append then allocates nothing.
   void Reserve(size_t blocks) {
     if (ids_.capacity() < blocks) ids_.reserve(std::max(blocks, ids_.capacity() * 3 / 2));
   }

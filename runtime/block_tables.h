@@ -74,7 +74,7 @@ class BlockTables {
   const std::vector<int32_t>& codes_to_load() const { return codes_to_load_; }
 
  private:
-  // Blocks that a reservation of so many tokens still has to hold ready, once `keep_tokens` tokens
+  // Blocks that a reservation of that length still has to hold ready, once `keep_tokens` tokens
   // are left and blocks of the first `shared_tokens` are shared.
   int64_t Unmet(int64_t reserve_tokens, int64_t keep_tokens, int64_t shared_tokens) const;
   absl::Status ReserveUpTo(int64_t blocks);

@@ -64,7 +64,7 @@ void ForSegments(const Layer& layer, int64_t begin, int64_t end, F&& f) {
 }
 
 inline int64_t BlocksFor(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
-// What stays coded when so many tokens stay.
+// How many tokens stay coded when the first `tokens` tokens stay.
 inline int64_t CodedOf(const Layer& layer, int64_t tokens) {
   return layer.tokens <= tokens ? layer.coded
                                 : std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);

@@ -52,7 +52,7 @@ class Sequence {
   // FULL if reserve_tokens cannot be set aside.
   static absl::StatusOr<std::unique_ptr<Sequence>> Create(std::shared_ptr<Runtime> runtime,
                                                           const SequenceOptions& options);
-  // A sequence of the layers of a prefix in memory. FULL as Create.
+  // A sequence of the layers of a prefix in memory. FULL: see Create.
   static absl::StatusOr<std::unique_ptr<Sequence>> FromLayers(std::shared_ptr<Runtime> runtime,
                                                               const SequenceOptions& options,
                                                               SharedLayers layers);
@@ -67,7 +67,7 @@ class Sequence {
   // FULL if the sequence has a reservation, and blocks that others hold too would leave it one
   // short.
   absl::Status Truncate(int64_t tokens);
-  // Sets aside what the sequence needs beside its blocks to have so many tokens in every layer, in
+  // Sets aside what the sequence needs beside its blocks to have `tokens` tokens in every layer, in
   // place of what it had set aside before. FULL changes nothing.
   absl::Status Reserve(int64_t tokens);
   int64_t reserve_tokens() const { return blocks_.reserve_tokens(); }

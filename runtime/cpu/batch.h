@@ -31,7 +31,7 @@ class CpuBatch final : public BatchHalf {
     int64_t place;  // slot * kv_heads + KV head: of its rows in arrays by KV head
   };
 
-  // Rows of a hot set for a middle of so many tokens.
+  // How many rows the hot set of a KV head may hold that has `middle` tokens in the middle.
   int64_t HotCapacity(int64_t middle) const;
   // The new tokens' rows into the blocks of a layer.
   void WriteRows(const AttendRequest& request);

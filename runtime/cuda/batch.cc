@@ -12,8 +12,10 @@
 namespace vattn {
 namespace {
 
-constexpr int64_t kLeastIdlePages = 4;    // of slot_of, for the hot set to be emptied for them
-constexpr int64_t kScratchTokens = 4096;  // working memory grows in steps of so many tokens
+// Pages of slot_of_ about free blocks alone from which on the hot set is emptied for them.
+constexpr int64_t kLeastIdlePages = 4;
+// Working memory grows in steps of this many tokens, so that few steps allocate.
+constexpr int64_t kScratchTokens = 4096;
 
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 

@@ -1,4 +1,5 @@
-// The device half of a sequence: block tables, index tables, controller state, sinks and window.
+// What is on the device of a sequence: block tables, index tables, controller state, sinks and
+// window.
 #ifndef VATTN_RUNTIME_CUDA_SEQUENCE_H_
 #define VATTN_RUNTIME_CUDA_SEQUENCE_H_
 

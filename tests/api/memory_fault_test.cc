@@ -253,7 +253,7 @@ TEST_F(MemoryFaultTest, Prefixes) {
                          [&] { return std::to_string(runtime_.Stats().disk_bytes_used); }, 0);
 }
 
-TEST_F(MemoryFaultTest, MemoryPrefixes) {
+TEST_F(MemoryFaultTest, KeptPrefixes) {
   std::vector<int32_t> ids(390, 3), others(390, 4);
   OwnedPrefix prefix("salt", ids), other("salt", others);
   prefix.tier = other.tier = VATTN_TIER_MEMORY;
