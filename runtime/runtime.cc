@@ -47,16 +47,10 @@ absl::Status CheckRing(const FileOps& ops) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger,
-                                                         const FileOps& ops,
-                                                         const MemoryOps& memory_ops) {
-  VATTN_RETURN_IF_ERROR(ResolveOptions(options));
+// What follows from the machine: the backend, threads, absolute paths.
+absl::Status SettleOnMachine(Options& options, const FileOps& ops) {
   if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring)
     VATTN_RETURN_IF_ERROR(CheckRing(ops));
-  LogLevel most_logged;
-  VATTN_RETURN_IF_ERROR(ReadLogLevel(&most_logged));
   const absl::StatusOr<int32_t> backend = ChooseBackend(options);
   if (!backend.ok()) return backend.status();
   options.backend = *backend;
@@ -65,34 +59,29 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   const CpuCount cpus = CountCpus();
   if (options.num_threads == 0 && cpus.by_quota < cpus.by_affinity)
     options.num_threads = cpus.by_quota;
-  if (!options.disk_path.empty()) {
-    absl::StatusOr<std::string> absolute = AbsolutePath(options.disk_path);
-    if (!absolute.ok()) return absolute.status();
-    // Options in force mean the same after a change of directory
-    options.disk_path = *std::move(absolute);
-  }
-  std::optional<Profile> profile;
-  if (!options.profile.empty()) {
-    absl::StatusOr<Profile> read = Profile::Read(options.profile, options);
-    if (!read.ok()) return read.status();
-    profile = *std::move(read);
-  }
-  std::optional<SignMaps> sign_maps;
-  if (!options.sign_maps.empty()) {
-    absl::StatusOr<SignMaps> read = SignMaps::Read(options.sign_maps, options);
-    if (!read.ok()) return read.status();
-    sign_maps = *std::move(read);
-  }
-  auto workers = std::make_unique<cpu::Workers>(options.num_threads);
-  if (options.num_threads != 1 && !workers->Start()) {
-    return OutOfMemoryError("num_threads is ", options.num_threads,
-                            ", and the system would not start ", workers->num_threads(),
-                            " threads (see RLIMIT_NPROC and the cgroup's pids.max)");
-  }
-  const Storage storage = MakeStorage(options);
+  if (options.disk_path.empty()) return absl::OkStatus();
+  // Options in force mean the same after a change of directory.
+  absl::StatusOr<std::string> absolute = AbsolutePath(options.disk_path);
+  if (!absolute.ok()) return absolute.status();
+  options.disk_path = *std::move(absolute);
+  return absl::OkStatus();
+}
+
+// Reads a file that the options name, unless the name is empty.
+template <class File>
+absl::Status ReadNamed(const std::string& path, const Options& options, std::optional<File>& file) {
+  if (path.empty()) return absl::OkStatus();
+  absl::StatusOr<File> read = File::Read(path, options);
+  if (!read.ok()) return read.status();
+  file = *std::move(read);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<HostStore>> MakePool(const Options& options,
+                                                    const MemoryOps& memory_ops) {
   HostStoreOptions pool;
   pool.limit_bytes = options.host_bytes;
-  pool.block_bytes = static_cast<uint64_t>(storage.block.bytes);
+  pool.block_bytes = static_cast<uint64_t>(MakeStorage(options).block.bytes);
   pool.tenant_bytes = options.tenant_bytes;
   pool.numa_node = options.numa_node;
   pool.huge_pages = options.huge_pages == 1;
@@ -100,36 +89,68 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   pool.zero_on_free = options.zero_on_free == 1;
   pool.num_threads = options.num_threads;
   pool.memory_ops = &memory_ops;
-  absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
+  return HostStore::Create(pool);
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger,
+                                                         const FileOps& ops,
+                                                         const MemoryOps& memory_ops) {
+  VATTN_RETURN_IF_ERROR(ResolveOptions(options));
+  LogLevel most_logged;
+  VATTN_RETURN_IF_ERROR(ReadLogLevel(&most_logged));
+  VATTN_RETURN_IF_ERROR(SettleOnMachine(options, ops));
+  std::optional<Profile> profile;
+  std::optional<SignMaps> sign_maps;
+  VATTN_RETURN_IF_ERROR(ReadNamed(options.profile, options, profile));
+  VATTN_RETURN_IF_ERROR(ReadNamed(options.sign_maps, options, sign_maps));
+  auto workers = std::make_unique<cpu::Workers>(options.num_threads);
+  if (options.num_threads != 1 && !workers->Start()) {
+    return OutOfMemoryError("num_threads is ", options.num_threads,
+                            ", and the system would not start ", workers->num_threads(),
+                            " threads (see RLIMIT_NPROC and the cgroup's pids.max)");
+  }
+  absl::StatusOr<std::unique_ptr<HostStore>> store = MakePool(options, memory_ops);
   if (!store.ok()) return store.status();
   std::shared_ptr<Runtime> runtime(
       new Runtime(std::move(options), std::move(logger), most_logged, std::move(profile),
                   std::move(sign_maps), std::move(workers), *std::move(store), ops, memory_ops));
-  const MemoryLimits memory = ReadMemoryLimits();
-  if (runtime->options_.host_bytes > memory.limit_bytes) {
-    runtime->Log(LogLevel::kWarning,
-                 absl::StrCat("host_bytes is ", runtime->options_.host_bytes, ", over the ",
-                              memory.limit_bytes, " bytes that ", memory.WhoLimits(),
-                              ": a pool that fills up would end the process"));
-  }
-  if (!runtime->options_.disk_path.empty()) {
-    const Options& o = runtime->options_;
-    absl::StatusOr<std::unique_ptr<Disk>> disk = Disk::Open(
-        o.disk_path, o.disk_bytes, LayoutOf(o, runtime->storage_), runtime->io_, runtime->counters_,
-        [r = runtime.get()](LogLevel level, const std::string& text) { r->Log(level, text); });
-    if (!disk.ok()) return disk.status();
-    runtime->disk_ = *std::move(disk);
-  }
-  if (runtime->options_.backend != kCuda) {
-    runtime->backend_ = std::make_unique<CpuBackend>();
-    return runtime;
-  }
-  absl::StatusOr<std::unique_ptr<CudaBackend>> cuda = CudaBackend::Create(
-      runtime->options_, runtime->storage_, runtime->promise_, *runtime->store_);
-  if (!cuda.ok()) return cuda.status();
-  runtime->cuda_ = cuda->get();
-  runtime->backend_ = *std::move(cuda);
+  runtime->WarnOfLittleMemory();
+  VATTN_RETURN_IF_ERROR(runtime->OpenDisk());
+  VATTN_RETURN_IF_ERROR(runtime->MakeBackend());
   return runtime;
+}
+
+void Runtime::WarnOfLittleMemory() const {
+  const MemoryLimits memory = ReadMemoryLimits();
+  if (options_.host_bytes <= memory.limit_bytes) return;
+  Log(LogLevel::kWarning, absl::StrCat("host_bytes is ", options_.host_bytes, ", over the ",
+                                       memory.limit_bytes, " bytes that ", memory.WhoLimits(),
+                                       ": a pool that fills up would end the process"));
+}
+
+absl::Status Runtime::OpenDisk() {
+  if (options_.disk_path.empty()) return absl::OkStatus();
+  absl::StatusOr<std::unique_ptr<Disk>> disk =
+      Disk::Open(options_.disk_path, options_.disk_bytes, LayoutOf(options_, storage_), io_,
+                 counters_, [this](LogLevel level, const std::string& text) { Log(level, text); });
+  if (!disk.ok()) return disk.status();
+  disk_ = *std::move(disk);
+  return absl::OkStatus();
+}
+
+absl::Status Runtime::MakeBackend() {
+  if (options_.backend != kCuda) {
+    backend_ = std::make_unique<CpuBackend>();
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::unique_ptr<CudaBackend>> cuda =
+      CudaBackend::Create(options_, storage_, promise_, *store_);
+  if (!cuda.ok()) return cuda.status();
+  cuda_ = cuda->get();
+  backend_ = *std::move(cuda);
+  return absl::OkStatus();
 }
 
 Runtime::Runtime(Options options, Logger logger, LogLevel most_logged,

@@ -93,6 +93,10 @@ class Runtime {
           std::optional<SignMaps> sign_maps, std::unique_ptr<cpu::Workers> workers,
           std::unique_ptr<HostStore> store, const FileOps& ops, const MemoryOps& memory_ops);
 
+  // Steps of Create, in this order.
+  void WarnOfLittleMemory() const;
+  absl::Status OpenDisk();
+  absl::Status MakeBackend();
   TenantSnapshot StatsOf(const TenantUse& use) const;
 
   const Options options_;
