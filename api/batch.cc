@@ -23,8 +23,6 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out,
   vattn_attend_params p;
   vattn_attend_params_init(&p, sizeof(p));
   VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
-  if (p.reserved0 != 0) return OutOfRangeError("reserved0", p.reserved0, 0, 0);
-  if (p.reserved1 != 0) return OutOfRangeError("reserved1", p.reserved1, 0, 0);
   if (p.num_tokens != 1) return OutOfRangeError("num_tokens", p.num_tokens, 1, 1);
   if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
   if (needs_out) VATTN_RETURN_IF_ERROR(NotNull("out", p.out));

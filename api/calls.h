@@ -1,5 +1,5 @@
-// What the calls of the C API share: handles, and how what comes out of a body becomes a code.
-// Nothing thrown leaves.
+// Shared by the sources of the C API: handle structs, checks of arguments, and Guard, which turns a
+// Status or an exception into a vattn_code.
 #ifndef VATTN_API_CALLS_H_
 #define VATTN_API_CALLS_H_
 
@@ -35,7 +35,7 @@ struct vattn_batch {
 
 namespace vattn::api {
 
-// Notes the text for vattn_last_error.
+// Keeps the text for vattn_last_error and returns the code.
 vattn_code Fail(vattn_code code, const char* text) noexcept;
 
 // Runs a body that returns absl::Status and translates whatever comes out of it. Lines for the

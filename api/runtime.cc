@@ -1,4 +1,5 @@
 // Options, runtimes, tenants and counters of the C API.
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -139,56 +140,13 @@ vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
     VATTN_RETURN_IF_ERROR(NotNull("stats", stats));
     VATTN_RETURN_IF_ERROR(CheckStructSize(struct_size));
     const vattn::StatsSnapshot s = runtime->impl->Stats();
-    const vattn_stats all = {.struct_size = sizeof(vattn_stats),
-                             .host_bytes_limit = s.host_bytes_limit,
-                             .host_bytes_used = s.host_bytes_used,
-                             .table_bytes = s.table_bytes,
-                             .sequences = s.sequences,
-                             .tokens = s.tokens,
-                             .steps = s.steps,
-                             .heads_exact = s.heads_exact,
-                             .heads_verified = s.heads_verified,
-                             .heads_dense = s.heads_dense,
-                             .heads_best_effort = s.heads_best_effort,
-                             .rows_middle = s.rows_middle,
-                             .rows_selected = s.rows_selected,
-                             .rows_fetched = s.rows_fetched,
-                             .bytes_fetched = s.bytes_fetched,
-                             .looks = s.looks,
-                             .full_refusals = s.full_refusals,
-                             .blocks_copied = s.blocks_copied,
-                             .disk_bytes_used = s.disk_bytes_used,
-                             .saves = s.saves,
-                             .bytes_saved = s.bytes_saved,
-                             .restores = s.restores,
-                             .bytes_restored = s.bytes_restored,
-                             .spills = s.spills,
-                             .spill_failures = s.spill_failures,
-                             .files_refused = s.files_refused,
-                             .io_errors = s.io_errors,
-                             .prefixes_stored = s.prefixes_stored,
-                             .prefix_evictions = s.prefix_evictions,
-                             .prefix_hits = s.prefix_hits,
-                             .prefix_tokens = s.prefix_tokens,
-                             .prefix_misses = s.prefix_misses,
-                             .prefix_damaged = s.prefix_damaged,
-                             .prefix_unread = s.prefix_unread,
-                             .prefix_unlike = s.prefix_unlike,
-                             .device_bytes_reserved = s.device_bytes_reserved,
-                             .device_bytes_mapped = s.device_bytes_mapped,
-                             .device_growths = s.device_growths,
-                             .device_growth_ns = s.device_growth_ns,
-                             .host_bytes_reserved = s.host_bytes_reserved,
-                             .quota_refusals = s.quota_refusals,
-                             .kept_prefixes = s.kept_prefixes,
-                             .prefixes_kept = s.prefixes_kept,
-                             .kept_evictions = s.kept_evictions,
-                             .kept_hits = s.kept_hits,
-                             .segments_learnt = s.segments_learnt,
-                             .index_floods = s.index_floods,
-                             .segments_recoded = s.segments_recoded,
-                             .outliers = s.outliers,
-                             .heads_noisy = s.heads_noisy};
+    vattn_stats all;
+    std::memset(&all, 0, sizeof(all));
+    all.struct_size = sizeof(all);
+#define VATTN_COPY(name, type, help) all.name = s.name;
+    VATTN_MEASURES(VATTN_COPY)
+    VATTN_COUNTERS(VATTN_COPY)
+#undef VATTN_COPY
     vattn::api::Export(all, stats, struct_size);
     return absl::OkStatus();
   });

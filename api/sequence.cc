@@ -107,7 +107,7 @@ vattn_code vattn_sequence_reserve(vattn_sequence* sequence, int64_t tokens) {
   return Guard([&]() -> absl::Status {
     const Use use(sequence);
     VATTN_RETURN_IF_ERROR(use.status());
-    const int64_t most = vattn::Sequence::kAllTokens;
+    const int64_t most = vattn::kAllTokens;
     if (tokens < 0 || tokens > most) return OutOfRangeError("tokens", tokens, 0, most);
     VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Reserve(tokens);

@@ -12,7 +12,7 @@
 namespace vattn::api {
 
 inline absl::Status CheckReserve(int64_t reserve_tokens) {
-  const int64_t most = Sequence::kAllTokens;
+  const int64_t most = kAllTokens;
   if (reserve_tokens >= 0 && reserve_tokens <= most) return absl::OkStatus();
   return OutOfRangeError("reserve_tokens", reserve_tokens, 0, most);
 }

@@ -220,12 +220,22 @@ typedef struct vattn_options {
    * several threads run side by side. 0 to 4096; more than its affinity allows count as all.
    * Started by vattn_runtime_create, which answers OUT_OF_MEMORY if the system refuses one. */
   int32_t num_threads;
-  int32_t numa_node;  /* host pool placement; -1: where the threads first touch it */
+  int32_t numa_node; /* placement of the host pool; -1: where the threads first touch it */
+
+  /* Host pool, and who may take how much of it. */
+  uint64_t host_bytes; /* limit of the host pool in bytes; mapped at create, touched as used */
+  /* Most bytes of the host pool that one tenant may use and reserve, unless vattn_tenant_limit
+   * gives it a limit of its own; rounded down to whole blocks; 0: no limit. */
+  uint64_t tenant_bytes;
+  int32_t admission;  /* vattn_admission */
   int32_t huge_pages; /* 1: ask for transparent huge pages */
   /* 1: touch the whole host pool at create, in parallel; OUT_OF_MEMORY where the machine or the
    * control group has not as much available. */
   int32_t prefault;
-  uint64_t host_bytes; /* limit of the host pool in bytes; mapped at create, touched as used */
+  /* 0; 1: a block of the host pool is filled with zeros before another sequence may have it.
+   * Without it old bytes stay in memory until they are overwritten, but reach no output and no
+   * file. Codes, tables and rows in device memory are not covered. */
+  int32_t zero_on_free;
 
   /* Sets that are always exact, in tokens. */
   int32_t sinks;       /* 16: first tokens; multiple of 16, 0 to 256 */
@@ -241,40 +251,12 @@ typedef struct vattn_options {
   /* 0, 2 or 4 bits per value element kept beside the rows; on CUDA, like codes, on the device
      too. */
   int32_t value_bits;
-
-  /* Promise. */
-  int32_t policy;        /* vattn_policy */
-  int32_t norm;          /* vattn_norm */
-  int32_t on_unverified; /* vattn_on_unverified */
-  int32_t bound;         /* vattn_bound */
-  float epsilon;         /* relative error, over 0, at most 10 */
-  /* share of a head's answers that may be off by more, over 0, at most .215 */
-  float delta;
-  float norm_floor;  /* .5: c of VATTN_NORM_VALUE; 0 to 1 */
-  int32_t max_looks; /* 6: draws in one step before on_unverified; 1 to 8 */
-
-  /* Sampling. */
-  uint64_t seed; /* all random numbers derive from it */
-  /* 64: 1 / refresh of the random numbers are renewed a step; 1 to 4096 */
-  int32_t refresh;
-  int32_t min_selected;     /* 16: expected rows drawn per KV head at least; 0 to 65536 */
-  float max_selected_share; /* .5: of the middle; above it a head counts as unverified; (0, 1] */
-  float topk_share;         /* .05: top-k of the middle per query head; [0, 1] */
-  /* .05: base sample of the middle, VATTN_POLICY_TOPK_UNIFORM; [0, 1] */
-  float base_share;
-  int32_t target; /* vattn_target */
-  /* .05: share of the middle that the hot set may hold; [0, 1]. On CUDA each batch keeps one of
-   * its own in device memory, with this share of the rows of the host pool. */
-  float hot_share;
-  /* 0; 1: a block of the host pool is filled with zeros before another sequence may have it.
-   * Without it old bytes stay in memory until they are overwritten, but reach no output and no
-   * file. Codes, tables and rows in device memory are not covered. */
-  int32_t zero_on_free;
-
-  /* Logger; NULL keeps the library silent. */
-  vattn_log_function log;
-  void* log_user;
-
+  /* NULL or "": random hyperplanes. Else the path of learned maps for VATTN_INDEX_SIGN, as
+   * examples/train_sign_index.py writes them: a safetensors file with the F32 tensors key and
+   * query [num_layers, most KV heads of a layer, 8 * index_bytes, head_dim_k] and metadata
+   * format = "vattn-sign-1". Bit j of a key k is [key_j . (k - mean key) >= 0], of a query q
+   * [query_j . q >= 0]. Read by vattn_runtime_create, which then answers as with profile. */
+  const char* sign_maps;
   /* NULL or "": none. Else the path of a model profile, as `vattn calibrate` writes it: what the
    * index is calibrated on when a sequence has had no queries (vattn_append_params.q) by the
    * time its index is fixed. A safetensors file with the F32 tensor c_q [num_layers, most KV
@@ -284,6 +266,41 @@ typedef struct vattn_options {
    * damaged, no safetensors file) and INVALID_ARGUMENT (another format or shape). */
   const char* profile;
 
+  /* Promise. */
+  int32_t policy;        /* vattn_policy */
+  int32_t norm;          /* vattn_norm */
+  int32_t on_unverified; /* vattn_on_unverified */
+  int32_t bound;         /* vattn_bound */
+  float epsilon;         /* relative error, over 0, at most 10 */
+  /* share of a head's answers that may be off by more, over 0, at most 0.215 */
+  float delta;
+  float norm_floor; /* 0.5: c of VATTN_NORM_VALUE; 0 to 1 */
+
+  /* Sampling. */
+  int32_t max_looks; /* 6: draws in one step before on_unverified; 1 to 8 */
+  uint64_t seed;     /* all random numbers derive from it */
+  /* 0: the first draw aims at the promise, and seldom needs a second look: the least time. 1: it
+   * is a pilot for a second one in every step: fewer rows (a seventh on recorded attention),
+   * more time (a fifth on CUDA with 1M tokens). */
+  int32_t pilot;
+  /* 64: 1 / refresh of the random numbers are renewed a step; 1 to 4096 */
+  int32_t refresh;
+  int32_t min_selected; /* 16: expected rows drawn per KV head at least; 0 to 65536 */
+  /* 0.5: of the middle; above it a head counts as unverified; (0, 1] */
+  float max_selected_share;
+
+  /* Policies topk and topk_uniform. */
+  float topk_share; /* 0.05: top-k of the middle per query head; [0, 1] */
+  /* 0.05: base sample of the middle, VATTN_POLICY_TOPK_UNIFORM; [0, 1] */
+  float base_share;
+  int32_t target; /* vattn_target */
+
+  /* Hot set. */
+  /* 0.05: share of the middle that the hot set may hold; [0, 1]. On CUDA each batch keeps one of
+   * its own in device memory, with this share of the rows of the host pool. */
+  float hot_share;
+
+  /* Disk. */
   /* NULL or "": none. Else a directory for stored prefixes (vattn_prefix_save) and spilled
    * sequences. The runtime owns it as long as it lives: another one, in any process, is refused
    * with INVALID_ARGUMENT. The directory is meant, not its name: a change of the current
@@ -307,33 +324,21 @@ typedef struct vattn_options {
   int32_t io_buffered;
   int32_t io_timeout_ms; /* 60000: IO_ERROR if no transfer of io_uring ends for so long */
 
-  /* NULL or "": random hyperplanes. Else the path of learned maps for VATTN_INDEX_SIGN, as
-   * examples/train_sign_index.py writes them: a safetensors file with the F32 tensors key and
-   * query [num_layers, most KV heads of a layer, 8 * index_bytes, head_dim_k] and metadata
-   * format = "vattn-sign-1". Bit j of a key k is [key_j . (k - mean key) >= 0], of a query q
-   * [query_j . q >= 0]. Read by vattn_runtime_create, which then answers as with profile. */
-  const char* sign_maps;
-
-  /* 0: the first draw aims at the promise, and seldom needs a second look: the least time. 1: it
-   * is a pilot for a second one in every step: fewer rows (a seventh on recorded attention),
-   * more time (a fifth on CUDA with 1M tokens). */
-  int32_t pilot;
-
-  int32_t admission; /* vattn_admission */
-  /* Most bytes of the host pool that one tenant may use and reserve, unless vattn_tenant_limit
-   * gives it a limit of its own; rounded down to whole blocks; 0: no limit. */
-  uint64_t tenant_bytes;
+  /* Logger; NULL keeps the library silent. */
+  vattn_log_function log;
+  void* log_user;
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
- * pool, verified (epsilon .1, delta .1, norm value), 32-byte balanced codes. struct_size is
+ * pool, verified (epsilon 0.1, delta 0.1, norm value), 32-byte balanced codes. struct_size is
  * sizeof(vattn_options) as the caller compiled it. NULL is ignored. */
 VATTN_EXPORT void vattn_options_init(vattn_options* options, size_t struct_size);
 
 /* Applies a JSON object over options, for engines that pass settings through as text:
  * {"num_layers": 28, "dtype": "bf16", "policy": "verified", "preset": "strict", "epsilon": 0.1}
  * Keys are the field names above; enums by lower-case name ("f16", "value", "best_effort", ...);
- * "preset" is "strict" (.1, norm output), "default" (.1, norm value) or "fast" (.2, norm value)
+ * "preset" is "strict" (epsilon 0.1, norm output), "default" (0.1, norm value) or "fast" (0.2,
+ * norm value)
  * and is applied first. layer_kv_heads is an array; it and the texts of profile, disk_path and
  * sign_maps are kept alive by the library until the thread's next call of this function. Unknown
  * keys and wrong types are refused by name. INVALID_ARGUMENT leaves options unchanged. */
@@ -341,8 +346,8 @@ VATTN_EXPORT vattn_code vattn_options_from_json(const char* json, vattn_options*
 
 /* ---- Runtime -------------------------------------------------------------------------------- */
 
-/* Creates a runtime: checks every option, reads the profile and maps the host pool. host-sync.
- * INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED, and those of vattn_options.profile. *out is NULL
+/* Creates a runtime: checks every option, reads the profile and maps the host pool. Blocks until
+ * that is done. INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED, and those of vattn_options.profile. *out is NULL
  * after a failure. */
 VATTN_EXPORT vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** out);
 /* Defaults, then the JSON object, then vattn_runtime_create. */
@@ -380,8 +385,8 @@ VATTN_EXPORT vattn_code vattn_sequence_create(vattn_runtime* runtime,
 /* Sets aside all blocks that the sequence still needs to have `tokens` tokens (0 to 2^31) in
  * every layer, in place of what it had set aside before; 0 gives that back. Until it has more
  * tokens than that, appends and steps draw from the reservation and are not FULL. It outlasts
- * them: what truncation frees returns to it, and while blocks are shared with forks and kept
- * prefixes it holds room for the copies too, so that fork, truncate, vattn_prefix_save and this
+ * them: what truncation frees returns to it, and while blocks are shared with forks and
+ * prefixes in memory it holds room for the copies too, so that fork, truncate, vattn_prefix_save and this
  * call can be FULL, which changes nothing. A sequence with a reservation is never spilled.
  * Hibernating gives the room away; the sequence wakes with all of it or stays asleep. Forks
  * start without one. FULL names need, free, reserved, limit and knob. */
@@ -443,7 +448,8 @@ VATTN_EXPORT vattn_code vattn_sequence_build_index(vattn_sequence* sequence);
  * only the last fsync failed, the new file is in place (the text says so). */
 VATTN_EXPORT vattn_code vattn_sequence_save(const vattn_sequence* sequence, const char* path);
 /* Reads a saved sequence back: attention on it is bit-identical. NOT_FOUND: no such file.
- * DATA_LOSS: truncated, changed, or of another layout; nothing is created. FULL as create. */
+ * DATA_LOSS: truncated, changed, or of another layout; nothing is created.
+ * FULL: see vattn_sequence_create. */
 VATTN_EXPORT vattn_code vattn_sequence_restore(vattn_runtime* runtime, const char* path,
                                                vattn_sequence** out);
 /* The same for a tenant and with a reservation, all or nothing; options.id 0: the saved one.
@@ -485,11 +491,11 @@ VATTN_EXPORT void vattn_prefix_init(vattn_prefix* prefix, size_t struct_size);
  * done if that prefix is there already. INVALID_ARGUMENT if a layer has fewer tokens, or tier is
  * disk without disk_path. Disk: FULL if disk_bytes has no room; IO_ERROR. Memory: the sequence's
  * blocks are shared, and stay in the host pool when it is gone, counted for its tenant. Fewer
- * than 256 tokens are not kept, nor is a prefix of a kept one, which serves for both. Builds the
- * index first (vattn_sequence_build_index), so that codes are shared too. FULL as that call, and
- * if the sequence has a reservation. When the pool or the tenant's quota is full, kept prefixes
- * go, the tenant's own first, those unused for longest first, before anything is spilled or
- * FULL; at the quota only those of the tenant's blocks. */
+ * than 256 tokens are not stored, nor is a prefix of a stored one, which serves for both. Builds the
+ * index first, so that codes are shared too. FULL where vattn_sequence_build_index is, and if the
+ * sequence has a reservation without room for copies of what is then shared. When the pool or the
+ * tenant's quota is full, prefixes in memory go, the tenant's own first, those unused for longest
+ * first, before anything is spilled or FULL; at the quota only those of the tenant's blocks. */
 VATTN_EXPORT vattn_code vattn_prefix_save(const vattn_sequence* sequence,
                                           const vattn_prefix* prefix);
 /* A new sequence (id as in vattn_sequence_options) that begins with as many of the given tokens
@@ -497,8 +503,8 @@ VATTN_EXPORT vattn_code vattn_prefix_save(const vattn_sequence* sequence,
  * only their digests. The rows are those that were saved; index and codes are, too. From memory
  * it shares the blocks: nothing is read or copied; the disk is asked where it has at least 256
  * tokens more. To keep the last token for a step, pass one less. NOT_FOUND: no stored prefix
- * serves; one that fails its check or cannot be read is logged, counted and passed over. FULL as
- * create. *out is NULL and *tokens 0 after a failure. */
+ * serves; one that fails its check or cannot be read is logged, counted and passed over. FULL:
+ * see vattn_sequence_create. *out is NULL and *tokens 0 after a failure. */
 VATTN_EXPORT vattn_code vattn_prefix_restore(vattn_runtime* runtime, const vattn_prefix* prefix,
                                              uint64_t id, int64_t* tokens, vattn_sequence** out);
 /* Removes all prefixes stored under a salt, in memory and on the disk; *prefixes, unless NULL,
@@ -524,7 +530,7 @@ typedef struct vattn_tenant_use {
   uint64_t host_bytes_reserved; /* of them, reserved and not yet in use */
   uint64_t sequences;           /* alive */
   /* Calls answered FULL, and of them those for its quota, as long as the tenant is known: it has
-   * a limit of its own, a sequence, a kept prefix or a block. */
+   * a limit of its own, a sequence, a prefix in memory or a block. */
   uint64_t full_refusals;
   uint64_t quota_refusals;
 } vattn_tenant_use;
@@ -577,12 +583,22 @@ typedef struct vattn_attend_params {
   int32_t layer;
   int32_t num_tokens; /* query tokens per slot; 1 */
   int32_t out_dtype;  /* vattn_dtype of out */
-  int32_t reserved0;  /* 0 */
-  const void* q;      /* [slots, num_tokens, q_heads, head_dim_k] runtime dtype, unscaled */
-  const void* k_new;  /* [slots, num_tokens, kv_heads, head_dim_k]; NULL iff new_tokens was 0 */
-  const void* v_new;  /* [slots, num_tokens, kv_heads, head_dim_v]; NULL also with shared_kv */
-  void* out;          /* [slots, num_tokens, q_heads, head_dim_v] in out_dtype */
-  float* lse;         /* [slots, num_tokens, q_heads] ln(sum exp(s)); may be NULL */
+  /* Heads of scores: num_q_heads, or the layer's KV heads, whose query heads then share them; 0: KV
+   * heads. */
+  int32_t score_heads;
+  const void* q;     /* [slots, num_tokens, q_heads, head_dim_k] runtime dtype, unscaled */
+  const void* k_new; /* [slots, num_tokens, kv_heads, head_dim_k]; NULL iff new_tokens was 0 */
+  const void* v_new; /* [slots, num_tokens, kv_heads, head_dim_v]; NULL also with shared_kv */
+  /* With VATTN_INDEX_EXTERNAL, which needs it but for policy dense; else NULL. Predicted scores
+   * of the tokens, in units of softmax_scale * q.k (their natural logarithm weights a token),
+   * [slots, num_tokens, score_heads, scores_stride]: an engine's own indexer, or a former step's
+   * scores. Better ones save rows; any are valid, but NaN and +infinity leave a head unverified.
+   * Read for tokens of the middle only. */
+  const float* scores;
+  /* floats from one head's scores to the next one's: at least the end of the middle */
+  int64_t scores_stride;
+  void* out;  /* [slots, num_tokens, q_heads, head_dim_v] in out_dtype */
+  float* lse; /* [slots, num_tokens, q_heads] ln(sum exp(s)); may be NULL */
   /* Report, each may be NULL. Rows of empty slots are not written. */
   int32_t* verdict;  /* [slots, num_tokens, q_heads] vattn_verdict */
   float* error;      /* [slots, num_tokens, q_heads] bound on the relative error; 0 when exact */
@@ -594,17 +610,6 @@ typedef struct vattn_attend_params {
    * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
    * written; stages that a policy does not have are not written either. */
   uint64_t* timeline;
-  /* With VATTN_INDEX_EXTERNAL, which needs it but for policy dense; else NULL. Predicted scores
-   * of the tokens, in units of softmax_scale * q.k (their natural logarithm weights a token),
-   * [slots, num_tokens, score_heads, scores_stride]: an engine's own indexer, or a former step's
-   * scores. Better ones save rows; any are valid, but NaN and +infinity leave a head unverified.
-   * Read for tokens of the middle only. */
-  const float* scores;
-  /* floats from one head's scores to the next one's: at least the end of the middle */
-  int64_t scores_stride;
-  /* num_q_heads, or the layer's KV heads: their groups share them; 0: KV heads */
-  int32_t score_heads;
-  int32_t reserved1; /* 0 */
 } vattn_attend_params;
 
 typedef enum vattn_timeline {
@@ -658,40 +663,16 @@ VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_para
 
 typedef struct vattn_stats {
   size_t struct_size;
-  uint64_t host_bytes_limit; /* host pool */
-  uint64_t host_bytes_used;  /* in blocks that a sequence holds or has reserved */
-  uint64_t table_bytes;      /* block tables, index tables, controller state */
-  uint64_t sequences;        /* alive */
-  uint64_t tokens;           /* over sequences and layers */
-  uint64_t steps;            /* vattn_attend calls x filled slots */
-  uint64_t heads_exact;      /* query heads by verdict */
-  uint64_t heads_verified;
-  uint64_t heads_dense;
-  uint64_t heads_best_effort;
-  uint64_t rows_middle;   /* rows that dense attention would have read from the middle */
-  uint64_t rows_selected; /* rows read */
-  uint64_t rows_fetched;  /* of them not in the hot set */
-  uint64_t bytes_fetched;
-  uint64_t looks;           /* draws, over KV heads */
-  uint64_t full_refusals;   /* calls answered VATTN_FULL for want of host memory */
-  uint64_t blocks_copied;   /* shared blocks copied on write */
-  uint64_t disk_bytes_used; /* files in disk_path, written or promised */
-  uint64_t saves;           /* sequence files written: saved, hibernated, spilled, prefixes */
-  uint64_t bytes_saved;
-  uint64_t restores;       /* sequences read from such files */
-  uint64_t bytes_restored; /* in their blocks */
-  uint64_t spills;
-  uint64_t spill_failures;
-  uint64_t files_refused; /* files to restore that failed their check */
-  uint64_t io_errors;     /* file operations that the system refused */
-  uint64_t prefixes_stored;
-  uint64_t prefix_evictions; /* removed for room */
-  uint64_t prefix_hits;      /* calls of vattn_prefix_restore that found one */
-  uint64_t prefix_tokens;    /* tokens that those began with */
-  uint64_t prefix_misses;    /* calls answered NOT_FOUND */
-  uint64_t prefix_damaged;   /* stored prefixes that failed their check and were removed */
-  uint64_t prefix_unread;    /* stored prefixes that the system could not read when wanted */
-  uint64_t prefix_unlike;    /* digests that led to other tokens */
+
+  /* Host memory. */
+  uint64_t host_bytes_limit;    /* host pool */
+  uint64_t host_bytes_used;     /* in blocks that a sequence holds or has reserved */
+  uint64_t host_bytes_reserved; /* of them: reserved and not yet in use */
+  uint64_t table_bytes;         /* block tables, index tables, controller state */
+  uint64_t full_refusals;       /* calls answered VATTN_FULL for want of host memory */
+  uint64_t quota_refusals;      /* of them: for a tenant's quota */
+  uint64_t blocks_copied;       /* shared blocks copied on write */
+
   /* On CUDA, of what grows with the tokens held: addresses set aside for codes and hot set tables
    * of the whole host pool, device memory taken for them so far, how often more was taken, and how
    * long that took. */
@@ -699,20 +680,53 @@ typedef struct vattn_stats {
   uint64_t device_bytes_mapped;
   uint64_t device_growths;
   uint64_t device_growth_ns;
-  uint64_t host_bytes_reserved; /* of host_bytes_used: reserved and not yet in use */
-  uint64_t quota_refusals;      /* of full_refusals: for a tenant's quota */
-  uint64_t kept_prefixes;       /* in the host pool now */
-  uint64_t prefixes_kept;       /* put there */
-  uint64_t kept_evictions;      /* let go for room */
-  uint64_t kept_hits;           /* of prefix_hits: from the host pool */
-  uint64_t segments_learnt;     /* parts of indices learnt from their tokens, over layers */
-  /* of them learnt early, because new tokens were unlike those before */
-  uint64_t index_floods;
+
+  /* Steps. */
+  uint64_t sequences;   /* alive */
+  uint64_t tokens;      /* held, over sequences and layers */
+  uint64_t steps;       /* vattn_attend calls x filled slots */
+  uint64_t heads_exact; /* query heads by verdict */
+  uint64_t heads_verified;
+  uint64_t heads_dense;
+  uint64_t heads_best_effort;
+  uint64_t heads_noisy;   /* of heads_dense and heads_best_effort: codes too coarse for the query */
+  uint64_t rows_middle;   /* rows that dense attention would have read from the middle */
+  uint64_t rows_selected; /* rows read */
+  uint64_t rows_fetched;  /* of them: not in the hot set */
+  uint64_t bytes_fetched;
+  uint64_t looks; /* draws, over KV heads */
+
+  /* Index. */
+  uint64_t segments_learnt;  /* parts of indices learnt from their tokens, over layers */
+  uint64_t index_floods;     /* of them: early, because new tokens were unlike those before */
   uint64_t segments_recoded; /* parts whose tokens were coded again by new tables */
   /* tokens coded as outliers, each time that they are coded: they are read in every step */
   uint64_t outliers;
-  /* of heads_dense and heads_best_effort: codes too coarse for the query */
-  uint64_t heads_noisy;
+
+  /* Files. */
+  uint64_t disk_bytes_used; /* files in disk_path, written or promised */
+  uint64_t saves;           /* sequence files written: saved, hibernated, spilled, prefixes */
+  uint64_t bytes_saved;
+  uint64_t restores;       /* sequences read from such files */
+  uint64_t bytes_restored; /* in their blocks */
+  uint64_t spills;         /* sequences moved to the disk for room */
+  uint64_t spill_failures;
+  uint64_t files_refused; /* files to restore that failed their check */
+  uint64_t io_errors;     /* file operations that the system refused */
+
+  /* Stored prefixes: calls of vattn_prefix_restore, then the tier memory, then the tier disk. */
+  uint64_t prefix_hits;        /* calls that found one */
+  uint64_t prefix_tokens;      /* tokens that those began with */
+  uint64_t prefix_misses;      /* calls answered NOT_FOUND */
+  uint64_t prefix_mismatches;  /* digests that led to other tokens, in either tier */
+  uint64_t memory_prefixes;    /* in the host pool now */
+  uint64_t memory_prefix_hits; /* of prefix_hits: from the host pool */
+  uint64_t memory_prefixes_saved;
+  uint64_t memory_prefixes_evicted; /* let go for room */
+  uint64_t disk_prefixes_saved;
+  uint64_t disk_prefixes_evicted; /* removed for room */
+  uint64_t disk_prefixes_damaged; /* failed their check and were removed */
+  uint64_t disk_prefixes_unread;  /* could not be read by the system when wanted */
 } vattn_stats;
 
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,

@@ -14,6 +14,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
+struct CUstream_st;  // what cudaStream_t points to
+
 namespace vattn {
 
 struct DeviceFacts {
@@ -31,8 +33,8 @@ bool BuiltWithCuda();
 // Devices that this process may use; empty without CUDA, a driver or a device.
 std::vector<DeviceFacts> ListDevices();
 
-// A stream as cudaStream_t.
-using DeviceStream = void*;
+// A cudaStream_t; null: the default stream of CUDA, or none.
+using DeviceStream = CUstream_st*;
 
 // Move-only owner of memory on a device, or of pinned host memory that it can follow.
 class DeviceMemory {

@@ -139,7 +139,7 @@ absl::StatusOr<std::unique_ptr<Device>> Device::Open(int ordinal) {
 Device::~Device() {
   cudaSetDevice(ordinal_);
   for (std::byte* base : registered_) cudaHostUnregister(base);
-  if (stream_ != nullptr) cudaStreamDestroy(static_cast<cudaStream_t>(stream_));
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
   cudaGetLastError();
 }
 
@@ -205,15 +205,12 @@ absl::StatusOr<DeviceMemory> Device::AllocatePinned(uint64_t bytes) {
 
 absl::Status Device::Copy(void* to, const void* from, uint64_t bytes, DeviceStream stream) {
   if (bytes == 0) return absl::OkStatus();
-  return Check(
-      cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
-      "copying");
+  return Check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "copying");
 }
 
 absl::Status Device::Fill(void* to, int byte, uint64_t bytes, DeviceStream stream) {
   if (bytes == 0) return absl::OkStatus();
-  return Check(cudaMemsetAsync(to, byte, bytes, static_cast<cudaStream_t>(stream)),
-               "filling memory");
+  return Check(cudaMemsetAsync(to, byte, bytes, stream), "filling memory");
 }
 
 absl::Status Device::Record(DeviceEvent& event, DeviceStream stream) {
@@ -223,9 +220,8 @@ absl::Status Device::Record(DeviceEvent& event, DeviceStream stream) {
         Check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "creating an event"));
     event.handle_ = made;
   }
-  return Check(
-      cudaEventRecord(static_cast<cudaEvent_t>(event.handle_), static_cast<cudaStream_t>(stream)),
-      "recording an event");
+  return Check(cudaEventRecord(static_cast<cudaEvent_t>(event.handle_), stream),
+               "recording an event");
 }
 
 absl::Status Device::Wait(const DeviceEvent& event) {
@@ -235,7 +231,7 @@ absl::Status Device::Wait(const DeviceEvent& event) {
 }
 
 absl::Status Device::Synchronize(DeviceStream stream) {
-  return Check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "waiting for a stream");
+  return Check(cudaStreamSynchronize(stream), "waiting for a stream");
 }
 
 absl::Status Device::SynchronizeAll() {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "memory/status.h"
+
 namespace vattn {
 
 // Extents as vattn_attend_params. Optional ones may be null.
@@ -34,6 +36,13 @@ struct Selection {
   float* log_weights = nullptr;
   int32_t* counts = nullptr;
 };
+
+// FULL if a selection needs more entries than the arrays have.
+inline absl::Status CheckCapacity(int64_t need, const Selection& selection) {
+  if (need <= selection.capacity) return absl::OkStatus();
+  return FullError("capacity is ", selection.capacity, ", this selection needs ", need,
+                   " entries; counts has them");
+}
 
 }  // namespace vattn
 

@@ -6,11 +6,11 @@
 namespace vattn {
 
 void UpdateSegments(Layer& layer) {
-  for (HeadGroup& group : layer.groups) {
-    group.tables.resize(layer.segments.size());
-    group.segments.resize(layer.segments.size());
+  for (KvHead& kv_head : layer.kv_heads) {
+    kv_head.tables.resize(layer.segments.size());
+    kv_head.segments.resize(layer.segments.size());
     for (size_t k = 0; k < layer.segments.size(); ++k) {
-      group.segments[k] = {layer.segments[k].first_block, group.tables[k].index->tables()};
+      kv_head.segments[k] = {layer.segments[k].first_block, kv_head.tables[k].index->tables()};
     }
   }
 }
@@ -22,13 +22,13 @@ SharedLayers::SharedLayers(HostStore& store, const std::vector<Layer>& layers, i
     Layer& to = layers_[l];
     to.tokens = std::min(from.tokens, most);
     to.coded = CodedOf(from, most);
-    to.coded_on_device = std::min(from.coded_on_device, to.coded);
-    to.stale_tail = to.tokens < from.tokens || from.stale_tail;
-    to.groups.resize(from.groups.size());
-    for (size_t g = 0; g < from.groups.size(); ++g) {
-      const HeadGroup& source = from.groups[g];
-      HeadGroup& copy = to.groups[g];
-      copy.blocks.assign(source.blocks.begin(), source.blocks.begin() + BlocksFor(to.tokens));
+    to.codes_made = std::min(from.codes_made, to.coded);
+    to.stale_last_block = to.tokens < from.tokens || from.stale_last_block;
+    to.kv_heads.resize(from.kv_heads.size());
+    for (size_t g = 0; g < from.kv_heads.size(); ++g) {
+      const KvHead& source = from.kv_heads[g];
+      KvHead& copy = to.kv_heads[g];
+      copy.blocks = BlockTable(source.blocks, BlocksFor(to.tokens));
       copy.tables = source.tables;
       if (source.moment) copy.moment = std::make_unique<QueryMoment>(*source.moment);
       copy.states = source.states;
@@ -40,8 +40,8 @@ SharedLayers::SharedLayers(HostStore& store, const std::vector<Layer>& layers, i
   // Nothing can fail from here on.
   store_ = &store;
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
-      for (const int32_t block : group.blocks) store.AddReference(BlockId{block});
+    for (const KvHead& kv_head : layer.kv_heads) {
+      for (const int32_t block : kv_head.blocks) store.AddReference(BlockId{block});
     }
   }
 }
@@ -57,8 +57,8 @@ SharedLayers& SharedLayers::operator=(SharedLayers&& other) noexcept {
 SharedLayers::~SharedLayers() {
   if (store_ == nullptr) return;
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
-      for (const int32_t block : group.blocks) store_->Release(BlockId{block});
+    for (const KvHead& kv_head : layer.kv_heads) {
+      for (const int32_t block : kv_head.blocks) store_->Release(BlockId{block});
     }
   }
 }

@@ -7,14 +7,19 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/geometry.h"
 #include "memory/device.h"
 #include "memory/host_store.h"
+#include "runtime/block_table.h"
 #include "runtime/cpu/hot_set.h"
 #include "runtime/index/index.h"
 #include "runtime/index/recent_queries.h"
 #include "runtime/index/segments.h"
 
 namespace vattn {
+
+// More tokens than a sequence has.
+inline constexpr int64_t kAllTokens = int64_t{1} << 31;
 
 // Tables of one segment of one KV head's index, shared by forks.
 struct SegmentTables {
@@ -24,30 +29,25 @@ struct SegmentTables {
 };
 
 // State of one KV head of one layer.
-struct HeadGroup {
-  std::vector<int32_t> blocks;          // ids by block number
+struct KvHead {
+  BlockTable blocks;
   std::vector<SegmentTables> tables;    // [segments of the layer]
   std::vector<IndexSegment> segments;   // the same as kernels see them, on the CPU
   std::unique_ptr<QueryMoment> moment;  // of the queries so far; null without any
   // Of the last steps, not in the moment yet; on CUDA the device has them
   RecentQueries recent;
-  std::vector<HeadState> states;  // [G]; on CUDA as of the last CudaSequence::Pull
+  std::vector<HeadState> states;  // [G]; on CUDA as of the last ReadBackState
   HotSet hot;
-
-  // On CUDA: block table entries from here on are not on the device yet.
-  int64_t changed_from = 0;
-  // Entries from here on are not known to the hot set of Sequence::hot_set
-  int64_t unseen_from = 0;
 };
 
 struct Layer {
-  int64_t tokens = 0;
-  int64_t coded = 0;            // tokens before it have codes; multiple of 64, or 0
-  int64_t coded_on_device = 0;  // on CUDA coding is enqueued later: up to here it has been
-  // The last block may have rows past `tokens`, and a hot set may know them
-  bool stale_tail = false;
+  int64_t tokens = 0;      // counted in, not those of an open step that has yet to attend
+  int64_t coded = 0;       // tokens before it have tables and codes; multiple of 64, or 0
+  int64_t codes_made = 0;  // of those, codes are there; on CUDA making them is enqueued later
+  // The last block may have rows past `tokens`, and a hot set may know them.
+  bool stale_last_block = false;
   std::vector<Segment> segments;  // of the index: none until the first middle token is coded
-  std::vector<HeadGroup> groups;  // [kv_heads]
+  std::vector<KvHead> kv_heads;   // [kv_heads]
 };
 // After a change of layer.segments or of the tables of a KV head: those of segments that are no
 // more go, and what kernels see is brought up to date.
@@ -64,7 +64,7 @@ void ForSegments(const Layer& layer, int64_t begin, int64_t end, F&& f) {
   }
 }
 
-// What stays coded when so many tokens stay.
+// How many tokens stay coded when the first `tokens` tokens stay.
 inline int64_t CodedOf(const Layer& layer, int64_t tokens) {
   return layer.tokens <= tokens ? layer.coded
                                 : std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);

@@ -7,6 +7,8 @@
 #include "memory/machine.h"
 #include "memory/save_target.h"
 #include "memory/status.h"
+#include "runtime/cpu/backend.h"
+#include "runtime/cuda/backend.h"
 #include "runtime/files/disk.h"
 #include "runtime/files/sequence_file.h"
 #include "runtime/prefix/memory.h"
@@ -45,16 +47,10 @@ absl::Status CheckRing(const FileOps& ops) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger,
-                                                         const FileOps& ops,
-                                                         const MemoryOps& memory_ops) {
-  VATTN_RETURN_IF_ERROR(ResolveOptions(options));
+// What follows from the machine: the backend, threads, absolute paths.
+absl::Status SettleOnMachine(Options& options, const FileOps& ops) {
   if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring)
     VATTN_RETURN_IF_ERROR(CheckRing(ops));
-  LogLevel most_logged;
-  VATTN_RETURN_IF_ERROR(ReadLogLevel(&most_logged));
   const absl::StatusOr<int32_t> backend = ChooseBackend(options);
   if (!backend.ok()) return backend.status();
   options.backend = *backend;
@@ -63,34 +59,29 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   const CpuCount cpus = CountCpus();
   if (options.num_threads == 0 && cpus.by_quota < cpus.by_affinity)
     options.num_threads = cpus.by_quota;
-  if (!options.disk_path.empty()) {
-    absl::StatusOr<std::string> absolute = AbsolutePath(options.disk_path);
-    if (!absolute.ok()) return absolute.status();
-    // Options in force mean the same after a change of directory
-    options.disk_path = *std::move(absolute);
-  }
-  std::optional<Profile> profile;
-  if (!options.profile.empty()) {
-    absl::StatusOr<Profile> read = Profile::Read(options.profile, options);
-    if (!read.ok()) return read.status();
-    profile = *std::move(read);
-  }
-  std::optional<SignMaps> sign_maps;
-  if (!options.sign_maps.empty()) {
-    absl::StatusOr<SignMaps> read = SignMaps::Read(options.sign_maps, options);
-    if (!read.ok()) return read.status();
-    sign_maps = *std::move(read);
-  }
-  auto workers = std::make_unique<cpu::Workers>(options.num_threads);
-  if (options.num_threads != 1 && !workers->Start()) {
-    return OutOfMemoryError("num_threads is ", options.num_threads,
-                            ", and the system would not start ", workers->num_threads(),
-                            " threads (see RLIMIT_NPROC and the cgroup's pids.max)");
-  }
-  const Storage storage = MakeStorage(options);
+  if (options.disk_path.empty()) return absl::OkStatus();
+  // Options in force mean the same after a change of directory.
+  absl::StatusOr<std::string> absolute = AbsolutePath(options.disk_path);
+  if (!absolute.ok()) return absolute.status();
+  options.disk_path = *std::move(absolute);
+  return absl::OkStatus();
+}
+
+// Reads a file that the options name, unless the name is empty.
+template <class File>
+absl::Status ReadNamed(const std::string& path, const Options& options, std::optional<File>& file) {
+  if (path.empty()) return absl::OkStatus();
+  absl::StatusOr<File> read = File::Read(path, options);
+  if (!read.ok()) return read.status();
+  file = *std::move(read);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<HostStore>> MakePool(const Options& options,
+                                                    const MemoryOps& memory_ops) {
   HostStoreOptions pool;
   pool.limit_bytes = options.host_bytes;
-  pool.block_bytes = static_cast<uint64_t>(storage.block.bytes);
+  pool.block_bytes = static_cast<uint64_t>(MakeStorage(options).block.bytes);
   pool.tenant_bytes = options.tenant_bytes;
   pool.numa_node = options.numa_node;
   pool.huge_pages = options.huge_pages == 1;
@@ -98,32 +89,68 @@ absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger
   pool.zero_on_free = options.zero_on_free == 1;
   pool.num_threads = options.num_threads;
   pool.memory_ops = &memory_ops;
-  absl::StatusOr<std::unique_ptr<HostStore>> store = HostStore::Create(pool);
+  return HostStore::Create(pool);
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<Runtime>> Runtime::Create(Options options, Logger logger,
+                                                         const FileOps& ops,
+                                                         const MemoryOps& memory_ops) {
+  VATTN_RETURN_IF_ERROR(ResolveOptions(options));
+  LogLevel most_logged;
+  VATTN_RETURN_IF_ERROR(ReadLogLevel(&most_logged));
+  VATTN_RETURN_IF_ERROR(SettleOnMachine(options, ops));
+  std::optional<Profile> profile;
+  std::optional<SignMaps> sign_maps;
+  VATTN_RETURN_IF_ERROR(ReadNamed(options.profile, options, profile));
+  VATTN_RETURN_IF_ERROR(ReadNamed(options.sign_maps, options, sign_maps));
+  auto workers = std::make_unique<cpu::Workers>(options.num_threads);
+  if (options.num_threads != 1 && !workers->Start()) {
+    return OutOfMemoryError("num_threads is ", options.num_threads,
+                            ", and the system would not start ", workers->num_threads(),
+                            " threads (see RLIMIT_NPROC and the cgroup's pids.max)");
+  }
+  absl::StatusOr<std::unique_ptr<HostStore>> store = MakePool(options, memory_ops);
   if (!store.ok()) return store.status();
   std::shared_ptr<Runtime> runtime(
       new Runtime(std::move(options), std::move(logger), most_logged, std::move(profile),
                   std::move(sign_maps), std::move(workers), *std::move(store), ops, memory_ops));
-  const MemoryLimits memory = ReadMemoryLimits();
-  if (runtime->options_.host_bytes > memory.limit_bytes) {
-    runtime->Log(LogLevel::kWarning,
-                 absl::StrCat("host_bytes is ", runtime->options_.host_bytes, ", over the ",
-                              memory.limit_bytes, " bytes that ", memory.WhoLimits(),
-                              ": a pool that fills up would end the process"));
-  }
-  if (!runtime->options_.disk_path.empty()) {
-    const Options& o = runtime->options_;
-    absl::StatusOr<std::unique_ptr<Disk>> disk = Disk::Open(
-        o.disk_path, o.disk_bytes, LayoutOf(o, runtime->storage_), runtime->io_, runtime->counters_,
-        [r = runtime.get()](LogLevel level, const std::string& text) { r->Log(level, text); });
-    if (!disk.ok()) return disk.status();
-    runtime->disk_ = *std::move(disk);
-  }
-  if (runtime->options_.backend != kCuda) return runtime;
-  absl::StatusOr<std::unique_ptr<CudaBackend>> cuda = CudaBackend::Create(
-      runtime->options_, runtime->storage_, runtime->promise_, *runtime->store_);
-  if (!cuda.ok()) return cuda.status();
-  runtime->cuda_ = *std::move(cuda);
+  runtime->WarnOfLittleMemory();
+  VATTN_RETURN_IF_ERROR(runtime->OpenDisk());
+  VATTN_RETURN_IF_ERROR(runtime->MakeBackend());
   return runtime;
+}
+
+void Runtime::WarnOfLittleMemory() const {
+  const MemoryLimits memory = ReadMemoryLimits();
+  if (options_.host_bytes <= memory.limit_bytes) return;
+  Log(LogLevel::kWarning, absl::StrCat("host_bytes is ", options_.host_bytes, ", over the ",
+                                       memory.limit_bytes, " bytes that ", memory.WhoLimits(),
+                                       ": a pool that fills up would end the process"));
+}
+
+absl::Status Runtime::OpenDisk() {
+  if (options_.disk_path.empty()) return absl::OkStatus();
+  absl::StatusOr<std::unique_ptr<Disk>> disk =
+      Disk::Open(options_.disk_path, options_.disk_bytes, LayoutOf(options_, storage_), io_,
+                 counters_, [this](LogLevel level, const std::string& text) { Log(level, text); });
+  if (!disk.ok()) return disk.status();
+  disk_ = *std::move(disk);
+  return absl::OkStatus();
+}
+
+absl::Status Runtime::MakeBackend() {
+  if (options_.backend != kCuda) {
+    backend_ = std::make_unique<CpuBackend>();
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::unique_ptr<CudaBackend>> cuda =
+      CudaBackend::Create(options_, storage_, promise_, *store_);
+  if (!cuda.ok()) return cuda.status();
+  cuda_ = cuda->get();
+  backend_ = *std::move(cuda);
+  return absl::OkStatus();
 }
 
 Runtime::Runtime(Options options, Logger logger, LogLevel most_logged,
@@ -146,7 +173,7 @@ Runtime::Runtime(Options options, Logger logger, LogLevel most_logged,
           .block_bytes = static_cast<uint32_t>(options_.io_block_bytes),
           .timeout_ms = options_.io_timeout_ms},
       workers_(std::move(workers)) {
-  kept_ = std::make_unique<KeptPrefixes>(*store_, counters_);
+  memory_prefixes_ = std::make_unique<MemoryPrefixes>(*store_, counters_);
   FillQuantiles(promise_.bound, promise_.delta, promise_.max_looks, promise_.pilot, quantile_);
   promise_.quantile = quantile_;
   promise_.normal_quantile = static_cast<float>(TwoSidedNormalQuantile(promise_.delta));
@@ -166,30 +193,16 @@ SignMap Runtime::LearnedMap(int layer, int kv_head) const {
 
 StatsSnapshot Runtime::Stats() const {
   StatsSnapshot s = Snapshot(counters_);
-  if (cuda_) {
-    // Steps count on the device; a lost one leaves these at 0.
-    const absl::StatusOr<cuda::DeviceCounters> read = cuda_->ReadCounters();
-    const cuda::DeviceCounters c = read.ok() ? *read : cuda::DeviceCounters{};
-    s.heads_exact = c.verdicts[0], s.heads_verified = c.verdicts[1];
-    s.heads_dense = c.verdicts[2], s.heads_best_effort = c.verdicts[3];
-    s.rows_middle = c.middle, s.rows_selected = c.selected, s.rows_fetched = c.fetched;
-    s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.row.row_bytes);
-    s.looks = c.looks;
-    s.outliers = c.outliers, s.heads_noisy = c.noisy;
-    const PageCounts pages = cuda_->pages().counts();
-    s.device_bytes_reserved = pages.reserved_bytes,
-    s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;
-    s.device_growths = pages.growths, s.device_growth_ns = pages.growth_ns;
-  }
+  backend_->AddTo(s);
   s.host_bytes_limit = static_cast<uint64_t>(store_->num_blocks()) * store_->block_bytes();
   s.host_bytes_used = store_->bytes_used();
   s.host_bytes_reserved = static_cast<uint64_t>(store_->num_reserved()) * store_->block_bytes();
-  s.kept_prefixes = static_cast<uint64_t>(kept_->size());
-  s.table_bytes = kept_->table_bytes();
+  s.memory_prefixes = static_cast<uint64_t>(memory_prefixes_->size());
+  s.table_bytes = memory_prefixes_->table_bytes();
   s.disk_bytes_used = disk_ ? disk_->bytes() : 0;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Sequence* sequence : sequences_)
-    s.table_bytes += static_cast<uint64_t>(sequence->table_bytes());
+  sequences_.ForEach([&](const Sequence& sequence) {
+    s.table_bytes += static_cast<uint64_t>(sequence.table_bytes());
+  });
   return s;
 }
 
@@ -203,8 +216,8 @@ TenantSnapshot Runtime::StatsOf(const TenantUse& use) const {
                       .host_bytes_reserved = static_cast<uint64_t>(use.reserved) * bytes,
                       .full_refusals = use.full_refusals,
                       .quota_refusals = use.quota_refusals};
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Sequence* sequence : sequences_) s.sequences += sequence->tenant() == use.tenant;
+  sequences_.ForEach(
+      [&](const Sequence& sequence) { s.sequences += sequence.tenant() == use.tenant; });
   return s;
 }
 
@@ -222,103 +235,9 @@ void Runtime::Log(LogLevel level, std::string message) const noexcept {
   if (level <= most_logged_) LogLine(logger_, level, std::move(message));
 }
 
-void Runtime::Enlist(Sequence* sequence) {
-  sequence->Touch();
-  const std::lock_guard<std::mutex> lock(mutex_);
-  sequences_.insert(sequence);
-  counters_.sequences = sequences_.size();
-}
-
-void Runtime::Delist(Sequence* sequence) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  sequences_.erase(sequence);
-  counters_.sequences = sequences_.size();
-}
-
-template <class Take>
-absl::Status Runtime::TakeOrMakeRoom(const Sequence& user, int64_t count, const Take& take) {
-  const TenantSlot tenant = user.tenant_slot();
-  absl::Status spilled;
-  for (;;) {
-    const absl::Status status = take();
-    if (CodeOf(status) != Code::kFull) return status;
-    const bool for_quota = !store_->QuotaAllows(count, tenant);
-    if (count <= store_->MostBlocks(tenant)) {
-      if (kept_->Evict(tenant, for_quota)) continue;
-      if (options_.spill == 1) {
-        const absl::StatusOr<bool> more = SpillColdest(user, for_quota);
-        if (more.ok() && *more) continue;
-        spilled = more.status();
-      }
-    }
-    CountRefusal(user, for_quota);
-    if (spilled.ok()) return status;
-    return FullError(status.message(), "; nothing could be spilled: ", spilled.message());
-  }
-}
-
-void Runtime::CountRefusal(const Sequence& user, bool for_quota) {
-  ++counters_.full_refusals;
-  if (for_quota) ++counters_.quota_refusals;
-  store_->CountRefusal(for_quota, user.tenant_slot());
-}
-
-absl::Status Runtime::Allocate(const Sequence& user, int64_t count, BlockId* out) {
-  if (static_cast<Admission>(options_.admission) == Admission::kReserved) {
-    CountRefusal(user, false);
-    return FullError(
-        "the reservation is used up: need ", count, " blocks of ", store_->block_bytes(),
-        " bytes, 0 of those for ", user.reserve_tokens(), " tokens are left, limit ",
-        user.reserve_tokens(),
-        " tokens; reserve more (vattn_sequence_reserve) or create with admission overcommit");
-  }
-  return TakeOrMakeRoom(user, count,
-                        [&] { return store_->Allocate(count, out, user.tenant_slot()); });
-}
-
-absl::Status Runtime::Reserve(const Sequence& user, int64_t count) {
-  return TakeOrMakeRoom(user, count, [&] { return store_->Reserve(count, user.tenant_slot()); });
-}
-
-absl::StatusOr<bool> Runtime::SpillColdest(const Sequence& user, bool for_quota) {
-  const LogHold hold;  // until the coldest sequence may be used again
-  Sequence* coldest = nullptr;
-  std::unique_lock<std::mutex> use;
-  const auto colder = [&](const Sequence& a, const Sequence& b) {  // a goes before b
-    const bool a_own = a.tenant() == user.tenant(), b_own = b.tenant() == user.tenant();
-    return a_own != b_own ? a_own : a.last_use() < b.last_use();
-  };
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Sequence* sequence : sequences_) {
-      if (sequence == &user || (for_quota && sequence->tenant() != user.tenant())) continue;
-      if (coldest != nullptr && colder(*coldest, *sequence)) continue;
-      std::unique_lock<std::mutex> its_use(sequence->use(), std::try_to_lock);
-      if (!its_use || sequence->batch.load() != nullptr || !sequence->HoldsBlocks()) continue;
-      if (sequence->reserve_tokens() > 0) continue;  // its room is promised
-      coldest = sequence;
-      use = std::move(its_use);
-    }
-  }
-  if (coldest == nullptr) return false;
-  const absl::Status status = coldest->Spill();
-  if (!status.ok()) {
-    ++counters_.spill_failures;
-    Log(LogLevel::kWarning,
-        absl::StrCat("sequence ", coldest->id(), " could not be spilled: ", status.message()));
-    return status;
-  }
-  Log(LogLevel::kInfo, absl::StrCat("sequence ", coldest->id(), " was spilled"));
-  return true;
-}
-
 void Runtime::Close() {
   closed_ = true;
-  size_t left;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    left = sequences_.size();
-  }
+  const size_t left = sequences_.size();
   const int batches = batches_.load();
   if (left == 0 && batches == 0) return;
   Log(LogLevel::kError, absl::StrCat("runtime destroyed while ", left, " of its sequences and ",

@@ -4,9 +4,7 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -16,18 +14,20 @@
 #include "memory/host_store.h"
 #include "memory/process.h"
 #include "memory/transfer_queue.h"
-#include "runtime/cuda/backend.h"
+#include "runtime/backend.h"
 #include "runtime/index/profile.h"
 #include "runtime/index/sign_maps.h"
 #include "runtime/log.h"
 #include "runtime/options.h"
+#include "runtime/room.h"
+#include "runtime/sequence_list.h"
 #include "runtime/stats.h"
 
 namespace vattn {
 
+class CudaBackend;
 class Disk;
-class KeptPrefixes;
-class Sequence;
+class MemoryPrefixes;
 
 // Thread-safe. Sequences and batches keep it alive.
 class Runtime {
@@ -50,9 +50,14 @@ class Runtime {
   const IoOptions& io() const { return io_; }
   // Null without disk_path.
   Disk* disk() const { return disk_.get(); }
-  KeptPrefixes& kept() { return *kept_; }
-  // Null on the CPU backend.
-  CudaBackend* cuda() const { return cuda_.get(); }
+  MemoryPrefixes& memory_prefixes() { return *memory_prefixes_; }
+  Backend& backend() { return *backend_; }
+  // The backend, if it is that of a CUDA device; else null.
+  CudaBackend* cuda() const { return cuda_; }
+  // Room in the host pool, also what has to be made.
+  Room& room() { return room_; }
+  // Sequences alive, for table_bytes and to be spilled.
+  SequenceList& sequences() { return sequences_; }
   Counters& counters() { return counters_; }
   StatsSnapshot Stats() const;
   TenantSnapshot StatsOf(uint64_t tenant) const;
@@ -65,7 +70,7 @@ class Runtime {
   const HomeProcess& home() const { return home_; }
 
   int kv_heads(int layer) const { return options_.layer_kv_heads[layer]; }  // 0: left out
-  int group(int layer) const { return options_.num_q_heads / kv_heads(layer); }
+  int group_heads(int layer) const { return options_.num_q_heads / kv_heads(layer); }
 
   // What the index of a sequence without queries is calibrated on: the profile, or nothing (empty).
   QueryMoment ProfileMoment(int layer, int kv_head) const;
@@ -74,18 +79,9 @@ class Runtime {
 
   // A number for a sequence that came without one.
   uint64_t NextId() { return next_id_.fetch_add(1); }
-  // Sequences alive, for table_bytes and to be spilled. Delist also takes one that is not enlisted.
-  void Enlist(Sequence* sequence);
-  void Delist(Sequence* sequence);
+  // Numbers that grow from one use of a sequence to the next.
   uint64_t NextUse() { return next_use_.fetch_add(1); }
   void CountBatches(int change) { batches_ += change; }
-
-  // Blocks of the pool, all or none, for a sequence and charged to its tenant. Where there is no
-  // room, kept prefixes are let go, and with option spill sequences that nobody uses go to the
-  // disk: the tenant's own first, those unused for longest first. For a tenant at its quota nothing
-  // of another's is touched. FULL, counted.
-  absl::Status Allocate(const Sequence& user, int64_t count, BlockId* out);
-  absl::Status Reserve(const Sequence& user, int64_t count);
 
   // After Close only destruction is left to the handles.
   void Close();
@@ -96,11 +92,10 @@ class Runtime {
           std::optional<SignMaps> sign_maps, std::unique_ptr<cpu::Workers> workers,
           std::unique_ptr<HostStore> store, const FileOps& ops, const MemoryOps& memory_ops);
 
-  template <class Take>
-  absl::Status TakeOrMakeRoom(const Sequence& user, int64_t count, const Take& take);
-  void CountRefusal(const Sequence& user, bool for_quota);
-  // True if it gave blocks back to the pool, or may have.
-  absl::StatusOr<bool> SpillColdest(const Sequence& user, bool for_quota);
+  // Steps of Create, in this order.
+  void WarnOfLittleMemory() const;
+  absl::Status OpenDisk();
+  absl::Status MakeBackend();
   TenantSnapshot StatsOf(const TenantUse& use) const;
 
   const Options options_;
@@ -113,8 +108,9 @@ class Runtime {
   Promise promise_;
   float quantile_[kMaxLooks][kQuantileBins + 1];
   std::unique_ptr<HostStore> store_;
-  std::unique_ptr<CudaBackend> cuda_;  // maps the pool: goes before it
-  std::unique_ptr<KeptPrefixes> kept_;
+  std::unique_ptr<Backend> backend_;  // may have the pool mapped: goes before it
+  CudaBackend* cuda_ = nullptr;       // the same, or null
+  std::unique_ptr<MemoryPrefixes> memory_prefixes_;
   const IoOptions io_;
   std::unique_ptr<Disk> disk_;
   const std::unique_ptr<cpu::Workers> workers_;
@@ -123,8 +119,8 @@ class Runtime {
   std::atomic<uint64_t> next_use_{1};
   std::atomic<int> batches_{0};
   std::atomic<bool> closed_{false};
-  mutable std::mutex mutex_;  // guards sequences_
-  std::set<Sequence*> sequences_;
+  SequenceList sequences_{counters_.sequences};
+  Room room_{*this};
 };
 
 }  // namespace vattn

@@ -3,33 +3,33 @@
 #include <algorithm>
 
 #include "absl/cleanup/cleanup.h"
-#include "kernels/cpu/write.h"
 #include "memory/status.h"
-#include "runtime/batch.h"
 
 namespace vattn {
 
 Sequence::Sequence(std::shared_ptr<Runtime> runtime, const SequenceOptions& options)
     : runtime_(std::move(runtime)),
       tenant_(runtime_->store(), options.tenant),
-      id_(options.id == 0 ? runtime_->NextId() : options.id) {
+      id_(options.id == 0 ? runtime_->NextId() : options.id),
+      blocks_(*runtime_, *this, tenant_.slot(), layers_),
+      half_(runtime_->backend().MakeSequence(*runtime_)) {
   const Options& o = runtime_->options();
   layers_.resize(o.num_layers);
   for (int l = 0; l < o.num_layers; ++l) {
-    layers_[l].groups.resize(runtime_->kv_heads(l));
-    for (HeadGroup& group : layers_[l].groups) group.states.resize(runtime_->group(l));
+    layers_[l].kv_heads.resize(runtime_->kv_heads(l));
+    for (KvHead& kv_head : layers_[l].kv_heads) kv_head.states.resize(runtime_->group_heads(l));
   }
   CountTables();
 }
 
 Sequence::~Sequence() {
-  if (Batch* const sits_in = batch.load()) sits_in->Forget(this);
+  if (Seat* const sits_in = seat.load()) sits_in->Forget(this);
   {
     // Whoever spills it now ends first, and nobody finds it afterwards.
     const std::lock_guard<std::mutex> lock(use_);
-    runtime_->Delist(this);
+    runtime_->sequences().Remove(this);
   }
-  Pull().IgnoreError();  // blocks are free only when no step reads them
+  ReadBackState().IgnoreError();  // blocks are free only when no step reads them
   ReleaseBlocks();
 }
 
@@ -41,32 +41,42 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Create(std::shared_ptr<Runti
   return sequence;
 }
 
-absl::StatusOr<CudaSequence*> Sequence::Cuda() {
-  if (!cuda_) {
-    absl::StatusOr<std::unique_ptr<CudaSequence>> made =
-        CudaSequence::Create(*runtime_->cuda(), *this);
-    if (!made.ok()) return made.status();
-    cuda_ = *std::move(made);
-    for (Layer& layer : layers_) {
-      for (HeadGroup& group : layer.groups) group.changed_from = 0;
-    }
-  }
-  return cuda_.get();
+void Sequence::Enlist() {
+  Touch();
+  runtime_->sequences().Add(this);
 }
 
-absl::Status Sequence::Pull() {
-  const Batch* const sits_in = batch.load();
-  return cuda_ ? cuda_->Pull(*this, sits_in != nullptr && sits_in->open()) : absl::OkStatus();
+absl::Status Sequence::ReadBackState() {
+  const Seat* const sits_in = seat.load();
+  return half_->ReadBackState(*this, sits_in != nullptr && sits_in->open());
 }
 
 absl::Status Sequence::CheckWhole() const {
-  const Batch* const sits_in = batch.load();
+  const Seat* const sits_in = seat.load();
   return sits_in != nullptr ? sits_in->CheckWhole() : absl::OkStatus();
+}
+
+absl::Status Sequence::Reserve(int64_t tokens) { return blocks_.Reserve(tokens); }
+
+absl::StatusOr<SharedLayers> Sequence::Share(int64_t tokens) {
+  VATTN_RETURN_IF_ERROR(CheckWhole());
+  VATTN_RETURN_IF_ERROR(ReadBackState());
+  VATTN_RETURN_IF_ERROR(half_->ReadBackQueries(*this));
+  // What was the sequence's own is to be copied before it is written again.
+  VATTN_RETURN_IF_ERROR(blocks_.ReserveForSharing(tokens));
+  const absl::Cleanup give_back = [this] { blocks_.GiveBackExcess(); };
+  return SharedLayers(runtime_->store(), layers_, tokens);
+}
+
+void Sequence::Adopt(SharedLayers layers) {
+  layers_ = std::move(layers).Take();
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) CountTokens(l, layers_[l].tokens);
+  CountTables();
 }
 
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(uint64_t id) {
   std::unique_ptr<Sequence> copy(new Sequence(runtime_, {.id = id, .tenant = tenant_.number()}));
-  copy->codes_to_load_ = codes_to_load_;
+  copy->blocks_.codes_to_load() = blocks_.codes_to_load();
   absl::StatusOr<SharedLayers> layers = Share(kAllTokens);
   if (!layers.ok()) return layers.status();
   copy->Adopt(*std::move(layers));
@@ -88,7 +98,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::FromLayers(std::shared_ptr<R
 
 void Sequence::ResetStates() {
   for (Layer& layer : layers_) {
-    for (HeadGroup& group : layer.groups) group.states.assign(group.states.size(), HeadState());
+    for (KvHead& kv_head : layer.kv_heads)
+      kv_head.states.assign(kv_head.states.size(), HeadState());
   }
 }
 
@@ -101,63 +112,93 @@ void Sequence::CountTokens(int l, int64_t count) {
   if (runtime_->kv_heads(l) > 0) runtime_->counters().tokens += static_cast<uint64_t>(count);
 }
 
+absl::Status Sequence::TakeBlocksFor(const std::vector<BlockNeed>& needs) {
+  const bool copies =
+      std::any_of(needs.begin(), needs.end(), [](const BlockNeed& need) { return need.copy; });
+  if (copies) VATTN_RETURN_IF_ERROR(ReadBackState());
+  return blocks_.Take(needs);
+}
+
 absl::Status Sequence::Append(const AppendRequest& r) {
-  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
-  VATTN_RETURN_IF_ERROR(Pull());
-  if (cuda_) cuda_->ForgetFixed();
+  if (Seat* const sits_in = seat.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
+  VATTN_RETURN_IF_ERROR(ReadBackState());
+  half_->RowsChanged();
   Layer& layer = layers_[r.layer];
-  const Storage& s = runtime_->storage();
-  std::vector<std::unique_ptr<QueryMoment>> moments(layer.groups.size());
+  std::vector<std::unique_ptr<QueryMoment>> moments(layer.kv_heads.size());
   if (r.num_queries > 0) VATTN_RETURN_IF_ERROR(AddQueries(r, moments));
-  std::vector<Need> needs;
-  ListNeeds(r.layer, layer.tokens, layer.tokens + r.num_tokens, needs);
-  std::vector<const int32_t*> blocks(layer.groups.size());
+  std::vector<BlockNeed> needs;
+  blocks_.ListNeeds(r.layer, layer.tokens, layer.tokens + r.num_tokens, needs);
+  std::vector<const int32_t*> blocks(layer.kv_heads.size());
   absl::Cleanup undo = [this] { ReleaseSpare(); };
-  VATTN_RETURN_IF_ERROR(Meet(needs));
-  ClaimTail(layer);
-  for (size_t g = 0; g < blocks.size(); ++g) blocks[g] = layer.groups[g].blocks.data();
-  const WriteParams write{.storage = s,
-                          .blocks = blocks.data(),
-                          .kv_heads = static_cast<int32_t>(blocks.size()),
-                          .first = layer.tokens,
-                          .count = r.num_tokens,
-                          .k = r.k,
-                          .v = r.v,
-                          .k_token_stride = r.k_token_stride,
-                          .k_head_stride = r.k_head_stride,
-                          .v_token_stride = r.v_token_stride,
-                          .v_head_stride = r.v_head_stride};
-  if (OnDevice(r.k)) {
-    VATTN_RETURN_IF_ERROR(runtime_->cuda()->Write(write));
-  } else {
-    cpu::Write(write, runtime_->stream());
-  }
+  VATTN_RETURN_IF_ERROR(TakeBlocksFor(needs));
+  blocks_.ClaimLastBlock(layer);
+  for (size_t h = 0; h < blocks.size(); ++h) blocks[h] = layer.kv_heads[h].blocks.data();
+  VATTN_RETURN_IF_ERROR(runtime_->backend().Write({.storage = runtime_->storage(),
+                                                   .blocks = blocks.data(),
+                                                   .kv_heads = static_cast<int32_t>(blocks.size()),
+                                                   .first = layer.tokens,
+                                                   .count = r.num_tokens,
+                                                   .k = r.k,
+                                                   .v = r.v,
+                                                   .k_token_stride = r.k_token_stride,
+                                                   .k_head_stride = r.k_head_stride,
+                                                   .v_token_stride = r.v_token_stride,
+                                                   .v_head_stride = r.v_head_stride},
+                                                  runtime_->stream()));
   std::move(undo).Cancel();
   AddTokens(r.layer, r.num_tokens);
-  for (size_t g = 0; g < moments.size(); ++g) {
-    if (moments[g]) layer.groups[g].moment = std::move(moments[g]);
+  for (size_t h = 0; h < moments.size(); ++h) {
+    if (moments[h]) layer.kv_heads[h].moment = std::move(moments[h]);
   }
   CountTables();
   return absl::OkStatus();
 }
 
-bool Sequence::OnDevice(const void* pointer) const {
-  return runtime_->cuda() != nullptr && pointer != nullptr &&
-         runtime_->cuda()->device().CanFollow(pointer);
+absl::Status Sequence::Truncate(int64_t tokens) {
+  if (Seat* const sits_in = seat.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
+  VATTN_RETURN_IF_ERROR(ReadBackState());
+  VATTN_RETURN_IF_ERROR(blocks_.ReserveForCut(tokens));
+  CutTo(tokens);
+  return absl::OkStatus();
+}
+
+void Sequence::CutTo(int64_t tokens) {
+  half_->RowsChanged();
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    Layer& layer = layers_[l];
+    if (layer.tokens <= tokens) continue;
+    layer.coded = CodedOf(layer, tokens);
+    layer.codes_made = std::min(layer.codes_made, layer.coded);
+    TrimSegments(layer.coded, layer.segments);  // without an allocation that could fail
+    UpdateSegments(layer);
+    AddTokens(l, tokens - layer.tokens);
+    layer.stale_last_block = true;
+    for (KvHead& kv_head : layer.kv_heads) {
+      kv_head.hot.Truncate(tokens);
+      kv_head.blocks.MarkChanged(tokens / kBlockTokens);
+    }
+  }
+  blocks_.ReleaseSpare();
+  blocks_.GiveBackExcess();
+  CountTables();
+}
+
+void Sequence::ReleaseBlocks() {
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) AddTokens(l, -layers_[l].tokens);
+  blocks_.ReleaseAll();
 }
 
 void Sequence::CountTables() {
-  int64_t bytes =
-      static_cast<int64_t>(sizeof(Sequence) + states_before_step_.capacity() * sizeof(HeadState));
+  int64_t bytes = static_cast<int64_t>(sizeof(Sequence)) + half_->table_bytes();
   for (const Layer& layer : layers_) {
-    for (const HeadGroup& group : layer.groups) {
-      bytes += static_cast<int64_t>(sizeof(HeadGroup) + group.blocks.capacity() * sizeof(int32_t) +
-                                    group.states.capacity() * sizeof(HeadState)) +
-               group.hot.bytes();
-      for (const SegmentTables& tables : group.tables) bytes += tables.index->bytes();
-      bytes += group.recent.bytes() +
-               static_cast<int64_t>(group.segments.capacity() * sizeof(IndexSegment));
-      if (group.moment) bytes += int64_t{group.moment->dim()} * group.moment->dim() * 8;
+    for (const KvHead& kv_head : layer.kv_heads) {
+      bytes += static_cast<int64_t>(sizeof(KvHead) + kv_head.blocks.capacity() * sizeof(int32_t) +
+                                    kv_head.states.capacity() * sizeof(HeadState)) +
+               kv_head.hot.bytes();
+      for (const SegmentTables& tables : kv_head.tables) bytes += tables.index->bytes();
+      bytes += kv_head.recent.bytes() +
+               static_cast<int64_t>(kv_head.segments.capacity() * sizeof(IndexSegment));
+      if (kv_head.moment) bytes += int64_t{kv_head.moment->dim()} * kv_head.moment->dim() * 8;
     }
   }
   table_bytes_.store(bytes, std::memory_order_relaxed);

@@ -12,14 +12,16 @@
 #include "absl/status/statusor.h"
 #include "memory/save_target.h"
 #include "memory/snapshot_format.h"
-#include "runtime/cuda/sequence.h"
+#include "runtime/backend.h"
+#include "runtime/block_tables.h"
 #include "runtime/files/disk.h"
+#include "runtime/files/save.h"
 #include "runtime/layer.h"
 #include "runtime/runtime.h"
+#include "runtime/seat.h"
 
 namespace vattn {
 
-class Batch;
 class SnapshotReader;
 struct StoredPrefix;
 
@@ -36,12 +38,6 @@ struct AppendRequest {
   int64_t q_token_stride = 0, q_head_stride = 0;
 };
 
-// What became of a file that was written.
-struct SavedFile {
-  uint64_t bytes;
-  SnapshotFileId id;  // of no other file
-};
-
 // As vattn_sequence_options.
 struct SequenceOptions {
   uint64_t id = 0;  // 0: the runtime chooses
@@ -53,12 +49,10 @@ struct SequenceOptions {
 // threads take what nobody uses to spill it.
 class Sequence {
  public:
-  static constexpr int64_t kAllTokens = int64_t{1} << 31;
-
   // FULL if reserve_tokens cannot be set aside.
   static absl::StatusOr<std::unique_ptr<Sequence>> Create(std::shared_ptr<Runtime> runtime,
                                                           const SequenceOptions& options);
-  // A sequence of the layers of a kept prefix. FULL as Create.
+  // A sequence of the layers of a prefix in memory. FULL: see Create.
   static absl::StatusOr<std::unique_ptr<Sequence>> FromLayers(std::shared_ptr<Runtime> runtime,
                                                               const SequenceOptions& options,
                                                               SharedLayers layers);
@@ -73,13 +67,13 @@ class Sequence {
   // FULL if the sequence has a reservation, and blocks that others hold too would leave it one
   // short.
   absl::Status Truncate(int64_t tokens);
-  // Sets aside what the sequence needs beside its blocks to have so many tokens in every layer, in
+  // Sets aside what the sequence needs beside its blocks to have `tokens` tokens in every layer, in
   // place of what it had set aside before. FULL changes nothing.
   absl::Status Reserve(int64_t tokens);
-  int64_t reserve_tokens() const { return reserve_tokens_; }
+  int64_t reserve_tokens() const { return blocks_.reserve_tokens(); }
   absl::Status BuildIndex();
 
-  // Files: sequence_sleep.cc and files/sequence_file.cc.
+  // Files: sequence_sleep.cc.
   absl::Status Save(const std::string& path);
   // options.id 0: that of the file.
   static absl::StatusOr<std::unique_ptr<Sequence>> Restore(std::shared_ptr<Runtime> runtime,
@@ -90,9 +84,9 @@ class Sequence {
   absl::Status Spill();
   absl::Status Wake();
   bool hibernated() const { return !hibernate_path_.empty(); }
-  bool HoldsBlocks() const;
-  // About the bytes that Save writes, and at least nearly so many.
-  uint64_t SavedBytes() const;
+  bool HoldsBlocks() const { return blocks_.HoldsBlocks(); }
+  // About the bytes that Save writes, and hardly ever fewer.
+  uint64_t SavedBytes() const { return vattn::SavedBytes(*runtime_, layers_); }
   // For the disk: a file with as many tokens as the prefix has, and a sequence of the first
   // `tokens` of such a file, which is open.
   absl::StatusOr<SavedFile> SaveAs(const SaveTarget& target, const StoredPrefix* prefix,
@@ -112,12 +106,16 @@ class Sequence {
   // One decode step, by the batch. Makes room for `new_tokens` more in every layer and codes what
   // the window then no longer holds; FULL changes nothing.
   absl::Status OpenStep(int new_tokens);
+  // The tokens of every layer once the step that was opened last has attended it. What layers have
+  // counted of them by now is layer(l).tokens: with each layer's attention on the CPU, from the
+  // step's begin on CUDA.
+  int64_t tokens_in_step() const { return tokens_before_step_ + new_tokens_; }
   // Back to before OpenStep, but for what was coded and copied for it: tokens, step number, and on
   // the CPU the controller states. Cannot fail: a reservation gets back what the step drew from it,
-  // or is ready already for the copy of a block that was shared since. On CUDA after a Pull.
+  // or is ready already for the copy of a block that was shared since. On CUDA after ReadBackState.
   void GiveUpStep();
   // Gives back blocks that no token lies in: room of a step that was not opened after all.
-  void ReleaseSpare();
+  void ReleaseSpare() { blocks_.ReleaseSpare(); }
   // The middle of a layer with `tokens` tokens is [sinks, MiddleEnd(tokens)); MiddleEnd = sinks:
   // none.
   int64_t MiddleEnd(int64_t tokens) const;
@@ -128,50 +126,34 @@ class Sequence {
   TenantSlot tenant_slot() const { return tenant_.slot(); }
   uint64_t tenant() const { return tenant_.number(); }
   uint64_t step() const { return step_; }
-  void CloseStep() { ++step_; }
+  void CountStep() { ++step_; }
   Layer& layer(int l) { return layers_[l]; }
   const Layer& layer(int l) const { return layers_[l]; }
   void AddTokens(int l, int64_t count);
   // Brings table_bytes up to date after changes to blocks, indices or hot sets.
   void CountTables();
-  // On CUDA: the device half, made at the first use; null on the CPU.
-  absl::StatusOr<CudaSequence*> Cuda();
-  const CudaSequence* cuda() const { return cuda_.get(); }
-  // Blocks whose codes were written by the host and that the device has not loaded; some may be let
-  // go since.
-  std::vector<int32_t>& codes_to_load() { return codes_to_load_; }
-  // On CUDA: waits for steps that were enqueued and brings their state to the host. Before the host
-  // reads or changes the sequence.
-  absl::Status Pull();
+  BlockTables& blocks() { return blocks_; }
+  SequenceHalf& half() { return *half_; }
+  // Waits for steps that were enqueued and brings their state to the host. Before the host reads or
+  // changes the sequence.
+  absl::Status ReadBackState();
   int64_t table_bytes() const { return table_bytes_.load(std::memory_order_relaxed); }
   // Tokens of a layer, also while it hibernates.
   int64_t length(int l) const { return hibernated() ? asleep_tokens_[l] : layers_[l].tokens; }
 
-  std::atomic<Batch*> batch{nullptr};  // the batch it sits in, or null
-  uint64_t hot_set = 0;  // CudaBatch::id_ of the batch whose hot set knows its blocks; 0: none
+  std::atomic<Seat*> seat{nullptr};  // the batch it sits in, or null
   int slot = -1;
+  uint64_t hot_set = 0;  // CudaBatch::id_ of the batch whose hot set knows its blocks; 0: none
 
  private:
   Sequence(std::shared_ptr<Runtime> runtime, const SequenceOptions& options);
 
-  // A block that a write needs: a new one, or a copy of a shared one.
-  struct Need {
-    int layer, group;
-    int64_t block;
-    bool copy;
-  };
-  bool OnDevice(const void* pointer) const;
-  // The queries of an append beside those that each group has had.
+  // The queries of an append beside those that each KV head has had.
   absl::Status AddQueries(
       const AppendRequest& request,
       std::vector<std::unique_ptr<QueryMoment>>& moments /* [kv_heads] */) const;
-  // Lists what writing tokens [begin, end) of a layer needs.
-  void ListNeeds(int l, int64_t begin, int64_t end, std::vector<Need>& needs) const;
-  // Takes them all from the pool and the device, or none (FULL, OUT_OF_MEMORY).
-  absl::Status Meet(const std::vector<Need>& needs);
-  // `count` free blocks, with memory on the device if there is one; the first `own` of the
-  // reservation. All or none.
-  absl::Status TakeBlocks(int64_t own, int64_t count, BlockId* out);
+  // Takes what writes need from the pool. No step may still read blocks that are copied.
+  absl::Status TakeBlocksFor(const std::vector<BlockNeed>& needs);
   absl::Status MakeRoomAndCode(int new_tokens, bool in_turn);
   // Brings the queries of the last steps into the moments.
   void TakeRecentQueries();
@@ -190,35 +172,21 @@ class Sequence {
   // ... and those learnt from the tokens and from all queries so far.
   std::vector<std::shared_ptr<const Index>> Learn(int l, int64_t begin, int64_t end);
 
-  // Blocks that a reservation of so many tokens still has to hold ready, once `keep_tokens` tokens
-  // are left and blocks of the first `shared_tokens` are shared.
-  int64_t Unmet(int64_t reserve_tokens, int64_t keep_tokens, int64_t shared_tokens) const;
-  // Brings reserved_ up to so many blocks (FULL), and down to what is unmet.
-  absl::Status ReserveUpTo(int64_t blocks);
-  void Settle();
   // Truncates what the host may change, with a reservation that allows it.
   void CutTo(int64_t tokens);
   // Refused in the middle of a decode step.
   absl::Status CheckWhole() const;
-  // True if the block goes back to the reservation when the sequence lets go of it.
-  bool Returns(const HeadGroup& group, int64_t block) const;
-  // Before rows are written behind the last one of a layer.
-  void ClaimTail(Layer& layer);
   void Adopt(SharedLayers layers);
   void ReleaseBlocks();
   void ResetStates();
   void CountTokens(int l, int64_t count);
 
   // Known to the runtime from then on.
-  void Enlist() { runtime_->Enlist(this); }
+  void Enlist();
 
-  absl::StatusOr<SavedFile> WriteFile(const SaveTarget& target, const StoredPrefix* prefix,
-                                      bool durable);
   // The first `most` tokens of a file.
   absl::Status Load(SnapshotReader& reader, const std::string& path, int64_t most);
-  absl::Status LoadCounted(SnapshotReader& reader, const std::string& path, int64_t most);
-  // Lets go of everything that the file at `path` has.
-  // `tokens`: of each layer. Cannot fail.
+  // Lets go of everything that the file at `path` has; it had `tokens` of each layer. Cannot fail.
   void Sleep(std::string path, const SnapshotFileId& file, std::vector<int64_t> tokens) noexcept;
   std::vector<int64_t> Lengths() const;
   void ForgetLoaded();
@@ -228,16 +196,14 @@ class Sequence {
   const uint64_t id_;
   std::vector<Layer> layers_;
   uint64_t step_ = 0;
-  int64_t tokens_before_step_ = 0;             // of every layer, when the last step was opened
-  std::vector<HeadState> states_before_step_;  // of all layers' groups; on CUDA not kept
-  int64_t reserve_tokens_ = 0;          // what the reservation is for; kept while it hibernates
-  int64_t reserved_ = 0;                // blocks promised by the pool: Unmet or more
+  BlockTables blocks_;                  // of layers_
+  int64_t tokens_before_step_ = 0;      // of every layer, when the last step was opened
+  int new_tokens_ = 0;                  // of that step
   std::string hibernate_path_;          // absolute; empty: awake
   SnapshotFileId hibernate_file_{};     // what was written there: a name is no proof
   std::vector<int64_t> asleep_tokens_;  // [layers] while it hibernates
   SpillFile spill_;
-  std::unique_ptr<CudaSequence> cuda_;
-  std::vector<int32_t> codes_to_load_;
+  const std::unique_ptr<SequenceHalf> half_;
   std::atomic<int64_t> table_bytes_{0};
   std::mutex use_;
   std::atomic<uint64_t> last_use_{0};

@@ -3,12 +3,11 @@
 #include <cmath>
 
 #include "absl/cleanup/cleanup.h"
-#include "kernels/cpu/encode.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/rng.h"
 #include "memory/status.h"
-#include "runtime/batch.h"
+#include "runtime/backend.h"
 #include "runtime/sequence.h"
 
 namespace vattn {
@@ -42,8 +41,7 @@ struct Walk {
   }
 };
 
-void LoadSample(const Storage& s, const std::vector<int32_t>& blocks, const Walk& walk,
-                Sample& out) {
+void LoadSample(const Storage& s, const BlockTable& blocks, const Walk& walk, Sample& out) {
   const size_t begin = static_cast<size_t>(out.count);
   out.count += walk.count;
   out.keys.resize(static_cast<size_t>(out.count) * s.row.dim_k);
@@ -86,27 +84,25 @@ absl::Status Sequence::AddQueries(const AppendRequest& r,
                                   std::vector<std::unique_ptr<QueryMoment>>& moments) const {
   const Storage& s = runtime_->storage();
   // Those on the device come over whole, from the first element to the last.
-  const uint8_t* q = static_cast<const uint8_t*>(r.q);
-  std::vector<uint8_t> copied;
-  if (OnDevice(r.q)) {
-    const int64_t last = (r.num_queries - 1) * r.q_token_stride +
-                         (runtime_->options().num_q_heads - 1) * r.q_head_stride + s.row.dim_k;
-    copied.resize(static_cast<size_t>(last * ElementBytes(s.row.dtype)));
-    VATTN_RETURN_IF_ERROR(runtime_->cuda()->Read(copied.data(), r.q, copied.size()));
-    q = copied.data();
-  }
-  const int group = runtime_->group(r.layer), dim = s.row.dim_k,
+  const int64_t last = (r.num_queries - 1) * r.q_token_stride +
+                       (runtime_->options().num_q_heads - 1) * r.q_head_stride + s.row.dim_k;
+  std::vector<std::byte> copy;
+  const absl::StatusOr<const std::byte*> on_host = runtime_->backend().OnHost(
+      r.q, static_cast<uint64_t>(last * ElementBytes(s.row.dtype)), copy);
+  if (!on_host.ok()) return on_host.status();
+  const uint8_t* const q = reinterpret_cast<const uint8_t*>(*on_host);
+  const int group_heads = runtime_->group_heads(r.layer), dim = s.row.dim_k,
             element = ElementBytes(s.row.dtype);
   for (size_t g = 0; g < moments.size(); ++g) {
-    const HeadGroup& heads = layers_[r.layer].groups[g];
-    moments[g] = heads.moment ? std::make_unique<QueryMoment>(*heads.moment)
-                              : std::make_unique<QueryMoment>(dim);
-    const int64_t picks = QueryMoment::NumPicks(r.num_queries, group);
+    const KvHead& kv_head = layers_[r.layer].kv_heads[g];
+    moments[g] = kv_head.moment ? std::make_unique<QueryMoment>(*kv_head.moment)
+                                : std::make_unique<QueryMoment>(dim);
+    const int64_t picks = QueryMoment::NumPicks(r.num_queries, group_heads);
     std::vector<float> queries(static_cast<size_t>(picks * dim));
     for (int64_t i = 0; i < picks; ++i) {
-      const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group);
+      const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group_heads);
       const int64_t at = pick.token * r.q_token_stride +
-                         (static_cast<int64_t>(g) * group + pick.head) * r.q_head_stride;
+                         (static_cast<int64_t>(g) * group_heads + pick.head) * r.q_head_stride;
       const uint8_t* row = q + at * element;
       cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype},
                     queries.data() + i * dim);
@@ -124,52 +120,35 @@ int64_t Sequence::MiddleEnd(int64_t tokens) const {
 }
 
 absl::Status Sequence::BuildIndex() {
-  if (Batch* const sits_in = batch.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
+  if (Seat* const sits_in = seat.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0, /*in_turn=*/false));
-  if (runtime_->cuda() == nullptr) return absl::OkStatus();
-  absl::StatusOr<CudaSequence*> cuda = Cuda();
-  if (!cuda.ok()) return cuda.status();
-  Device& device = runtime_->cuda()->device();
-  VATTN_RETURN_IF_ERROR((*cuda)->Flush(*this, device.stream()));
-  return device.Synchronize(device.stream());
+  return half_->Settle(*this);
 }
 
 absl::Status Sequence::OpenStep(int new_tokens) {
-  states_before_step_.clear();
   for (const Layer& layer : layers_) {
-    if (layer.groups.empty()) continue;
-    tokens_before_step_ = layer.tokens;
-    if (runtime_->cuda() != nullptr) continue;
-    for (const HeadGroup& group : layer.groups) {
-      states_before_step_.insert(states_before_step_.end(), group.states.begin(),
-                                 group.states.end());
-    }
+    if (!layer.kv_heads.empty()) tokens_before_step_ = layer.tokens;
   }
+  new_tokens_ = new_tokens;
+  half_->BeginStep(*this);
   return MakeRoomAndCode(new_tokens, /*in_turn=*/true);
 }
 
 void Sequence::GiveUpStep() {
   CutTo(tokens_before_step_);
   --step_;
-  if (runtime_->cuda() != nullptr) return;
-  auto before = states_before_step_.cbegin();
-  for (Layer& layer : layers_) {
-    for (HeadGroup& group : layer.groups) {
-      std::copy_n(before, group.states.size(), group.states.begin());
-      before += static_cast<std::ptrdiff_t>(group.states.size());
-    }
-  }
+  half_->GiveUpStep(*this);
 }
 
 void Sequence::TakeRecentQueries() {
   // What a lost device had is left out; the calls that follow report it.
-  if (cuda_) cuda_->ReadQueries(*this).IgnoreError();
+  half_->ReadBackQueries(*this).IgnoreError();
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
-    for (HeadGroup& group : layers_[l].groups) {
-      if (group.recent.empty()) continue;
-      if (!group.moment)
-        group.moment = std::make_unique<QueryMoment>(runtime_->storage().row.dim_k);
-      group.recent.MoveTo(*group.moment, runtime_->group(l));
+    for (KvHead& kv_head : layers_[l].kv_heads) {
+      if (kv_head.recent.empty()) continue;
+      if (!kv_head.moment)
+        kv_head.moment = std::make_unique<QueryMoment>(runtime_->storage().row.dim_k);
+      kv_head.recent.MoveTo(*kv_head.moment, runtime_->group_heads(l));
     }
   }
 }
@@ -177,9 +156,9 @@ void Sequence::TakeRecentQueries() {
 int64_t Sequence::FirstOwnBlock(const Layer& layer) const {
   int64_t b = layer.coded / kBlockTokens;
   const auto own = [&](int64_t block) {
-    return std::all_of(layer.groups.begin(), layer.groups.end(), [&](const HeadGroup& group) {
-      return block >= static_cast<int64_t>(group.blocks.size()) ||
-             runtime_->store().IsUnique(BlockId{group.blocks[static_cast<size_t>(block)]});
+    return std::all_of(layer.kv_heads.begin(), layer.kv_heads.end(), [&](const KvHead& kv_head) {
+      return block >= static_cast<int64_t>(kv_head.blocks.size()) ||
+             runtime_->store().IsUnique(BlockId{kv_head.blocks[static_cast<size_t>(block)]});
     });
   };
   const int64_t least = layer.segments.empty() ? 0 : layer.segments.back().first_block;
@@ -191,7 +170,7 @@ CodingPlan Sequence::PlanLayer(int l, int64_t end, bool in_turn) const {
   const Layer& layer = layers_[l];
   const int64_t sinks = runtime_->options().sinks;
   CodingPlan plan{.begin = end};
-  if (layer.groups.empty() || end <= sinks) return plan;
+  if (layer.kv_heads.empty() || end <= sinks) return plan;
   const bool growing = runtime_->storage().code.kind == IndexKind::kBalanced;
   plan = PlanCoding(layer.segments, sinks, layer.coded, FirstOwnBlock(layer) * kBlockTokens, end,
                     growing);
@@ -205,7 +184,7 @@ CodingPlan Sequence::PlanLayer(int l, int64_t end, bool in_turn) const {
 }
 
 absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
-  std::vector<Need> needs;
+  std::vector<BlockNeed> needs;
   std::vector<CodingPlan> plans(layers_.size());
   bool makes = false;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
@@ -216,18 +195,18 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
     // One list per layer without repeats: what is coded lies before what is written.
     const int64_t code_from = plans[l].begin,
                   write_from = layer.tokens / kBlockTokens * kBlockTokens;
-    if (end > code_from) ListNeeds(l, code_from, std::min(end, write_from), needs);
-    ListNeeds(
+    if (end > code_from) blocks_.ListNeeds(l, code_from, std::min(end, write_from), needs);
+    blocks_.ListNeeds(
         l, end > code_from ? std::min(layer.tokens, std::max(code_from, write_from)) : layer.tokens,
         tokens, needs);
   }
-  VATTN_RETURN_IF_ERROR(Meet(needs));
+  VATTN_RETURN_IF_ERROR(TakeBlocksFor(needs));
   if (new_tokens > 0) {
-    for (Layer& layer : layers_) ClaimTail(layer);
+    for (Layer& layer : layers_) blocks_.ClaimLastBlock(layer);
   }
   // Segments are made from rows and queries that steps have written.
   if (makes) {
-    VATTN_RETURN_IF_ERROR(Pull());
+    VATTN_RETURN_IF_ERROR(ReadBackState());
     TakeRecentQueries();
   }
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
@@ -239,26 +218,11 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
 
 void Sequence::CodeLayer(int l, const CodingPlan& plan, int64_t end) {
   Layer& layer = layers_[l];
-  if (end <= plan.begin || layer.groups.empty()) return;
+  if (end <= plan.begin || layer.kv_heads.empty()) return;
   if (plan.coding != Coding::kExtend) MakeSegment(l, plan, end);
   layer.coded = end;
-  layer.coded_on_device = std::min(layer.coded_on_device, plan.begin);
-  if (runtime_->cuda() != nullptr) return;  // CudaSequence::Flush codes
-  const Stream stream = runtime_->stream();
-  uint64_t outliers = 0;
-  cpu::ParallelFor(stream, static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
-    const HeadGroup& group = layer.groups[g];
-    ForSegments(layer, plan.begin, end, [&](size_t k, int64_t from, int64_t to) {
-      cpu::Encode({.storage = runtime_->storage(),
-                   .index = group.segments[k].tables,
-                   .blocks = group.blocks.data(),
-                   .begin = from,
-                   .end = to,
-                   .outliers = &outliers},
-                  stream);
-    });
-  });
-  runtime_->counters().outliers += outliers;
+  layer.codes_made = std::min(layer.codes_made, plan.begin);
+  half_->Code(*this, l, plan.begin);
 }
 
 void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
@@ -287,17 +251,17 @@ void Sequence::MakeSegment(int l, const CodingPlan& plan, int64_t end) {
     segments.emplace_back();
   }
   segments.back() = {plan.first_block, end, provisional};
-  for (HeadGroup& group : layer.groups) {
-    group.tables.reserve(segments.size());
-    group.segments.reserve(segments.size());
+  for (KvHead& kv_head : layer.kv_heads) {
+    kv_head.tables.reserve(segments.size());
+    kv_head.segments.reserve(segments.size());
   }
   // Nothing throws from here on: a layer has as many tables in every KV head as it has segments.
   const bool recodes = begin < layer.coded;
   layer.segments.swap(segments);
   for (size_t g = 0; g < made.size(); ++g) {
-    HeadGroup& group = layer.groups[g];
-    group.tables.resize(layer.segments.size());
-    group.tables.back() = {std::move(made[g]), nullptr};
+    KvHead& kv_head = layer.kv_heads[g];
+    kv_head.tables.resize(layer.segments.size());
+    kv_head.tables.back() = {std::move(made[g]), nullptr};
   }
   UpdateSegments(layer);
   Counters& counters = runtime_->counters();
@@ -312,13 +276,13 @@ std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer,
   size_t k = layer.segments.size() - 1;
   while (k > 0 && layer.segments[k].provisional) --k;
   const Walk walk = Walk::Over(begin, end, 1, kCentreTokens);
-  std::vector<std::shared_ptr<const Index>> made(layer.groups.size());
-  std::vector<double> shares(layer.groups.size());
-  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
-    const HeadGroup& group = layer.groups[g];
+  std::vector<std::shared_ptr<const Index>> made(layer.kv_heads.size());
+  std::vector<double> shares(layer.kv_heads.size());
+  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t g) {
+    const KvHead& kv_head = layer.kv_heads[g];
     Sample sample;
-    LoadSample(s, group.blocks, walk, sample);
-    made[g] = Index::Recentre(s, *group.tables[k].index, sample.keys.data(), sample.values.data(),
+    LoadSample(s, kv_head.blocks, walk, sample);
+    made[g] = Index::Recentre(s, *kv_head.tables[k].index, sample.keys.data(), sample.values.data(),
                               sample.count, &shares[g]);
   });
   *flooded = *std::max_element(shares.begin(), shares.end());
@@ -334,29 +298,29 @@ std::vector<std::shared_ptr<const Index>> Sequence::Learn(int l, int64_t begin, 
   const Walk walk = Walk::Over(begin, end, run, kCalibrationTokens);
   // A few tokens do not say in which directions keys vary: those before help.
   const int64_t help = std::min(begin - sinks, std::max<int64_t>(0, kLeastLearnt - walk.count));
-  std::vector<std::shared_ptr<const Index>> made(layer.groups.size());
-  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.groups.size()), [&](int64_t g) {
-    HeadGroup& group = layer.groups[g];
+  std::vector<std::shared_ptr<const Index>> made(layer.kv_heads.size());
+  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t g) {
+    KvHead& kv_head = layer.kv_heads[g];
     Sample sample;
-    LoadSample(s, group.blocks, walk, sample);
+    LoadSample(s, kv_head.blocks, walk, sample);
     if (help > 0) {
-      LoadSample(s, group.blocks, {begin - help, 1, 1, help}, sample);
+      LoadSample(s, kv_head.blocks, {begin - help, 1, 1, help}, sample);
       ShareMean(sample, walk.count, s.row.dim_k);
     }
     const QueryMoment moment =
-        group.moment ? *group.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
+        kv_head.moment ? *kv_head.moment : runtime_->ProfileMoment(l, static_cast<int>(g));
     made[g] = Index::Make(s, sample.keys.data(), sample.values.data(), sample.count, moment,
                           runtime_->LearnedMap(l, static_cast<int>(g)));
     if (s.code.kind == IndexKind::kBalanced && walk.stride > 1) {
       Walk others = walk;
       others.others = true;
       Sample held_out;
-      LoadSample(s, group.blocks, others, held_out);
+      LoadSample(s, kv_head.blocks, others, held_out);
       made[g] =
           made[g]->WithLimitsOf(s, held_out.keys.data(), held_out.values.data(), held_out.count);
     }
     // Values are coded alike in every segment.
-    if (begin > sinks) made[g] = made[g]->WithValuesOf(s, *group.tables[0].index);
+    if (begin > sinks) made[g] = made[g]->WithValuesOf(s, *kv_head.tables[0].index);
   });
   return made;
 }

@@ -35,22 +35,8 @@ StatsSnapshot Snapshot(const Counters& counters) {
 
 std::string PrometheusText(const StatsSnapshot& s, const std::vector<TenantSnapshot>& tenants) {
   std::string out;
-  Append(out, "host_bytes_limit", "gauge", "Bytes of the host pool", s.host_bytes_limit);
-  Append(out, "host_bytes_used", "gauge", "Bytes in blocks in use or reserved", s.host_bytes_used);
-  Append(out, "host_bytes_reserved", "gauge", "Bytes of them that are reserved and not yet in use",
-         s.host_bytes_reserved);
-  Append(out, "table_bytes", "gauge", "Bytes of block tables, index tables and state",
-         s.table_bytes);
-  Append(out, "disk_bytes_used", "gauge",
-         "Bytes of files in the disk directory, written or promised", s.disk_bytes_used);
-  Append(out, "device_bytes_reserved", "gauge",
-         "Device addresses set aside for what grows with the tokens", s.device_bytes_reserved);
-  Append(out, "device_bytes_mapped", "gauge", "Device memory mapped at them",
-         s.device_bytes_mapped);
-  Append(out, "device_growths", "counter", "Times that more was mapped", s.device_growths);
-  Append(out, "device_growth_ns", "counter", "Nanoseconds that this took", s.device_growth_ns);
-  Append(out, "kept_prefixes", "gauge", "Prefixes in the host pool", s.kept_prefixes);
 #define VATTN_APPEND(name, type, help) Append(out, #name, type, help, s.name);
+  VATTN_MEASURES(VATTN_APPEND)
   VATTN_COUNTERS(VATTN_APPEND)
 #undef VATTN_APPEND
   AppendTenants(out, "host_bytes_limit", "gauge", "Quota of a tenant", tenants,

@@ -1,4 +1,5 @@
-// Counters of a runtime: one list, from which the C struct and the Prometheus text are made.
+// Counters of a runtime and what is measured on demand: two lists, from which the C struct and the
+// Prometheus text are filled.
 #ifndef VATTN_RUNTIME_STATS_H_
 #define VATTN_RUNTIME_STATS_H_
 
@@ -9,8 +10,21 @@
 
 namespace vattn {
 
-// X(name, Prometheus type, help)
+// X(name, Prometheus type, help): what is measured when somebody asks ...
 // clang-format off
+#define VATTN_MEASURES(X)                                                                    \
+  X(host_bytes_limit, "gauge", "Bytes of the host pool")                                     \
+  X(host_bytes_used, "gauge", "Bytes in blocks in use or reserved")                          \
+  X(host_bytes_reserved, "gauge", "Bytes of them that are reserved and not yet in use")      \
+  X(table_bytes, "gauge", "Bytes of block tables, index tables and state")                   \
+  X(disk_bytes_used, "gauge", "Bytes of files in the disk directory, written or promised")   \
+  X(device_bytes_reserved, "gauge", "Device addresses set aside for what grows with the tokens") \
+  X(device_bytes_mapped, "gauge", "Device memory mapped at them")                            \
+  X(device_growths, "counter", "Times that more was mapped")                                 \
+  X(device_growth_ns, "counter", "Nanoseconds that this took")                               \
+  X(memory_prefixes, "gauge", "Prefixes in the host pool")
+
+// ... and what is counted as it happens.
 #define VATTN_COUNTERS(X)                                                                    \
   X(sequences, "gauge", "Sequences alive")                                                   \
   X(tokens, "gauge", "Tokens held, over sequences and layers")                               \
@@ -40,17 +54,17 @@ namespace vattn {
   X(spill_failures, "counter", "Sequences that could not be moved to the disk")              \
   X(files_refused, "counter", "Sequence files that failed their check")                      \
   X(io_errors, "counter", "File operations that the system refused")                         \
-  X(prefixes_stored, "counter", "Prefixes written to the disk")                              \
-  X(prefix_evictions, "counter", "Prefixes removed to make room on the disk")                \
-  X(prefixes_kept, "counter", "Prefixes kept in the host pool")                              \
-  X(kept_evictions, "counter", "Prefixes let go to make room in the host pool")              \
-  X(kept_hits, "counter", "Sequences begun from a prefix in the host pool")                  \
+  X(disk_prefixes_saved, "counter", "Prefixes saved to the disk")                              \
+  X(disk_prefixes_evicted, "counter", "Prefixes removed to make room on the disk")                \
+  X(memory_prefixes_saved, "counter", "Prefixes saved to the host pool")                              \
+  X(memory_prefixes_evicted, "counter", "Prefixes let go to make room in the host pool")              \
+  X(memory_prefix_hits, "counter", "Sequences begun from a prefix in the host pool")                  \
   X(prefix_hits, "counter", "Sequences begun from a stored prefix")                          \
   X(prefix_tokens, "counter", "Tokens that they began with")                                 \
   X(prefix_misses, "counter", "Sequences that no stored prefix could begin")                 \
-  X(prefix_damaged, "counter", "Stored prefixes removed because they failed their check")    \
-  X(prefix_unread, "counter", "Stored prefixes that the system could not read when wanted")  \
-  X(prefix_unlike, "counter", "Stored prefixes found by a digest that held other tokens")
+  X(disk_prefixes_damaged, "counter", "Prefixes on the disk removed because they failed their check")    \
+  X(disk_prefixes_unread, "counter", "Prefixes on the disk that the system could not read when wanted")  \
+  X(prefix_mismatches, "counter", "Stored prefixes found by a digest that held other tokens")
 // clang-format on
 
 struct Counters {
@@ -61,12 +75,8 @@ struct Counters {
 
 // Plain copies of the counters plus what is computed on demand.
 struct StatsSnapshot {
-  uint64_t host_bytes_limit = 0, host_bytes_used = 0, host_bytes_reserved = 0, table_bytes = 0,
-           disk_bytes_used = 0;
-  uint64_t device_bytes_reserved = 0, device_bytes_mapped = 0, device_growths = 0,
-           device_growth_ns = 0;
-  uint64_t kept_prefixes = 0;
 #define VATTN_DECLARE(name, type, help) uint64_t name = 0;
+  VATTN_MEASURES(VATTN_DECLARE)
   VATTN_COUNTERS(VATTN_DECLARE)
 #undef VATTN_DECLARE
 };

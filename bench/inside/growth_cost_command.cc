@@ -18,6 +18,7 @@
 #include "bench/replay/report.h"
 #include "memory/status.h"
 #include "runtime/batch.h"
+#include "runtime/cuda/backend.h"
 #include "runtime/sequence.h"
 
 namespace vattn::bench {

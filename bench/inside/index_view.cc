@@ -61,22 +61,23 @@ IndexView::IndexView(const Trace& trace, std::vector<int32_t> layers, const vatt
   Check(runtime.status());
   runtime_ = *std::move(runtime);
   sequence_ = AppendPrompt(runtime_, trace_, layers_);
-  const size_t bytes = ScratchBytes(storage(), promise(), trace_.prompt_tokens, runtime_->group(0));
+  const size_t bytes =
+      ScratchBytes(storage(), promise(), trace_.prompt_tokens, runtime_->group_heads(0));
   memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{64})));
 }
 
 Group IndexView::Prepare(int64_t layer, int64_t h, int64_t step) {
   const Layer& of = Of(layer);
   Group group;
-  group.blocks = of.groups[h].blocks.data();
+  group.blocks = of.kv_heads[h].blocks.data();
   group.tokens = of.tokens;
   group.middle_begin = runtime_->options().sinks;
   group.middle_end = sequence_->MiddleEnd(of.tokens);
   if (group.middle_end <= group.middle_begin)
     throw Failure(trace_.path + ": is too short to have a middle");
-  group.q_heads = runtime_->group(0);
-  group.segments = of.groups[h].segments.data();
-  group.num_segments = static_cast<int32_t>(of.groups[h].segments.size());
+  group.q_heads = runtime_->group_heads(0);
+  group.segments = of.kv_heads[h].segments.data();
+  group.num_segments = static_cast<int32_t>(of.kv_heads[h].segments.size());
   group.index = group.segments[0].tables;
   group.scratch = CarveScratch(storage(), promise(), of.tokens, group.q_heads, memory_.get());
   q_.clear();

@@ -35,7 +35,7 @@ class IndexView {
   const Promise& promise() const { return runtime_->promise(); }
   // Of the tables of one KV head.
   size_t table_bytes(int64_t layer, int64_t h) const {
-    return Of(layer).groups[h].tables[0].index->bytes();
+    return Of(layer).kv_heads[h].tables[0].index->bytes();
   }
 
  private:

@@ -15,7 +15,7 @@ class HotSet {
   // Takes the memory for tokens below `tokens` and a capacity of `rows`: SetCapacity and Use within
   // them then allocate nothing.
   void Reserve(int64_t tokens, int64_t rows);
-  // Room for so many rows from now on; rows over it leave.
+  // Holds at most `rows` rows from now on; those over it leave, the least recently used first.
   void SetCapacity(int64_t rows);
   // Uses `count` tokens: those that are held become the most recent, the others come in. Returns
   // how many were not held (misses). No token used in this call is evicted for another one of it;

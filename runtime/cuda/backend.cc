@@ -1,13 +1,16 @@
 #include "runtime/cuda/backend.h"
 
+#include "kernels/cpu/write.h"
 #include "kernels/cuda/launch.h"
 #include "memory/status.h"
+#include "runtime/cuda/batch.h"
+#include "runtime/cuda/sequence_half.h"
 
 namespace vattn {
 namespace {
 
-// Pages of free blocks' codes that stay where they are, and bytes of pages that are mapped nowhere:
-// what comes back soon costs no call of the driver.
+// So many pages of freed codes stay mapped, and so many bytes of unmapped pages stay ours: using
+// them again needs no call of the driver.
 constexpr int64_t kIdlePages = 16;
 constexpr uint64_t kSpareBytes = uint64_t{64} << 20;
 
@@ -130,16 +133,30 @@ void CudaBackend::ReclaimLocked(int64_t keep) {
   codes_->Reclaim(keep, [this](int64_t first, int64_t end) { return AllFree(first, end); });
 }
 
-void CudaBackend::LetGo(int64_t count) {
-  const int64_t bytes = (let_go_ += count) * storage_.code_block_bytes;
+void CudaBackend::CountReleased(int64_t count) {
+  const int64_t bytes = (released_ += count) * storage_.code_block_bytes;
   if (bytes <= kIdlePages * static_cast<int64_t>(pages_->page_bytes())) return;
-  let_go_ = 0;
+  released_ = 0;
   const std::lock_guard<std::mutex> lock(codes_mutex_);
   ReclaimLocked(kIdlePages);
   ++reclaims_;
 }
 
-absl::Status CudaBackend::Write(const WriteParams& params) {
+std::unique_ptr<SequenceHalf> CudaBackend::MakeSequence(const Runtime&) {
+  return std::make_unique<CudaSequenceHalf>(*this);
+}
+
+absl::StatusOr<std::unique_ptr<BatchHalf>> CudaBackend::MakeBatch(Runtime& runtime, int slots) {
+  return CudaBatch::Create(runtime, slots);
+}
+
+absl::Status CudaBackend::Write(const WriteParams& params, Stream workers) {
+  if (IsOnDevice(params.k)) return WriteOnDevice(params);
+  cpu::Write(params, workers);
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::WriteOnDevice(const WriteParams& params) {
   VATTN_RETURN_IF_ERROR(device_->Activate());
   const int64_t blocks = (params.first + params.count + kBlockTokens - 1) / kBlockTokens;
   const uint64_t heads = static_cast<uint64_t>(params.kv_heads),
@@ -167,6 +184,29 @@ absl::Status CudaBackend::Read(void* to, const void* from, uint64_t bytes) {
   VATTN_RETURN_IF_ERROR(device_->Activate());
   VATTN_RETURN_IF_ERROR(device_->Copy(to, from, bytes, device_->stream()));
   return device_->Synchronize(device_->stream());
+}
+
+absl::StatusOr<const std::byte*> CudaBackend::OnHost(const void* from, uint64_t bytes,
+                                                     std::vector<std::byte>& copy) {
+  if (!IsOnDevice(from)) return static_cast<const std::byte*>(from);
+  copy.resize(static_cast<size_t>(bytes));
+  VATTN_RETURN_IF_ERROR(Read(copy.data(), from, bytes));
+  return copy.data();
+}
+
+void CudaBackend::AddTo(StatsSnapshot& s) {
+  const absl::StatusOr<cuda::DeviceCounters> read = ReadCounters();
+  const cuda::DeviceCounters c = read.ok() ? *read : cuda::DeviceCounters{};
+  s.heads_exact = c.verdicts[0], s.heads_verified = c.verdicts[1];
+  s.heads_dense = c.verdicts[2], s.heads_best_effort = c.verdicts[3];
+  s.rows_middle = c.middle, s.rows_selected = c.selected, s.rows_fetched = c.fetched;
+  s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.host.row.row_bytes);
+  s.looks = c.looks;
+  s.outliers = c.outliers, s.heads_noisy = c.noisy;
+  const PageCounts pages = pages_->counts();
+  s.device_bytes_reserved = pages.reserved_bytes,
+  s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;
+  s.device_growths = pages.growths, s.device_growth_ns = pages.growth_ns;
 }
 
 absl::StatusOr<cuda::DeviceCounters> CudaBackend::ReadCounters() {

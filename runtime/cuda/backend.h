@@ -12,12 +12,13 @@
 #include "memory/device.h"
 #include "memory/device_range.h"
 #include "memory/host_store.h"
+#include "runtime/backend.h"
 #include "runtime/options.h"
 
 namespace vattn {
 
 // Thread-safe. Made before, destroyed before the pool that it maps.
-class CudaBackend {
+class CudaBackend final : public Backend {
  public:
   // NOT_SUPPORTED without a device or for options that the CUDA backend does not serve,
   // OUT_OF_MEMORY if the pool cannot be pinned.
@@ -28,7 +29,7 @@ class CudaBackend {
                                                              HostStore& store);
   // The first option, if any, that keeps a runtime from CUDA, as NOT_SUPPORTED.
   static absl::Status CheckOptions(const Options& options);
-  ~CudaBackend();
+  ~CudaBackend() override;
 
   Device& device() { return *device_; }
   const cuda::DeviceStorage& storage() const { return storage_; }
@@ -37,22 +38,25 @@ class CudaBackend {
   // Waits for the copy alone, not for running steps.
   absl::StatusOr<cuda::DeviceCounters> ReadCounters();
 
-  // Op write for k and v that the device can follow; params.blocks are host lists. Blocks until
-  // done.
-  absl::Status Write(const WriteParams& params);
-  // `bytes` from memory that the device can follow to the host. Blocks until done.
-  absl::Status Read(void* to, const void* from, uint64_t bytes);
+  std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
+  absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  bool IsOnDevice(const void* pointer) const override {
+    return pointer != nullptr && device_->CanFollow(pointer);
+  }
+  absl::Status Write(const WriteParams& params, Stream workers) override;
+  absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
+                                          std::vector<std::byte>& copy) override;
+
+  bool copies_codes() const override { return true; }
   // Device memory for the codes of blocks that a sequence has come to hold, before the device is
-  // told of them. OUT_OF_MEMORY, and nothing has changed. Memory of blocks that nobody holds any
-  // more is taken first.
-  absl::Status HoldCodes(const BlockId* blocks, int64_t count);
+  // told of them. Memory of blocks that nobody holds any more is taken first.
+  absl::Status HoldCodes(const BlockId* blocks, int64_t count) override;
   // The same for what a batch has of blocks.
   absl::Status Hold(DeviceRange& range, const int32_t* blocks, int64_t count,
                     DeviceRange::Stretches* fresh);
-  // `count` references to blocks were dropped. Once in a while codes of blocks that are free lose
-  // their memory.
-  void LetGo(int64_t count);
+  // Once in a while codes of blocks that are free lose their memory.
+  void CountReleased(int64_t count) override;
   // Counts those times.
   uint64_t reclaims() const { return reclaims_.load(); }
   // True if nobody holds blocks [first, end): the device has then passed all steps that read them.
@@ -63,14 +67,22 @@ class CudaBackend {
   uint64_t NextBatch() { return next_batch_.fetch_add(1); }
 
   int64_t num_blocks() const { return num_blocks_; }
-  // Counts how often a block got new content that its rows in a hot set would not know of.
+  // Counts how often a block got new content: its rows in a hot set of before are another's.
   uint32_t generation(int32_t block) const {
     return generations_[block].load(std::memory_order_relaxed);
   }
-  void Renew(int32_t block) { generations_[block].fetch_add(1, std::memory_order_relaxed); }
+  void BumpGeneration(int32_t block) override {
+    generations_[block].fetch_add(1, std::memory_order_relaxed);
+  }
+  // Steps are counted on the device; a lost one leaves these at 0.
+  void AddTo(StatsSnapshot& stats) override;
 
  private:
   explicit CudaBackend(HostStore& store) : store_(store) {}
+  // Rows that the device can follow.
+  absl::Status WriteOnDevice(const WriteParams& params);
+  // `bytes` from memory that the device can follow to the host. Blocks until done.
+  absl::Status Read(void* to, const void* from, uint64_t bytes);
   absl::Status HoldLocked(DeviceRange& range, const int32_t* blocks, int64_t count,
                           DeviceRange::Stretches* fresh);
   void ReclaimLocked(int64_t keep);
@@ -82,7 +94,7 @@ class CudaBackend {
   std::mutex codes_mutex_;  // pages of codes_ come, are filled and go one after the other
   std::atomic<uint64_t> next_batch_{1};
   std::atomic<uint64_t> reclaims_{0};
-  std::atomic<int64_t> let_go_{0};  // since codes were last reclaimed
+  std::atomic<int64_t> released_{0};  // since codes were last reclaimed
   cuda::DeviceStorage storage_;
   Promise promise_;
   int64_t num_blocks_ = 0;

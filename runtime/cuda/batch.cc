@@ -3,15 +3,19 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "memory/status.h"
+#include "runtime/cuda/sequence_half.h"
 #include "runtime/sequence.h"
 
 namespace vattn {
 namespace {
 
-constexpr int64_t kLeastIdlePages = 4;    // of slot_of, for the hot set to be emptied for them
-constexpr int64_t kScratchTokens = 4096;  // working memory grows in steps of so many tokens
+// Pages of slot_of_ about free blocks alone from which on the hot set is emptied for them.
+constexpr int64_t kLeastIdlePages = 4;
+// Working memory grows in steps of this many tokens, so that few steps allocate.
+constexpr int64_t kScratchTokens = 4096;
 
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -42,8 +46,8 @@ absl::Status CudaBatch::Allocate() {
     most_groups_ += int64_t{slots_} * runtime_.kv_heads(l);
     cuda::AnswerShape shape;
     if (runtime_.kv_heads(l) > 0) {
-      shape =
-          cuda::ShapeAnswer(backend_.storage(), runtime_.group(l), slots_ * runtime_.kv_heads(l));
+      shape = cuda::ShapeAnswer(backend_.storage(), runtime_.group_heads(l),
+                                slots_ * runtime_.kv_heads(l));
     }
     if (runtime_.kv_heads(l) > 0 && shape.team == 0) {
       return NotSupportedError("rows of ", row_bytes,
@@ -114,11 +118,12 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
   std::vector<int32_t> changed, renewed;
   for (const Filled& f : filled_) {
     for (int l = 0; l < runtime_.options().num_layers; ++l) {
-      for (const HeadGroup& group : f.sequence->layer(l).groups) {
+      for (const KvHead& kv_head : f.sequence->layer(l).kv_heads) {
         // A sequence that comes from another batch may bring blocks that changed there.
-        const int64_t size = static_cast<int64_t>(group.blocks.size());
-        const int64_t from = f.sequence->hot_set == id_ ? std::min(group.unseen_from, size) : 0;
-        changed.insert(changed.end(), group.blocks.begin() + from, group.blocks.end());
+        const int64_t size = static_cast<int64_t>(kv_head.blocks.size());
+        const int64_t from =
+            f.sequence->hot_set == id_ ? std::min(kv_head.blocks.unseen_from(), size) : 0;
+        changed.insert(changed.end(), kv_head.blocks.begin() + from, kv_head.blocks.end());
       }
     }
   }
@@ -149,15 +154,15 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
   for (const Filled& f : filled_) {
     f.sequence->hot_set = id_;
     for (int l = 0; l < runtime_.options().num_layers; ++l) {
-      for (HeadGroup& group : f.sequence->layer(l).groups) {
-        group.unseen_from = static_cast<int64_t>(group.blocks.size());
+      for (KvHead& kv_head : f.sequence->layer(l).kv_heads) {
+        kv_head.blocks.MarkSeen();
       }
     }
   }
   return absl::OkStatus();
 }
 
-absl::Status CudaBatch::GrowScratch(int new_tokens) {
+absl::Status CudaBatch::GrowScratch() {
   uint64_t most = 0;
   for (int l = 0; l < runtime_.options().num_layers; ++l) {
     const int kv_heads = runtime_.kv_heads(l);
@@ -167,8 +172,8 @@ absl::Status CudaBatch::GrowScratch(int new_tokens) {
       cuda::GroupScratch scratch;
       bytes += static_cast<uint64_t>(kv_heads) *
                cuda::CarveScratch(runtime_.storage(), runtime_.promise(),
-                                  RoundUp(f.sequence->layer(l).tokens + new_tokens, kScratchTokens),
-                                  runtime_.group(l), answer_[l].team, nullptr, scratch);
+                                  RoundUp(f.sequence->tokens_in_step(), kScratchTokens),
+                                  runtime_.group_heads(l), answer_[l].team, nullptr, scratch);
     }
     most = std::max(most, bytes);
   }
@@ -179,40 +184,39 @@ absl::Status CudaBatch::GrowScratch(int new_tokens) {
   return absl::OkStatus();
 }
 
-void CudaBatch::FillTables(int new_tokens, int steps) {
+void CudaBatch::FillTables(int steps) {
   const int layers = runtime_.options().num_layers;
   cuda::StepHeader* headers = pinned_[turn_].as<cuda::StepHeader>();
   cuda::DeviceGroup* groups = reinterpret_cast<cuda::DeviceGroup*>(headers + layers);
   for (int l = 0; l < layers; ++l) {
     headers[l] = {};
-    if (runtime_.kv_heads(l) > 0)
-      FillGroups(l, new_tokens, steps, headers[l], groups + first_group_[l]);
+    if (runtime_.kv_heads(l) > 0) FillGroups(l, steps, headers[l], groups + first_group_[l]);
   }
 }
 
-void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& header,
+void CudaBatch::FillGroups(int l, int steps, cuda::StepHeader& header,
                            cuda::DeviceGroup* groups) const {
   const Options& o = runtime_.options();
-  const int kv_heads = runtime_.kv_heads(l), group_size = runtime_.group(l);
+  const int kv_heads = runtime_.kv_heads(l), group_heads = runtime_.group_heads(l);
   std::byte* memory = scratch_.data();
   int count = 0;
   int64_t scanned = 0;
   for (const Filled& f : filled_) {
-    const Layer& layer = f.sequence->layer(l);
-    const int64_t tokens = layer.tokens + new_tokens;
+    const CudaSequence& on_device = CudaSequenceHalf::Of(*f.sequence).on_device();
+    const int64_t tokens = f.sequence->tokens_in_step();
     const int64_t begin = std::min<int64_t>(o.sinks, tokens),
                   end = std::max(begin, f.sequence->MiddleEnd(tokens));
     for (int h = 0; h < kv_heads; ++h, ++count) {
-      const HeadGroup& heads = layer.groups[h];
+      const KvHead& kv_head = f.sequence->layer(l).kv_heads[h];
       cuda::DeviceGroup& g = groups[count];
       g = {};
-      g.blocks = f.sequence->cuda()->blocks(l, h);
-      g.fixed = f.sequence->cuda()->fixed(l, h);
-      g.state = f.sequence->cuda()->state(l, h);
-      g.num_segments = static_cast<int32_t>(heads.tables.size());
+      g.blocks = on_device.blocks(l, h);
+      g.fixed = on_device.fixed(l, h);
+      g.state = on_device.state(l, h);
+      g.num_segments = static_cast<int32_t>(kv_head.tables.size());
       if (g.num_segments > 0) {
-        g.index = heads.tables[0].DeviceTables();
-        g.segments = f.sequence->cuda()->segments(l, h);
+        g.index = kv_head.tables[0].DeviceTables();
+        g.segments = on_device.segments(l, h);
       }
       g.key = MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l),
                             static_cast<uint32_t>(h));
@@ -224,18 +228,17 @@ void CudaBatch::FillGroups(int l, int new_tokens, int steps, cuda::StepHeader& h
       g.ring_begin = std::max<int64_t>(0, tokens - backend_.storage().ring_tokens);
       g.first_block = scanned;
       g.step = f.sequence->step() + static_cast<uint64_t>(steps);
-      g.recent = f.sequence->cuda()->recent(l, h, g.step);
+      g.recent = on_device.recent(l, h, g.step);
       if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
       memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(),
-                                   RoundUp(tokens, kScratchTokens), group_size, answer_[l].team,
+                                   RoundUp(tokens, kScratchTokens), group_heads, answer_[l].team,
                                    memory, g.scratch);
     }
   }
   header = {.scan_blocks = scanned, .num_groups = count};
 }
 
-absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_tokens,
-                                  DeviceStream stream) {
+absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, DeviceStream stream) {
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
   const DeviceStream used = stream != nullptr ? stream : d.stream();
@@ -245,22 +248,24 @@ absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, int new_t
   for (int slot = 0; slot < slots_; ++slot) {
     if (slots[slot] != nullptr) filled_.push_back({slots[slot], slot});
   }
-  std::vector<CudaSequence*> halves;
-  for (const Filled& f : filled_) {
-    absl::StatusOr<CudaSequence*> half = f.sequence->Cuda();
-    if (!half.ok()) return half.status();
-    halves.push_back(*half);
-  }
-  VATTN_RETURN_IF_ERROR(GrowScratch(new_tokens));
+  for (const Filled& f : filled_)
+    VATTN_RETURN_IF_ERROR(CudaSequenceHalf::Of(*f.sequence).Make(*f.sequence));
+  VATTN_RETURN_IF_ERROR(GrowScratch());
   VATTN_RETURN_IF_ERROR(UpdateHotSet(stream_));
-  for (size_t i = 0; i < filled_.size(); ++i)
-    VATTN_RETURN_IF_ERROR(halves[i]->Flush(*filled_[i].sequence, stream_));
+  for (const Filled& f : filled_) {
+    CudaSequence& on_device = CudaSequenceHalf::Of(*f.sequence).on_device();
+    VATTN_RETURN_IF_ERROR(on_device.SendChanges(*f.sequence, stream_));
+  }
   turn_ = (turn_ + 1) % kTurns;
   VATTN_RETURN_IF_ERROR(d.Wait(passed_[turn_]));
-  FillTables(new_tokens, 1);
+  FillTables(1);
   VATTN_RETURN_IF_ERROR(
       d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), stream_));
-  return d.Record(passed_[turn_], stream_);
+  VATTN_RETURN_IF_ERROR(d.Record(passed_[turn_], stream_));
+  for (int l = 0; l < runtime_.options().num_layers; ++l) {
+    if (runtime_.kv_heads(l) > 0) runtime_.counters().steps += filled_.size();
+  }
+  return absl::OkStatus();
 }
 
 void CudaBatch::Leave(const Sequence& sequence) {
@@ -281,13 +286,13 @@ absl::Status CudaBatch::SendOpenTables() {
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
   VATTN_RETURN_IF_ERROR(d.SynchronizeAll());
-  FillTables(0, 0);  // the sequences count the open step already
+  FillTables(0);
   VATTN_RETURN_IF_ERROR(
       d.Copy(tables_.data(), pinned_[turn_].data(), pinned_[turn_].size(), d.stream()));
   return d.Synchronize(d.stream());
 }
 
-absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Selection& selection,
+absl::Status CudaBatch::Launch(Task task, const AttendRequest& r, const Selection& selection,
                                DeviceStream stream) {
   Device& d = backend_.device();
   cuda::StepParams p;
@@ -302,7 +307,7 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
   p.counters = backend_.counters();
   p.most_groups = slots_ * kv_heads;
   p.kv_heads = kv_heads;
-  p.group_heads = runtime_.group(r.layer);
+  p.group_heads = runtime_.group_heads(r.layer);
   p.call = {.q = r.q,
             .k_new = r.k_new,
             .v_new = r.v_new,
@@ -321,99 +326,115 @@ absl::Status CudaBatch::Launch(cuda::Task task, const AttendRequest& r, const Se
                  "enqueueing attention");
 }
 
-absl::Status CudaBatch::Stage(cuda::Task task, const AttendRequest& r, const Selection& selection,
-                              DeviceStream stream) {
+namespace {
+
+enum class Way { kIn, kOut };
+
+// visit(array, bytes a slot, way) for every array of a call; the one list of them.
+template <class Visit>
+void ForEachArray(const Runtime& runtime, Task task, AttendRequest& r, Selection& list,
+                  Visit&& visit) {
+  const RowLayout& row = runtime.storage().row;
+  const int64_t q_heads = runtime.options().num_q_heads, kv_heads = runtime.kv_heads(r.layer);
+  const int64_t element = ElementBytes(row.dtype),
+                out_element = ElementBytes(static_cast<DType>(r.out_dtype));
+  visit(r.q, q_heads * row.dim_k * element, Way::kIn);
+  visit(r.k_new, kv_heads * row.dim_k * element, Way::kIn);
+  visit(r.v_new, kv_heads * row.dim_v * element, Way::kIn);
+  visit(r.out, q_heads * row.dim_v * out_element, Way::kOut);
+  visit(r.lse, q_heads * int64_t{sizeof(*r.lse)}, Way::kOut);
+  visit(r.verdict, q_heads * int64_t{sizeof(*r.verdict)}, Way::kOut);
+  visit(r.error, q_heads * int64_t{sizeof(*r.error)}, Way::kOut);
+  visit(r.selected, kv_heads * int64_t{sizeof(*r.selected)}, Way::kOut);
+  visit(r.fetched, kv_heads * int64_t{sizeof(*r.fetched)}, Way::kOut);
+  visit(r.looks, kv_heads * int64_t{sizeof(*r.looks)}, Way::kOut);
+  visit(r.middle, kv_heads * int64_t{sizeof(*r.middle)}, Way::kOut);
+  if (task == Task::kDecode) return;
+  const Way way = task == Task::kSelect ? Way::kOut : Way::kIn;
+  visit(list.tokens, kv_heads * list.capacity * int64_t{sizeof(*list.tokens)}, way);
+  visit(list.log_weights, kv_heads * list.capacity * int64_t{sizeof(*list.log_weights)}, way);
+  visit(list.counts, kv_heads * int64_t{sizeof(*list.counts)}, way);
+}
+
+// An array of the host and its place on the device.
+struct Staged {
+  std::byte* host;
+  std::byte* there;
+  int64_t slot_bytes;
+  Way way;
+};
+
+}  // namespace
+
+absl::Status CudaBatch::CallFromHost(Task task, const AttendRequest& r, const Selection& selection,
+                                     DeviceStream stream) {
   Device& d = backend_.device();
-  const Options& o = runtime_.options();
-  const RowLayout& row = runtime_.storage().row;
-  const int64_t kv_heads = runtime_.kv_heads(r.layer), element = ElementBytes(row.dtype);
-  // Every array as bytes a slot; in: copied before, out: copied after, for filled slots.
-  struct Array {
-    void* host;
-    int64_t slot_bytes;
-    bool in, out;
-    int64_t at = 0;
-  };
-  AttendRequest staged = r;
-  uint64_t* const timeline = r.timeline;
+  AttendRequest request = r;
   Selection list = selection;
-  const int64_t out_bytes =
-      o.num_q_heads * int64_t{row.dim_v} * ElementBytes(static_cast<DType>(r.out_dtype));
-  const bool given = task == cuda::Task::kAttendSelected, wanted = task == cuda::Task::kSelect;
-  std::vector<Array> arrays = {
-      {const_cast<void*>(r.q), o.num_q_heads * int64_t{row.dim_k} * element, true, false},
-      {const_cast<void*>(r.k_new), kv_heads * row.dim_k * element, true, false},
-      {const_cast<void*>(r.v_new), kv_heads * row.dim_v * element, true, false},
-      {r.out, out_bytes, false, true},
-      {r.lse, o.num_q_heads * 4, false, true},
-      {r.verdict, o.num_q_heads * 4, false, true},
-      {r.error, o.num_q_heads * 4, false, true},
-      {r.selected, kv_heads * 4, false, true},
-      {r.fetched, kv_heads * 4, false, true},
-      {r.looks, kv_heads * 4, false, true},
-      {r.middle, kv_heads * 8, false, true},
-      {list.tokens, kv_heads * list.capacity * 4, given, wanted},
-      {list.log_weights, kv_heads * list.capacity * 4, given, wanted},
-      {list.counts, kv_heads * 4, given, wanted},
-  };
+  const auto room = [&](int64_t slot_bytes) { return RoundUp(slot_bytes * slots_, 256); };
   int64_t bytes = 0;
-  for (Array& a : arrays) {
-    a.at = bytes;
-    if (a.host != nullptr) bytes += RoundUp(a.slot_bytes * slots_, 256);
-  }
+  ForEachArray(runtime_, task, request, list, [&](auto* array, int64_t slot_bytes, Way) {
+    if (array != nullptr) bytes += room(slot_bytes);
+  });
   constexpr uint64_t kTimelineBytes = cuda::kTimelinePoints * sizeof(uint64_t);
-  if (static_cast<uint64_t>(bytes) + kTimelineBytes > staging_.size()) {
-    absl::StatusOr<DeviceMemory> memory = d.Allocate(static_cast<uint64_t>(bytes) + kTimelineBytes);
+  const uint64_t needed = static_cast<uint64_t>(bytes) + kTimelineBytes;
+  if (needed > staging_.size()) {
+    absl::StatusOr<DeviceMemory> memory = d.Allocate(needed);
     if (!memory.ok()) return memory.status();
     staging_ = *std::move(memory);
     // Lists come back whole, past what the device writes of them.
-    VATTN_RETURN_IF_ERROR(
-        d.Fill(staging_.data(), 0, static_cast<uint64_t>(bytes) + kTimelineBytes, stream));
+    VATTN_RETURN_IF_ERROR(d.Fill(staging_.data(), 0, needed, stream));
   }
-  const auto device = [&](size_t i) {
-    return arrays[i].host == nullptr ? nullptr : static_cast<void*>(staging_.data() + arrays[i].at);
-  };
-  staged.q = device(0), staged.k_new = device(1), staged.v_new = device(2), staged.out = device(3);
-  staged.lse = static_cast<float*>(device(4));
-  staged.verdict = static_cast<int32_t*>(device(5));
-  staged.error = static_cast<float*>(device(6));
-  staged.selected = static_cast<int32_t*>(device(7));
-  staged.fetched = static_cast<int32_t*>(device(8));
-  staged.looks = static_cast<int32_t*>(device(9));
-  staged.middle = static_cast<int64_t*>(device(10));
-  staged.timeline =
-      timeline == nullptr ? nullptr : reinterpret_cast<uint64_t*>(staging_.data() + bytes);
-  list.tokens = static_cast<int32_t*>(device(11));
-  list.log_weights = static_cast<float*>(device(12));
-  list.counts = static_cast<int32_t*>(device(13));
-  const auto copy = [&](const Array& a, int slot, bool to_device) {
-    std::byte* host = static_cast<std::byte*>(a.host) + slot * a.slot_bytes;
-    std::byte* there = staging_.data() + a.at + slot * a.slot_bytes;
-    return to_device ? d.Copy(there, host, static_cast<uint64_t>(a.slot_bytes), stream)
-                     : d.Copy(host, there, static_cast<uint64_t>(a.slot_bytes), stream);
-  };
-  for (const Filled& f : filled_) {
-    for (const Array& a : arrays) {
-      if (a.host != nullptr && a.in) VATTN_RETURN_IF_ERROR(copy(a, f.slot, true));
+  // From here on request and list have the device's arrays.
+  std::vector<Staged> arrays;
+  std::byte* next = staging_.data();
+  ForEachArray(runtime_, task, request, list, [&](auto*& array, int64_t slot_bytes, Way way) {
+    if (array == nullptr) return;
+    using Pointer = std::remove_reference_t<decltype(array)>;
+    arrays.push_back({static_cast<std::byte*>(const_cast<void*>(static_cast<const void*>(array))),
+                      next, slot_bytes, way});
+    array = static_cast<Pointer>(static_cast<void*>(next));
+    next += room(slot_bytes);
+  });
+  if (r.timeline != nullptr)
+    request.timeline = reinterpret_cast<uint64_t*>(staging_.data() + bytes);
+  const auto copy_filled = [&](Way way) {
+    for (const Filled& f : filled_) {
+      for (const Staged& a : arrays) {
+        if (a.way != way) continue;
+        std::byte* const host = a.host + f.slot * a.slot_bytes;
+        std::byte* const there = a.there + f.slot * a.slot_bytes;
+        VATTN_RETURN_IF_ERROR(d.Copy(way == Way::kIn ? there : host, way == Way::kIn ? host : there,
+                                     static_cast<uint64_t>(a.slot_bytes), stream));
+      }
     }
-  }
-  VATTN_RETURN_IF_ERROR(Launch(task, staged, list, stream));
-  for (const Filled& f : filled_) {
-    for (const Array& a : arrays) {
-      if (a.host != nullptr && a.out) VATTN_RETURN_IF_ERROR(copy(a, f.slot, false));
-    }
-  }
-  if (timeline != nullptr)
-    VATTN_RETURN_IF_ERROR(d.Copy(timeline, staged.timeline, kTimelineBytes, stream));
-  return d.Synchronize(stream);
+    return absl::OkStatus();
+  };
+  VATTN_RETURN_IF_ERROR(copy_filled(Way::kIn));
+  VATTN_RETURN_IF_ERROR(Launch(task, request, list, stream));
+  VATTN_RETURN_IF_ERROR(copy_filled(Way::kOut));
+  if (r.timeline != nullptr)
+    VATTN_RETURN_IF_ERROR(d.Copy(r.timeline, request.timeline, kTimelineBytes, stream));
+  VATTN_RETURN_IF_ERROR(d.Synchronize(stream));
+  return task == Task::kSelect ? CheckCounts(r.layer, selection) : absl::OkStatus();
 }
 
-absl::Status CudaBatch::Call(cuda::Task task, const AttendRequest& r, const Selection& selection,
+absl::Status CudaBatch::CheckCounts(int layer, const Selection& selection) const {
+  const int kv_heads = runtime_.kv_heads(layer);
+  int64_t need = 0;
+  for (const Filled& f : filled_) {
+    for (int h = 0; h < kv_heads; ++h)
+      need = std::max<int64_t>(need, selection.counts[int64_t{f.slot} * kv_heads + h]);
+  }
+  return CheckCapacity(need, selection);
+}
+
+absl::Status CudaBatch::Call(Task task, const AttendRequest& r, const Selection& selection,
                              DeviceStream stream) {
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
   const DeviceStream used = stream != nullptr ? stream : stream_;
-  if (!d.CanFollow(r.q)) return Stage(task, r, selection, used);
+  if (!d.CanFollow(r.q)) return CallFromHost(task, r, selection, used);
   VATTN_RETURN_IF_ERROR(Launch(task, r, selection, used));
   return stream != nullptr ? absl::OkStatus() : d.Synchronize(used);
 }

@@ -7,37 +7,31 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/cuda/launch.h"
-#include "runtime/attend_request.h"
+#include "runtime/backend.h"
 #include "runtime/cuda/backend.h"
 
 namespace vattn {
 
-class Runtime;
-class Sequence;
-
 // Used as the batch: by one thread at a time. Addresses of tables do not change once they are made,
 // so that captured attention calls can be replayed in every later step.
-class CudaBatch {
+class CudaBatch final : public BatchHalf {
  public:
   static absl::StatusOr<std::unique_ptr<CudaBatch>> Create(Runtime& runtime, int slots);
-  ~CudaBatch();
+  ~CudaBatch() override;
 
-  // Enqueues the tables of a step in which every sequence has `new_tokens` more tokens than its
-  // layers say. stream null: the device's own, also for the calls of the step that come without
-  // one.
-  absl::Status BeginStep(const std::vector<Sequence*>& slots, int new_tokens, DeviceStream stream);
-
-  // A sequence of the open step goes: waits for the device, and later calls of the step do without
-  // it.
-  void Leave(const Sequence& sequence);
-  // The open step is given up: waits for the device, and calls that still come, replayed ones too,
-  // find nothing to do.
-  absl::Status LeaveAll();
-
+  // A replayed graph attends without a call.
+  bool sees_every_call() const override { return false; }
+  // Enqueues the tables of a step. stream null: the device's own, also for the calls of the step
+  // that come without one.
+  absl::Status BeginStep(const std::vector<Sequence*>& slots, DeviceStream stream) override;
   // Enqueues one call. With q in plain host memory all arrays are taken to be there: the call then
   // blocks until they are filled. It also blocks without a stream.
-  absl::Status Call(cuda::Task task, const AttendRequest& request, const Selection& selection,
-                    DeviceStream stream);
+  absl::Status Call(Task task, const AttendRequest& request, const Selection& selection,
+                    DeviceStream stream) override;
+  // Waits for the device first.
+  void Leave(const Sequence& sequence) override;
+  // Waits for the device; calls that still come, replayed ones too, find nothing to do.
+  absl::Status LeaveAll() override;
 
  private:
   struct Filled {
@@ -54,18 +48,20 @@ class CudaBatch {
   // theirs, and gives that memory back. Waits for the device.
   absl::Status ShrinkHotSet(DeviceStream stream);
   absl::Status EmptySlots(DeviceStream stream);
-  absl::Status GrowScratch(int new_tokens);
-  // The tables of a step into pinned_[turn_]: of layers' tokens and `new_tokens` more, of
-  // sequences' steps and `steps` more.
-  void FillTables(int new_tokens, int steps);
-  void FillGroups(int layer, int new_tokens, int steps, cuda::StepHeader& header,
-                  cuda::DeviceGroup* groups) const;
+  absl::Status GrowScratch();
+  // The tables of a step into pinned_[turn_]. `steps` are to be added to the sequences' step
+  // numbers: 1 until the open step counts in them.
+  void FillTables(int steps);
+  void FillGroups(int layer, int steps, cuda::StepHeader& header, cuda::DeviceGroup* groups) const;
   // Waits for the device and sends the tables of the open step anew, for the sequences that are
   // left.
   absl::Status SendOpenTables();
-  absl::Status Stage(cuda::Task task, const AttendRequest& request, const Selection& selection,
-                     DeviceStream stream);
-  absl::Status Launch(cuda::Task task, const AttendRequest& request, const Selection& selection,
+  // The call with arrays in plain host memory: they travel through staging_.
+  absl::Status CallFromHost(Task task, const AttendRequest& request, const Selection& selection,
+                            DeviceStream stream);
+  // FULL if a selection that the host can read has come out larger than its arrays.
+  absl::Status CheckCounts(int layer, const Selection& selection) const;
+  absl::Status Launch(Task task, const AttendRequest& request, const Selection& selection,
                       DeviceStream stream);
 
   Runtime& runtime_;

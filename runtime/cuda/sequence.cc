@@ -25,9 +25,9 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
     made->first_.push_back(made->groups_);
     made->states_before_.push_back(states);
     const int heads = runtime.kv_heads(l);
-    made->q_per_kv_.push_back(heads == 0 ? 0 : runtime.group(l));
+    made->group_heads_.push_back(heads == 0 ? 0 : runtime.group_heads(l));
     made->groups_ += heads;
-    states += int64_t{heads} * made->q_per_kv_.back();
+    states += int64_t{heads} * made->group_heads_.back();
   }
   const cuda::DeviceStorage& s = backend.storage();
   absl::StatusOr<DeviceMemory> memory =
@@ -54,8 +54,8 @@ absl::StatusOr<std::unique_ptr<CudaSequence>> CudaSequence::Create(CudaBackend& 
   }
   std::vector<HeadState> host;
   for (int l = 0; l < layers; ++l) {
-    for (const HeadGroup& group : sequence.layer(l).groups) {
-      host.insert(host.end(), group.states.begin(), group.states.end());
+    for (const KvHead& kv_head : sequence.layer(l).kv_heads) {
+      host.insert(host.end(), kv_head.states.begin(), kv_head.states.end());
     }
   }
   VATTN_RETURN_IF_ERROR(
@@ -69,7 +69,7 @@ const int32_t* CudaSequence::blocks(int layer, int head) const {
 }
 
 HeadState* CudaSequence::state(int layer, int head) const {
-  return states_.as<HeadState>() + states_before_[layer] + int64_t{head} * q_per_kv_[layer];
+  return states_.as<HeadState>() + states_before_[layer] + int64_t{head} * group_heads_[layer];
 }
 
 const IndexSegment* CudaSequence::segments(int layer, int head) const {
@@ -84,7 +84,7 @@ int64_t CudaSequence::query_bytes() const {
 std::byte* CudaSequence::recent(int layer, int head, uint64_t step) const {
   const int place = RecentPlace(step);
   if (place < 0 || recent_.size() == 0) return nullptr;
-  const int64_t heads = q_per_kv_[layer];
+  const int64_t heads = group_heads_[layer];
   return recent_.data() +
          ((states_before_[layer] + head * heads) * kRecentQueries + place * heads) * query_bytes();
 }
@@ -112,10 +112,10 @@ absl::Status CudaSequence::SendTables(Sequence& sequence, DeviceStream stream) {
   Device& d = backend_.device();
   int64_t most = 0, changed = 0;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
-    for (const HeadGroup& group : sequence.layer(l).groups) {
-      const int64_t size = static_cast<int64_t>(group.blocks.size());
+    for (const KvHead& kv_head : sequence.layer(l).kv_heads) {
+      const int64_t size = static_cast<int64_t>(kv_head.blocks.size());
       most = std::max(most, size);
-      changed += std::max<int64_t>(0, size - group.changed_from);
+      changed += std::max<int64_t>(0, size - kv_head.blocks.unsent_from());
     }
   }
   const bool grow = most > table_blocks_;
@@ -129,21 +129,21 @@ absl::Status CudaSequence::SendTables(Sequence& sequence, DeviceStream stream) {
   }
   std::vector<cuda::Patch> patches;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
-    for (int h = 0; h < static_cast<int>(sequence.layer(l).groups.size()); ++h) {
-      HeadGroup& group = sequence.layer(l).groups[h];
-      const int64_t size = static_cast<int64_t>(group.blocks.size()),
-                    from = grow ? 0 : group.changed_from;
+    for (int h = 0; h < static_cast<int>(sequence.layer(l).kv_heads.size()); ++h) {
+      KvHead& kv_head = sequence.layer(l).kv_heads[h];
+      const int64_t size = static_cast<int64_t>(kv_head.blocks.size()),
+                    from = grow ? 0 : kv_head.blocks.unsent_from();
       int32_t* table = const_cast<int32_t*>(blocks(l, h));
       if (grow || changed > kDenseChange) {
         if (size > from) {
-          VATTN_RETURN_IF_ERROR(d.Copy(table + from, group.blocks.data() + from,
+          VATTN_RETURN_IF_ERROR(d.Copy(table + from, kv_head.blocks.data() + from,
                                        static_cast<uint64_t>(size - from) * sizeof(int32_t),
                                        stream));
         }
       } else {
-        for (int64_t b = from; b < size; ++b) patches.push_back({table + b, group.blocks[b]});
+        for (int64_t b = from; b < size; ++b) patches.push_back({table + b, kv_head.blocks[b]});
       }
-      group.changed_from = size;
+      kv_head.blocks.MarkSent();
     }
   }
   if (patches.empty()) return absl::OkStatus();
@@ -158,12 +158,12 @@ absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) 
   std::vector<IndexSegment> segments;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
     const Layer& layer = sequence.layer(l);
-    for (size_t h = 0; h < layer.groups.size(); ++h) {
-      HeadGroup& group = sequence.layer(l).groups[h];
+    for (size_t h = 0; h < layer.kv_heads.size(); ++h) {
+      KvHead& kv_head = sequence.layer(l).kv_heads[h];
       bool changed = !segments_sent_[first_[l] + h];
       segments.clear();
-      for (size_t k = 0; k < group.tables.size(); ++k) {
-        SegmentTables& tables = group.tables[k];
+      for (size_t k = 0; k < kv_head.tables.size(); ++k) {
+        SegmentTables& tables = kv_head.tables[k];
         if (!tables.on_device) {
           const uint64_t bytes = static_cast<uint64_t>(tables.index->bytes());
           absl::StatusOr<DeviceMemory> memory = d.Allocate(bytes);
@@ -186,12 +186,12 @@ absl::Status CudaSequence::SendIndices(Sequence& sequence, DeviceStream stream) 
 }
 
 absl::Status CudaSequence::LoadCodes(Sequence& sequence, DeviceStream stream) {
-  std::vector<int32_t>& load = sequence.codes_to_load();
+  std::vector<int32_t>& load = sequence.blocks().codes_to_load();
   if (load.empty()) return absl::OkStatus();
   std::vector<int32_t> held;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
-    for (const HeadGroup& group : sequence.layer(l).groups) {
-      held.insert(held.end(), group.blocks.begin(), group.blocks.end());
+    for (const KvHead& kv_head : sequence.layer(l).kv_heads) {
+      held.insert(held.end(), kv_head.blocks.begin(), kv_head.blocks.end());
     }
   }
   std::sort(held.begin(), held.end());
@@ -206,7 +206,7 @@ absl::Status CudaSequence::LoadCodes(Sequence& sequence, DeviceStream stream) {
   return absl::OkStatus();
 }
 
-absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
+absl::Status CudaSequence::SendChanges(Sequence& sequence, DeviceStream stream) {
   Device& d = backend_.device();
   const cuda::DeviceStorage& s = backend_.storage();
   // What an earlier stream does with the tables and with what was sent is not ordered before this
@@ -222,17 +222,17 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
   int64_t most = 0;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
     Layer& layer = sequence.layer(l);
-    const int64_t begin = std::max<int64_t>(layer.coded_on_device, s.sinks);
-    for (int h = 0; h < static_cast<int>(layer.groups.size()); ++h) {
+    const int64_t begin = std::max<int64_t>(layer.codes_made, s.sinks);
+    for (int h = 0; h < static_cast<int>(layer.kv_heads.size()); ++h) {
       ForSegments(layer, begin, layer.coded, [&](size_t k, int64_t from, int64_t to) {
-        encode.push_back({blocks(l, h), layer.groups[h].tables[k].DeviceTables(), from, to,
+        encode.push_back({blocks(l, h), layer.kv_heads[h].tables[k].DeviceTables(), from, to,
                           &backend_.counters()->outliers});
         most = std::max(most, to - from);
       });
       if (!fixed_loaded_ && layer.tokens > 0)
         fixed.push_back({blocks(l, h), this->fixed(l, h), layer.tokens});
     }
-    layer.coded_on_device = layer.coded;
+    layer.codes_made = layer.coded;
   }
   if (!encode.empty()) {
     absl::StatusOr<const cuda::EncodeItem*> sent = Send(encode, stream);
@@ -251,7 +251,7 @@ absl::Status CudaSequence::Flush(Sequence& sequence, DeviceStream stream) {
   return absl::OkStatus();
 }
 
-absl::Status CudaSequence::Pull(Sequence& sequence, bool in_step) {
+absl::Status CudaSequence::ReadBackState(Sequence& sequence, bool in_step) {
   if (!busy_) return absl::OkStatus();
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
@@ -262,10 +262,10 @@ absl::Status CudaSequence::Pull(Sequence& sequence, bool in_step) {
   VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
   size_t at = 0;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
-    for (HeadGroup& group : sequence.layer(l).groups) {
-      std::copy_n(host.begin() + static_cast<int64_t>(at), group.states.size(),
-                  group.states.begin());
-      at += group.states.size();
+    for (KvHead& kv_head : sequence.layer(l).kv_heads) {
+      std::copy_n(host.begin() + static_cast<int64_t>(at), kv_head.states.size(),
+                  kv_head.states.begin());
+      at += kv_head.states.size();
     }
   }
   passed_step_ = sequence.step() - (in_step ? 1 : 0);
@@ -273,7 +273,7 @@ absl::Status CudaSequence::Pull(Sequence& sequence, bool in_step) {
   return absl::OkStatus();
 }
 
-absl::Status CudaSequence::ReadQueries(Sequence& sequence) {
+absl::Status CudaSequence::ReadBackQueries(Sequence& sequence) {
   std::vector<uint64_t> steps;  // whose queries were kept
   for (uint64_t step = read_step_ + 1; step <= passed_step_; ++step) {
     if (RecentPlace(step) >= 0) steps.push_back(step);
@@ -287,10 +287,10 @@ absl::Status CudaSequence::ReadQueries(Sequence& sequence) {
   VATTN_RETURN_IF_ERROR(d.Synchronize(d.stream()));
   std::vector<float> queries;
   for (int l = 0; l < static_cast<int>(first_.size()); ++l) {
-    const int64_t count = int64_t{q_per_kv_[l]} * s.row.dim_k;
+    const int64_t count = int64_t{group_heads_[l]} * s.row.dim_k;
     queries.resize(static_cast<size_t>(count));
-    for (int h = 0; h < static_cast<int>(sequence.layer(l).groups.size()); ++h) {
-      RecentQueries& to = sequence.layer(l).groups[h].recent;
+    for (int h = 0; h < static_cast<int>(sequence.layer(l).kv_heads.size()); ++h) {
+      RecentQueries& to = sequence.layer(l).kv_heads[h].recent;
       for (size_t i = 0; i < steps.size(); ++i) {
         if (i + kRecentQueries < steps.size()) {
           to.Add(nullptr, 0);  // later ones have taken its place: it counts alone

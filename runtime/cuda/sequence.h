@@ -1,4 +1,5 @@
-// The device half of a sequence: block tables, index tables, controller state, sinks and window.
+// What is on the device of a sequence: block tables, index tables, controller state, sinks and
+// window.
 #ifndef VATTN_RUNTIME_CUDA_SEQUENCE_H_
 #define VATTN_RUNTIME_CUDA_SEQUENCE_H_
 
@@ -20,9 +21,9 @@ class CudaSequence {
                                                               const Sequence& sequence);
 
   // Enqueues what changed on the host since the last call: block tables, copies of codes, codes of
-  // tokens [layer.coded_on_device, layer.coded), and after host-side writes sinks and window. Waits
+  // tokens [layer.codes_made, layer.coded), and after host-side writes sinks and window. Waits
   // for the device first if steps were enqueued on another stream.
-  absl::Status Flush(Sequence& sequence, DeviceStream stream);
+  absl::Status SendChanges(Sequence& sequence, DeviceStream stream);
 
   // Rows of the window were written by the host: the device's are to be loaded anew.
   void ForgetFixed() { fixed_loaded_ = false; }
@@ -30,10 +31,10 @@ class CudaSequence {
   // Waits for the device if it may still work on the sequence, and brings the controller state to
   // the host. Before the host reads or changes anything. in_step: calls of an open step, which may
   // come from a replayed graph, can still follow.
-  absl::Status Pull(Sequence& sequence, bool in_step);
+  absl::Status ReadBackState(Sequence& sequence, bool in_step);
 
-  // Brings the queries that steps up to the last Pull have kept to HeadGroup::recent.
-  absl::Status ReadQueries(Sequence& sequence);
+  // Brings the queries that steps up to the last ReadBackState have kept to KvHead::recent.
+  absl::Status ReadBackQueries(Sequence& sequence);
 
   const int32_t* blocks(int layer, int head) const;
   HeadState* state(int layer, int head) const;
@@ -56,7 +57,7 @@ class CudaSequence {
   CudaBackend& backend_;
   std::vector<int> first_;              // [layers] groups of the layers before
   std::vector<int64_t> states_before_;  // [layers] controller states of the layers before
-  std::vector<int> q_per_kv_;           // [layers]
+  std::vector<int> group_heads_;        // [layers]
   int groups_ = 0;
   int64_t table_blocks_ = 0;         // room of each group's block table
   DeviceMemory tables_;              // int32_t [groups][table_blocks]
@@ -66,12 +67,12 @@ class CudaSequence {
   std::vector<bool> segments_sent_;  // [groups] at least once
   // By query head of all layers: [KV heads][kRecentQueries][G][dim_k]; kBalanced only
   DeviceMemory recent_;
-  // Last steps that Pull waited for, and whose queries the host has
+  // Last steps that ReadBackState waited for, and whose queries the host has
   uint64_t passed_step_ = 0, read_step_ = 0;
   DeviceMemory items_;  // of the last Send
   bool fixed_loaded_ = false;
   bool busy_ = false;
-  DeviceStream stream_ = nullptr;  // of the last Flush
+  DeviceStream stream_ = nullptr;  // of the last SendChanges
 };
 
 }  // namespace vattn

@@ -123,7 +123,7 @@ absl::Status Disk::TakeOver() {
     if (!index_.Has(name)) index_.Add(name, {}, 0, *bytes, 0);
     bytes_ += *bytes;
     if (CodeOf(entered) == Code::kDataLoss) {
-      ++counters_.prefix_damaged;
+      ++counters_.disk_prefixes_damaged;
       DropLocked(name);
     }
     if (!entered.ok())
@@ -176,7 +176,7 @@ absl::Status Disk::TakeBytesLocked(uint64_t bytes) {
   const bool can_fit = limit_bytes_ == 0 || (bytes <= limit_bytes_ && kept <= limit_bytes_ - bytes);
   while (can_fit && !fits()) {
     DropLocked(index_.Oldest());
-    ++counters_.prefix_evictions;
+    ++counters_.disk_prefixes_evicted;
   }
   if (fits()) {
     bytes_ += bytes;
@@ -232,7 +232,7 @@ absl::Status Disk::Store(Sequence& sequence, Prefix prefix) {
   index_.Add(name, chain, static_cast<int64_t>(file.prefix.tokens.size()), saved->bytes,
              index_.next_use());
   bytes_ += saved->bytes;
-  ++counters_.prefixes_stored;
+  ++counters_.disk_prefixes_saved;
   return absl::OkStatus();
 }
 
@@ -257,7 +257,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runt
       // A digest is no proof: what was stored is compared.
       const int64_t shared = status.ok() ? SharedTokens(stored->prefix, prefix) : 0;
       if (status.ok() && shared < kPrefixTokens) {
-        ++counters_.prefix_unlike;
+        ++counters_.prefix_mismatches;
         continue;
       }
       if (status.ok()) {
@@ -280,10 +280,10 @@ absl::StatusOr<std::unique_ptr<Sequence>> Disk::Begin(const std::shared_ptr<Runt
       log_(LogLevel::kWarning, absl::StrCat("a stored prefix cannot be used: ", status.message()));
     }
     if (code == Code::kIoError) {
-      ++counters_.prefix_unread;
+      ++counters_.disk_prefixes_unread;
       continue;
     }
-    if (code == Code::kDataLoss) ++counters_.prefix_damaged;
+    if (code == Code::kDataLoss) ++counters_.disk_prefixes_damaged;
     const std::lock_guard<std::mutex> lock(mutex_);
     DropLocked(name);
   }

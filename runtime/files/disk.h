@@ -59,13 +59,13 @@ class Disk {
                                                     uint64_t layout, const IoOptions& io,
                                                     Counters& counters, Log log);
 
-  // Room and a name for a sequence of about so many bytes. FULL.
+  // Room and a name for a sequence of about `bytes` bytes. FULL.
   absl::StatusOr<SpillFile> NewSpill(uint64_t bytes);
 
   // Stores the first prefix.tokens of a sequence, unless that is there already. FULL.
   absl::Status Store(Sequence& sequence, Prefix prefix);
   // A new sequence that begins with the longest part of prefix.tokens that is stored under its
-  // salt. NOT_FOUND: none, or none that can be read. FULL as Sequence::Create.
+  // salt. NOT_FOUND: none, or none that can be read. FULL: see Sequence::Create.
   absl::StatusOr<std::unique_ptr<Sequence>> Begin(const std::shared_ptr<Runtime>& runtime,
                                                   const Prefix& prefix,
                                                   const SequenceOptions& options, int64_t* tokens);

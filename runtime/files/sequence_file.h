@@ -16,11 +16,11 @@ namespace vattn {
 // Records of a snapshot, in this order:
 //   kHead    SavedHead
 //   kPrefix  SavedPrefix, salt, token ids; in the files of stored prefixes only
-//   kGroup   for each layer, for each of its KV heads: SavedGroup, HeadState [G], SavedSegment [segments], then the
+//   kKvHead  for each layer, for each of its KV heads: SavedKvHead, HeadState [G], SavedSegment [segments], then the
 //            floats of each segment's tables and the doubles of the query moment
-//   kBlock   in the order of the groups, for each of its blocks: the block; bytes that belong to no
+//   kBlock   in the order of the KV heads, for each of its blocks: the block; bytes that belong to no
 //            token are zero
-enum SavedRecord : uint32_t { kHead = 1, kPrefix = 2, kGroup = 3, kBlock = 4 };
+enum SavedRecord : uint32_t { kHead = 1, kPrefix = 2, kKvHead = 3, kBlock = 4 };
 
 struct SavedHead {
   uint64_t id, step;
@@ -31,7 +31,7 @@ struct SavedPrefix {
   uint64_t salt_bytes;
 };
 
-struct SavedGroup {
+struct SavedKvHead {
   int64_t tokens, coded;
   int64_t segments;        // 0: no index yet
   int64_t moment_doubles;  // 0: no queries seen

@@ -17,10 +17,11 @@ using Matrix = Eigen::MatrixXd;
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr int64_t kMostPicks = 512;
-// Tokens: each more then fades the others by 1 / kMostWeight
+// A moment has the weight of at most this many tokens: from then on each more fades the others by
+// 1 / kMostWeight, a half-life of 8,192 tokens.
 const double kMostWeight = 8192 / std::log(2.);
-// Tokens are marked whose |v|^2 is over so many times its mean and above this quantile of the
-// sample.
+// A token is an outlier if its |v|^2 is over kHugeValue times its mean and above this quantile of the
+// sample: at most 0.25 % are.
 constexpr double kHugeValue = 16, kMarkedQuantile = .9975;
 
 // Mean of x x^T over rows, in parts so that fp32 sums stay short.
@@ -120,12 +121,12 @@ void FillScores(const Storage& s, const RowMajor& centred, const Matrix& keys,
 
 }  // namespace
 
-int64_t QueryMoment::NumPicks(int64_t tokens, int group) {
-  return std::min(tokens * group, kMostPicks);
+int64_t QueryMoment::NumPicks(int64_t tokens, int group_heads) {
+  return std::min(tokens * group_heads, kMostPicks);
 }
 
-QueryMoment::Pick QueryMoment::PickAt(int64_t i, int64_t tokens, int group) {
-  return {i * tokens / NumPicks(tokens, group), static_cast<int>(i % group)};
+QueryMoment::Pick QueryMoment::PickAt(int64_t i, int64_t tokens, int group_heads) {
+  return {i * tokens / NumPicks(tokens, group_heads), static_cast<int>(i % group_heads)};
 }
 
 void QueryMoment::Add(const float* queries, int64_t count, int64_t tokens) {

@@ -14,14 +14,14 @@ namespace vattn {
 // count alike, until there are so many tokens that older ones fade with a half-life of 8,192.
 class QueryMoment {
  public:
-  // Of the queries of many tokens, [tokens][group], this many evenly spread ones are enough.
-  static int64_t NumPicks(int64_t tokens, int group);
+  // Of the queries of many tokens, [tokens][group_heads], this many evenly spread ones are enough.
+  static int64_t NumPicks(int64_t tokens, int group_heads);
   struct Pick {
     int64_t token;
     int head;
   };
-  // REQUIRES 0 <= i < NumPicks(tokens, group). All heads in turn.
-  static Pick PickAt(int64_t i, int64_t tokens, int group);
+  // REQUIRES 0 <= i < NumPicks(tokens, group_heads). All heads in turn.
+  static Pick PickAt(int64_t i, int64_t tokens, int group_heads);
 
   explicit QueryMoment(int dim) : dim_(dim) {}
 

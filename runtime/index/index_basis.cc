@@ -19,13 +19,15 @@ using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::Row
 constexpr double kKeyRidge = 1e-4;  // of the mean diagonal
 constexpr double kQueryRidge = .3;
 constexpr double kOutlierQuantile = .99975;
-// Tokens are marked whose squared residual is above the mean by kHidden and by so many standard
-// deviations, or whose expected squared score error is over kLeastNoise2 (nats^2) and kNoisy times
-// the mean; but at most this share of the sample by either rule. So 8 standard deviations of a
-// direction do not hide in the others.
+// A token is an outlier if its squared residual exceeds the mean by both kHidden and
+// kHiddenDeviations standard deviations, or if its expected squared score error is over both
+// kLeastNoise2 (nats^2) and kNoisy times the mean; but at most kMarkedShare of the sample by either
+// rule. kHidden = 8^2, so that a key 8 standard deviations out in one direction shows among the
+// others.
 constexpr double kHidden = 64, kHiddenDeviations = 6, kNoisy = 9, kLeastNoise2 = 1,
                  kMarkedShare = .00125;
-// Of one key on the covariance; where there are fewer keys than dimensions it is 1
+// The leverage of one key on the covariance at most; where there are fewer keys than dimensions it is
+// 1.
 constexpr double kMostLeverage = .9;
 
 void AddRidge(Matrix& m, double share) {

@@ -12,10 +12,10 @@ void RecentQueries::Add(const float* queries, int64_t count) {
   std::copy_n(queries, count, queries_.begin() + place * count);
 }
 
-void RecentQueries::MoveTo(QueryMoment& moment, int group) {
+void RecentQueries::MoveTo(QueryMoment& moment, int group_heads) {
   if (steps_ == 0) return;
   const int64_t kept = std::min<int64_t>(steps_, kRecentQueries);
-  moment.Add(queries_.data(), kept * group, steps_ * kRecentEvery);
+  moment.Add(queries_.data(), kept * group_heads, steps_ * kRecentEvery);
   queries_.clear();
   steps_ = 0;
 }

@@ -21,8 +21,8 @@ class RecentQueries {
  public:
   // queries: those of one step, [count] elements in fp32, scaled.
   void Add(const float* queries, int64_t count);
-  // Brings them into the moment, as speaking for all steps since the last call; group: query heads.
-  void MoveTo(QueryMoment& moment, int group);
+  // Brings them into the moment, as speaking for all steps since the last call; group_heads: query heads per KV head.
+  void MoveTo(QueryMoment& moment, int group_heads);
   bool empty() const { return steps_ == 0; }
   int64_t bytes() const { return static_cast<int64_t>(queries_.capacity() * sizeof(float)); }
 

@@ -13,15 +13,15 @@
 
 namespace vattn {
 
-// Tokens from which tables of a segment are learnt, at least
+// Tables of a segment are learnt from at least this many tokens ...
 constexpr int64_t kLeastLearnt = 1024;
-// The same where the tables before misrepresent the new tokens
+// ... or from this many, where the tables before misrepresent them.
 constexpr int64_t kLeastFlooded = 256;
-// Of the tokens before: a segment is learnt from so many, at least
+// A segment has at least this share of the tokens before it when it is learnt.
 constexpr double kGrowthShare = 0.25;
-// Growth of provisional tokens after which their segment is made anew
+// A provisional segment is made anew when its tokens have grown by this share.
 constexpr double kRemadeShare = 0.125;
-// Of provisional tokens that are outliers: more are a reason to learn
+// More outliers than this share of the provisional tokens are a reason to learn tables at once.
 constexpr double kFloodShare = 0.01;
 
 struct Segment {

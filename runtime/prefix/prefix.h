@@ -19,7 +19,7 @@ struct Prefix {
   std::vector<int32_t> tokens;
 };
 
-// Prefixes are found by whole pieces of so many tokens
+// Tokens of a piece: prefixes are found by digests of whole pieces.
 inline constexpr int64_t kPrefixTokens = 256;
 
 // Digests that find a prefix: [i] that of the salt and the first (i + 1) * kPrefixTokens tokens.

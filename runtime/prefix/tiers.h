@@ -1,4 +1,4 @@
-// Stored prefixes, wherever they are: kept in the host pool, or files of the runtime's directory.
+// Stored prefixes, wherever they are: blocks of the host pool, or files of the runtime's directory.
 #ifndef VATTN_RUNTIME_PREFIX_TIERS_H_
 #define VATTN_RUNTIME_PREFIX_TIERS_H_
 

@@ -59,7 +59,7 @@ TEST_F(ApiDiskTest, SequencesBeginFromStoredPrefixes) {
     ExpectStep(runtime, sequence, longer);  // its index is fixed and its middle coded
     sequence.SavePrefix(OwnedPrefix(salt, tokens));
     ExpectStep(runtime, sequence, longer);
-    EXPECT_EQ(runtime.Stats().prefixes_stored, 1u);
+    EXPECT_EQ(runtime.Stats().disk_prefixes_saved, 1u);
   }
   Runtime runtime(options_);
   tokens[1100] = -1;

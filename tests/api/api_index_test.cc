@@ -169,9 +169,6 @@ TEST(ApiExternalTest, BadScoresAreNamed) {
   ExpectRefused(decoder.batch, params,
                 "score_heads is 3, must be 0, the 2 KV heads of the layer or the 6 query heads");
   params.score_heads = 0;
-  params.reserved1 = 1;
-  ExpectRefused(decoder.batch, params, "reserved1 is 1, must be 0 to 0");
-  params.reserved1 = 0;
   decoder.batch.Attend(params);
 
   vattn_options dense = Options(VATTN_INDEX_EXTERNAL);

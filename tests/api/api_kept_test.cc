@@ -58,10 +58,10 @@ TEST_F(ApiKeptTest, SequencesBeginFromIt) {
   Sequence second = Sequence::Begin(*runtime_, OwnedPrefix("model", tokens), &begins);
   ASSERT_EQ(TrySteps(second, rows, 10), VATTN_OK);
   const vattn_stats stats = runtime_->Stats();
-  EXPECT_EQ(stats.kept_prefixes, 1u);
-  EXPECT_EQ(stats.prefixes_kept, 1u);
-  EXPECT_EQ(stats.prefixes_stored, 0u);
-  EXPECT_EQ(stats.kept_hits, 2u);
+  EXPECT_EQ(stats.memory_prefixes, 1u);
+  EXPECT_EQ(stats.memory_prefixes_saved, 1u);
+  EXPECT_EQ(stats.disk_prefixes_saved, 0u);
+  EXPECT_EQ(stats.memory_prefix_hits, 2u);
   EXPECT_EQ(stats.prefix_hits, 2u);
   EXPECT_EQ(stats.prefix_tokens, 1400u);
 }
@@ -97,7 +97,7 @@ TEST_F(ApiKeptTest, TheLongestSharedIsTaken) {
   Keep("m", third);
   EXPECT_EQ(Begins("m", Tokens(1000)), 700);
   EXPECT_EQ(Begins("m", other), 2000);
-  EXPECT_EQ(runtime_->Stats().kept_prefixes, 2u);  // that of 600 begins both others
+  EXPECT_EQ(runtime_->Stats().memory_prefixes, 2u);  // that of 600 begins both others
 }
 
 TEST_F(ApiKeptTest, TheOldestGoesBeforeAnybodyIsRefused) {
@@ -109,15 +109,15 @@ TEST_F(ApiKeptTest, TheOldestGoesBeforeAnybodyIsRefused) {
   Sequence sequence(*runtime_);
   Rows rows;
   ASSERT_EQ(TryAppend(sequence, rows, 1000), VATTN_OK);
-  EXPECT_EQ(runtime_->Stats().kept_evictions, 1u);
+  EXPECT_EQ(runtime_->Stats().memory_prefixes_evicted, 1u);
   EXPECT_EQ(Begins("m", Tokens(700, 1000)), 0);
   EXPECT_EQ(Begins("m", Tokens(700, 2000)), 700);
   EXPECT_EQ(Begins("m", Tokens(700)), 700);
   // What would never fit costs nobody anything.
   EXPECT_EQ(TryAppend(sequence, rows, 3000), VATTN_FULL);
-  EXPECT_EQ(runtime_->Stats().kept_prefixes, 2u);
+  EXPECT_EQ(runtime_->Stats().memory_prefixes, 2u);
   sequence.Reserve(10 * 256);
-  EXPECT_EQ(runtime_->Stats().kept_prefixes, 0u);
+  EXPECT_EQ(runtime_->Stats().memory_prefixes, 0u);
   EXPECT_EQ(Free(), 0);
 }
 
@@ -146,7 +146,7 @@ TEST_F(ApiKeptTest, TwoNamesOfTheSameRowsGoTogether) {
   }
   EXPECT_EQ(InUse(), 4);
   const Sequence all(*runtime_, 0, 6 * 256);
-  EXPECT_EQ(runtime_->Stats().kept_prefixes, 0u);
+  EXPECT_EQ(runtime_->Stats().memory_prefixes, 0u);
 }
 
 TEST_F(ApiKeptTest, QuotasCoverThem) {
@@ -203,15 +203,15 @@ TEST_F(ApiKeptTest, TheDiskIsAskedWhereItHasMore) {
   Sequence sequence(*runtime_);
   ASSERT_EQ(TryAppend(sequence, rows, 1000), VATTN_OK);
   sequence.SavePrefix(OwnedPrefix("m", Tokens(1000)));  // to the disk
-  EXPECT_EQ(runtime_->Stats().prefixes_kept, 0u);
-  EXPECT_EQ(runtime_->Stats().prefixes_stored, 1u);
+  EXPECT_EQ(runtime_->Stats().memory_prefixes_saved, 0u);
+  EXPECT_EQ(runtime_->Stats().disk_prefixes_saved, 1u);
   OwnedPrefix shorter("m", Tokens(600)), prefix("m", Tokens(1000));
   shorter.tier = VATTN_TIER_MEMORY;
   sequence.SavePrefix(shorter);
   EXPECT_EQ(Begins("m", Tokens(700)), 600);
-  EXPECT_EQ(runtime_->Stats().kept_hits, 1u);
+  EXPECT_EQ(runtime_->Stats().memory_prefix_hits, 1u);
   EXPECT_EQ(Begins("m", Tokens(1000)), 1000);
-  EXPECT_EQ(runtime_->Stats().kept_hits, 1u);
+  EXPECT_EQ(runtime_->Stats().memory_prefix_hits, 1u);
   EXPECT_EQ(runtime_->Stats().restores, 1u);
   // One place alone.
   int64_t begins = 0;
@@ -228,7 +228,7 @@ TEST_F(ApiKeptTest, TheDiskIsAskedWhereItHasMore) {
     std::filesystem::resize_file(entry.path(), entry.file_size() / 2);
   }
   EXPECT_EQ(Begins("m", Tokens(1000)), 600);
-  EXPECT_EQ(runtime_->Stats().prefix_damaged, 1u);
+  EXPECT_EQ(runtime_->Stats().disk_prefixes_damaged, 1u);
   EXPECT_EQ(runtime_->Stats().prefix_misses, 0u);
   EXPECT_EQ(runtime_->ForgetPrefixes("m"), 1);
 }

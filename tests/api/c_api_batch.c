@@ -139,7 +139,6 @@ static void TestFields(vattn_batch* batch) {
   CHECK_ATTEND(num_tokens, 2, "num_tokens is 2, must be 1 to 1");
   CHECK_ATTEND(out_dtype, -1, "out_dtype is -1, must be 0 to 2");
   CHECK_ATTEND(out_dtype, 3, "out_dtype is 3, must be 0 to 2");
-  CHECK_ATTEND(reserved0, 1, "reserved0 is 1, must be 0 to 0");
   CHECK_ATTEND(q, NULL, "q is NULL, must be given");
   CHECK_ATTEND(out, NULL, "out is NULL, must be given");
   CHECK_ATTEND(k_new, NULL, "k_new is NULL, must be given in a step with new_tokens = 1");

@@ -19,26 +19,30 @@
   STATIC_ASSERT(type##_##field##_end,           \
                 offsetof(type, field) + sizeof(((type*)0)->field) == sizeof(type))
 
-STATIC_ASSERT_PLACE(vattn_options, log_user, 184);
-STATIC_ASSERT_PLACE(vattn_options, profile, 192);
-STATIC_ASSERT_PLACE(vattn_options, io_timeout_ms, 236);
-STATIC_ASSERT_PLACE(vattn_options, sign_maps, 240);
-STATIC_ASSERT_PLACE(vattn_options, admission, 252);
-STATIC_ASSERT_LAST(vattn_options, tenant_bytes, 256);
+STATIC_ASSERT_PLACE(vattn_options, backend, 48);
+STATIC_ASSERT_PLACE(vattn_options, host_bytes, 64);
+STATIC_ASSERT_PLACE(vattn_options, sinks, 96);
+STATIC_ASSERT_PLACE(vattn_options, sign_maps, 120);
+STATIC_ASSERT_PLACE(vattn_options, policy, 136);
+STATIC_ASSERT_PLACE(vattn_options, seed, 168);
+STATIC_ASSERT_PLACE(vattn_options, hot_share, 204);
+STATIC_ASSERT_PLACE(vattn_options, disk_path, 208);
+STATIC_ASSERT_LAST(vattn_options, log_user, 256);
 STATIC_ASSERT_PLACE(vattn_prefix, num_tokens, 32);
 STATIC_ASSERT_LAST(vattn_prefix, reserved0, 60);
 STATIC_ASSERT_PLACE(vattn_sequence_options, reserve_tokens, 16);
 STATIC_ASSERT_LAST(vattn_sequence_options, tenant, 24);
 STATIC_ASSERT_LAST(vattn_append_params, q_head_stride, 88);
-STATIC_ASSERT_PLACE(vattn_attend_params, timeline, 112);
-STATIC_ASSERT_PLACE(vattn_attend_params, scores, 120);
-STATIC_ASSERT_LAST(vattn_attend_params, reserved1, 140);
+STATIC_ASSERT_PLACE(vattn_attend_params, score_heads, 20);
+STATIC_ASSERT_PLACE(vattn_attend_params, scores, 48);
+STATIC_ASSERT_LAST(vattn_attend_params, timeline, 128);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
-STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 136);
-STATIC_ASSERT_PLACE(vattn_stats, prefix_unlike, 272);
-STATIC_ASSERT_PLACE(vattn_stats, device_growth_ns, 304);
-STATIC_ASSERT_PLACE(vattn_stats, kept_hits, 352);
-STATIC_ASSERT_LAST(vattn_stats, heads_noisy, 392);
+STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 56);
+STATIC_ASSERT_PLACE(vattn_stats, device_growth_ns, 88);
+STATIC_ASSERT_PLACE(vattn_stats, looks, 192);
+STATIC_ASSERT_PLACE(vattn_stats, outliers, 224);
+STATIC_ASSERT_PLACE(vattn_stats, io_errors, 296);
+STATIC_ASSERT_LAST(vattn_stats, disk_prefixes_unread, 392);
 STATIC_ASSERT_LAST(vattn_tenant_use, quota_refusals, 48);
 
 STATIC_ASSERT(prefix_start, offsetof(vattn_prefix, struct_size) == 0);

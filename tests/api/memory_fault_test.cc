@@ -266,7 +266,7 @@ TEST_F(MemoryFaultTest, KeptPrefixes) {
       [&] {
         int64_t tokens = 0;
         const Sequence begun = Sequence::Begin(runtime_, prefix, &tokens, 7);
-        EXPECT_EQ(runtime_.Stats().kept_prefixes, 1u);
+        EXPECT_EQ(runtime_.Stats().memory_prefixes, 1u);
         return Answers(begun) + Answers(*sequence_) + std::to_string(tokens);
       },
       20);
@@ -296,7 +296,7 @@ TEST_F(MemoryFaultTest, KeptPrefixes) {
         const int64_t free = static_cast<int64_t>((stats.host_bytes_limit - stats.host_bytes_used) /
                                                   block_bytes_ / 4);
         rest = std::make_unique<Sequence>(runtime_, 1, free * 256);
-        EXPECT_EQ(runtime_.Stats().kept_prefixes, 2u);
+        EXPECT_EQ(runtime_.Stats().memory_prefixes, 2u);
       },
       [&] {
         vattn_sequence_options options = Init<vattn_sequence_options>();
@@ -304,7 +304,7 @@ TEST_F(MemoryFaultTest, KeptPrefixes) {
         vattn_sequence* made = nullptr;
         return Keep(vattn_sequence_create(runtime_.get(), &options, &made), made);
       },
-      [&] { return std::to_string(runtime_.Stats().kept_prefixes); }, 5);
+      [&] { return std::to_string(runtime_.Stats().memory_prefixes); }, 5);
   handle_.reset(), rest.reset();
   runtime_.ForgetPrefixes("second name");
   EveryFailingAllocation([] {},

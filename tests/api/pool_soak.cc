@@ -48,7 +48,7 @@ void Print(const PoolWorld& world, int64_t operations, uint64_t seed, double sec
        << " forked, " << t.truncated << " truncated, " << t.destroyed << " destroyed, " << t.saved
        << " saved, " << t.restored << " restored, " << t.hibernated << " hibernated, " << t.woken
        << " woken, " << t.reserved << " reserved, " << t.covered << " covered, " << t.kept
-       << " prefixes kept, " << t.begun << " begun from, " << world.Stats().kept_evictions
+       << " prefixes kept, " << t.begun << " begun from, " << world.Stats().memory_prefixes_evicted
        << " let go, " << world.Stats().spills << " spilled, " << t.steps << " steps, "
        << t.rows_read << " rows read back, " << t.misused << " misuses, " << t.refused
        << " refused as full (" << t.over_quota << " for a quota); demand "

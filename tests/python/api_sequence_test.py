@@ -97,7 +97,7 @@ class Sequences(Fixture):
         out = self.step(batch, q, k[0], v[0])
         rows_seen = [np.concatenate([x[:500], x[:1]]) for x in (k, v)]
         self.assertLess(relative_error(out[0], attend(q[0], *rows_seen)), 1e-5)
-        self.assertEqual((runtime.stats().kept_hits, runtime.stats().kept_prefixes), (1, 1))
+        self.assertEqual((runtime.stats().memory_prefix_hits, runtime.stats().memory_prefixes), (1, 1))
         with self.assertRaisesRegex(vattn.InvalidArgumentError, "disk_path is not given"):
             runtime.restore_prefix(b"model", tokens, tier=vattn.Tier.DISK)
         self.assertEqual(runtime.forget_prefixes(b"model"), 1)

@@ -254,8 +254,8 @@ TEST_P(DiskFaultTest, BeginFromPrefix) {
       [&](const absl::Status& status) {
         const StatsSnapshot after = w.runtime->Stats();
         EXPECT_EQ(after.prefix_misses - before.prefix_misses, status.ok() ? 0u : 1u);
-        EXPECT_EQ(after.prefix_unread - before.prefix_unread, status.ok() ? 0u : 1u);
-        EXPECT_EQ(after.prefix_damaged, before.prefix_damaged);
+        EXPECT_EQ(after.disk_prefixes_unread - before.disk_prefixes_unread, status.ok() ? 0u : 1u);
+        EXPECT_EQ(after.disk_prefixes_damaged, before.disk_prefixes_damaged);
       });
 }
 

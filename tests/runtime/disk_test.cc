@@ -52,7 +52,7 @@ TEST_F(DiskTest, PrefixesSurviveARestart) {
     ASSERT_TRUE(runtime->disk()->Store(*sequence, MakePrefix("salt", 900)).ok());
     ASSERT_TRUE(runtime->disk()->Store(*sequence, MakePrefix("salt", 900)).ok());  // there already
     EXPECT_EQ(Files("prefix-").size(), 1u);
-    EXPECT_EQ(runtime->Stats().prefixes_stored, 1u);
+    EXPECT_EQ(runtime->Stats().disk_prefixes_saved, 1u);
     content = ContentOf(*sequence);
     EXPECT_EQ(Begin(runtime, MakePrefix("salt", 900), &read), 900);
     EXPECT_EQ(read, content);
@@ -141,11 +141,11 @@ TEST_F(DiskTest, TokensAreComparedNotOnlyDigests) {
     std::filesystem::rename(scratch_ / "disk/" + files[1], scratch_ / "disk/" + files[0]);
     std::filesystem::rename(scratch_ / "swap", scratch_ / "disk/" + files[1]);
     EXPECT_EQ(Begin(runtime, MakePrefix("salt", 600), &read), 0);
-    EXPECT_EQ(runtime->Stats().prefix_unlike, 1u);
+    EXPECT_EQ(runtime->Stats().prefix_mismatches, 1u);
   }
   // Taken over, their names give them away.
   const std::shared_ptr<Runtime> runtime = Open(200);
-  EXPECT_EQ(runtime->Stats().prefix_damaged, 2u);
+  EXPECT_EQ(runtime->Stats().disk_prefixes_damaged, 2u);
   EXPECT_TRUE(Files("prefix-").empty());
 }
 
@@ -200,7 +200,7 @@ TEST_F(DiskTest, AFlippedByteAnywhereIsAMiss) {
   for (const uint64_t place : Places(std::filesystem::file_size(path), 100, 61)) {
     FlipBit(path, place, static_cast<int>(place * 5 % 8));
     ASSERT_EQ(Begin(runtime, prefix, &read), 0) << "byte " << place;
-    ASSERT_EQ(runtime->Stats().prefix_damaged, ++misses);
+    ASSERT_EQ(runtime->Stats().disk_prefixes_damaged, ++misses);
     ASSERT_TRUE(Files("prefix-").empty());
     ASSERT_EQ(runtime->disk()->bytes(), 0u);
     ASSERT_TRUE(runtime->disk()->Store(*sequence, prefix).ok());
@@ -226,7 +226,7 @@ TEST_F(DiskTest, EvictsWhatWasUnusedForLongest) {
   for (int i = 0; i < 3; ++i) ASSERT_TRUE(runtime->disk()->Store(*sequence, prefix(i)).ok());
   EXPECT_EQ(Begin(runtime, prefix(0), &read), 600);
   ASSERT_TRUE(runtime->disk()->Store(*sequence, prefix(3)).ok());
-  EXPECT_EQ(runtime->Stats().prefix_evictions, 1u);
+  EXPECT_EQ(runtime->Stats().disk_prefixes_evicted, 1u);
   EXPECT_EQ(Begin(runtime, prefix(1), &read), 0);
   for (const int i : {0, 2, 3}) EXPECT_EQ(Begin(runtime, prefix(i), &read), 600) << i;
   EXPECT_LE(runtime->disk()->bytes(), each * 7 / 2);
@@ -236,7 +236,7 @@ TEST_F(DiskTest, EvictsWhatWasUnusedForLongest) {
   const absl::Status status = runtime->disk()->Store(*large, MakePrefix("salt", 4000));
   EXPECT_EQ(CodeOf(status), Code::kFull);
   EXPECT_NE(status.message().find("raise disk_bytes"), absl::string_view::npos) << status;
-  EXPECT_EQ(runtime->Stats().prefix_evictions, 1u);
+  EXPECT_EQ(runtime->Stats().disk_prefixes_evicted, 1u);
 }
 
 TEST_F(DiskTest, OneOwnerAtATime) {
@@ -288,7 +288,7 @@ TEST_F(DiskTest, OtherLayoutsAreLeftAlone) {
   EXPECT_EQ(Begin(runtime, MakePrefix("salt", 600), &read), 0);
   EXPECT_EQ(Files("prefix-").size(), 1u);
   EXPECT_GT(runtime->disk()->bytes(), 0u);
-  EXPECT_EQ(runtime->Stats().prefix_damaged, 0u);
+  EXPECT_EQ(runtime->Stats().disk_prefixes_damaged, 0u);
   int64_t files = 0;
   ASSERT_TRUE(runtime->disk()->Forget("salt", &files).ok());  // a tenant's wish reaches them, too
   EXPECT_EQ(files, 1);

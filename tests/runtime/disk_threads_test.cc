@@ -157,7 +157,7 @@ TEST(DiskThreadsTest, ThreadsKeepPrefixesInAFullPool) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_GT(hits.load(), 10);
-  EXPECT_GT(runtime->Stats().kept_evictions, 0u);
+  EXPECT_GT(runtime->Stats().memory_prefixes_evicted, 0u);
   int64_t prefixes = 0;
   EXPECT_TRUE(ForgetPrefixes(*runtime, "salt", &prefixes).ok());
   EXPECT_EQ(runtime->store().num_free(), 60);

@@ -117,15 +117,15 @@ inline std::string ContentOf(Sequence& sequence, int64_t most = int64_t{1} << 31
     const int64_t coded = std::min(layer.coded, tokens / kCodeTokens * kCodeTokens);
     add(&tokens, sizeof(tokens));
     add(&coded, sizeof(coded));
-    for (const HeadGroup& group : layer.groups) {
+    for (const KvHead& kv_head : layer.kv_heads) {
       for (int64_t t = 0; t < tokens; ++t) {
         const std::byte* block =
-            runtime.store().data(BlockId{group.blocks[static_cast<size_t>(t / kBlockTokens)]});
+            runtime.store().data(BlockId{kv_head.blocks[static_cast<size_t>(t / kBlockTokens)]});
         add(block + t % kBlockTokens * s.row.row_bytes, s.row.row_bytes);
         if (t < runtime.options().sinks || t >= coded) continue;
         add(block + s.block.codes + t % kBlockTokens * s.code.bytes(), s.code.bytes());
       }
-      for (const SegmentTables& tables : group.tables)
+      for (const SegmentTables& tables : kv_head.tables)
         add(tables.index->floats().data(), Index::NumFloats(s) * 4);
     }
   }

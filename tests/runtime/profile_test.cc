@@ -253,8 +253,8 @@ std::vector<std::vector<float>> Tables(const std::string& profile,
   }
   EXPECT_TRUE((*sequence)->BuildIndex().ok());
   for (int layer = 0; layer < kLayers; ++layer) {
-    for (const HeadGroup& group : (*sequence)->layer(layer).groups) {
-      tables.push_back(group.tables[0].index->floats());
+    for (const KvHead& kv_head : (*sequence)->layer(layer).kv_heads) {
+      tables.push_back(kv_head.tables[0].index->floats());
     }
   }
   return tables;

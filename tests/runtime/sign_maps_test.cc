@@ -110,7 +110,7 @@ TEST_F(SignMapsTest, SequencesUseThem) {
                     .ok());
   }
   ASSERT_TRUE((*sequence)->BuildIndex().ok());
-  const IndexTables tables = (*sequence)->layer(1).groups[0].tables[0].index->tables();
+  const IndexTables tables = (*sequence)->layer(1).kv_heads[0].tables[0].index->tables();
   EXPECT_EQ(tables.encode[3 * kBits + 5], 2 * kMap + 5 * kDim + 3);
   EXPECT_EQ(tables.project[5 * kDim + 3], -(2 * kMap + 5 * kDim + 3));
 }

@@ -24,6 +24,13 @@ namespace vattn::test {
 
 constexpr uint64_t kSimulatedPageBytes = 4096;
 
+// What attention writes into the arrays of a call beside its answer: a number that says which array
+// and which entry of it this is.
+enum class Reported { kVerdict = 1, kSelected, kFetched, kLooks, kMiddle };
+constexpr int32_t ReportOf(Reported array, int64_t place) {
+  return static_cast<int32_t>(array) * 1000 + static_cast<int32_t>(place);
+}
+
 // What the device leaves out, to show that somebody notices.
 enum class Lacks { kNothing, kEventWaits, kSynchronizeAll, kPageFills };
 

@@ -16,7 +16,8 @@ using test::Simulation;
 
 template <class F>
 int Enqueue(Stream stream, F&& operation) {
-  Simulation::Current().Enqueue(stream.handle, std::forward<F>(operation));
+  Simulation::Current().Enqueue(static_cast<DeviceStream>(stream.handle),
+                                std::forward<F>(operation));
   return 0;
 }
 
@@ -150,7 +151,15 @@ void Answer(const StepParams& p, const DeviceGroup& g) {
 void Report(const StepParams& p, const DeviceGroup& g) {
   const int dim = p.storage.host.row.dim_v;
   const int64_t place = int64_t{g.slot} * p.kv_heads + g.kv_head;
+  const auto report = [&](auto* array, test::Reported which, int64_t at) {
+    if (array != nullptr) array[at] = test::ReportOf(which, at);
+  };
+  report(p.call.selected, test::Reported::kSelected, place);
+  report(p.call.fetched, test::Reported::kFetched, place);
+  report(p.call.looks, test::Reported::kLooks, place);
+  report(p.call.middle, test::Reported::kMiddle, place);
   for (int h = 0; h < p.group_heads; ++h) {
+    report(p.call.verdict, test::Reported::kVerdict, place * p.group_heads + h);
     const float* const from = g.scratch.output + h * (dim + 1);
     const int64_t head = place * p.group_heads + h;
     std::memcpy(static_cast<float*>(p.call.out) + head * dim, from, size_t{4} * dim);

@@ -204,7 +204,7 @@ void SimulatedWorld::Destroy() {
 // Several, so that they wake in other blocks.
 void SimulatedWorld::Sleep() {
   for (const auto& twin : twins_) {
-    if (twin->sequence->batch.load() == nullptr && !twin->sequence->hibernated() && Below(2) == 0) {
+    if (twin->sequence->seat.load() == nullptr && !twin->sequence->hibernated() && Below(2) == 0) {
       Done(twin->sequence->Spill(), "spill");
     }
   }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "runtime/batch.h"
+#include "runtime/cuda/backend.h"
 #include "runtime/sequence.h"
 #include "tests/runtime/simulated_device.h"
 
@@ -18,6 +19,8 @@ namespace vattn::test {
 
 class SimulatedWorld {
  public:
+  static constexpr int kLayers = 2, kQHeads = 4, kKvHeads = 2, kDim = 16, kSlots = 2, kBatches = 2;
+
   SimulatedWorld(uint64_t seed, Lacks lacks, const std::string& disk_path);
   ~SimulatedWorld();
 
@@ -34,7 +37,6 @@ class SimulatedWorld {
   StatsSnapshot Stats() const { return runtime_->Stats(); }
 
  private:
-  static constexpr int kLayers = 2, kQHeads = 4, kKvHeads = 2, kDim = 16, kSlots = 2, kBatches = 2;
   struct Row {
     std::array<float, kDim> k, v;
   };

@@ -1,5 +1,6 @@
 // Steps of a simulated world, and what their answers must be.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -11,6 +12,45 @@ namespace vattn::test {
 namespace {
 
 constexpr float kNothing = std::numeric_limits<float>::quiet_NaN();
+
+// The arrays of a call beside its answer, in plain memory.
+struct Reports {
+  static constexpr int kUntouched = -7;
+  static constexpr int kSlots = SimulatedWorld::kSlots, kQHeads = SimulatedWorld::kQHeads,
+                       kKvHeads = SimulatedWorld::kKvHeads;
+  template <class T, int kCount>
+  struct Filled : std::array<T, kCount> {
+    Filled() { this->fill(kUntouched); }
+  };
+  Filled<float, kSlots * kQHeads> lse;
+  Filled<int32_t, kSlots * kQHeads> verdict;
+  Filled<int32_t, kSlots * kKvHeads> selected, fetched, looks;
+  Filled<int64_t, kSlots * kKvHeads> middle;
+
+  void AskFor(AttendRequest& request) {
+    request.lse = lse.data(), request.verdict = verdict.data();
+    request.selected = selected.data(), request.fetched = fetched.data();
+    request.looks = looks.data(), request.middle = middle.data();
+  }
+  // Every array has its own numbers in the rows of a filled slot, and is untouched in others.
+  bool AreRight(int slot, bool filled) const {
+    const auto is = [&](const auto& array, Reported which, int heads) {
+      for (int at = slot * heads; at < (slot + 1) * heads; ++at) {
+        if (array[static_cast<size_t>(at)] != (filled ? ReportOf(which, at) : kUntouched))
+          return false;
+      }
+      return true;
+    };
+    for (int h = 0; h < kQHeads; ++h) {
+      const float x = lse[static_cast<size_t>(slot * kQHeads + h)];
+      if (filled ? !std::isfinite(x) || x == kUntouched : x != kUntouched) return false;
+    }
+    return is(verdict, Reported::kVerdict, kQHeads) &&
+           is(selected, Reported::kSelected, kKvHeads) &&
+           is(fetched, Reported::kFetched, kKvHeads) && is(looks, Reported::kLooks, kKvHeads) &&
+           is(middle, Reported::kMiddle, kKvHeads);
+  }
+};
 
 }  // namespace
 
@@ -44,7 +84,7 @@ void SimulatedWorld::Step(int b) {
     // In the middle of a step some wait for the device, and some go.
     if (Below(40) == 0) Destroy();
     Twin* const twin = Below(12) == 0 ? AnyTwin() : nullptr;
-    if (twin != nullptr) Done(twin->sequence->Pull(), "pull");
+    if (twin != nullptr) Done(twin->sequence->ReadBackState(), "read back");
     if (Below(20) == 0) return Abandon(b, layer + 1, new_tokens);
   }
 }
@@ -123,8 +163,15 @@ void SimulatedWorld::Attend(int b, int layer, int new_tokens, DeviceStream strea
   };
   if (staged) {
     std::vector<float> out(answers.expected.size());
-    if (Done(batches_[b]->Attend(request(in.data(), out.data()), stream), "attend"))
-      Compare(answers, out.data());
+    Reports reports;
+    AttendRequest wanted = request(in.data(), out.data());
+    reports.AskFor(wanted);
+    if (!Done(batches_[b]->Attend(wanted, stream), "attend")) return;
+    Compare(answers, out.data());
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (!reports.AreRight(slot, seats_[b][slot] != nullptr))
+        Wrong(absl::StrCat(answers.what, ": reports of slot ", slot, " are wrong"));
+    }
     return;
   }
   Device& device = runtime_->cuda()->device();

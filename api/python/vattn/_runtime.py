@@ -32,7 +32,15 @@ class Stats:
 
     host_bytes_limit: int
     host_bytes_used: int  # in blocks that a sequence holds or has reserved
+    host_bytes_reserved: int  # of them: reserved and not yet in use
     table_bytes: int  # block tables, index tables, controller state
+    full_refusals: int  # calls answered FULL for want of host memory
+    quota_refusals: int  # of them: for a tenant's quota
+    blocks_copied: int  # shared blocks copied on write
+    device_bytes_reserved: int  # addresses set aside for what grows with the tokens, on CUDA
+    device_bytes_mapped: int  # device memory taken for them so far
+    device_growths: int  # times that more was taken
+    device_growth_ns: int  # how long that took
     sequences: int  # alive
     tokens: int  # over sequences and layers
     steps: int  # attend calls x filled slots
@@ -40,13 +48,16 @@ class Stats:
     heads_verified: int
     heads_dense: int
     heads_best_effort: int
+    heads_noisy: int  # of heads_dense and heads_best_effort: codes too coarse for the query
     rows_middle: int  # rows that dense attention would have read from the middle
     rows_selected: int  # rows read
     rows_fetched: int  # of them not in the hot set
     bytes_fetched: int
     looks: int  # draws, over KV heads
-    full_refusals: int  # calls answered FULL for want of host memory
-    blocks_copied: int  # shared blocks copied on write
+    segments_learnt: int  # parts of indices learnt from their tokens, over layers
+    index_floods: int  # of them learnt early, because new tokens were unlike those before
+    segments_recoded: int  # parts whose tokens were coded again by new tables
+    outliers: int  # tokens coded as outliers: they are read in every step
     disk_bytes_used: int  # files in disk_path, written or promised
     saves: int  # sequence files written: saved, hibernated, spilled, prefixes
     bytes_saved: int
@@ -56,29 +67,18 @@ class Stats:
     spill_failures: int
     files_refused: int  # files to restore that failed their check
     io_errors: int  # file operations that the system refused
-    prefixes_stored: int
-    prefix_evictions: int  # removed for room
     prefix_hits: int  # calls of restore_prefix that found one
     prefix_tokens: int  # tokens that those began with
     prefix_misses: int  # calls answered NOT_FOUND
-    prefix_damaged: int  # stored prefixes that failed their check and were removed
-    prefix_unread: int  # stored prefixes that the system could not read when wanted
-    prefix_unlike: int  # digests that led to other tokens
-    device_bytes_reserved: int  # addresses set aside for what grows with the tokens, on CUDA
-    device_bytes_mapped: int  # device memory taken for them so far
-    device_growths: int  # times that more was taken
-    device_growth_ns: int  # how long that took
-    host_bytes_reserved: int  # of host_bytes_used: reserved and not yet in use
-    quota_refusals: int  # of full_refusals: for a tenant's quota
-    kept_prefixes: int  # in the host pool now
-    prefixes_kept: int  # put there
-    kept_evictions: int  # let go for room
-    kept_hits: int  # of prefix_hits: from the host pool
-    segments_learnt: int  # parts of indices learnt from their tokens, over layers
-    index_floods: int  # of them learnt early, because new tokens were unlike those before
-    segments_recoded: int  # parts whose tokens were coded again by new tables
-    outliers: int  # tokens coded as outliers: they are read in every step
-    heads_noisy: int  # of heads_dense and heads_best_effort: codes too coarse for the query
+    prefix_mismatches: int  # digests that led to other tokens
+    memory_prefixes: int  # in the host pool now
+    memory_prefix_hits: int  # of prefix_hits: from the host pool
+    memory_prefixes_saved: int
+    memory_prefixes_evicted: int  # let go for room
+    disk_prefixes_saved: int
+    disk_prefixes_evicted: int  # removed for room
+    disk_prefixes_damaged: int  # failed their check and were removed
+    disk_prefixes_unread: int  # could not be read by the system when wanted
 
 
 @dataclass(frozen=True)

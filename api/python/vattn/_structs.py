@@ -83,27 +83,26 @@ class Options(Struct):
         int32 num_layers num_q_heads num_kv_heads head_dim_k head_dim_v dtype shared_kv
         float softmax_scale
         int32 *layer_kv_heads
-        int32 backend device num_threads numa_node huge_pages prefault
-        uint64 host_bytes
+        int32 backend device num_threads numa_node
+        uint64 host_bytes tenant_bytes
+        int32 admission huge_pages prefault zero_on_free
         int32 sinks window exact_below
         int32 index index_bytes value_bits
+        text sign_maps profile
         int32 policy norm on_unverified bound
         float epsilon delta norm_floor
         int32 max_looks
         uint64 seed
-        int32 refresh min_selected
-        float max_selected_share topk_share base_share
+        int32 pilot refresh min_selected
+        float max_selected_share
+        float topk_share base_share
         int32 target
         float hot_share
-        int32 zero_on_free
-        log log
-        void *log_user
-        text profile disk_path
+        text disk_path
         uint64 disk_bytes
         int32 spill io_engine io_depth io_block_bytes io_buffered io_timeout_ms
-        text sign_maps
-        int32 pilot admission
-        uint64 tenant_bytes""")
+        log log
+        void *log_user""")
 
 
 class SequenceOptions(Struct):
@@ -146,17 +145,17 @@ class AttendParams(Struct):
 
     _fields_ = _fields("""
         size struct_size
-        int32 layer num_tokens out_dtype reserved0
-        void *q *k_new *v_new *out
+        int32 layer num_tokens out_dtype score_heads
+        void *q *k_new *v_new
+        float *scores
+        int64 scores_stride
+        void *out
         float *lse
         int32 *verdict
         float *error
         int32 *selected *fetched *looks
         int64 *middle
-        uint64 *timeline
-        float *scores
-        int64 scores_stride
-        int32 score_heads reserved1""")
+        uint64 *timeline""")
 
 
 class SelectionParams(Struct):
@@ -184,17 +183,19 @@ class StatsStruct(Struct):
 
     _fields_ = _fields("""
         size struct_size
-        uint64 host_bytes_limit host_bytes_used table_bytes sequences tokens steps
-        uint64 heads_exact heads_verified heads_dense heads_best_effort
-        uint64 rows_middle rows_selected rows_fetched bytes_fetched looks
-        uint64 full_refusals blocks_copied
-        uint64 disk_bytes_used saves bytes_saved restores bytes_restored spills spill_failures
-        uint64 files_refused io_errors prefixes_stored prefix_evictions prefix_hits prefix_tokens
-        uint64 prefix_misses prefix_damaged prefix_unread prefix_unlike
+        uint64 host_bytes_limit host_bytes_used host_bytes_reserved table_bytes
+        uint64 full_refusals quota_refusals blocks_copied
         uint64 device_bytes_reserved device_bytes_mapped device_growths device_growth_ns
-        uint64 host_bytes_reserved quota_refusals
-        uint64 kept_prefixes prefixes_kept kept_evictions kept_hits
-        uint64 segments_learnt index_floods segments_recoded outliers heads_noisy""")
+        uint64 sequences tokens steps
+        uint64 heads_exact heads_verified heads_dense heads_best_effort heads_noisy
+        uint64 rows_middle rows_selected rows_fetched bytes_fetched looks
+        uint64 segments_learnt index_floods segments_recoded outliers
+        uint64 disk_bytes_used saves bytes_saved restores bytes_restored
+        uint64 spills spill_failures files_refused io_errors
+        uint64 prefix_hits prefix_tokens prefix_misses prefix_mismatches
+        uint64 memory_prefixes memory_prefix_hits memory_prefixes_saved memory_prefixes_evicted
+        uint64 disk_prefixes_saved disk_prefixes_evicted disk_prefixes_damaged
+        uint64 disk_prefixes_unread""")
 
 
 _OUT = POINTER(c_void_p)

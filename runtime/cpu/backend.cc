@@ -1,0 +1,22 @@
+#include "runtime/cpu/backend.h"
+
+#include "kernels/cpu/write.h"
+#include "runtime/cpu/batch.h"
+#include "runtime/cpu/sequence.h"
+
+namespace vattn {
+
+std::unique_ptr<SequenceHalf> CpuBackend::MakeSequence(const Runtime&) {
+  return std::make_unique<CpuSequence>();
+}
+
+absl::StatusOr<std::unique_ptr<BatchHalf>> CpuBackend::MakeBatch(Runtime& runtime, int slots) {
+  return std::make_unique<CpuBatch>(runtime, slots);
+}
+
+absl::Status CpuBackend::Write(const WriteParams& params, Stream workers) {
+  cpu::Write(params, workers);
+  return absl::OkStatus();
+}
+
+}  // namespace vattn

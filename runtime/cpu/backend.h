@@ -1,0 +1,34 @@
+// The CPU backend: rows, codes and answers are where the host pool is, and every call has done its
+// work when it returns.
+#ifndef VATTN_RUNTIME_CPU_BACKEND_H_
+#define VATTN_RUNTIME_CPU_BACKEND_H_
+
+#include <memory>
+#include <vector>
+
+#include "runtime/backend.h"
+
+namespace vattn {
+
+class CpuBackend final : public Backend {
+ public:
+  std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
+  absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
+
+  bool IsOnDevice(const void*) const override { return false; }
+  absl::Status Write(const WriteParams& params, Stream workers) override;
+  absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t,
+                                          std::vector<std::byte>&) override {
+    return static_cast<const std::byte*>(from);
+  }
+
+  bool copies_codes() const override { return false; }
+  absl::Status HoldCodes(const BlockId*, int64_t) override { return absl::OkStatus(); }
+  void CountReleased(int64_t) override {}
+  void BumpGeneration(int32_t) override {}
+  void AddTo(StatsSnapshot&) override {}
+};
+
+}  // namespace vattn
+
+#endif  // VATTN_RUNTIME_CPU_BACKEND_H_

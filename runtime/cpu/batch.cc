@@ -1,0 +1,282 @@
+#include "runtime/cpu/batch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/decode.h"
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/write.h"
+#include "memory/status.h"
+#include "runtime/sequence.h"
+
+namespace vattn {
+
+CpuBatch::CpuBatch(Runtime& runtime, int slots)
+    : runtime_(runtime),
+      slots_(slots, nullptr),
+      verdicts_(static_cast<size_t>(slots) * runtime.options().num_q_heads),
+      errors_(verdicts_.size()) {}
+
+int64_t CpuBatch::HotCapacity(int64_t middle) const {
+  return static_cast<int64_t>(
+      std::floor(runtime_.options().hot_share * static_cast<double>(std::max<int64_t>(middle, 0))));
+}
+
+absl::Status CpuBatch::BeginStep(const std::vector<Sequence*>& slots, DeviceStream) {
+  slots_ = slots;
+  uint64_t most = 0;
+  size_t most_groups = 0;
+  for (int l = 0; l < runtime_.options().num_layers; ++l) {
+    uint64_t bytes = 0;
+    size_t groups = 0;
+    for (Sequence* sequence : slots_) {
+      if (sequence == nullptr || runtime_.kv_heads(l) == 0) continue;
+      Layer& layer = sequence->layer(l);
+      const int64_t tokens = sequence->tokens_in_step(), end = sequence->MiddleEnd(tokens);
+      bytes +=
+          static_cast<uint64_t>(runtime_.kv_heads(l)) *
+          ScratchBytes(runtime_.storage(), runtime_.promise(), tokens, runtime_.group_heads(l));
+      groups += layer.kv_heads.size();
+      if (runtime_.options().hot_share == 0) continue;
+      for (KvHead& kv_head : layer.kv_heads)
+        kv_head.hot.Reserve(end, HotCapacity(end - runtime_.options().sinks));
+    }
+    most = std::max(most, bytes);
+    most_groups = std::max(most_groups, groups);
+  }
+  blocks_.reserve(runtime_.options().num_q_heads);
+  groups_.reserve(most_groups);
+  owners_.reserve(most_groups);
+  if (most <= scratch_.size()) return absl::OkStatus();
+  absl::StatusOr<VirtualRange> range =
+      VirtualRange::Reserve(most + most / 8, {.ops = runtime_.io().memory_ops});
+  if (!range.ok()) return range.status();
+  scratch_ = *std::move(range);
+  return absl::OkStatus();
+}
+
+void CpuBatch::Leave(const Sequence& sequence) { slots_[sequence.slot] = nullptr; }
+
+absl::Status CpuBatch::Call(Task task, const AttendRequest& r, const Selection& selection,
+                            DeviceStream) {
+  if (r.k_new != nullptr) WriteRows(r);
+  PrepareGroups(r);
+  if (task == Task::kSelect) return Select(r, selection);
+  if (task == Task::kDecode) Decode();
+  if (task == Task::kAttendSelected) AttendSelected(selection);
+  Account(r);
+  return absl::OkStatus();
+}
+
+void CpuBatch::WriteRows(const AttendRequest& r) {
+  const Storage& s = runtime_.storage();
+  const int kv_heads = runtime_.kv_heads(r.layer), element = ElementBytes(s.row.dtype);
+  for (int slot = 0; slot < static_cast<int>(slots_.size()); ++slot) {
+    if (slots_[slot] == nullptr) continue;
+    const Layer& layer = slots_[slot]->layer(r.layer);
+    blocks_.clear();
+    for (const KvHead& kv_head : layer.kv_heads) blocks_.push_back(kv_head.blocks.data());
+    const auto at = [&](const void* base, int dim) {
+      return base == nullptr
+                 ? nullptr
+                 : static_cast<const std::byte*>(base) + int64_t{slot} * kv_heads * dim * element;
+    };
+    cpu::Write({.storage = s,
+                .blocks = blocks_.data(),
+                .kv_heads = kv_heads,
+                .first = layer.tokens,
+                .count = slots_[slot]->tokens_in_step() - layer.tokens,
+                .k = at(r.k_new, s.row.dim_k),
+                .v = at(r.v_new, s.row.dim_v),
+                .k_token_stride = int64_t{kv_heads} * s.row.dim_k,
+                .k_head_stride = s.row.dim_k,
+                .v_token_stride = int64_t{kv_heads} * s.row.dim_v,
+                .v_head_stride = s.row.dim_v},
+               Stream{});
+  }
+}
+
+void CpuBatch::PrepareGroups(const AttendRequest& r) {
+  const int kv_heads = runtime_.kv_heads(r.layer), group_heads = runtime_.group_heads(r.layer);
+  groups_.clear();
+  owners_.clear();
+  std::byte* memory = scratch_.data();
+  for (int slot = 0; slot < static_cast<int>(slots_.size()); ++slot) {
+    Sequence* const sequence = slots_[slot];
+    if (sequence == nullptr) continue;
+    for (int h = 0; h < kv_heads; ++h) {
+      groups_.push_back(MakeGroup(r, slot, h, memory));
+      memory += ScratchBytes(runtime_.storage(), runtime_.promise(), sequence->tokens_in_step(),
+                             group_heads);
+      owners_.push_back(
+          {sequence, &sequence->layer(r.layer).kv_heads[h], int64_t{slot} * kv_heads + h});
+    }
+  }
+}
+
+Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* memory) {
+  const Options& o = runtime_.options();
+  const Storage& s = runtime_.storage();
+  const int kv_heads = runtime_.kv_heads(r.layer), group_heads = runtime_.group_heads(r.layer);
+  const int element = ElementBytes(s.row.dtype),
+            out_element = ElementBytes(static_cast<DType>(r.out_dtype));
+  Sequence& sequence = *slots_[slot];
+  KvHead& kv_head = sequence.layer(r.layer).kv_heads[h];
+  const int64_t tokens = sequence.tokens_in_step(), begin = std::min<int64_t>(o.sinks, tokens);
+  const int64_t head = int64_t{slot} * o.num_q_heads + int64_t{h} * group_heads;
+  Group group;
+  group.blocks = kv_head.blocks.data();
+  group.tokens = tokens;
+  group.middle_begin = begin;
+  group.middle_end = std::max(begin, sequence.MiddleEnd(tokens));
+  group.group_heads = group_heads;
+  group.out_dtype = r.out_dtype;
+  group.segments = kv_head.segments.data();
+  group.num_segments = static_cast<int32_t>(kv_head.segments.size());
+  if (group.num_segments > 0) group.index = kv_head.segments[0].tables;
+  group.state = kv_head.states.data();
+  group.key = MakeRandomKey(o.seed, sequence.id(), static_cast<uint32_t>(r.layer),
+                            static_cast<uint32_t>(h));
+  group.step = sequence.step();
+  group.q = static_cast<const std::byte*>(r.q) + head * s.row.dim_k * element;
+  if (r.out != nullptr)
+    group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;
+  if (r.lse != nullptr) group.lse = r.lse + head;
+  Verdict* const verdicts = reinterpret_cast<Verdict*>(r.verdict);  // the same in 32 bits
+  group.verdict = (verdicts != nullptr ? verdicts : verdicts_.data()) + head;
+  group.error = (r.error != nullptr ? r.error : errors_.data()) + head;
+  if (r.scores != nullptr) {
+    const bool apart = r.score_heads == o.num_q_heads;
+    const int64_t row = apart ? head : int64_t{slot} * kv_heads + h;
+    group.external = r.scores + row * r.scores_stride;
+    group.external_stride = apart ? r.scores_stride : 0;
+  }
+  group.scratch = CarveScratch(s, runtime_.promise(), tokens, group_heads, memory);
+  return group;
+}
+
+void CpuBatch::Decode() {
+  cpu::Decode({.storage = runtime_.storage(),
+               .promise = runtime_.promise(),
+               .groups = groups_.data(),
+               .num_groups = static_cast<int32_t>(groups_.size())},
+              runtime_.stream());
+}
+
+void CpuBatch::AttendSelected(const Selection& selection) {
+  // One array row per group: empty slots have none, so rows are taken by slot and head.
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    Group& group = groups_[i];
+    const int64_t place = owners_[i].place;
+    const int32_t* const tokens = selection.tokens + place * selection.capacity;
+    cpu::AttendSelected({.storage = runtime_.storage(),
+                         .groups = &group,
+                         .num_groups = 1,
+                         .tokens = tokens,
+                         .log_weights = selection.log_weights == nullptr
+                                            ? nullptr
+                                            : selection.log_weights + place * selection.capacity,
+                         .counts = selection.counts + place,
+                         .capacity = selection.capacity},
+                        runtime_.stream());
+    group.selected = 0;
+    for (int32_t k = 0; k < selection.counts[place]; ++k) {
+      if (tokens[k] >= group.middle_begin && tokens[k] < group.middle_end)
+        group.scratch.token[group.selected++] = static_cast<uint32_t>(tokens[k]);
+    }
+  }
+}
+
+absl::Status CpuBatch::Select(const AttendRequest& r, const Selection& selection) {
+  // A call that lacks room is made again, and draws the same: from these states of the groups.
+  std::vector<HeadState> before;
+  for (const Group& group : groups_)
+    before.insert(before.end(), group.state, group.state + group.group_heads);
+  cpu::Select({.storage = runtime_.storage(),
+               .promise = runtime_.promise(),
+               .groups = groups_.data(),
+               .num_groups = static_cast<int32_t>(groups_.size())},
+              runtime_.stream());
+  int64_t need = 0;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const Group& group = groups_[i];
+    const int64_t place = owners_[i].place, n = group.middle_end - group.middle_begin,
+                  count = group.tokens - n + group.selected;
+    selection.counts[place] = static_cast<int32_t>(count);
+    need = std::max(need, count);
+    if (r.selected != nullptr) r.selected[place] = static_cast<int32_t>(group.selected);
+    if (r.middle != nullptr) r.middle[place] = n;
+    if (count <= selection.capacity) WriteSelection(group, place, selection);
+  }
+  if (need > selection.capacity) {
+    auto from = before.cbegin();
+    for (const Group& group : groups_) {
+      std::copy_n(from, group.group_heads, group.state);
+      from += group.group_heads;
+    }
+  }
+  return CheckCapacity(need, selection);
+}
+
+void CpuBatch::WriteSelection(const Group& group, int64_t place, const Selection& selection) const {
+  int32_t* tokens = selection.tokens + place * selection.capacity;
+  float* weights = selection.log_weights + place * selection.capacity;
+  const auto add = [&](int64_t token, float weight) {
+    *tokens++ = static_cast<int32_t>(token);
+    *weights++ = weight;
+  };
+  for (int64_t t = 0; t < group.middle_begin; ++t) add(t, 0);
+  for (int64_t i = 0; i < group.selected; ++i)
+    add(group.scratch.token[i], -std::log(group.scratch.weight[i]));
+  for (int64_t t = group.middle_end; t < group.tokens; ++t) add(t, 0);
+}
+
+void CpuBatch::KeepQueries(const Group& group, KvHead& kv_head) const {
+  const Storage& s = runtime_.storage();
+  if (s.code.kind != IndexKind::kBalanced) return;
+  const int64_t count = int64_t{group.group_heads} * s.row.dim_k;
+  std::vector<float> queries(static_cast<size_t>(count));
+  const uint8_t* row = static_cast<const uint8_t*>(group.q);
+  cpu::LoadRows(
+      {.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype},
+      queries.data());
+  for (float& x : queries) x *= s.scale;
+  kv_head.recent.Add(queries.data(), count);
+}
+
+void CpuBatch::Account(const AttendRequest& r) {
+  uint64_t verdicts[4] = {};
+  uint64_t middle = 0, selected = 0, fetched = 0, looks = 0, noisy = 0;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const Group& group = groups_[i];
+    KvHead& kv_head = *owners_[i].kv_head;
+    const int64_t place = owners_[i].place, n = group.middle_end - group.middle_begin;
+    int64_t misses = group.selected;
+    if (runtime_.options().hot_share > 0) {
+      kv_head.hot.SetCapacity(HotCapacity(n));
+      // A whole reading streams past the hot set.
+      misses = group.all_read ? n - kv_head.hot.size()
+                              : kv_head.hot.Use(group.scratch.token, group.selected);
+    }
+    if (r.selected != nullptr) r.selected[place] = static_cast<int32_t>(group.selected);
+    if (r.fetched != nullptr) r.fetched[place] = static_cast<int32_t>(misses);
+    if (r.looks != nullptr) r.looks[place] = group.looks;
+    if (r.middle != nullptr) r.middle[place] = n;
+    if (RecentPlace(group.step) >= 0) KeepQueries(group, kv_head);
+    if (group.noisy) noisy += static_cast<uint64_t>(group.group_heads);
+    for (int g = 0; g < group.group_heads; ++g) ++verdicts[static_cast<int>(group.verdict[g])];
+    middle += n, selected += group.selected, fetched += misses, looks += group.looks;
+  }
+  Counters& c = runtime_.counters();
+  c.steps += groups_.size() / static_cast<size_t>(runtime_.kv_heads(r.layer));
+  c.heads_exact += verdicts[0], c.heads_verified += verdicts[1];
+  c.heads_dense += verdicts[2], c.heads_best_effort += verdicts[3];
+  c.heads_noisy += noisy;
+  c.rows_middle += middle, c.rows_selected += selected, c.rows_fetched += fetched;
+  c.bytes_fetched += fetched * static_cast<uint64_t>(runtime_.storage().row.row_bytes);
+  c.looks += looks;
+}
+
+}  // namespace vattn
