@@ -121,11 +121,10 @@ typedef enum vattn_index {
   VATTN_INDEX_PAGE = 4,
   /* mean key of 16 tokens (NSA, InfLLM-v2); head_dim_k / 8 bytes a token */
   VATTN_INDEX_POOLED = 5,
-  /* k-means of the prompt's keys, 2 bytes a token and 16,384 * index_bytes bytes of centroids per KV
-   * head (RetroInfer) */
+  /* k-means of the prompt's keys, 2 bytes a token and 16,384 * index_bytes bytes of centroids per
+   * KV head (RetroInfer) */
   VATTN_INDEX_CLUSTERS = 6,
-  /* the caller's: vattn_attend_params.scores; no codes */
-  VATTN_INDEX_EXTERNAL = 7
+  VATTN_INDEX_EXTERNAL = 7 /* the caller's: vattn_attend_params.scores; no codes */
 } vattn_index;
 
 typedef enum vattn_norm {
@@ -524,9 +523,9 @@ VATTN_EXPORT vattn_code vattn_tenant_limit(vattn_runtime* runtime, uint64_t tena
 typedef struct vattn_tenant_use {
   size_t struct_size;
   uint64_t host_bytes_limit; /* 0: none */
-  uint64_t
-      host_bytes_used; /* in blocks that its sequences took or have reserved; over all tenants, 0
-                                 * included, vattn_stats.host_bytes_used */
+  /* In blocks that its sequences took or have reserved; over all tenants, 0 included, the sum is
+   * vattn_stats.host_bytes_used. */
+  uint64_t host_bytes_used;
   uint64_t host_bytes_reserved; /* of them, reserved and not yet in use */
   uint64_t sequences;           /* alive */
   /* Calls answered FULL, and of them those for its quota, as long as the tenant is known: it has
