@@ -112,9 +112,7 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
                                            RowAddress(team.p.storage, team.group, token(k, r)))
                                      : 0;
         },
-        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); },
-        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {},
-        [](int, const std::byte*) {});
+        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); });
   }
 }
 

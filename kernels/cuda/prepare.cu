@@ -238,9 +238,7 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
               i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
           return reinterpret_cast<uint64_t>(RowAddress(p.storage, group, token));
         },
-        [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); },
-        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {},
-        [](int, const std::byte*) {});
+        [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); });
   }
 }
 
