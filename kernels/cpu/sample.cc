@@ -80,7 +80,7 @@ void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blo
       for (int i = tile * kTileTokens; i < (tile + 1) * kTileTokens; i += kLanes) {
         V e[kHeld];
         const V weight2 = SquaredWeight(estimate + i, by, n, e);
-        const V safe = hn::Max(weight2, hn::Set(d, 1e-30f));
+        const V safe = hn::Max(weight2, hn::Set(d, kLeastDivisor));
         const V inverse = InverseSqrt(safe);
         const V pi = hn::Min(one, hn::Mul(hn::Mul(weight2, inverse), hn::Set(d, scale)));
         expected = hn::Add(expected, pi);

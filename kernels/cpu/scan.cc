@@ -257,7 +257,7 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
   const int dims = code.dims();
   float most = 0;
   for (int j = 0; j < dims; ++j) most = std::max(most, std::abs(y[j]));
-  const float scale = std::max(most / 127.f, 1e-30f);
+  const float scale = std::max(most / 127.f, kLeastDivisor);
   for (int r = 0; r < dims / 4; ++r) {
     uint32_t word = 0;
     for (int i = 0; i < 4; ++i) {

@@ -12,10 +12,12 @@ namespace vattn::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kMostTileRows = 64;
+constexpr int kMostTileBytes =
+    44 * 1024;                   // two to four tiles fit shared memory (METHOD.md, "Speed")
 constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 
-constexpr int kLeastTiles = 2, kMostTiles = 4;  // in flight
-constexpr int kTailSums = 8;                    // doubles a thread, of the certificate
+constexpr int kLeastTiles = 2, kMostTiles = 4;  // tiles in flight
+constexpr int kTailSums = 8;                    // doubles that a thread sums for the certificate
 
 // Tile size of a row layout. Rows of a tile lie `pitch` bytes apart.
 struct TileShape {
@@ -24,7 +26,7 @@ struct TileShape {
 VATTN_HD inline TileShape MakeTileShape(int row_bytes, int most = kMostTileRows) {
   const int pitch = row_bytes + kRowPadding;
   int rows = most;
-  while (rows > 8 && rows * pitch > 44 * 1024) rows /= 2;
+  while (rows > 8 && rows * pitch > kMostTileBytes) rows /= 2;
   return {rows, row_bytes, pitch};
 }
 // For a list of `count` rows that `size` thread blocks share: small tiles rather than idle blocks.
