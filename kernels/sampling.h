@@ -32,6 +32,8 @@ constexpr float kClose = .3f;
 // Added to a variance that may be 0, before it divides or goes into a logarithm; times the mean |v|^2.
 constexpr float kTiny = 1e-20f;
 constexpr float kLeastUnit = 1e-30f;  // least mean |v|^2 that counts as a unit
+// The least that something is divided by or the inverse root is taken of: inverses stay within fp32.
+constexpr float kLeastDivisor = 1e-30f;
 
 // 2^f for |f| <= 0.5 is ((kPower4 f + kPower3) f + kPower2) f + kPower1) f + 1, by fused
 // multiply-adds, with a relative error below 5e-5: fp16, to which estimates are rounded, has 5e-4.

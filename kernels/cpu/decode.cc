@@ -82,7 +82,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     group.all_read = true;
     return;
   }
-  // NaN in one head's query or in codes draws nothing
+  // With NaN in a head's query or in codes nothing is drawn.
   const bool sampled = std::isfinite(plan.expected);
   Inclusion inclusion = plan.inclusion;
   Randomness randomness{.refresh = promise.refresh};
@@ -108,13 +108,14 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
       previous = inclusion.scale;
       inclusion.scale *= growth;
     } else {
-      // A heavy token that the index held for light was drawn by luck. To weigh it less by drawing
-      // all of its kind costs too much; known now, it and the rest of the draw are taken as exact,
-      // and the others are drawn anew: given what is known, the estimate stays unbiased.
+      // A heavy token that the index took for light was drawn by luck. Its weight 1 / pi would fall
+      // if more tokens of its kind were drawn, which costs too much. It is known now: it and the rest
+      // of the draw are taken as exact, and the others are drawn anew. Given what is known, the
+      // estimate stays unbiased.
       FixDrawn(group, draw.count);
       SumEstimates(s, group, states);
       ++randomness.redraw;
-      // One more of its kind: there are many
+      // It was not the only one: there are many of its kind.
       if (randomness.redraw > 1) inclusion.scale *= kMostGrowth;
       previous = kept = 0;
     }

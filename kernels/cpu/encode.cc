@@ -146,12 +146,12 @@ namespace {
 uint8_t Level(float x, int bits) {
   const int half = 1 << (bits - 1);
   const float level = std::floor(x) + static_cast<float>(half);
-  // NaN: 0
+  // NaN becomes level 0.
   return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));
 }
 
-// The errors that IndexTables limits of a key with coordinates x [dims] of the code and rest [dim_k
-// - dims]. Plain sums in this order on every backend.
+// The errors of a key that IndexTables limits. x [dims] are its coordinates in the code, rest [dim_k -
+// dims] the others. Every backend sums in this order, without fused operations.
 CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
   const int dims = s.code.dims();
   CodeErrors errors;
@@ -161,7 +161,7 @@ CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, 
   };
   for (int j = 0; j < dims; ++j) {
     const float half = s.code.half(j);
-    // NaN: any, r is NaN
+    // With NaN any level will do, because r is NaN.
     const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;
     const float r = (x[j] - level) * index.step[j];
     add(j, r * r);
@@ -175,7 +175,7 @@ void SetOutlier(const CodeLayout& code, int token, uint8_t* tile) {
   for (int w = 0; w < code.words(); ++w) std::memset(tile + (w * kTileTokens + token) * 4, 0, 4);
 }
 
-// values [16][dim_v].
+// Makes outliers of the tokens whose value is over the limit. values [16][dim_v].
 void SetHugeOutliers(const Storage& s, const IndexTables& index, const float* values,
                      uint8_t* tile) {
   for (int t = 0; t < kTileTokens; ++t) {
@@ -281,8 +281,8 @@ void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys,
 
 namespace {
 
-// Coordinates of a tile's keys [16][dim_k]: of the code, x [16][padded_dims], and the others, rest
-// [16][padded_rest].
+// The coordinates of a tile's keys [16][dim_k]: x [16][padded_dims] are those in the code, rest
+// [16][padded_rest] the others.
 void TransformTile(const Storage& s, const IndexTables& index, const float* keys, float* x,
                    float* rest) {
   const int padded_rest = s.code.padded_rest(s.row.dim_k);

@@ -9,6 +9,7 @@
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/sampling.h"
 
 namespace vattn::cpu {
 namespace {
@@ -197,7 +198,7 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     HeadWork& head = w.head[g];
     const SoftmaxState state(sums + g * floats, dim);
     if (s.value_bits > 0) state.denominator() += head.unseen - head.mass;
-    head.denominator = std::max(state.denominator(), 1e-30f);
+    head.denominator = std::max(state.denominator(), kLeastDivisor);
     for (int j = 0; j < dim; ++j) outputs[g * dim + j] = state.numerator[j] / head.denominator;
     head.least_ref = 0;
     if (promise.norm == Norm::kValue) {

@@ -26,7 +26,7 @@ void Predict(const Group& group, Plan& plan, int stride, int phase, Stream strea
   }
 }
 
-// Blocks by their largest e^, to scratch.tops. After SumEstimates.
+// Counts the blocks by their largest e^, to scratch.tops. Call it after SumEstimates.
 void CountTops(const Group& group) {
   const Scratch& w = group.scratch;
   std::fill(w.tops, w.tops + group.group_heads * kTopBins, 0.f);
@@ -133,7 +133,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     sure = SureTokens(group, stream);
     plan.noisy = sure > most;
     if (plan.noisy) plan.inclusion.sure = nullptr;
-    Predict(group, plan, 1, 0, stream);  // SureTokens took the place of gains and floors
+    Predict(group, plan, 1, 0, stream);  // SureTokens overwrote gains and floors
     plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
   }
   if (!plan.feasible) {

@@ -40,9 +40,10 @@ HWY_INLINE V InverseSqrt(V x) {
   return hn::Mul(r, hn::Sub(hn::Set(d, 1.5f), half));
 }
 
-// Sum over n heads of (gain e + floor)^2 of the tokens from `estimate` on, and their e [n]. A token
-// outside the middle or taken as exact has e = 0 for every head, weight 0, and is never drawn; an
-// outlier has e < 0, a sure one e >= `sure` of some head, and both are always drawn.
+// Returns weight^2 of the tokens from `estimate` on, the sum over n heads of (gain e + floor)^2, and
+// writes their e [n]. A token outside the middle, or taken as exact, has e = 0 for every head: its
+// weight is 0, and it is never drawn. An outlier has e < 0, a sure token e >= `sure` of some head: both
+// are always drawn.
 HWY_INLINE V SquaredWeight(const uint16_t* estimate, const BlockWeights& by, int n, V* e) {
   const D d;
   const V always = hn::Set(d, kAlwaysWeight2), zero = hn::Zero(d);
@@ -57,9 +58,9 @@ HWY_INLINE V SquaredWeight(const uint16_t* estimate, const BlockWeights& by, int
   return hn::IfThenElse(hn::Lt(e[0], zero), always, weight2);
 }
 
-// sums [G + 1] over `blocks` blocks: per head (gain e)^2 (1 / pi - 1) over tiles phase, phase +
-// stride, ... of the first block, phase + 1, ... of the next, and so on; then the expected draws.
-// `by` is of the first block, the next ones' gain and sure lie behind it.
+// Sums over `blocks` blocks: sums [G] of (gain e)^2 (1 / pi - 1) for each head, and behind them the
+// expected draws. It looks at the tiles phase, phase + stride, ... of the first block, phase + 1, ...
+// of the next, and so on. `by` is of the first block; gain and sure of the next ones lie behind it.
 template <int kHeads>
 void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blocks, float scale,
                    int stride, int phase, float* sums) {
@@ -79,7 +80,7 @@ void PredictBlocks(const uint16_t* estimate, BlockWeights by, int heads, int blo
       for (int i = tile * kTileTokens; i < (tile + 1) * kTileTokens; i += kLanes) {
         V e[kHeld];
         const V weight2 = SquaredWeight(estimate + i, by, n, e);
-        const V safe = hn::Max(weight2, hn::Set(d, 1e-30f));
+        const V safe = hn::Max(weight2, hn::Set(d, kLeastDivisor));
         const V inverse = InverseSqrt(safe);
         const V pi = hn::Min(one, hn::Mul(hn::Mul(weight2, inverse), hn::Set(d, scale)));
         expected = hn::Add(expected, pi);
@@ -116,9 +117,9 @@ void PredictDispatch(const uint16_t* estimate, const BlockWeights& by, int heads
   }
 }
 
-// u of `count` tokens, a multiple of 64, whose counters start at `counter`; kernels/rng.h has the
-// definition. Counters of even and odd number go apart, each in the low half of a 64-bit lane:
-// products then need no sorting, and what gathers in the high halves never counts.
+// TokenUniform of `count` tokens, a multiple of 64, whose counters start at `counter`. Even and odd
+// counters are kept apart, each in the low half of a 64-bit lane: products then need no sorting, and
+// the high halves are never used.
 void Uniform(const RandomKey& key, uint32_t use, uint32_t counter, uint32_t epoch,
              uint32_t step_phase, uint32_t refresh, int count, float* u) {
   const D d;
@@ -177,8 +178,8 @@ HWY_INLINE void AppendDrawn(hn::Mask<D> in, VU token, V weight, int count, uint3
   hn::StoreU(hn::Compress(token, hn::RebindMask(du, in)), du, tokens + count);
 }
 
-// Tokens of one block with low * weight <= u < scale * weight, to tokens, weights and, if not null,
-// their u to kept; the number.
+// Lists the tokens of one block with low * weight <= u < scale * weight: tokens, weights and, unless
+// null, their u in kept. Returns their number.
 template <int kHeads>
 int DrawBlock(const uint16_t* estimate, const BlockWeights& by, int heads, float low, float scale,
               const float* u, uint32_t first, uint32_t* tokens, float* weights, float* kept) {
@@ -225,8 +226,8 @@ int DrawDispatch(const uint16_t* estimate, const BlockWeights& by, int heads, fl
   }
 }
 
-// Of `count` kept tokens those with low * weight <= u < scale * weight, to tokens and weights; the
-// number.
+// Lists the tokens with low * weight <= u < scale * weight among `count` kept ones: tokens and weights.
+// Returns their number.
 int FilterKept(const uint32_t* kept_token, const float* kept_weight, const float* kept_u, int count,
                float low, float scale, uint32_t* tokens, float* weights) {
   const D d;
@@ -256,14 +257,14 @@ HWY_EXPORT(FilterKept);
 
 namespace {
 
-// Places of a segment in the sparse arrays; the last segment may have fewer than those. A draw that
-// keeps candidates has their u in the second half of the weights' places, Half(blocks) places on.
+// The places that a segment has in the sparse arrays; the last segment may have fewer. A draw that
+// keeps candidates writes their u to the second half of the weights' places, Half(blocks) places on.
 constexpr int kSegmentPlaces = kSegmentBlocks * kBlockTokens + kDrawSlack;
 constexpr int Half(int64_t blocks) {
   return static_cast<int>(blocks * kBlockTokens + kDrawSlack) / 2;
 }
-constexpr int kKeepBlocks = 4;  // segments with fewer have no room to speak of
-// Candidates: what a draw with so much higher probabilities would find
+constexpr int kKeepBlocks = 4;  // segments with fewer blocks keep no candidates: too little room
+// Candidates are what a draw with kKeep times the probabilities would find.
 constexpr float kKeep = 2;
 
 constexpr int kGainSlack = 16;  // ExpRow works on whole vectors
@@ -284,7 +285,7 @@ struct Weights {
           inclusion.sure == nullptr ? nullptr : inclusion.sure + int64_t{k} * group.group_heads;
       for (int g = 0; g < group.group_heads; ++g, ++at) {
         gain[at] = inclusion.log_gain[g] + shift[at];
-        // E^1 is over every estimate
+        // e^1 is over every estimate.
         sure[at] = least == nullptr ? 1 : std::min(1.f, least[g] - shift[at]);
       }
     }
@@ -335,9 +336,9 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
   const auto blocks_of = [&](int64_t s) {
     return std::min<int64_t>(blocks - s * kSegmentBlocks, kSegmentBlocks);
   };
-  // Tokens found in a segment, or minus that number if they are candidates.
+  // The number of tokens found in a segment; negative if they are candidates.
   const auto found = [&](int64_t s) -> float& { return w.sums[s * (heads + 2)]; };
-  // Tokens between two scales; -1 if they are to be kept with their u and are too many for that.
+  // Lists the tokens between two scales and returns their number; -1 if there is no room to keep their u.
   const auto draw = [&](int64_t s, float low, float scale, bool keep) {
     alignas(64) float u[kBlockTokens];
     const int64_t at = s * kSegmentPlaces;
@@ -363,7 +364,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
   ParallelFor(stream, segments, [&](int64_t s) {
     if (candidates && found(s) < 0) return;
     const int n = keep ? draw(s, 0, kKeep * inclusion.scale, true) : -1;
-    // Below 2^24: exact
+    // The number is below 2^24, so that a float holds it exactly.
     found(s) = static_cast<float>(n > 0 ? -n : draw(s, previous_scale, inclusion.scale, false));
   });
   // NOLINTNEXTLINE(clang-analyzer-core.NullDereference): keep says that kept is not null.

@@ -175,8 +175,8 @@ void ScoreCodes(const uint8_t* codes, const CodeLayout& layout, const PackedQuer
   ScoreHeads<8>(codes, layout, q, heads, first, last, soon, scores);
 }
 
-// 2^y for y <= 0, relative error below 5e-5 (the fp16 it is rounded to has 5e-4); less than 2^-29
-// where the true value is, -infinity included.
+// 2^y for y <= 0, with a relative error below 5e-5. Where 2^y is below 2^-29, -infinity included, the
+// result is too.
 HWY_INLINE hn::Vec<D> PowerOf2(hn::Vec<D> y) {
   const D d;
 #if HWY_TARGET == HWY_AVX3
@@ -198,8 +198,9 @@ HWY_INLINE hn::Vec<D> PowerOf2(hn::Vec<D> y) {
 #endif
 }
 
-// scores [256] -> fp16 estimates [256] relative to the largest; returns it, and the sum in *mass.
-// Only tokens outside the middle have estimate 0: the others must all have a chance to be drawn.
+// Turns scores [256] into fp16 estimates [256] relative to the largest score, which it returns; *mass
+// is the sum of the estimates. Only tokens outside the middle have estimate 0: all others must have a
+// chance to be drawn.
 template <bool kWhole>
 float EstimateScores(const float* scores, uint16_t* estimate, float* mass) {
   const D d;
@@ -256,7 +257,7 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
   const int dims = code.dims();
   float most = 0;
   for (int j = 0; j < dims; ++j) most = std::max(most, std::abs(y[j]));
-  const float scale = std::max(most / 127.f, 1e-30f);
+  const float scale = std::max(most / 127.f, kLeastDivisor);
   for (int r = 0; r < dims / 4; ++r) {
     uint32_t word = 0;
     for (int i = 0; i < 4; ++i) {
@@ -270,8 +271,8 @@ void PackHead(const CodeLayout& code, const float* y, float offset, PackedQuerie
   out.offset[lane] = offset;
 }
 
-// One head's query for codes that are signs: of its projection only signs are left too, and the sum
-// over dimensions is half of matches less mismatches.
+// One head's query for codes that are signs. Only the signs of its projection are left too, so that the
+// sum over dimensions is half of matches less mismatches.
 void PackSigns(const CodeLayout& code, const float* y, float scale, float offset,
                PackedQueries& out, int lane) {
   for (int r = 0; r < code.runs(); ++r) {
@@ -292,8 +293,8 @@ const uint8_t* CodesOf(const Storage& s, const Group& group, int64_t block) {
                                           s.block.codes);
 }
 
-// The group with `heads` of its query heads, from `first`, a multiple of 8, on: what a scan works
-// with at a time.
+// The group with only `heads` of its query heads, from head `first` on, a multiple of 8. A scan works
+// with this many at a time.
 Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
   Group part = group;
   part.group_heads = heads;
@@ -425,7 +426,7 @@ void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream str
       const Group part = HeadsOf(s, group, h, std::min(kHeadsAtOnce, heads - h));
       ScoreBlock(s, kind, part, token, scores);
       for (int g = 0; g < part.group_heads; ++g) {
-        // Of a ranking, marked tokens are the first.
+        // In a ranking outliers come first.
         std::replace_copy(
             scores + g * kBlockTokens + (begin - token), scores + g * kBlockTokens + (end - token),
             group.scratch.score + (h + g) * group.scratch.stride + (begin - group.middle_begin),

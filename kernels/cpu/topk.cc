@@ -14,9 +14,9 @@
 namespace vattn::cpu {
 namespace {
 
-// Marks in scratch.tail, one word a middle token.
-constexpr uint32_t kHeadTop = 1;  // in this head's top-k
-constexpr uint32_t kRead = 2;     // read by some head
+// Flags in scratch.tail, which has one word for each token of the middle.
+constexpr uint32_t kHeadTop = 1;  // is in this head's top-k
+constexpr uint32_t kRead = 2;     // was read by some head
 
 // Adds listed tokens (numbers within the middle) to one head's state with one weight for all.
 void AttendListed(const Storage& s, const Group& group, const uint32_t* tokens, int64_t count,
@@ -46,8 +46,7 @@ void TopK(const Group& group, int head, int64_t n, int64_t k, uint32_t* list) {
   std::sort(list, list + k);
 }
 
-// The first `count` tokens of `order` that are not in the head's top-k, into list; the number
-// found.
+// Lists the first `count` tokens of `order` that are not in the head's top-k; returns the number found.
 int64_t TakeResidual(const Group& group, const uint32_t* order, int64_t n, int64_t count,
                      uint32_t* list) {
   int64_t found = 0;

@@ -91,8 +91,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
           const int32_t token = tokens[place(k, r)];
           const float factor = token >= 0 && token < most ? 1 : NAN;
           return make_float2(log_weights == nullptr ? 0 : log_weights[place(k, r)], factor);
-        },
-        [](int, int, int, float) {}, [](int, const std::byte*) {});
+        });
   }
   Combine(team, false, 0);
   LoadHeads(team, false);
@@ -195,7 +194,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
   Plan plan = FinishPlan(team);
   if (plan.noisy && ReadsWhole(team))
     return AnswerDense<kType, kHeads>(team, Verdict::kDense, true);
-  // NaN in one head's query or in codes draws nothing
+  // With NaN in a head's query or in codes nothing is drawn.
   const bool sampled = IsFinite(plan.expected);
   const bool coded = team.p.storage.host.value_bits > 0;
   if (team.p.task == Task::kSelect) {

@@ -112,9 +112,7 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
                                            RowAddress(team.p.storage, team.group, token(k, r)))
                                      : 0;
         },
-        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); },
-        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {},
-        [](int, const std::byte*) {});
+        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); });
   }
 }
 
@@ -187,7 +185,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
     mass = BlockSum(mass, norms);
     mass2 = BlockSum(mass2, norms);
     if (coded) coded_mass = BlockSum(coded_mass, norms);
-    const float denominator = fmaxf(mass + coded_mass, 1e-30f);
+    const float denominator = fmaxf(mass + coded_mass, kLeastDivisor);
     // Several threads share an element, so that its parts are loaded at a time.
     const int shares = Max(kThreads / dim, 1);
     float* share = factor + parts;  // [shares][dim]
@@ -214,9 +212,10 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       work.shift = most;
       work.denominator = denominator;
       work.unseen = coded_mass;
-      work.least_ref = promise.norm == Norm::kValue
-                           ? promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, 1e-30f), 0.f))
-                           : 0;
+      work.least_ref =
+          promise.norm == Norm::kValue
+              ? promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, kLeastDivisor), 0.f))
+              : 0;
       w.head[h] = work;
     }
     __syncthreads();

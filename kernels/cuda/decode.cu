@@ -26,12 +26,17 @@ bool Ranked(const Promise& promise) {
   return promise.policy == Policy::kTopK || promise.policy == Policy::kTopKUniform;
 }
 
-// Rows that a draw may hold: the promise's share of the tokens, and what chance may add. All with
-// top-k.
+// A draw takes more rows than the plan expects by chance: kListMargin times as many, and kListSlack
+// rows, have room (METHOD.md, "Speed"). A draw that does not fit fails its heads.
+constexpr double kListMargin = 1.1;
+constexpr int64_t kListSlack = 4096;
+
+// Rows that a draw may hold. With top-k all tokens have room.
 int64_t ListCapacity(const Promise& promise, int64_t tokens) {
   if (Ranked(promise)) return tokens;
   const auto share =
-      static_cast<int64_t>(1.1 * promise.max_selected_share * static_cast<double>(tokens)) + 4096;
+      static_cast<int64_t>(kListMargin * promise.max_selected_share * static_cast<double>(tokens)) +
+      kListSlack;
   return share < tokens ? share : tokens;
 }
 
@@ -103,9 +108,9 @@ int TilesInFlight(const Storage& storage) {
     cudaGetLastError();
     return kLeastTiles;
   }
-  // Beside the tiles lie queries or outputs and what kernels declare.
-  constexpr int kRest = 68 * 1024;
-  const int tiles = (most - kRest) / TileBytes(MakeTileShape(storage.row.row_bytes));
+  // Shared memory beside the tiles: queries or outputs, and what kernels declare.
+  constexpr int kRestBytes = 68 * 1024;
+  const int tiles = (most - kRestBytes) / TileBytes(MakeTileShape(storage.row.row_bytes));
   return tiles < kLeastTiles ? kLeastTiles : tiles > kMostTiles ? kMostTiles : tiles;
 }
 

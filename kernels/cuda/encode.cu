@@ -14,7 +14,7 @@ constexpr int kEncodeThreads = 128;
 __device__ uint32_t Level(float x, int bits) {
   const int half = 1 << (bits - 1);
   const float level = floorf(x) + static_cast<float>(half);
-  // NaN: 0
+  // NaN becomes level 0.
   return static_cast<uint32_t>(fminf(fmaxf(0.f, level), static_cast<float>(2 * half - 1)));
 }
 

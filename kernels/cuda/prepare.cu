@@ -7,6 +7,7 @@
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/stages.h"
 #include "kernels/cuda/values.h"
+#include "kernels/sampling.h"
 
 namespace vattn::cuda {
 namespace {
@@ -32,7 +33,7 @@ __device__ void PackHead(const CodeLayout& code, const float* y, float offset, P
   const int dims = code.dims8 + code.dims4 + code.dims2, lane = threadIdx.x % kWarp;
   float most = 0;
   for (int j = lane; j < dims; j += kWarp) most = fmaxf(most, fabsf(y[j]));
-  const float scale = fmaxf(__fdiv_rn(WarpMax(most), 127.f), 1e-30f);
+  const float scale = fmaxf(__fdiv_rn(WarpMax(most), 127.f), kLeastDivisor);
   float sum = 0;
   for (int r = lane; r < dims / 4; r += kWarp) {
     uint32_t word = 0;
@@ -238,9 +239,7 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
               i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
           return reinterpret_cast<uint64_t>(RowAddress(p.storage, group, token));
         },
-        [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); },
-        [](int, int) { return make_float2(0, 1); }, [](int, int, int, float) {},
-        [](int, const std::byte*) {});
+        [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); });
   }
 }
 

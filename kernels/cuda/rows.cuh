@@ -12,10 +12,12 @@ namespace vattn::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kMostTileRows = 64;
+constexpr int kMostTileBytes =
+    44 * 1024;                   // two to four tiles fit shared memory (METHOD.md, "Speed")
 constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 
-constexpr int kLeastTiles = 2, kMostTiles = 4;  // in flight
-constexpr int kTailSums = 8;                    // doubles a thread, of the certificate
+constexpr int kLeastTiles = 2, kMostTiles = 4;  // tiles in flight
+constexpr int kTailSums = 8;                    // doubles that a thread sums for the certificate
 
 // Tile size of a row layout. Rows of a tile lie `pitch` bytes apart.
 struct TileShape {
@@ -24,7 +26,7 @@ struct TileShape {
 VATTN_HD inline TileShape MakeTileShape(int row_bytes, int most = kMostTileRows) {
   const int pitch = row_bytes + kRowPadding;
   int rows = most;
-  while (rows > 8 && rows * pitch > 44 * 1024) rows /= 2;
+  while (rows > 8 && rows * pitch > kMostTileBytes) rows /= 2;
   return {rows, row_bytes, pitch};
 }
 // For a list of `count` rows that `size` thread blocks share: small tiles rather than idle blocks.
@@ -205,18 +207,33 @@ struct ValueSum {
   }
 };
 
-// Softmax states of up to kHeads heads over tiles of rows. shared.most must hold what the logits are
-// relative to at first (-inf: the rows' own largest), queries [kHeads][dim_k] lie in shared memory.
-//   address(k, r) as WalkTiles; count(k) rows of tile k;
-//   weigh(k, r): {added to the logit, factor of the weight};
-//   note(k, r, h, logit) for what the caller keeps; it may set the logit to -inf, which leaves the row
-//   out for this head, if shared.most is finite; keep(k, tile) sees each tile once.
-// States [heads][dim_v + 3] go to `state`. With norms, |v|^2 of each row is in shared.norm2 at note.
-template <DType kType, int kHeads, class Address, class Count, class Weigh, class Note, class Keep>
+// What AttendTiles does unless the caller says otherwise: a row counts once, and nothing is kept.
+struct WeighOnce {
+  __device__ float2 operator()(int, int) const { return make_float2(0, 1); }
+};
+struct IgnoreLogit {
+  __device__ void operator()(int, int, int, float) const {}
+};
+struct IgnoreTile {
+  __device__ void operator()(int, const std::byte*) const {}
+};
+
+// Softmax states of up to kHeads heads over tiles of rows, to `state` [heads][dim_v + 3]. shared.most
+// must hold what the logits are relative to at first (-inf: the largest of the rows). queries
+// [kHeads][dim_k] lie in shared memory.
+//   address(k, r)         as in WalkTiles
+//   count(k)              rows of tile k
+//   weigh(k, r)           {what is added to the logit, the factor of the weight}
+//   note(k, r, h, logit)  sees each logit, when |v|^2 of the row is in shared.norm2. It may set the
+//                         logit to -inf, which leaves the row out for this head; shared.most must
+//                         be finite then.
+//   keep(k, tile)         sees each tile once
+template <DType kType, int kHeads, class Address, class Count, class Weigh = WeighOnce,
+          class Note = IgnoreLogit, class Keep = IgnoreTile>
 __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int depth, int tiles,
                             int heads, const float* queries, std::byte* memory,
                             RowsShared<kHeads>& shared, float* state, Address&& address,
-                            Count&& count, Weigh&& weigh, Note&& note, Keep&& keep) {
+                            Count&& count, Weigh&& weigh = {}, Note&& note = {}, Keep&& keep = {}) {
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   ValueSum<kType, kHeads> values(row.dim_v);
   if (tid < kHeads) shared.mass[tid] = shared.mass2[tid] = 0;

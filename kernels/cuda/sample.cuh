@@ -37,7 +37,7 @@ inline __device__ void AddWeight(float e, float gain, float floor, float sure, f
 
 // Expected draws and variance excess 1 / pi - 1 of a token with this weight^2.
 inline __device__ float Excess(float weight2, float scale, float& expected) {
-  const float inverse = rsqrtf(fmaxf(weight2, 1e-30f));
+  const float inverse = rsqrtf(fmaxf(weight2, kLeastDivisor));
   expected += fminf(1.f, weight2 * inverse * scale);
   return fmaxf(inverse / scale - 1.f, 0.f);
 }
@@ -262,7 +262,8 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
 #pragma unroll
       for (int k = 0; k < kDrawTokens / 2; ++k) {
         const int i = 2 * k + j;
-        const float inverse = rsqrtf(fmaxf(weight2[i], 1e-30f)), weight = weight2[i] * inverse;
+        const float inverse = rsqrtf(fmaxf(weight2[i], kLeastDivisor)),
+                    weight = weight2[i] * inverse;
         expected += fminf(1.f, weight * scale);
         excess[i] = fmaxf(fmaf(inverse, inverse_scale, -1.f), 0.f);
         // The rough weight decides only where the exact one surely agrees.
