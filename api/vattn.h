@@ -37,6 +37,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Marks what the library exports. */
 #if defined(__GNUC__)
 #define VATTN_EXPORT __attribute__((visibility("default")))
 #else
@@ -47,14 +48,14 @@
 extern "C" {
 #endif
 
-#define VATTN_VERSION_MAJOR 0
-#define VATTN_VERSION_MINOR 1
-#define VATTN_VERSION_PATCH 0
+#define VATTN_VERSION_MAJOR 0 /* of this header, as vattn_version has it of the library */
+#define VATTN_VERSION_MINOR 1 /* goes up with what is added */
+#define VATTN_VERSION_PATCH 0 /* goes up with what is mended */
 
-struct CUstream_st; /* what cudaStream_t points to */
-typedef struct vattn_runtime vattn_runtime;
-typedef struct vattn_sequence vattn_sequence;
-typedef struct vattn_batch vattn_batch;
+struct CUstream_st;                           /* what cudaStream_t points to */
+typedef struct vattn_runtime vattn_runtime;   /* a host pool, its options and counters */
+typedef struct vattn_sequence vattn_sequence; /* rows of a sequence of tokens in every layer */
+typedef struct vattn_batch vattn_batch; /* slots for sequences that take decode steps together */
 
 /* ---- Codes and texts ------------------------------------------------------------------------ */
 
@@ -78,8 +79,9 @@ typedef enum vattn_code {
 VATTN_EXPORT const char* vattn_last_error(void);
 /* "OK", "INVALID_ARGUMENT", ...; "UNKNOWN" for a number that is no code. */
 VATTN_EXPORT const char* vattn_code_name(int32_t code);
-/* "0.1.0" and what the library was built with: commit, compiler, backends. Static strings. */
+/* "0.1.0". A static string, as that of vattn_build_info: commit, compiler, backends. */
 VATTN_EXPORT const char* vattn_version(void);
+/* Commit, compiler and backends that the library was built with, in one line. */
 VATTN_EXPORT const char* vattn_build_info(void);
 
 /* ---- Options -------------------------------------------------------------------------------- */
@@ -91,12 +93,14 @@ typedef enum vattn_dtype {
   /* 3.. are kept for fp8 and int4 rows with scales */
 } vattn_dtype;
 
+/* Where steps are computed. */
 typedef enum vattn_backend {
   VATTN_BACKEND_AUTO = 0, /* CUDA when built with it and a device is there, else CPU */
   VATTN_BACKEND_CPU = 1,
   VATTN_BACKEND_CUDA = 2
 } vattn_backend;
 
+/* Which rows of the middle a step reads. */
 typedef enum vattn_policy {
   /* Poisson sampling with a checked error bound (kernels/METHOD.md) */
   VATTN_POLICY_VERIFIED = 0,
@@ -105,6 +109,7 @@ typedef enum vattn_policy {
   VATTN_POLICY_DENSE = 3         /* every row: exact */
 } vattn_policy;
 
+/* What predicts the scores of the middle. */
 typedef enum vattn_index {
   VATTN_INDEX_BALANCED = 0, /* balanced-truncation codes, index_bytes a token */
   /* True scores: reads every key, on CUDA those of the middle over PCIe in every call (they are
@@ -127,16 +132,19 @@ typedef enum vattn_index {
   VATTN_INDEX_EXTERNAL = 7 /* the caller's: vattn_attend_params.scores; no codes */
 } vattn_index;
 
+/* What an error is relative to: ref of the promise, with o the head's answer. */
 typedef enum vattn_norm {
   VATTN_NORM_VALUE = 0, /* ref = max(|o|, norm_floor * rms|v|), rms weighted by attention */
   VATTN_NORM_OUTPUT = 1 /* ref = |o| */
 } vattn_norm;
 
+/* What becomes of a head that max_looks draws did not verify. */
 typedef enum vattn_on_unverified {
   VATTN_ON_UNVERIFIED_DENSE = 0,      /* read the rest: exact */
   VATTN_ON_UNVERIFIED_BEST_EFFORT = 1 /* return the estimate, flagged and counted */
 } vattn_on_unverified;
 
+/* How the error is bounded from its estimated variance. */
 typedef enum vattn_bound {
   VATTN_BOUND_SHARP = 0, /* chi-square quantile at the effective rank of the error */
   VATTN_BOUND_SAFE = 1   /* one-dimensional normal quantile: wider, needs no rank estimate */
@@ -149,6 +157,7 @@ typedef enum vattn_target {
   VATTN_TARGET_DENOMINATOR = 2
 } vattn_target;
 
+/* How files are read and written. */
 typedef enum vattn_io {
   VATTN_IO_AUTO = 0,  /* io_uring where it is to be had, else pread and pwrite */
   VATTN_IO_URING = 1, /* NOT_SUPPORTED where it is not */
@@ -171,6 +180,7 @@ typedef enum vattn_tier {
   VATTN_TIER_DISK = 2    /* files in disk_path */
 } vattn_tier;
 
+/* What is known of a query head's answer. */
 typedef enum vattn_verdict {
   VATTN_VERDICT_EXACT = 0, /* nothing was sampled away */
   /* Of a head's answers with this verdict, over steps, at most a share delta is off by more than
@@ -183,6 +193,7 @@ typedef enum vattn_verdict {
   VATTN_VERDICT_BEST_EFFORT = 3
 } vattn_verdict;
 
+/* How much a line of the log matters. */
 typedef enum vattn_log_level {
   VATTN_LOG_ERROR = 0,
   VATTN_LOG_WARNING = 1,
@@ -195,8 +206,9 @@ typedef enum vattn_log_level {
  * ends there. message ends without a newline and dies with the call. */
 typedef void (*vattn_log_function)(void* user, int32_t level, const char* message);
 
+/* What a runtime is made with; fill it with vattn_options_init, then change fields. */
 typedef struct vattn_options {
-  size_t struct_size;
+  size_t struct_size; /* bytes of the struct that the caller knows */
 
   /* Model shape. Query head h reads KV head h / (num_q_heads / kv_heads of the layer). */
   int32_t num_layers;   /* 1 to 1024 */
@@ -325,7 +337,7 @@ typedef struct vattn_options {
 
   /* Logger; NULL keeps the library silent. */
   vattn_log_function log;
-  void* log_user;
+  void* log_user; /* first argument of log */
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
@@ -346,8 +358,8 @@ VATTN_EXPORT vattn_code vattn_options_from_json(const char* json, vattn_options*
 /* ---- Runtime -------------------------------------------------------------------------------- */
 
 /* Creates a runtime: checks every option, reads the profile and maps the host pool. Blocks until
- * that is done. INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED, and those of vattn_options.profile. *out is NULL
- * after a failure. */
+ * that is done. INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED, and those of
+ * vattn_options.profile. *out is NULL after a failure. */
 VATTN_EXPORT vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** out);
 /* Defaults, then the JSON object, then vattn_runtime_create. */
 VATTN_EXPORT vattn_code vattn_runtime_create_json(const char* json, vattn_runtime** out);
@@ -366,7 +378,7 @@ VATTN_EXPORT vattn_code vattn_doctor(char* buffer, size_t size, size_t* needed);
 /* ---- Sequences ------------------------------------------------------------------------------ */
 
 typedef struct vattn_sequence_options {
-  size_t struct_size;
+  size_t struct_size;     /* bytes of the struct that the caller knows */
   uint64_t id;            /* keys the random numbers; 0: a number of the runtime's own */
   int64_t reserve_tokens; /* as vattn_sequence_reserve, before anything is created; 0: none */
   /* Whose blocks it takes count for, and under whose quota; 0: nobody's, which has none. Forks
@@ -374,6 +386,7 @@ typedef struct vattn_sequence_options {
   uint64_t tenant;
 } vattn_sequence_options;
 
+/* Fills *options with defaults; struct_size is sizeof(*options). */
 VATTN_EXPORT void vattn_sequence_options_init(vattn_sequence_options* options, size_t struct_size);
 
 /* An empty sequence. options may be NULL. FULL if reserve_tokens cannot be set aside: nothing is
@@ -384,8 +397,8 @@ VATTN_EXPORT vattn_code vattn_sequence_create(vattn_runtime* runtime,
 /* Sets aside all blocks that the sequence still needs to have `tokens` tokens (0 to 2^31) in
  * every layer, in place of what it had set aside before; 0 gives that back. Until it has more
  * tokens than that, appends and steps draw from the reservation and are not FULL. It outlasts
- * them: what truncation frees returns to it, and while blocks are shared with forks and
- * prefixes in memory it holds room for the copies too, so that fork, truncate, vattn_prefix_save and this
+ * them: what truncation frees returns to it, and while blocks are shared with forks and prefixes
+ * in memory it holds room for the copies too, so that fork, truncate, vattn_prefix_save and this
  * call can be FULL, which changes nothing. A sequence with a reservation is never spilled.
  * Hibernating gives the room away; the sequence wakes with all of it or stays asleep. Forks
  * start without one. FULL names need, free, reserved, limit and knob. */
@@ -407,14 +420,15 @@ VATTN_EXPORT vattn_code vattn_sequence_length(const vattn_sequence* sequence, in
 /* A stride of no elements, which 0 cannot say. */
 #define VATTN_STRIDE_ZERO INT64_MIN
 
+/* Prompt tokens of one layer. */
 typedef struct vattn_append_params {
-  size_t struct_size;
-  int32_t layer;
+  size_t struct_size;  /* bytes of the struct that the caller knows */
+  int32_t layer;       /* 0 to num_layers - 1 */
   int32_t num_queries; /* tokens in q, 0 to num_tokens: the last ones of k */
   int64_t num_tokens;  /* 1 or more */
   /* [num_tokens, kv_heads, head_dim] in the runtime's dtype, post-RoPE, v NULL with shared_kv. */
   const void* k;
-  const void* v;
+  const void* v; /* as k, with the values' head_dim */
   /* Optional: queries of the last num_queries tokens, [num_queries, q_heads, head_dim_k],
    * post-RoPE and unscaled. They calibrate the index (kernels/METHOD.md, "Index"): pass those of
    * all prompt tokens where they are at hand. Of each call 512, spread evenly over its tokens
@@ -422,11 +436,15 @@ typedef struct vattn_append_params {
   const void* q;
   /* Strides in elements; 0: contiguous as above; VATTN_STRIDE_ZERO: 0, every token or head reads
    * the same row, as of a broadcast array. The head dimension itself is contiguous. */
-  int64_t k_token_stride, k_head_stride;
-  int64_t v_token_stride, v_head_stride;
-  int64_t q_token_stride, q_head_stride;
+  int64_t k_token_stride; /* from a token of k to the next */
+  int64_t k_head_stride;  /* from a head of k to the next */
+  int64_t v_token_stride; /* from a token of v to the next */
+  int64_t v_head_stride;  /* from a head of v to the next */
+  int64_t q_token_stride; /* from a token of q to the next */
+  int64_t q_head_stride;  /* from a head of q to the next */
 } vattn_append_params;
 
+/* Fills *params with defaults; struct_size is sizeof(*params). */
 VATTN_EXPORT void vattn_append_params_init(vattn_append_params* params, size_t struct_size);
 
 /* Adds prompt tokens to one layer, in chunks of any size. Blocks until copied. On CUDA k and v,
@@ -472,29 +490,31 @@ VATTN_EXPORT vattn_code vattn_sequence_wake(vattn_sequence* sequence);
  * model with its weights and position encoding, and the tenant. It is kept with the prefix, also
  * in its file. */
 typedef struct vattn_prefix {
-  size_t struct_size;
-  const void* salt;
+  size_t struct_size;    /* bytes of the struct that the caller knows */
+  const void* salt;      /* [salt_bytes] bytes */
   uint64_t salt_bytes;   /* 1 to 4096 */
   const int32_t* tokens; /* [num_tokens] ids, from the first token of the sequence on */
   int64_t num_tokens;    /* 1 or more */
   /* vattn_prefix_restore: of the new sequence, as in vattn_sequence_options. */
   int64_t reserve_tokens;
-  uint64_t tenant;
+  uint64_t tenant;   /* whose blocks it takes count for */
   int32_t tier;      /* vattn_tier */
   int32_t reserved0; /* 0 */
 } vattn_prefix;
 
+/* Fills *prefix with defaults; struct_size is sizeof(*prefix). */
 VATTN_EXPORT void vattn_prefix_init(vattn_prefix* prefix, size_t struct_size);
 
 /* Stores the first num_tokens tokens of a sequence, whose ids the caller vouches for. Nothing is
  * done if that prefix is there already. INVALID_ARGUMENT if a layer has fewer tokens, or tier is
  * disk without disk_path. Disk: FULL if disk_bytes has no room; IO_ERROR. Memory: the sequence's
  * blocks are shared, and stay in the host pool when it is gone, counted for its tenant. Fewer
- * than 256 tokens are not stored, nor is a prefix of a stored one, which serves for both. Builds the
- * index first, so that codes are shared too. FULL where vattn_sequence_build_index is, and if the
- * sequence has a reservation without room for copies of what is then shared. When the pool or the
- * tenant's quota is full, prefixes in memory go, the tenant's own first, those unused for longest
- * first, before anything is spilled or FULL; at the quota only those of the tenant's blocks. */
+ * than 256 tokens are not stored, nor is a prefix of a stored one, which serves for both. Builds
+ * the index first, so that codes are shared too. FULL where vattn_sequence_build_index is, and
+ * if the sequence has a reservation without room for copies of what is then shared. When the
+ * pool or the tenant's quota is full, prefixes in memory go, the tenant's own first, those
+ * unused for longest first, before anything is spilled or FULL; at the quota only those of the
+ * tenant's blocks. */
 VATTN_EXPORT vattn_code vattn_prefix_save(const vattn_sequence* sequence,
                                           const vattn_prefix* prefix);
 /* A new sequence (id as in vattn_sequence_options) that begins with as many of the given tokens
@@ -520,8 +540,9 @@ VATTN_EXPORT vattn_code vattn_prefix_forget(vattn_runtime* runtime, const void* 
 VATTN_EXPORT vattn_code vattn_tenant_limit(vattn_runtime* runtime, uint64_t tenant,
                                            uint64_t host_bytes);
 
+/* What a tenant holds of the host pool. */
 typedef struct vattn_tenant_use {
-  size_t struct_size;
+  size_t struct_size;        /* bytes of the struct that the caller knows */
   uint64_t host_bytes_limit; /* 0: none */
   /* In blocks that its sequences took or have reserved; over all tenants, 0 included, the sum is
    * vattn_stats.host_bytes_used. */
@@ -531,7 +552,7 @@ typedef struct vattn_tenant_use {
   /* Calls answered FULL, and of them those for its quota, as long as the tenant is known: it has
    * a limit of its own, a sequence, a prefix in memory or a block. */
   uint64_t full_refusals;
-  uint64_t quota_refusals;
+  uint64_t quota_refusals; /* of full_refusals: for its quota */
 } vattn_tenant_use;
 
 /* What a tenant holds now; a tenant never heard of holds nothing. */
@@ -543,10 +564,12 @@ VATTN_EXPORT vattn_code vattn_tenant_stats(const vattn_runtime* runtime, uint64_
 /* A batch with room for `slots` sequences, 1 to 4096. */
 VATTN_EXPORT vattn_code vattn_batch_create(vattn_runtime* runtime, int32_t slots,
                                            vattn_batch** out);
+/* Takes its sequences out of their slots; they stay. */
 VATTN_EXPORT void vattn_batch_destroy(vattn_batch* batch);
 /* Puts a sequence into a slot (its former one is taken out). A sequence sits in one slot at
    most. */
 VATTN_EXPORT vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_sequence* sequence);
+/* Takes the sequence out of a slot; an empty one stays so. */
 VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
 
 /* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence,
@@ -577,9 +600,10 @@ VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_t
  * INVALID_ARGUMENT. (On CUDA none of that is checked: a replayed graph attends without a call.) */
 VATTN_EXPORT vattn_code vattn_batch_abandon(vattn_batch* batch);
 
+/* One layer's call of a step, and where its answers go. */
 typedef struct vattn_attend_params {
-  size_t struct_size;
-  int32_t layer;
+  size_t struct_size; /* bytes of the struct that the caller knows */
+  int32_t layer;      /* 0 to num_layers - 1 */
   int32_t num_tokens; /* query tokens per slot; 1 */
   int32_t out_dtype;  /* vattn_dtype of out */
   /* Heads of scores: num_q_heads, or the layer's KV heads, whose query heads then share them; 0: KV
@@ -611,6 +635,7 @@ typedef struct vattn_attend_params {
   uint64_t* timeline;
 } vattn_attend_params;
 
+/* Places in vattn_attend_params.timeline: when a stage of the call ended. */
 typedef enum vattn_timeline {
   VATTN_TIMELINE_START = 0,
   VATTN_TIMELINE_PREPARED = 1, /* new row written, queries packed */
@@ -624,6 +649,7 @@ typedef enum vattn_timeline {
   VATTN_TIMELINE_MARKS = 8
 } vattn_timeline;
 
+/* Fills *params with defaults; struct_size is sizeof(*params). */
 VATTN_EXPORT void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size);
 
 /* Writes the new token's row and attends, for every filled slot. Each layer once per step. On
@@ -636,14 +662,15 @@ VATTN_EXPORT vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_para
 
 /* As vattn_attend, over the caller's tokens in place of ours: DSA-like indexers, MLA top-k. */
 typedef struct vattn_selection {
-  size_t struct_size;
-  int64_t capacity; /* entries per (slot, KV head) in the arrays below */
-  int32_t* tokens;  /* [slots, kv_heads, capacity] ascending token numbers */
+  size_t struct_size; /* bytes of the struct that the caller knows */
+  int64_t capacity;   /* entries per (slot, KV head) in the arrays below */
+  int32_t* tokens;    /* [slots, kv_heads, capacity] ascending token numbers */
   /* [slots, kv_heads, capacity] added to the logits: -ln pi; may be NULL */
   float* log_weights;
   int32_t* counts; /* [slots, kv_heads] entries in use */
 } vattn_selection;
 
+/* Fills *selection with defaults; struct_size is sizeof(*selection). */
 VATTN_EXPORT void vattn_selection_init(vattn_selection* selection, size_t struct_size);
 
 /* Attends exactly the listed tokens (sinks and window included only if listed). Out of range or
@@ -661,7 +688,7 @@ VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_para
 /* ---- Counters ------------------------------------------------------------------------------- */
 
 typedef struct vattn_stats {
-  size_t struct_size;
+  size_t struct_size; /* bytes of the struct that the caller knows */
 
   /* Host memory. */
   uint64_t host_bytes_limit;    /* host pool */
@@ -676,24 +703,24 @@ typedef struct vattn_stats {
    * of the whole host pool, device memory taken for them so far, how often more was taken, and how
    * long that took. */
   uint64_t device_bytes_reserved;
-  uint64_t device_bytes_mapped;
-  uint64_t device_growths;
-  uint64_t device_growth_ns;
+  uint64_t device_bytes_mapped; /* device memory taken for them so far */
+  uint64_t device_growths;      /* how often more was taken */
+  uint64_t device_growth_ns;    /* how long that took */
 
   /* Steps. */
-  uint64_t sequences;   /* alive */
-  uint64_t tokens;      /* held, over sequences and layers */
-  uint64_t steps;       /* vattn_attend calls x filled slots */
-  uint64_t heads_exact; /* query heads by verdict */
-  uint64_t heads_verified;
-  uint64_t heads_dense;
-  uint64_t heads_best_effort;
+  uint64_t sequences;         /* alive */
+  uint64_t tokens;            /* held, over sequences and layers */
+  uint64_t steps;             /* vattn_attend calls x filled slots */
+  uint64_t heads_exact;       /* query heads by verdict */
+  uint64_t heads_verified;    /* verdict VERIFIED */
+  uint64_t heads_dense;       /* verdict DENSE */
+  uint64_t heads_best_effort; /* verdict BEST_EFFORT */
   uint64_t heads_noisy;   /* of heads_dense and heads_best_effort: codes too coarse for the query */
   uint64_t rows_middle;   /* rows that dense attention would have read from the middle */
   uint64_t rows_selected; /* rows read */
   uint64_t rows_fetched;  /* of them: not in the hot set */
-  uint64_t bytes_fetched;
-  uint64_t looks; /* draws, over KV heads */
+  uint64_t bytes_fetched; /* bytes of rows_fetched */
+  uint64_t looks;         /* draws, over KV heads */
 
   /* Index. */
   uint64_t segments_learnt;  /* parts of indices learnt from their tokens, over layers */
@@ -705,29 +732,30 @@ typedef struct vattn_stats {
   /* Files. */
   uint64_t disk_bytes_used; /* files in disk_path, written or promised */
   uint64_t saves;           /* sequence files written: saved, hibernated, spilled, prefixes */
-  uint64_t bytes_saved;
-  uint64_t restores;       /* sequences read from such files */
-  uint64_t bytes_restored; /* in their blocks */
-  uint64_t spills;         /* sequences moved to the disk for room */
-  uint64_t spill_failures;
-  uint64_t files_refused; /* files to restore that failed their check */
-  uint64_t io_errors;     /* file operations that the system refused */
+  uint64_t bytes_saved;     /* written to them */
+  uint64_t restores;        /* sequences read from such files */
+  uint64_t bytes_restored;  /* in their blocks */
+  uint64_t spills;          /* sequences moved to the disk for room */
+  uint64_t spill_failures;  /* sequences that could not be moved */
+  uint64_t files_refused;   /* files to restore that failed their check */
+  uint64_t io_errors;       /* file operations that the system refused */
 
   /* Stored prefixes: calls of vattn_prefix_restore, then the tier memory, then the tier disk. */
-  uint64_t prefix_hits;        /* calls that found one */
-  uint64_t prefix_tokens;      /* tokens that those began with */
-  uint64_t prefix_misses;      /* calls answered NOT_FOUND */
-  uint64_t prefix_mismatches;  /* digests that led to other tokens, in either tier */
-  uint64_t memory_prefixes;    /* in the host pool now */
-  uint64_t memory_prefix_hits; /* of prefix_hits: from the host pool */
-  uint64_t memory_prefixes_saved;
+  uint64_t prefix_hits;             /* calls that found one */
+  uint64_t prefix_tokens;           /* tokens that those began with */
+  uint64_t prefix_misses;           /* calls answered NOT_FOUND */
+  uint64_t prefix_mismatches;       /* digests that led to other tokens, in either tier */
+  uint64_t memory_prefixes;         /* in the host pool now */
+  uint64_t memory_prefix_hits;      /* of prefix_hits: from the host pool */
+  uint64_t memory_prefixes_saved;   /* put into the host pool */
   uint64_t memory_prefixes_evicted; /* let go for room */
-  uint64_t disk_prefixes_saved;
-  uint64_t disk_prefixes_evicted; /* removed for room */
-  uint64_t disk_prefixes_damaged; /* failed their check and were removed */
-  uint64_t disk_prefixes_unread;  /* could not be read by the system when wanted */
+  uint64_t disk_prefixes_saved;     /* written to disk_path */
+  uint64_t disk_prefixes_evicted;   /* removed for room */
+  uint64_t disk_prefixes_damaged;   /* failed their check and were removed */
+  uint64_t disk_prefixes_unread;    /* could not be read by the system when wanted */
 } vattn_stats;
 
+/* The counters since the runtime was made, and what is held now. */
 VATTN_EXPORT vattn_code vattn_runtime_stats(const vattn_runtime* runtime, vattn_stats* stats,
                                             size_t struct_size);
 /* The same as Prometheus text, and vattn_tenant_stats of each tenant that is known; buffer, size

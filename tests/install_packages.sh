@@ -3,7 +3,7 @@
 set -euo pipefail
 packages=(g++ cmake ninja-build pkg-config git ca-certificates libtbb-dev libhwloc-dev libabsl-dev
   libhwy-dev libeigen3-dev libboost-dev nlohmann-json3-dev libcli11-dev libxxhash-dev liburing-dev libgtest-dev
-  libbenchmark-dev python3 python3-venv clang-format)
+  libbenchmark-dev python3 python3-venv clang-format doxygen)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
