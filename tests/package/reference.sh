@@ -11,7 +11,7 @@ cd "$source"
 for python in "${VATTN_TEST_PYTHON:-}" "$build/python/bin/python" python3; do
   [ -n "$python" ] && "$python" -c 'import pdoc, torch, transformers' 2>/dev/null || continue
   # Fields of a TypedDict have no source line of their own.
-  VATTN_LIBRARY=$library PYTHONPATH=api/python PYTHONDONTWRITEBYTECODE=1 "$python" -W error::UserWarning:pdoc \
+  VATTN_LIBRARY=$library PYTHONPATH=api/python PYTHONDONTWRITEBYTECODE=1 "$python" -W error::UserWarning \
     -W "ignore:Cannot determine where" -m pdoc -o "$out/python" vattn vattn.transformers
   exit 0
 done
