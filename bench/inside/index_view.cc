@@ -75,14 +75,14 @@ Group IndexView::Prepare(int64_t layer, int64_t h, int64_t step) {
   group.middle_end = sequence_->MiddleEnd(of.tokens);
   if (group.middle_end <= group.middle_begin)
     throw Failure(trace_.path + ": is too short to have a middle");
-  group.q_heads = runtime_->group_heads(0);
+  group.group_heads = runtime_->group_heads(0);
   group.segments = of.kv_heads[h].segments.data();
   group.num_segments = static_cast<int32_t>(of.kv_heads[h].segments.size());
   group.index = group.segments[0].tables;
-  group.scratch = CarveScratch(storage(), promise(), of.tokens, group.q_heads, memory_.get());
+  group.scratch = CarveScratch(storage(), promise(), of.tokens, group.group_heads, memory_.get());
   q_.clear();
-  for (int g = 0; g < group.q_heads; ++g) {
-    const std::byte* row = trace_.q.Row(layers_[layer], h * group.q_heads + g, step);
+  for (int g = 0; g < group.group_heads; ++g) {
+    const std::byte* row = trace_.q.Row(layers_[layer], h * group.group_heads + g, step);
     q_.insert(q_.end(), row, row + trace_.head_dim_k * ElementBytes(storage().row.dtype));
   }
   group.q = q_.data();
@@ -93,7 +93,7 @@ Group IndexView::Prepare(int64_t layer, int64_t h, int64_t step) {
 std::vector<float> IndexView::Scores(const Group& group, IndexKind kind) const {
   cpu::ScanScores(storage(), kind, group, {});
   std::vector<float> all;
-  for (int g = 0; g < group.q_heads; ++g) {
+  for (int g = 0; g < group.group_heads; ++g) {
     const float* at = group.scratch.score + g * group.scratch.stride;
     all.insert(all.end(), at, at + (group.middle_end - group.middle_begin));
   }

@@ -73,7 +73,7 @@ ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers,
     for (size_t l = 0; l < layers.size(); ++l) {
       for (int64_t h = 0; h < trace.kv_heads; ++h) {
         Group group = view.Prepare(static_cast<int64_t>(l), h, step);
-        const int heads = group.q_heads;
+        const int heads = group.group_heads;
         if (external != nullptr) {
           group.external =
               external + (static_cast<int64_t>(l) * trace.q_heads + h * heads) * reused.stride();
