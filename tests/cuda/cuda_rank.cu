@@ -163,7 +163,7 @@ RankOutput RankOnDevice(const RankInput& in) {
   w.seen = memory.Take<uint32_t>(static_cast<size_t>(blocks) * cuda::kMaskWords);
   w.histogram = memory.Take<uint32_t>(heads * cuda::kDigits * cuda::kDigitBins);
   w.ties = memory.Take<uint32_t>(heads * static_cast<size_t>(in.team * kWarps));
-  w.partial = memory.Take<double>(static_cast<size_t>(2 * in.team * cuda::kPartials(in.heads)));
+  w.partial = memory.Take<double>(static_cast<size_t>(2 * in.team * cuda::MostTotals(in.heads)));
   w.barrier = memory.Take<uint32_t>(1, 0);
   p.groups = group;
   RankCall* call = memory.Take<RankCall>(1, 0);

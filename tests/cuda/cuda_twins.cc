@@ -17,7 +17,7 @@ constexpr double kMostMoved = .1;  // the same where a query's level rounded the
 constexpr double kMostLoose = .1;  // share of lists that this may happen to
 // Share of heads whose outputs part ways in later steps: the order of sums moves the controller's
 // state by an ulp, that moves one token over the border now and then, and a token moves all heads
-// of its group. Measured .26 at most; the verdicts stay the same.
+// of its group. Measured 0.26 at most; the verdicts stay the same.
 constexpr double kMostApart = .35;
 constexpr double kMostDiffer = .005;  // share of drawn tokens that only one backend drew
 // Share of drawn tokens that only one backend was sure of: an estimate that is rounded the other

@@ -107,7 +107,7 @@ TEST_P(DecodeTest, VerifiedResultsKeepThePromise) {
     }
   }
   EXPECT_GT(verified, 90);
-  EXPECT_LE(failures, 45);  // alarm at 1e-6 for delta = .1 and 180 trials
+  EXPECT_LE(failures, 45);  // alarm at 1e-6 for delta = 0.1 and 180 trials
 }
 
 INSTANTIATE_TEST_SUITE_P(Rows, DecodeTest,

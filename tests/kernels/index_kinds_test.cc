@@ -144,7 +144,7 @@ TEST_P(IndexKindsTest, HadamardLevelsAreARotationInTwoBits) {
     const double exact = f.Logit(g, t) - CenterPart(f, g), predicted = score - CenterPart(f, g);
     error += (predicted - exact) * (predicted - exact), size += exact * exact;
   });
-  EXPECT_LT(error, .2 * size);  // 2 bits lose .119 of a Gaussian's variance
+  EXPECT_LT(error, .2 * size);  // 2 bits lose 0.119 of a Gaussian's variance
 }
 
 TEST_P(IndexKindsTest, PagesAreBounds) {

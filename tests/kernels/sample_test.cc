@@ -279,7 +279,7 @@ TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
   // First steps: norm_floor rms|v|, and room for what history does not know yet.
   EXPECT_NEAR(target(0, false) * kFirstRho / expected(.5f * std::sqrt(.08f)), 1, 1e-5);
   EXPECT_NEAR(target(3.92f, false) * kFirstRho / expected(.5f * 2), 1, 1e-5);
-  // Later ones: the last reference, at most .7 rms|v|.
+  // Later ones: the last reference, at most 0.7 rms|v|.
   EXPECT_NEAR(target(0, true) / expected(.7f * std::sqrt(.08f)), 1, 1e-5);
   EXPECT_NEAR(target(3.92f, true) / expected(1), 1, 1e-5);
   // Values beyond fp32's squares change nothing.

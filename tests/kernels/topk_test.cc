@@ -19,8 +19,8 @@ namespace {
 double Corrected(double root, double n) { return root * root / (1 + root * root / n); }
 
 constexpr SampleMoments kMoments = {.e = .5, .e2 = .4, .ev_norm2 = .2, .ev2 = 1.1};
-constexpr double kSigmaD = .3872983346207417;  // sqrt(.4 - .5^2)
-constexpr double kSigmaN = .9486832980505138;  // sqrt(1.1 - .2)
+constexpr double kSigmaD = .3872983346207417;  // sqrt(0.4 - 0.5^2)
+constexpr double kSigmaN = .9486832980505138;  // sqrt(1.1 - 0.2)
 
 TEST(SampleBudgetTest, Denominator) {
   for (const double n : {1e3, 1e5}) {

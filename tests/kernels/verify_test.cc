@@ -318,7 +318,7 @@ TEST(CertificateTest, NanIsNotVerified) {
   EXPECT_FALSE(f.group.scratch.head[0].bound <= 10);
 }
 
-// Student's t over the normal quantile, from tables: .05 two-sided is 1.95996, with 20, 10 and 5
+// Student's t over the normal quantile, from tables: 0.05 two-sided is 1.95996, with 20, 10 and 5
 // degrees of freedom 2.08596, 2.22814 and 2.57058.
 TEST(CertificateTest, FewTermsWidenTheQuantileAsStudentsT) {
   float table[kMaxLooks][kQuantileBins + 1];
