@@ -110,11 +110,12 @@ class Arguments(unittest.TestCase):
             ({"assistant_model": make(llama, CPU)}, "assistant_model is LlamaForCausalLM"),
             ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is 3"),
             ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
+            ({"guidance_scale": 1.5}, "guidance_scale is 1.5"),
             ({"generation_config": config}, "cache_implementation is 'static'"),
         ):
             with self.assertRaisesRegex(NotImplementedError, f"{text}, must be left out"):
                 self.wrapped.generate(**self.inputs, **arguments)
-        self.offloaded(self.wrapped.generate(**self.inputs, **GREEDY))
+        self.offloaded(self.wrapped.generate(**self.inputs, **GREEDY, guidance_scale=1.0))
 
     def test_chunks_are_read(self):
         out = self.wrapped.generate(**self.inputs, **GREEDY, prefill_chunk_size=100)

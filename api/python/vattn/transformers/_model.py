@@ -239,6 +239,12 @@ class OffloadedModel:
             if value:
                 shown = type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
                 raise NotImplementedError(f"{name} is {shown}, must be left out: {reason}")
+        scale = self._setting("guidance_scale", kwargs)
+        if scale is not None and scale != 1:
+            raise NotImplementedError(
+                f"guidance_scale is {scale!r}, must be left out: the text that it is measured against "
+                "is decoded from a cache of its own, which is not vattn's"
+            )
         rows, mask = self._prompt(kwargs), kwargs.get("attention_mask")
         if rows is not None and 0 in rows.shape[:2]:
             raise ValueError(f"the prompt is {list(rows.shape)}, must have a row and a token")
