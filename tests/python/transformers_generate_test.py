@@ -1,5 +1,6 @@
 """vattn.transformers: the arguments that `generate` has, and the habits of code that calls it."""
 
+import inspect
 import unittest
 import warnings
 
@@ -36,6 +37,31 @@ class Arguments(unittest.TestCase):
             generate(ids, input_ids=ids)
         with self.assertRaisesRegex(TypeError, "give attention_mask by its name"):
             generate(ids, self.inputs["attention_mask"])
+
+    def test_what_is_no_prompt_is_named(self):
+        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
+        for bad, name, shown in (
+            ([[1, 2, 3]], "input_ids", "a list"),
+            ("a text", "input_ids", "a str"),
+            (ids.numpy(), "input_ids", "a ndarray"),
+            (ids[0], "input_ids", r"a Tensor \[120\]"),
+        ):
+            with self.assertRaisesRegex(TypeError, f"{name} is {shown}, must be a Tensor"):
+                self.wrapped.generate(bad, **GREEDY)
+        embeds = self.model.get_input_embeddings()(ids)[0].detach()
+        with self.assertRaisesRegex(TypeError, "inputs_embeds is a Tensor .*, must be a Tensor"):
+            self.wrapped.generate(inputs_embeds=embeds, **GREEDY)
+        for bad, error, text in (
+            (mask.tolist(), TypeError, "attention_mask is a list, must be a Tensor"),
+            (mask[0], TypeError, r"attention_mask is a Tensor \[120\], must be a Tensor"),
+            (mask[:, :50], ValueError, r"attention_mask has shape \[2, 50\], must be \[2, 120\]"),
+            (mask[:1], ValueError, r"attention_mask has shape \[1, 120\], must be \[2, 120\]"),
+        ):
+            with self.assertRaisesRegex(error, text):
+                self.wrapped.generate(ids, attention_mask=bad, **GREEDY)
+        with self.assertRaisesRegex(TypeError, "generation_config is a dict, must be"):
+            self.wrapped.generate(**self.inputs, generation_config={"max_new_tokens": 3})
+        self.offloaded(self.wrapped.generate(**self.inputs, **GREEDY))
 
     def test_the_cache_under_both_names(self):
         for name in ("cache", "past_key_values"):
@@ -84,11 +110,12 @@ class Arguments(unittest.TestCase):
             ({"assistant_model": make(llama, CPU)}, "assistant_model is LlamaForCausalLM"),
             ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is 3"),
             ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
+            ({"guidance_scale": 1.5}, "guidance_scale is 1.5"),
             ({"generation_config": config}, "cache_implementation is 'static'"),
         ):
             with self.assertRaisesRegex(NotImplementedError, f"{text}, must be left out"):
                 self.wrapped.generate(**self.inputs, **arguments)
-        self.offloaded(self.wrapped.generate(**self.inputs, **GREEDY))
+        self.offloaded(self.wrapped.generate(**self.inputs, **GREEDY, guidance_scale=1.0))
 
     def test_chunks_are_read(self):
         out = self.wrapped.generate(**self.inputs, **GREEDY, prefill_chunk_size=100)
@@ -166,6 +193,36 @@ class Habits(unittest.TestCase):
         self.assertTrue(wrapped.can_generate())
         with self.assertRaisesRegex(AttributeError, "nothing_like_it"):
             wrapped.nothing_like_it
+
+    def test_methods_that_return_the_model(self):
+        model, inputs = make(llama, CPU), prompts((60,), CPU)
+        want = model.generate(**inputs, **GREEDY).tolist()
+        for call in ("eval", "float", "cpu", "to", "train", "requires_grad_"):
+            with self.subTest(call=call):
+                given = {"to": ["cpu"], "train": [False], "requires_grad_": [False]}.get(call, [])
+                wrapped = getattr(vattn.transformers.offload(model, **DENSE), call)(*given)
+                self.addCleanup(wrapped.close)
+                self.assertIs(type(wrapped), vattn.transformers.OffloadedModel)
+                self.assertEqual(wrapped.generate(**inputs, **GREEDY).tolist(), want)
+                self.assertEqual(len(wrapped.stats()), 4)
+        names = list(inspect.signature(model.forward).parameters)
+        self.assertEqual(list(inspect.signature(wrapped.forward).parameters), names)
+
+    def test_what_is_set_is_the_models(self):
+        model, inputs = make(llama, CPU), prompts((60,), CPU)
+        wrapped = offload(self, model, policy="dense")
+        asked = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+        wrapped.generation_config = asked
+        self.assertIs(model.generation_config, asked)
+        self.assertEqual(wrapped.generate(**inputs).shape, (1, 63))
+        wrapped.note = "x"
+        self.assertEqual(model.note, "x")
+        del wrapped.note
+        self.assertFalse(hasattr(model, "note"))
+        self.assertIn("generation_config", dir(wrapped))
+        self.assertIn("OffloadedModel of LlamaForCausalLM, options", repr(wrapped))
+        wrapped.close()
+        self.assertIn("LlamaForCausalLM, closed", repr(wrapped))
 
     def test_pipeline(self):
         from tokenizers import Tokenizer, models, pre_tokenizers

@@ -12,6 +12,7 @@ import vattn.transformers
 from small_models import (
     DEVICES,
     GREEDY,
+    SHAPE,
     SMALL,
     llama,
     make,
@@ -24,6 +25,8 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -142,6 +145,41 @@ class Wraps(unittest.TestCase):
                 call(**inputs)
         with self.assertRaisesRegex(RuntimeError, "this offloaded model is closed"):
             wrapped.cache()
+
+    def test_a_cache_of_another_model_is_refused(self):
+        # One of the same shapes, whose rows would pass for this model's, and shallower and deeper.
+        model, inputs = make(llama, DEVICES[0]), prompts((60,), DEVICES[0])
+        wrapped = offload(self, model, policy="dense")
+        for layers in (4, 3, 6):
+            torch.manual_seed(9)
+            other = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": layers})).eval()
+            with offload(self, other, policy="dense") as another:
+                cache = another.cache(100)
+                out = another.generate(**inputs, cache=cache, **GREEDY)
+                for given in (cache, another.cache(100)):
+                    with self.assertRaisesRegex(ValueError, "cache holds rows of another model"):
+                        wrapped.generate(out, cache=given, **GREEDY)
+                    with self.assertRaisesRegex(ValueError, "cache holds rows of another model"):
+                        wrapped(out[:, -1:], past_key_values=given)
+                self.assertEqual(cache.get_seq_length(), 83)
+        # Another wrap of the same model has the same rows.
+        with offload(self, model, policy="dense") as again:
+            cache = again.cache(100)
+            out = again.generate(**inputs, cache=cache, **GREEDY)
+            want = model.generate(**inputs, do_sample=False, max_new_tokens=30).tolist()
+            more = {"do_sample": False, "max_new_tokens": 6, "attention_mask": torch.ones_like(out)}
+            self.assertEqual(wrapped.generate(out, cache=cache, **more).tolist(), want)
+
+    def test_a_closed_cache_is_empty(self):
+        for kind in (llama, qwen2_with_sliding_layers):
+            model, inputs = make(kind, DEVICES[0]), prompts((120, 60), DEVICES[0])
+            want = model.generate(**inputs, **GREEDY).tolist()
+            wrapped = offload(self, model, policy="dense")
+            cache = wrapped.cache(100)
+            for _ in range(2):
+                self.assertEqual(wrapped.generate(**inputs, cache=cache, **GREEDY).tolist(), want)
+                cache.close()
+                self.assertEqual(cache.get_seq_length(), 0)
 
     def test_another_attention_is_named(self):
         model, inputs = make(llama, DEVICES[0]), prompts((50,), DEVICES[0])

@@ -6,6 +6,7 @@ import torch
 import transformers
 import vattn.transformers
 from small_models import DEVICES, GREEDY, SHAPE, offload, prompts
+from vattn.transformers._calls import refuse_media
 
 CPU = DEVICES[0]
 WIDE = SHAPE | {"num_hidden_layers": 3}
@@ -110,6 +111,14 @@ class Served(unittest.TestCase):
                 }
                 with self.assertRaisesRegex(NotImplementedError, "pixel_values are given after"):
                     wrapped.generate(**more, pixel_values=images, cache=cache, **GREEDY)
+
+    def test_sizes_of_images_that_were_read(self):
+        sizes = torch.ones(1, 3, dtype=torch.int64)
+        refuse_media({"image_grid_thw": sizes, "video_grid_thw": sizes, "image_sizes": sizes})
+        for name in ("pixel_values", "pixel_values_videos", "image_embeds", "input_features"):
+            refuse_media({name: None})
+            with self.assertRaisesRegex(NotImplementedError, f"{name} are given after the prompt"):
+                refuse_media({"image_grid_thw": sizes, name: torch.ones(1, 3, 4, 4)})
 
     def test_masks_of_pairs_of_tokens(self):
         wrapped = offload(self, build("Llama", **WIDE), policy="dense")

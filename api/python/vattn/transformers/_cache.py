@@ -81,6 +81,7 @@ class VattnCache(Cache):
         layers = DynamicCache(config=config).layers
         ours = offloaded(config)
         self.store = Store(ours, options, max_new_tokens)
+        self.model: weakref.ref[Any] | None = None  # whose rows it takes; None: any model's
         self.history: History | None = None  # from the first prompt on
         self.last_logits_do = False  # the caller of the forward wants the last token's logits alone
         self.real_from: int | None = None  # columns from here on are known to be no padding
@@ -288,7 +289,9 @@ class VattnCache(Cache):
 
     def reset(self) -> None:
         """Forgets every token; the next call is a prompt."""
-        self.close()
+        self.store.close()
+        self.history = self._expected = None
+        self._reset_counts()
         ours, others = self._kinds()
         for layer in ours:
             layer.tokens = 0
@@ -296,10 +299,8 @@ class VattnCache(Cache):
             other.reset()
 
     def close(self) -> None:
-        """Frees what it holds of the pool; the next call would be a prompt."""
-        self.store.close()
-        self.history = self._expected = None
-        self._reset_counts()
+        """Frees what it holds of the pool. The cache is empty then: the next call is a prompt."""
+        self.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VattnCache":
         self.settle()

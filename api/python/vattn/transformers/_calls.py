@@ -28,10 +28,57 @@ _MEDIA = (
     "mm_encoder_outputs",
 )
 
+# Of these, what only says how large they are: tokens that were read before have them, too.
+_SIZES = ("_grid_thw", "_sizes")
+
 
 def cache_argument(function: Any) -> str:
     """The name that a forward has for its cache: transformers renamed it."""
     return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+
+
+def without_adapters(model: Any) -> Any:
+    """The model below the adapters that PEFT puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_model(cache: VattnCache, model: Any) -> None:
+    """Refuses a cache of another model: its rows would be taken for this one's."""
+    if cache.model is not None and cache.model() is not without_adapters(model):
+        raise ValueError(
+            f"cache holds rows of another model than this {type(model).__name__}, must be made by "
+            "`cache` of a wrap of this one"
+        )
+
+
+def check_prompt(given: dict[str, Any]) -> None:
+    """Refuses what is no batch of rows of tokens, and a mask that does not go with it."""
+    for name, dims, shape in (
+        ("input_ids", 2, "[rows, tokens]"),
+        ("inputs_embeds", 3, "[rows, tokens, dimensions]"),
+    ):
+        rows = given.get(name)
+        if rows is not None and not (isinstance(rows, torch.Tensor) and rows.ndim >= dims):
+            raise TypeError(f"{name} is {_shown(rows)}, must be a Tensor {shape}")
+    ids, embeds, mask = (given.get(x) for x in ("input_ids", "inputs_embeds", "attention_mask"))
+    rows = ids if embeds is None else embeds
+    if mask is None or isinstance(mask, dict):
+        return
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
+        raise TypeError(f"attention_mask is {_shown(mask)}, must be a Tensor [rows, tokens]")
+    if rows is None or mask.ndim == 4:
+        return
+    if mask.shape[0] != rows.shape[0] or mask.shape[1] < rows.shape[1]:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, must be {list(rows.shape[:2])}, or more "
+            "tokens where a cache holds what comes before"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a Tensor {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def before_forward(
@@ -59,6 +106,7 @@ def before_forward(
         if isinstance(cache, Cache):
             raise foreign_cache(cache)
         return None
+    check_model(cache, module)
     cache.settle()
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     rows = ids if embeds is None else embeds
@@ -104,6 +152,8 @@ def foreign_cache(cache: Any) -> TypeError:
 def refuse_media(given: dict[str, Any]) -> None:
     """Refuses images, sound and the like in a call whose tokens are read one by one."""
     for name in given:
+        if name.endswith(_SIZES):
+            continue
         if name.startswith(_MEDIA) and given[name] is not None:
             raise NotImplementedError(
                 f"{name} are given after the prompt, must be in it: its tokens are read together, "

@@ -1,16 +1,25 @@
 """`offload`, and what it returns."""
 
+import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .._runtime import Stats, check_options
 from ._cache import VattnCache
-from ._calls import cache_argument, foreign_cache, refuse_media
+from ._calls import (
+    cache_argument,
+    check_model,
+    check_prompt,
+    foreign_cache,
+    refuse_media,
+    without_adapters,
+)
 from ._served import refuse_unserved
 from ._store import LayerStats
 from ._switch import running, switch_of
@@ -28,6 +37,8 @@ _OWN = (
     "backend",
     "device",
 )
+# What an OffloadedModel has itself; everything else that is read or set is the model's.
+_ATTRIBUTES = ("model", "options", "last_cache", "_config", "_switch", "_end", "_cache_name")
 # Arguments of `generate` that need what vattn does not serve.
 _UNSERVED = {
     "assistant_model": "assisted decoding asks for several tokens at once",
@@ -40,7 +51,8 @@ _UNSERVED = {
 class OffloadedModel:
     """A causal language model that decodes on vattn. `model` is the model itself; until `close`, or
     until this is collected, its attention goes through this package and `model.generate` is that of
-    this object. What this object does not have is the model's: config, device, parameters, ..."""
+    this object. What this object does not have is the model's, to read and to set: config, device,
+    parameters, generation_config, ... Methods that return the model (eval, to, ...) return this."""
 
     def __init__(self, model: PreTrainedModel, options: dict[str, Any]) -> None:
         for name in _OWN:
@@ -61,7 +73,36 @@ class OffloadedModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-        return getattr(self.model, name)
+        value = getattr(self.model, name)
+        if inspect.ismethod(value) and value.__self__ is self.model:
+            return self._method(value)
+        return value
+
+    def _method(self, method: Any) -> Any:
+        """A method of the model, which returns this where it returns the model."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            return self if result is self.model else result
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ATTRIBUTES:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.model, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.model)})
+
+    def __repr__(self) -> str:
+        state = "closed" if not self._end.alive else f"options {self.options}"
+        return f"<vattn.transformers.OffloadedModel of {type(self.model).__name__}, {state}>"
 
     def _check_open(self) -> None:
         if not self._end.alive:
@@ -82,6 +123,7 @@ class OffloadedModel:
         row, unless the option host_bytes says otherwise; when it is full, FullError is raised."""
         self._check_open()
         self.last_cache = VattnCache(self._config, self.options, max_new_tokens)
+        self.last_cache.model = weakref.ref(without_adapters(self.model))
         return self.last_cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,6 +150,11 @@ class OffloadedModel:
         if isinstance(generation_config, torch.Tensor):
             raise TypeError("generation_config is a Tensor: give attention_mask by its name")
         if generation_config is not None:
+            if not isinstance(generation_config, GenerationConfig):
+                raise TypeError(
+                    f"generation_config is a {type(generation_config).__name__}, must be a "
+                    "GenerationConfig (its settings are arguments of generate, too)"
+                )
             kwargs["generation_config"] = generation_config
         cache = self._given_cache(kwargs)
         if inputs is not None:
@@ -115,6 +162,7 @@ class OffloadedModel:
             if kwargs.get(name) is not None:
                 raise ValueError(f"inputs and {name} are both given, must be one of them")
             kwargs[name] = inputs
+        check_prompt(kwargs)
         if self._needs_own_attention(kwargs):
             return self._generate_stock(cache, kwargs)
         self._refuse(kwargs)
@@ -156,6 +204,8 @@ class OffloadedModel:
             raise ValueError("cache and past_key_values are both given, must be one of them")
         if caches and not isinstance(caches[0], VattnCache):
             raise foreign_cache(caches[0])
+        if caches:
+            check_model(caches[0], self.model)
         return caches[0] if caches else None
 
     def _needs_own_attention(self, kwargs: dict[str, Any]) -> bool:
@@ -189,6 +239,12 @@ class OffloadedModel:
             if value:
                 shown = type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
                 raise NotImplementedError(f"{name} is {shown}, must be left out: {reason}")
+        scale = self._setting("guidance_scale", kwargs)
+        if scale is not None and scale != 1:
+            raise NotImplementedError(
+                f"guidance_scale is {scale!r}, must be left out: the text that it is measured against "
+                "is decoded from a cache of its own, which is not vattn's"
+            )
         rows, mask = self._prompt(kwargs), kwargs.get("attention_mask")
         if rows is not None and 0 in rows.shape[:2]:
             raise ValueError(f"the prompt is {list(rows.shape)}, must have a row and a token")

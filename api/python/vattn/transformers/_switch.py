@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from . import _attention
-from ._calls import after_forward, before_forward
+from ._calls import after_forward, before_forward, without_adapters
 from ._served import endless_window
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def running() -> Iterator[None]:
 
 
 def _hook(model: Any) -> tuple[Any, Any]:
-    """Hooks the model, below the adapters that PEFT puts around it."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Hooks the model itself."""
+    inner = without_adapters(model)
     return (
         inner.register_forward_pre_hook(before_forward, with_kwargs=True),
         inner.register_forward_hook(after_forward, with_kwargs=True),
