@@ -243,6 +243,9 @@ class Refused(Fixture):
                 for given in (0.0, "0", None, [0]):
                     if name != "stream":
                         self.refused(f"{name} is .*, must be a whole number", call, given)
+                if name in ("tokens", "reserve_tokens"):  # narrower than their type, by one text
+                    for given in (-1, 2**31 + 1, 2**63 - 1, 2**63, 2**200):
+                        self.refused(f"{name} is {given}, must be 0 to {2**31}$", call, given)
         self.assertEqual((sequence.length(), runtime.stats().sequences), (600, 1))
 
     def test_texts_with_a_zero_byte(self):

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 import vattn.transformers
-from small_models import CUDA, DEVICES, GREEDY, SMALL, llama, make, offload, prompts
+from small_models import CUDA, DEVICES, GREEDY, SMALL, llama, make, offload, prompts, qwen2
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 CPU = DEVICES[0]
@@ -105,12 +105,17 @@ class Arguments(unittest.TestCase):
         self.offloaded(self.wrapped.generate(**self.inputs, **GREEDY))
 
     def test_what_is_not_served_is_named(self):
+        def decode(model, input_ids, **_):
+            raise AssertionError("it must not be called")
+
         config = GenerationConfig(do_sample=False, cache_implementation="static")
         for arguments, text in (
             ({"assistant_model": make(llama, CPU)}, "assistant_model is LlamaForCausalLM"),
             ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is 3"),
             ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
             ({"guidance_scale": 1.5}, "guidance_scale is 1.5"),
+            ({"custom_generate": "somewhere/else"}, "custom_generate is 'somewhere/else'"),
+            ({"custom_generate": decode}, "custom_generate is decode"),
             ({"generation_config": config}, "cache_implementation is 'static'"),
         ):
             with self.assertRaisesRegex(NotImplementedError, f"{text}, must be left out"):
@@ -181,6 +186,42 @@ class Habits(unittest.TestCase):
             self.assertEqual([layer.steps for layer in wrapped.stats()], [23] * 4)
         self.assertEqual(model.generate(**inputs, **GREEDY).tolist(), want)
         self.assertNotIn("generate", vars(model))
+
+    def test_generate_within_generate(self):
+        """A streamer that asks a model: its own is refused, its wrap and another one answer."""
+        model, inputs = make(llama, CPU), prompts((120, 70), CPU)
+        other, short = make(qwen2, CPU), prompts((90,), CPU)
+        want = model.generate(**inputs, **GREEDY).tolist()
+        wanted = other.generate(**short, **GREEDY).tolist()
+
+        class Asks:
+            def __init__(self, ask):
+                self.ask, self.answer = ask, None
+
+            def put(self, tokens):
+                self.answer = self.ask(**short, **GREEDY)
+
+            def end(self):
+                pass
+
+        one = {name: value[1:, -70:] for name, value in inputs.items()}
+        with (
+            vattn.transformers.offload(model, **DENSE) as wrapped,
+            vattn.transformers.offload(other, **DENSE) as second,
+        ):
+            with self.assertRaisesRegex(
+                RuntimeError, "generate of LlamaForCausalLM is called, .* must be `generate` of the"
+            ):
+                wrapped.generate(**one, **GREEDY, streamer=Asks(model.generate))
+            asks = Asks(other.generate)
+            got = wrapped.generate(**one, **GREEDY, streamer=asks)
+            self.assertEqual(got[0, -24:].tolist(), want[1][-24:])
+            self.assertEqual(asks.answer.tolist(), wanted)
+            self.assertEqual([layer.steps for layer in second.stats()], [23] * 4)
+            asks = Asks(wrapped.generate)
+            got = wrapped.generate(**one, **GREEDY, streamer=asks)
+            self.assertEqual(got[0, -24:].tolist(), want[1][-24:])
+            self.assertEqual(asks.answer.shape, (1, 90 + 24))
 
     def test_what_the_model_has(self):
         model = make(llama, CPU)

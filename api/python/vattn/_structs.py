@@ -41,12 +41,15 @@ _RANGES = {
     c_uint64: (0, 2**64 - 1),
     c_size_t: (0, 2**64 - 1),
 }
+# Arguments and fields whose limits in vattn.h are narrower than their type. The library checks them
+# too; a text about a number that does not fit the type is to name the same limits.
+_LIMITS = {"tokens": (0, 2**31), "reserve_tokens": (0, 2**31)}
 
 
 def fit(value: Any, name: str, kind: Any) -> Any:
     """What C is given for an argument or a field; refused by name if it is not `value` there."""
     if kind in _RANGES:
-        return whole(value, name, *_RANGES[kind])
+        return whole(value, name, *_LIMITS.get(name, _RANGES[kind]))
     if kind is c_float:
         return number(value, name)
     if kind is c_char_p:

@@ -45,6 +45,7 @@ _UNSERVED = {
     "prompt_lookup_num_tokens": "prompt lookup asks for several tokens at once",
     "use_mtp": "multi-token prediction asks for several tokens at once",
     "cache_implementation": "the model decodes from vattn's cache",
+    "custom_generate": "what it calls the model with need not be vattn's cache",
 }
 
 
@@ -142,7 +143,7 @@ class OffloadedModel:
 
         output_attentions and use_cache=False need the model's own attention: they run on it, with
         nothing offloaded and a warning. NotImplementedError: assisted decoding and other modes that
-        ask for several tokens at once.
+        ask for several tokens at once, and custom_generate.
         """
         self._check_on()
         if isinstance(inputs, Mapping):
@@ -179,7 +180,7 @@ class OffloadedModel:
             kwargs["cache_implementation"] = None  # the model's habit, which a cache replaces
         cache.last_logits_do = True
         try:
-            with running():
+            with running(self.model):
                 return self._own_generate(**kwargs | {self._cache_name: cache})
         finally:
             cache.last_logits_do, cache.real_from = False, None
@@ -228,7 +229,7 @@ class OffloadedModel:
                 "cache is given, must be left out: with output_attentions or without use_cache the "
                 "call runs on the model's own attention, which cannot read it"
             )
-        with running(), self._switch.own_attention():
+        with running(self.model), self._switch.own_attention():
             return self._own_generate(**kwargs)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
@@ -237,7 +238,8 @@ class OffloadedModel:
             if value is None and kwargs.get("generation_config") is not None:
                 value = getattr(kwargs["generation_config"], name, None)
             if value:
-                shown = type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
+                named = getattr(value, "__name__", type(value).__name__)
+                shown = named if callable(value) else repr(value)
                 raise NotImplementedError(f"{name} is {shown}, must be left out: {reason}")
         scale = self._setting("guidance_scale", kwargs)
         if scale is not None and scale != 1:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from . import _attention
+from ._cache import VattnCache
 from ._calls import after_forward, before_forward, without_adapters
 from ._served import endless_window
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ._model import OffloadedModel
 
 _switches: "weakref.WeakKeyDictionary[Any, Switch]" = weakref.WeakKeyDictionary()
-_running = threading.local()  # .depth: calls of `generate` that this thread is in
+_running = threading.local()  # .models: those whose `generate` this thread is in
 
 
 class Switch:
@@ -115,13 +116,20 @@ def switch_of(model: Any) -> Switch:
 
 
 @contextmanager
-def running() -> Iterator[None]:
-    """Within it, `generate` of an offloaded model is the model's own on this thread."""
-    _running.depth = getattr(_running, "depth", 0) + 1
+def running(model: Any) -> Iterator[None]:
+    """Within it, `generate` of this offloaded model is the model's own on this thread."""
+    if not hasattr(_running, "models"):
+        _running.models = []
+    _running.models.append(without_adapters(model))
     try:
         yield
     finally:
-        _running.depth -= 1
+        _running.models.pop()
+
+
+def _runs(model: Any) -> bool:
+    inner = without_adapters(model)
+    return any(other is inner for other in getattr(_running, "models", ()))
 
 
 def _hook(model: Any) -> tuple[Any, Any]:
@@ -155,9 +163,18 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         switch, model = self._switch(), self._model()
         wrap = None if switch is None else switch.newest()
-        if wrap is None or getattr(_running, "depth", 0) or not switch.is_on():
+        if switch is None or wrap is None or not switch.is_on():
             return type(model).generate(model, *args, **kwargs)
-        return wrap.generate(*args, **kwargs)
+        if not _runs(model):
+            return wrap.generate(*args, **kwargs)
+        if not any(isinstance(kwargs.get(x), VattnCache) for x in ("cache", "past_key_values")):
+            raise RuntimeError(
+                f"generate of {type(model).__name__} is called, without a cache of vattn, while a "
+                "generate of the same offloaded model runs (by a streamer, a logits processor or a "
+                "stopping criterion): must be `generate` of the wrapped model there, or be called "
+                "after the first has ended"
+            )
+        return type(model).generate(model, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy of the model generates as its class does.
