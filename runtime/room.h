@@ -1,9 +1,10 @@
 // Room in the host pool for a sequence: what is free, or what is made free for it.
 //
-// Where blocks are wanting, prefixes in memory are evicted first. Then, with option spill,
+// When the pool lacks blocks, prefixes in memory are evicted first. Then, with option spill,
 // sequences that nobody uses go to the disk: the tenant's own first, those unused for longest
 // first; one with a reservation stays, since its room is promised. For a tenant at its quota
-// nothing of another's is touched. Who then still finds no room is refused: FULL, counted.
+// nothing of another's is touched. A sequence that still finds no room is refused with FULL, which
+// is counted.
 #ifndef VATTN_RUNTIME_ROOM_H_
 #define VATTN_RUNTIME_ROOM_H_
 

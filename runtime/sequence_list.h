@@ -22,7 +22,7 @@ class SequenceList {
     sequences_.insert(sequence);
     count_ = sequences_.size();
   }
-  // Also takes one that is not in the list.
+  // No-op for a sequence that is not in the list.
   void Remove(Sequence* sequence) {
     const std::lock_guard<std::mutex> lock(mutex_);
     sequences_.erase(sequence);

@@ -115,25 +115,14 @@ int TilesInFlight(const Storage& storage) {
 }
 
 AnswerShape ShapeAnswer(const DeviceStorage& storage, int group_heads, int groups) {
-  switch (storage.host.row.dtype) {
-    case DType::kF32:
-      return AnswerOf<DType::kF32>::Shape(storage, group_heads, groups);
-    case DType::kF16:
-      return AnswerOf<DType::kF16>::Shape(storage, group_heads, groups);
-    default:
-      return AnswerOf<DType::kBF16>::Shape(storage, group_heads, groups);
-  }
+  return DispatchDType(storage.host.row.dtype, [&]<DType kType>() {
+    return AnswerOf<kType>::Shape(storage, group_heads, groups);
+  });
 }
 
 int Answer(const StepParams& p, const AnswerShape& shape, Stream stream) {
-  switch (p.storage.host.row.dtype) {
-    case DType::kF32:
-      return AnswerOf<DType::kF32>::Launch(p, shape, stream);
-    case DType::kF16:
-      return AnswerOf<DType::kF16>::Launch(p, shape, stream);
-    default:
-      return AnswerOf<DType::kBF16>::Launch(p, shape, stream);
-  }
+  return DispatchDType(p.storage.host.row.dtype,
+                       [&]<DType kType>() { return AnswerOf<kType>::Launch(p, shape, stream); });
 }
 
 int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {

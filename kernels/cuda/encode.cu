@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/stages.h"
 #include "kernels/cuda/values.h"
 #include "kernels/cuda/vocabulary.cuh"
 
@@ -156,14 +157,9 @@ int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int
   if (error != cudaSuccess || count == 0 || most == 0 || storage.host.code.bytes() == 0)
     return error;
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  switch (storage.host.row.dtype) {
-    case DType::kF32:
-      return LaunchEncode<DType::kF32>(storage, items, count, most, s);
-    case DType::kF16:
-      return LaunchEncode<DType::kF16>(storage, items, count, most, s);
-    default:
-      return LaunchEncode<DType::kBF16>(storage, items, count, most, s);
-  }
+  return DispatchDType(storage.host.row.dtype, [&]<DType kType>() {
+    return LaunchEncode<kType>(storage, items, count, most, s);
+  });
 }
 
 }  // namespace vattn::cuda

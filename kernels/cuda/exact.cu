@@ -79,14 +79,8 @@ int Launch(const StepParams& p, int multiprocessors, Stream stream) {
 }  // namespace
 
 int ScoreRows(const StepParams& p, int multiprocessors, Stream stream) {
-  switch (p.storage.host.row.dtype) {
-    case DType::kF32:
-      return Launch<DType::kF32>(p, multiprocessors, stream);
-    case DType::kF16:
-      return Launch<DType::kF16>(p, multiprocessors, stream);
-    default:
-      return Launch<DType::kBF16>(p, multiprocessors, stream);
-  }
+  return DispatchDType(p.storage.host.row.dtype,
+                       [&]<DType kType>() { return Launch<kType>(p, multiprocessors, stream); });
 }
 
 }  // namespace vattn::cuda

@@ -20,20 +20,25 @@
 
 namespace vattn::cuda {
 
+// Calls f<kType>() for a dtype that is chosen at run time, and returns what it returns.
+template <class F>
+auto DispatchDType(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f.template operator()<DType::kF32>();
+    case DType::kF16:
+      return f.template operator()<DType::kF16>();
+    default:
+      return f.template operator()<DType::kBF16>();
+  }
+}
+
 // Calls f<kType, kHeads>() for a dtype and the least number of heads that kernels are built for.
 template <class F>
 int DispatchRows(DType dtype, int heads, F&& f) {
-  const auto typed = [&]<DType kType>() {
+  return DispatchDType(dtype, [&]<DType kType>() {
     return heads <= 4 ? f.template operator()<kType, 4>() : f.template operator()<kType, 8>();
-  };
-  switch (dtype) {
-    case DType::kF32:
-      return typed.template operator()<DType::kF32>();
-    case DType::kF16:
-      return typed.template operator()<DType::kF16>();
-    default:
-      return typed.template operator()<DType::kBF16>();
-  }
+  });
 }
 
 // The answer kernels of one dtype, each built by its own translation unit.

@@ -295,14 +295,9 @@ int EncodeValues(const DeviceStorage& storage, const EncodeItem* items, int coun
                  Stream stream) {
   if (count == 0 || most == 0 || storage.host.value_bits == 0) return cudaSuccess;
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  switch (storage.host.row.dtype) {
-    case DType::kF32:
-      return LaunchEncode<DType::kF32>(storage, items, count, most, s);
-    case DType::kF16:
-      return LaunchEncode<DType::kF16>(storage, items, count, most, s);
-    default:
-      return LaunchEncode<DType::kBF16>(storage, items, count, most, s);
-  }
+  return DispatchDType(storage.host.row.dtype, [&]<DType kType>() {
+    return LaunchEncode<kType>(storage, items, count, most, s);
+  });
 }
 
 int SumValues(const StepParams& p, Stream stream) {

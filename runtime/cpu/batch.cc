@@ -144,7 +144,7 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
   if (r.out != nullptr)
     group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;
   if (r.lse != nullptr) group.lse = r.lse + head;
-  Verdict* const verdicts = reinterpret_cast<Verdict*>(r.verdict);  // the same in 32 bits
+  Verdict* const verdicts = reinterpret_cast<Verdict*>(r.verdict);  // same values, both 32 bits
   group.verdict = (verdicts != nullptr ? verdicts : verdicts_.data()) + head;
   group.error = (r.error != nullptr ? r.error : errors_.data()) + head;
   if (r.scores != nullptr) {
