@@ -23,10 +23,12 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out,
   vattn_attend_params p;
   vattn_attend_params_init(&p, sizeof(p));
   VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
-  if (p.num_tokens != 1) return OutOfRangeError("num_tokens", p.num_tokens, 1, 1);
+  if (p.num_tokens < 1 || p.num_tokens > vattn::kMaxQueryTokens)
+    return OutOfRangeError("num_tokens", p.num_tokens, 1, vattn::kMaxQueryTokens);
   if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
   if (needs_out) VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
   out = {.layer = p.layer,
+         .num_tokens = p.num_tokens,
          .out_dtype = p.out_dtype,
          .q = p.q,
          .k_new = p.k_new,

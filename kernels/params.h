@@ -1,5 +1,6 @@
 // Parameters of every operation: plain structs of pointers with their extents. Kernels own nothing
-// and allocate nothing. G = query heads of one GQA group (one KV head).
+// and allocate nothing. G = query heads of one GQA group (one KV head), of all query tokens of a
+// call.
 #ifndef VATTN_KERNELS_PARAMS_H_
 #define VATTN_KERNELS_PARAMS_H_
 
@@ -28,7 +29,8 @@ enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
 enum class Verdict : int32_t { kExact = 0, kVerified = 1, kDense = 2, kBestEffort = 3 };
 
 constexpr int kMaxLooks = 8;
-constexpr int kMaxGroup = 1024;  // query heads per KV head
+constexpr int kMaxGroup = 1024;      // query heads per KV head, of all query tokens
+constexpr int kMaxQueryTokens = 16;  // of a call
 // Bins of a table of z over the mean squared cosine, which is 1 / effective rank.
 constexpr int kQuantileBins = 256;
 
@@ -207,7 +209,12 @@ struct Group {
   int64_t middle_begin = 0;  // multiple of 16; [middle_begin, middle_end) is sampled
   int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
   int32_t group_heads = 0;   // G
-  int32_t out_dtype = 0;     // DType
+  // The heads are those of the sequence's last num_tokens tokens, in order: as many for each, and
+  // each sees the tokens up to its own. The middle ends where the window of the first one begins.
+  int32_t num_tokens = 1;
+  // Heads from those of one query token to those of the next in q, out, lse, verdict and error.
+  int64_t token_stride = 0;
+  int32_t out_dtype = 0;  // DType
   // The tables of the first segment. Values are coded with them in every segment.
   IndexTables index;
   // [num_segments] in the order of blocks. Without any, all keys are coded with `index`.
@@ -216,15 +223,14 @@ struct Group {
   HeadState* state = nullptr;  // [G]
   RandomKey key;
   uint64_t step = 0;
-  const void* q = nullptr;     // [G][dim_k] in the row dtype, unscaled
-  void* out = nullptr;         // [G][dim_v]
-  float* lse = nullptr;        // [G] or null
-  Verdict* verdict = nullptr;  // [G]
-  float* error = nullptr;      // [G] bound on the relative error
-  // kExternal: predicted scores, [tokens] for each of G heads. The rows of two heads are
-  // external_stride apart; with 0 all heads share one row.
-  const float* external = nullptr;
-  int64_t external_stride = 0;
+  // The place of head h in the next five is HeadPlace(group, h).
+  const void* q = nullptr;  // [][dim_k] in the row dtype, unscaled
+  void* out = nullptr;      // [][dim_v]
+  float* lse = nullptr;     // or null
+  Verdict* verdict = nullptr;
+  float* error = nullptr;  // bound on the relative error
+  // kExternal: [G] rows of predicted scores, [tokens] each. Heads may share a row.
+  const float* const* external = nullptr;
   // Filled by cpu::Decode.
   int64_t selected = 0;   // middle rows read: scratch.token[0..selected), unless all_read
   bool all_read = false;  // the whole middle was read
@@ -283,6 +289,15 @@ struct SelectParams {
   Group* groups = nullptr;
   int32_t num_groups = 0;
 };
+
+// The place of a head among the arrays of a call, and where the tokens end that it sees.
+inline int64_t HeadPlace(const Group& g, int head) {
+  const int heads = g.group_heads / g.num_tokens;
+  return head / heads * g.token_stride + head % heads;
+}
+inline int64_t VisibleEnd(const Group& g, int head) {
+  return g.tokens - g.num_tokens + 1 + head / (g.group_heads / g.num_tokens);
+}
 
 // The blocks of the middle of a Group or a cuda::DeviceGroup: the first one's number in the
 // sequence, and how many there are.

@@ -11,6 +11,7 @@ namespace vattn {
 // Extents as vattn_attend_params. Optional ones may be null.
 struct AttendRequest {
   int layer = 0;
+  int num_tokens = 1;
   int out_dtype = 0;
   const void* q = nullptr;
   const void* k_new = nullptr;

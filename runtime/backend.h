@@ -82,6 +82,9 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
+  // The most query heads per KV head, of all query tokens of a call.
+  virtual int max_group_heads() const = 0;
+
   virtual std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) = 0;
   // OUT_OF_MEMORY, NOT_SUPPORTED.
   virtual absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) = 0;

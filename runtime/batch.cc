@@ -99,6 +99,21 @@ absl::Status Batch::Abandon() {
   return absl::OkStatus();
 }
 
+absl::Status Batch::CheckNewTokens(int new_tokens) const {
+  if (new_tokens < 0 || new_tokens > kMaxQueryTokens)
+    return OutOfRangeError("new_tokens", new_tokens, 0, kMaxQueryTokens);
+  const int most = runtime_->backend().max_group_heads();
+  for (int l = 0; l < runtime_->options().num_layers; ++l) {
+    if (runtime_->kv_heads(l) == 0 || new_tokens * runtime_->group_heads(l) <= most) continue;
+    return NotSupportedError("new_tokens is ", new_tokens, ", must be at most ",
+                             most / runtime_->group_heads(l), ": layer ", l, " has ",
+                             runtime_->group_heads(l),
+                             " query heads per KV head, and this backend works on ", most,
+                             " of all new tokens together");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Batch::CheckLengths(int new_tokens) const {
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
@@ -125,7 +140,7 @@ absl::Status Batch::CheckLengths(int new_tokens) const {
 }
 
 absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
-  if (new_tokens != 0 && new_tokens != 1) return OutOfRangeError("new_tokens", new_tokens, 0, 1);
+  VATTN_RETURN_IF_ERROR(CheckNewTokens(new_tokens));
   if (const int layer = LayerToAttend(); layer >= 0) {
     return InvalidArgumentError("layer ", layer,
                                 " was not attended in the step before, must be, once every layer; "
@@ -175,6 +190,11 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
     return InvalidArgumentError("layer is ", r.layer,
                                 ", which was attended in this step, must be attended once");
   }
+  if (r.num_tokens != std::max(new_tokens_, 1)) {
+    return InvalidArgumentError("num_tokens is ", r.num_tokens, ", must be ",
+                                std::max(new_tokens_, 1),
+                                " in a step with new_tokens = ", new_tokens_);
+  }
   if (r.q == nullptr) return InvalidArgumentError("q is NULL, must be given");
   if ((r.k_new == nullptr) != (new_tokens_ == 0)) {
     return InvalidArgumentError("k_new is ", r.k_new == nullptr ? "NULL" : "given", ", must be ",
@@ -210,7 +230,7 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
     return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostStride);
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
-    const int64_t end = sequence->MiddleEnd(sequence->tokens_in_step());
+    const int64_t end = sequence->middle_end_in_step();
     if (r.scores_stride < end) {
       return InvalidArgumentError("scores_stride is ", r.scores_stride, ", must be at least ", end,
                                   ", where the middle of the sequence in slot ", sequence->slot,

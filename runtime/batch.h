@@ -45,6 +45,8 @@ class Batch final : public Seat {
   void Forget(Sequence* sequence) override;
 
  private:
+  // As many query tokens as the backend can answer together.
+  absl::Status CheckNewTokens(int new_tokens) const;
   // Every sequence has as many tokens in each layer, and room for `new_tokens` more by number.
   absl::Status CheckLengths(int new_tokens) const;
   absl::Status CheckRequest(const AttendRequest& request) const;

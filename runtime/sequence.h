@@ -2,6 +2,7 @@
 #ifndef VATTN_RUNTIME_SEQUENCE_H_
 #define VATTN_RUNTIME_SEQUENCE_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -110,6 +111,11 @@ class Sequence {
   // counted of them by now is layer(l).tokens: with each layer's attention on the CPU, from the
   // step's begin on CUDA.
   int64_t tokens_in_step() const { return tokens_before_step_ + new_tokens_; }
+  // The query tokens of that step are its new ones, or without any the last one that is there.
+  int num_query_tokens() const { return std::max(new_tokens_, 1); }
+  // Where the middle of every query token of the step begins and ends: those of the first one.
+  int64_t middle_begin_in_step() const;
+  int64_t middle_end_in_step() const;
   // Back to before OpenStep, but for what was coded and copied for it: tokens, step number, and on
   // the CPU the controller states. Cannot fail: a reservation gets back what the step drew from it,
   // or is ready already for the copy of a block that was shared since. On CUDA after ReadBackState.

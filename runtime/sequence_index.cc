@@ -119,6 +119,14 @@ int64_t Sequence::MiddleEnd(int64_t tokens) const {
   return end - o.sinks >= o.exact_below ? end : std::min<int64_t>(o.sinks, tokens);
 }
 
+int64_t Sequence::middle_begin_in_step() const {
+  return std::min<int64_t>(runtime_->options().sinks, tokens_in_step() - num_query_tokens() + 1);
+}
+
+int64_t Sequence::middle_end_in_step() const {
+  return std::max(middle_begin_in_step(), MiddleEnd(tokens_in_step() - num_query_tokens() + 1));
+}
+
 absl::Status Sequence::BuildIndex() {
   if (Seat* const sits_in = seat.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0, /*in_turn=*/false));
@@ -189,7 +197,9 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
   bool makes = false;
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
     const Layer& layer = layers_[l];
-    const int64_t tokens = layer.tokens + new_tokens, end = MiddleEnd(tokens);
+    // What has left the window of the first new token is coded, for all of them.
+    const int64_t tokens = layer.tokens + new_tokens,
+                  end = MiddleEnd(layer.tokens + std::min(new_tokens, 1));
     plans[l] = PlanLayer(l, end, in_turn);
     makes |= plans[l].coding != Coding::kExtend;
     // One list per layer without repeats: what is coded lies before what is written.
@@ -210,7 +220,7 @@ absl::Status Sequence::MakeRoomAndCode(int new_tokens, bool in_turn) {
     TakeRecentQueries();
   }
   for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
-    CodeLayer(l, plans[l], MiddleEnd(layers_[l].tokens + new_tokens));
+    CodeLayer(l, plans[l], MiddleEnd(layers_[l].tokens + std::min(new_tokens, 1)));
   }
   CountTables();
   return absl::OkStatus();

@@ -74,11 +74,12 @@ ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers,
       for (int64_t h = 0; h < trace.kv_heads; ++h) {
         Group group = view.Prepare(static_cast<int64_t>(l), h, step);
         const int heads = group.group_heads;
-        if (external != nullptr) {
-          group.external =
-              external + (static_cast<int64_t>(l) * trace.q_heads + h * heads) * reused.stride();
-          group.external_stride = reused.stride();
+        std::vector<const float*> rows;  // of scores, by head
+        for (int g = 0; g < heads && external != nullptr; ++g) {
+          rows.push_back(external + (static_cast<int64_t>(l) * trace.q_heads + h * heads + g) *
+                                        reused.stride());
         }
+        group.external = rows.data();
         const int64_t n = group.middle_end - group.middle_begin;
         const std::vector<float> exact = view.ExactScores(group);
         double fastest = std::numeric_limits<double>::infinity();

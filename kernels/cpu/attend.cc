@@ -12,9 +12,11 @@
 namespace vattn::cpu {
 
 void ScaleQueries(const Storage& s, Group& group) {
-  const uint8_t* q = static_cast<const uint8_t*>(group.q);
+  const uint8_t* q = nullptr;
   const RowList list{.rows = &q, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype};
-  for (int g = 0; g < group.group_heads; ++g, q += s.row.dim_k * ElementBytes(s.row.dtype)) {
+  for (int g = 0; g < group.group_heads; ++g) {
+    q = static_cast<const uint8_t*>(group.q) +
+        HeadPlace(group, g) * s.row.dim_k * ElementBytes(s.row.dtype);
     LoadRows(list, group.scratch.query + int64_t{g} * s.row.dim_k);
   }
   for (int64_t i = 0; i < int64_t{group.group_heads} * s.row.dim_k; ++i)
@@ -101,19 +103,45 @@ void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t en
   }
 }
 
+void AttendVisible(const Storage& s, const Group& group, int64_t begin, const int32_t* heads,
+                   int num_heads, const float* queries, float* states, Stream stream,
+                   bool value_norms) {
+  const int64_t floats = StateFloats(s.row.dim_v), all = VisibleEnd(group, 0);
+  AttendRange(s, group, begin, all, queries, num_heads, states, stream, value_norms);
+  // What only later query tokens see, token by token.
+  for (int i = 0; i < num_heads;) {
+    const int64_t end = VisibleEnd(group, heads == nullptr ? i : heads[i]);
+    int next = i + 1;
+    while (next < num_heads && VisibleEnd(group, heads == nullptr ? next : heads[next]) == end)
+      ++next;
+    if (end > all) {
+      AttendRange(s, group, std::max(begin, all), end, queries + int64_t{i} * s.row.dim_k, next - i,
+                  states + i * floats, stream, value_norms);
+    }
+    i = next;
+  }
+}
+
 void WriteHead(const Storage& s, const Group& group, int head, const float* output, float lse) {
   const DType dtype = static_cast<DType>(group.out_dtype);
+  const int64_t place = HeadPlace(group, head);
   StoreRow(output, s.row.dim_v, dtype,
-           static_cast<uint8_t*>(group.out) + int64_t{head} * s.row.dim_v * ElementBytes(dtype));
-  if (group.lse != nullptr) group.lse[head] = lse;
+           static_cast<uint8_t*>(group.out) + place * s.row.dim_v * ElementBytes(dtype));
+  if (group.lse != nullptr) group.lse[place] = lse;
+}
+
+void SetVerdict(const Group& group, int head, Verdict verdict, float error) {
+  const int64_t place = HeadPlace(group, head);
+  group.verdict[place] = verdict;
+  group.error[place] = error;
 }
 
 void FlagNotFinite(const Storage& s, const Group& group) {
   constexpr int kPiece = 256;
   const DType dtype = static_cast<DType>(group.out_dtype);
-  const uint8_t* output = static_cast<const uint8_t*>(group.out);
-  for (int g = 0; g < group.group_heads;
-       ++g, output += int64_t{s.row.dim_v} * ElementBytes(dtype)) {
+  for (int g = 0; g < group.group_heads; ++g) {
+    const uint8_t* output = static_cast<const uint8_t*>(group.out) +
+                            HeadPlace(group, g) * s.row.dim_v * ElementBytes(dtype);
     bool finite = true;
     for (int from = 0; from < s.row.dim_v; from += kPiece) {
       float values[kPiece];
@@ -128,8 +156,7 @@ void FlagNotFinite(const Storage& s, const Group& group) {
           finite && std::all_of(values, values + count, [](float x) { return std::isfinite(x); });
     }
     if (finite) continue;
-    group.verdict[g] = Verdict::kBestEffort;
-    group.error[g] = std::numeric_limits<float>::infinity();
+    SetVerdict(group, g, Verdict::kBestEffort, std::numeric_limits<float>::infinity());
   }
 }
 
@@ -145,19 +172,24 @@ void AttendSelected(const AttendSelectedParams& p, Stream stream) {
     for (int g = 0; g < group.group_heads; ++g)
       ResetState({states + g * floats, s.row.dim_v}, s.row.dim_v);
     for (int i = 0; i < p.counts[index]; ++i) group.scratch.row[i] = RowOf(s, group, tokens[i]);
-    for (int i = 0; i < p.counts[index]; i += kTileRows) {
-      AttendRows(s, group.scratch.row + i, std::min(kTileRows, p.counts[index] - i),
-                 p.counts[index] - i, group.scratch.query, group.group_heads,
-                 weights == nullptr ? nullptr : weights + i, states,
-                 /*value_norms=*/false);
+    // Of the list, which ascends, a query token sees what comes before its end.
+    const int heads = group.group_heads / group.num_tokens;
+    for (int g = 0; g < group.group_heads; g += heads) {
+      const int count = static_cast<int>(
+          std::lower_bound(tokens, tokens + p.counts[index], VisibleEnd(group, g)) - tokens);
+      for (int i = 0; i < count; i += kTileRows) {
+        AttendRows(s, group.scratch.row + i, std::min(kTileRows, count - i), count - i,
+                   group.scratch.query + int64_t{g} * s.row.dim_k, heads,
+                   weights == nullptr ? nullptr : weights + i, states + g * floats,
+                   /*value_norms=*/false);
+      }
     }
     for (int g = 0; g < group.group_heads; ++g) {
       const SoftmaxState state(states + g * floats, s.row.dim_v);
       const float inverse = state.denominator() > 0 ? 1 / state.denominator() : 0;
       for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] *= inverse;
       WriteHead(s, group, g, state.numerator, std::log(state.denominator()) + state.max());
-      group.verdict[g] = Verdict::kBestEffort;
-      group.error[g] = 0;
+      SetVerdict(group, g, Verdict::kBestEffort, 0);
     }
     FlagNotFinite(s, group);
   });

@@ -31,9 +31,16 @@ void AttendRange(const Storage& storage, const Group& group, int64_t begin, int6
                  const float* queries, int heads, float* states, Stream stream,
                  bool value_norms = true);
 
+// Adds to the state of each listed head (ascending; null: the first num_heads) the tokens from
+// `begin` on that it sees. queries and states are those of the list.
+void AttendVisible(const Storage& storage, const Group& group, int64_t begin, const int32_t* heads,
+                   int num_heads, const float* queries, float* states, Stream stream,
+                   bool value_norms = true);
+
 // Writes out and lse of one head from a finished state.
 void WriteHead(const Storage& storage, const Group& group, int head, const float* output,
                float lse);
+void SetVerdict(const Group& group, int head, Verdict verdict, float error);
 // Called after all heads are written. A head whose output has an element that is not finite becomes
 // kBestEffort with an infinite error. Rows or queries may have had such an element, or a sum, a score
 // or the type of the output has no room for it.

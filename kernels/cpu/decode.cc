@@ -132,8 +132,7 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     const float bound =
         sampled && !plan.noisy ? head.bound : std::numeric_limits<float>::infinity();
     const bool ok = bound <= promise.epsilon;
-    group.verdict[g] = ok ? Verdict::kVerified : Verdict::kBestEffort;
-    group.error[g] = bound;
+    SetVerdict(group, g, ok ? Verdict::kVerified : Verdict::kBestEffort, bound);
     if (!ok) failed[num_failed++] = g;
   }
   if (num_failed > 0 && promise.on_unverified == OnUnverified::kDense) {
@@ -169,8 +168,8 @@ void AttendFixed(const Storage& s, const Group& group, float* states, Stream str
   }
   AttendRange(s, group, 0, group.middle_begin, group.scratch.query, group.group_heads, states,
               stream);
-  AttendRange(s, group, group.middle_end, group.tokens, group.scratch.query, group.group_heads,
-              states, stream);
+  AttendVisible(s, group, group.middle_end, nullptr, group.group_heads, group.scratch.query, states,
+                stream);
 }
 
 void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads,
@@ -185,13 +184,12 @@ void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int
     }
     ResetState({states + i * floats, s.row.dim_v}, s.row.dim_v);
   }
-  AttendRange(s, group, 0, group.tokens, queries, num_heads, states, stream, /*value_norms=*/false);
+  AttendVisible(s, group, 0, heads, num_heads, queries, states, stream, /*value_norms=*/false);
   for (int i = 0; i < num_heads; ++i) {
     const SoftmaxState state(states + i * floats, s.row.dim_v);
     for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] /= state.denominator();
     WriteHead(s, group, heads[i], state.numerator, std::log(state.denominator()) + state.max());
-    group.verdict[heads[i]] = verdict;
-    group.error[heads[i]] = 0;
+    SetVerdict(group, heads[i], verdict, 0);
   }
 }
 

@@ -28,7 +28,7 @@ void ScoreExact(const Storage& s, const Group& group, const BlockPart& part, flo
 void CopyExternal(const Storage&, const Group& group, const BlockPart& part, float* scores) {
   constexpr float kLeast = std::numeric_limits<float>::lowest();
   for (int g = 0; g < group.group_heads; ++g) {
-    const float* from = group.external + g * group.external_stride + part.block * kBlockTokens;
+    const float* from = group.external[g] + part.block * kBlockTokens;
     float* to = scores + int64_t{g} * kBlockTokens;
     for (int t = part.begin; t < part.end; ++t) to[t] = from[t] == -INFINITY ? kLeast : from[t];
   }

@@ -301,7 +301,7 @@ Group HeadsOf(const Storage& s, const Group& group, int first, int heads) {
   part.scratch.query += int64_t{first} * s.row.dim_k;
   part.scratch.packed += first / 8;
   part.scratch.prepared += int64_t{first} * PreparedFloats(s);
-  part.external += first * group.external_stride;
+  if (part.external != nullptr) part.external += first;
   return part;
 }
 

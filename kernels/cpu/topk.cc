@@ -154,8 +154,7 @@ void DecodeTopK(const Storage& s, const Promise& promise, Group& group, Stream s
     const SoftmaxState state(at, s.row.dim_v);
     for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] /= state.denominator();
     WriteHead(s, group, g, state.numerator, std::log(state.denominator()) + state.max());
-    group.verdict[g] = exact ? Verdict::kExact : Verdict::kBestEffort;
-    group.error[g] = 0;
+    SetVerdict(group, g, exact ? Verdict::kExact : Verdict::kBestEffort, 0);
   }
   for (int64_t i = 0; i < n; ++i) {
     if ((w.tail[i] & kRead) != 0)

@@ -12,6 +12,7 @@ namespace vattn {
 
 class CpuBackend final : public Backend {
  public:
+  int max_group_heads() const override { return kMaxGroup; }
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 

@@ -13,11 +13,7 @@
 
 namespace vattn {
 
-CpuBatch::CpuBatch(Runtime& runtime, int slots)
-    : runtime_(runtime),
-      slots_(slots, nullptr),
-      verdicts_(static_cast<size_t>(slots) * runtime.options().num_q_heads),
-      errors_(verdicts_.size()) {}
+CpuBatch::CpuBatch(Runtime& runtime, int slots) : runtime_(runtime), slots_(slots, nullptr) {}
 
 int64_t CpuBatch::HotCapacity(int64_t middle) const {
   return static_cast<int64_t>(
@@ -26,6 +22,7 @@ int64_t CpuBatch::HotCapacity(int64_t middle) const {
 
 absl::Status CpuBatch::BeginStep(const std::vector<Sequence*>& slots, DeviceStream) {
   slots_ = slots;
+  query_tokens_ = 1;
   uint64_t most = 0;
   size_t most_groups = 0;
   for (int l = 0; l < runtime_.options().num_layers; ++l) {
@@ -34,18 +31,23 @@ absl::Status CpuBatch::BeginStep(const std::vector<Sequence*>& slots, DeviceStre
     for (Sequence* sequence : slots_) {
       if (sequence == nullptr || runtime_.kv_heads(l) == 0) continue;
       Layer& layer = sequence->layer(l);
-      const int64_t tokens = sequence->tokens_in_step(), end = sequence->MiddleEnd(tokens);
-      bytes +=
-          static_cast<uint64_t>(runtime_.kv_heads(l)) *
-          ScratchBytes(runtime_.storage(), runtime_.promise(), tokens, runtime_.group_heads(l));
+      query_tokens_ = sequence->num_query_tokens();
+      const int64_t end = sequence->middle_end_in_step();
+      bytes += static_cast<uint64_t>(runtime_.kv_heads(l)) * GroupBytes(*sequence, l);
       groups += layer.kv_heads.size();
       if (runtime_.options().hot_share == 0) continue;
       for (KvHead& kv_head : layer.kv_heads)
-        kv_head.hot.Reserve(end, HotCapacity(end - runtime_.options().sinks));
+        kv_head.hot.Reserve(end, HotCapacity(end - sequence->middle_begin_in_step()));
     }
     most = std::max(most, bytes);
     most_groups = std::max(most_groups, groups);
   }
+  const size_t heads =
+      slots_.size() * static_cast<size_t>(runtime_.options().num_q_heads) * query_tokens_;
+  verdicts_.resize(heads);
+  errors_.resize(heads);
+  if (query_tokens_ > 1) states_.resize(heads);
+  if (runtime_.promise().index == IndexKind::kExternal) score_rows_.resize(heads);
   blocks_.reserve(runtime_.options().num_q_heads);
   groups_.reserve(most_groups);
   owners_.reserve(most_groups);
@@ -63,11 +65,30 @@ absl::Status CpuBatch::Call(Task task, const AttendRequest& r, const Selection& 
                             DeviceStream) {
   if (r.k_new != nullptr) WriteRows(r);
   PrepareGroups(r);
-  if (task == Task::kSelect) return Select(r, selection);
+  if (task == Task::kSelect) {
+    VATTN_RETURN_IF_ERROR(Select(r, selection));
+    CarryStates();
+    return absl::OkStatus();
+  }
   if (task == Task::kDecode) Decode();
   if (task == Task::kAttendSelected) AttendSelected(selection);
+  CarryStates();
   Account(r);
   return absl::OkStatus();
+}
+
+uint64_t CpuBatch::GroupBytes(const Sequence& sequence, int layer) const {
+  return ScratchBytes(runtime_.storage(), runtime_.promise(), sequence.tokens_in_step(),
+                      query_tokens_ * runtime_.group_heads(layer));
+}
+
+void CpuBatch::CarryStates() {
+  if (query_tokens_ == 1) return;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    std::vector<HeadState>& states = owners_[i].kv_head->states;
+    const HeadState* const end = groups_[i].state + groups_[i].group_heads;
+    std::copy(end - states.size(), end, states.begin());
+  }
 }
 
 void CpuBatch::WriteRows(const AttendRequest& r) {
@@ -79,9 +100,9 @@ void CpuBatch::WriteRows(const AttendRequest& r) {
     blocks_.clear();
     for (const KvHead& kv_head : layer.kv_heads) blocks_.push_back(kv_head.blocks.data());
     const auto at = [&](const void* base, int dim) {
-      return base == nullptr
-                 ? nullptr
-                 : static_cast<const std::byte*>(base) + int64_t{slot} * kv_heads * dim * element;
+      return base == nullptr ? nullptr
+                             : static_cast<const std::byte*>(base) +
+                                   int64_t{slot} * query_tokens_ * kv_heads * dim * element;
     };
     cpu::Write({.storage = s,
                 .blocks = blocks_.data(),
@@ -99,7 +120,7 @@ void CpuBatch::WriteRows(const AttendRequest& r) {
 }
 
 void CpuBatch::PrepareGroups(const AttendRequest& r) {
-  const int kv_heads = runtime_.kv_heads(r.layer), group_heads = runtime_.group_heads(r.layer);
+  const int kv_heads = runtime_.kv_heads(r.layer);
   groups_.clear();
   owners_.clear();
   std::byte* memory = scratch_.data();
@@ -108,8 +129,7 @@ void CpuBatch::PrepareGroups(const AttendRequest& r) {
     if (sequence == nullptr) continue;
     for (int h = 0; h < kv_heads; ++h) {
       groups_.push_back(MakeGroup(r, slot, h, memory));
-      memory += ScratchBytes(runtime_.storage(), runtime_.promise(), sequence->tokens_in_step(),
-                             group_heads);
+      memory += GroupBytes(*sequence, r.layer);
       owners_.push_back(
           {sequence, &sequence->layer(r.layer).kv_heads[h], int64_t{slot} * kv_heads + h});
     }
@@ -124,19 +144,31 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
             out_element = ElementBytes(static_cast<DType>(r.out_dtype));
   Sequence& sequence = *slots_[slot];
   KvHead& kv_head = sequence.layer(r.layer).kv_heads[h];
-  const int64_t tokens = sequence.tokens_in_step(), begin = std::min<int64_t>(o.sinks, tokens);
-  const int64_t head = int64_t{slot} * o.num_q_heads + int64_t{h} * group_heads;
+  const int64_t tokens = sequence.tokens_in_step();
+  // Of the group's first head among those of the arrays.
+  const int64_t head = int64_t{slot} * query_tokens_ * o.num_q_heads + int64_t{h} * group_heads;
   Group group;
   group.blocks = kv_head.blocks.data();
   group.tokens = tokens;
-  group.middle_begin = begin;
-  group.middle_end = std::max(begin, sequence.MiddleEnd(tokens));
-  group.group_heads = group_heads;
+  group.middle_begin = sequence.middle_begin_in_step();
+  group.middle_end = sequence.middle_end_in_step();
+  group.group_heads = query_tokens_ * group_heads;
+  group.num_tokens = query_tokens_;
+  group.token_stride = o.num_q_heads;
   group.out_dtype = r.out_dtype;
   group.segments = kv_head.segments.data();
   group.num_segments = static_cast<int32_t>(kv_head.segments.size());
   if (group.num_segments > 0) group.index = kv_head.segments[0].tables;
   group.state = kv_head.states.data();
+  // Its heads in arrays where those of all query tokens of a KV head lie together.
+  const int64_t together =
+      query_tokens_ * (int64_t{slot} * o.num_q_heads + int64_t{h} * group_heads);
+  if (query_tokens_ > 1) {
+    // Each query token starts from where the last one of the step before has left the controller.
+    group.state = states_.data() + together;
+    for (int t = 0; t < query_tokens_; ++t)
+      std::copy_n(kv_head.states.cbegin(), group_heads, group.state + t * group_heads);
+  }
   group.key = MakeRandomKey(o.seed, sequence.id(), static_cast<uint32_t>(r.layer),
                             static_cast<uint32_t>(h));
   group.step = sequence.step();
@@ -149,11 +181,16 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
   group.error = (r.error != nullptr ? r.error : errors_.data()) + head;
   if (r.scores != nullptr) {
     const bool apart = r.score_heads == o.num_q_heads;
-    const int64_t row = apart ? head : int64_t{slot} * kv_heads + h;
-    group.external = r.scores + row * r.scores_stride;
-    group.external_stride = apart ? r.scores_stride : 0;
+    const float** const rows = score_rows_.data() + together;
+    for (int i = 0; i < group.group_heads; ++i) {
+      const int64_t token = int64_t{slot} * query_tokens_ + i / group_heads;
+      const int64_t row =
+          apart ? token * o.num_q_heads + h * group_heads + i % group_heads : token * kv_heads + h;
+      rows[i] = r.scores + row * r.scores_stride;
+    }
+    group.external = rows;
   }
-  group.scratch = CarveScratch(s, runtime_.promise(), tokens, group_heads, memory);
+  group.scratch = CarveScratch(s, runtime_.promise(), tokens, group.group_heads, memory);
   return group;
 }
 
@@ -236,9 +273,13 @@ void CpuBatch::WriteSelection(const Group& group, int64_t place, const Selection
 void CpuBatch::KeepQueries(const Group& group, KvHead& kv_head) const {
   const Storage& s = runtime_.storage();
   if (s.code.kind != IndexKind::kBalanced) return;
-  const int64_t count = int64_t{group.group_heads} * s.row.dim_k;
+  // Those of the last query token
+  const int heads = group.group_heads / group.num_tokens;
+  const int64_t count = int64_t{heads} * s.row.dim_k;
   std::vector<float> queries(static_cast<size_t>(count));
-  const uint8_t* row = static_cast<const uint8_t*>(group.q);
+  const uint8_t* row =
+      static_cast<const uint8_t*>(group.q) +
+      HeadPlace(group, group.group_heads - heads) * s.row.dim_k * ElementBytes(s.row.dtype);
   cpu::LoadRows(
       {.rows = &row, .count = 1, .offset = 0, .dim = static_cast<int>(count), .dtype = s.row.dtype},
       queries.data());
@@ -266,7 +307,8 @@ void CpuBatch::Account(const AttendRequest& r) {
     if (r.middle != nullptr) r.middle[place] = n;
     if (RecentPlace(group.step) >= 0) KeepQueries(group, kv_head);
     if (group.noisy) noisy += static_cast<uint64_t>(group.group_heads);
-    for (int g = 0; g < group.group_heads; ++g) ++verdicts[static_cast<int>(group.verdict[g])];
+    for (int g = 0; g < group.group_heads; ++g)
+      ++verdicts[static_cast<int>(group.verdict[HeadPlace(group, g)])];
     middle += n, selected += group.selected, fetched += misses, looks += group.looks;
   }
   Counters& c = runtime_.counters();

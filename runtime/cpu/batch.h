@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "kernels/params.h"
 #include "memory/virtual_range.h"
 #include "runtime/backend.h"
 
@@ -31,6 +32,8 @@ class CpuBatch final : public BatchHalf {
     int64_t place;  // slot * kv_heads + KV head: of its rows in arrays by KV head
   };
 
+  // Working memory of one KV head.
+  uint64_t GroupBytes(const Sequence& sequence, int layer) const;
   // How many rows the hot set of a KV head may hold that has `middle` tokens in the middle.
   int64_t HotCapacity(int64_t middle) const;
   // The new tokens' rows into the blocks of a layer.
@@ -38,6 +41,9 @@ class CpuBatch final : public BatchHalf {
   // Fills groups_ and owners_ for a layer: what the operations read, and where they write to.
   void PrepareGroups(const AttendRequest& request);
   Group MakeGroup(const AttendRequest& request, int slot, int kv_head, std::byte* memory);
+
+  // The controller of the last query token goes on to the next step.
+  void CarryStates();
 
   void Decode();
   void AttendSelected(const Selection& selection);
@@ -56,9 +62,13 @@ class CpuBatch final : public BatchHalf {
   std::vector<const int32_t*> blocks_;  // [KV heads] of the sequence whose rows are written
   std::vector<Group> groups_;           // of the call: filled slots x KV heads
   std::vector<Owner> owners_;           // beside groups_
-  // [slots, q_heads] in place of arrays that the caller does not want
+  int query_tokens_ = 1;                // of every sequence in the step
+  // [slots, query tokens, q_heads] in place of arrays that the caller does not want
   std::vector<Verdict> verdicts_;
   std::vector<float> errors_;
+  // [slots, KV heads, query tokens, query heads of one]
+  std::vector<HeadState> states_;         // with several query tokens
+  std::vector<const float*> score_rows_;  // with IndexKind::kExternal
   VirtualRange scratch_;
 };
 

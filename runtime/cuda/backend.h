@@ -38,6 +38,7 @@ class CudaBackend final : public Backend {
   // Waits for the copy alone, not for running steps.
   absl::StatusOr<cuda::DeviceCounters> ReadCounters();
 
+  int max_group_heads() const override { return cuda::kMaxDeviceGroup; }
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "tests/api/backend.h"
 
@@ -137,9 +138,13 @@ void AppendRows(Sequence& sequence, const Shape& shape, int32_t layer, const Row
 }
 
 Answer Attend(const Shape& shape, const Rows& rows, int kv_head, const float* q) {
-  std::vector<int32_t> all(static_cast<size_t>(rows.tokens));
-  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
-  return Attend(shape, rows, kv_head, q, all.data(), rows.tokens, nullptr);
+  return Attend(shape, rows, rows.tokens, kv_head, q);
+}
+
+Answer Attend(const Shape& shape, const Rows& rows, int64_t count, int kv_head, const float* q) {
+  std::vector<int32_t> first(static_cast<size_t>(count));
+  std::iota(first.begin(), first.end(), 0);
+  return Attend(shape, rows, kv_head, q, first.data(), count, nullptr);
 }
 
 Answer Attend(const Shape& shape, const Rows& rows, int kv_head, const float* q,
@@ -189,9 +194,10 @@ double Tolerance(const Answer& answer, int32_t out_dtype) {
                                                                            : 4e-3);
 }
 
-Call::Call(const Shape& call_shape, int num_slots, int32_t call_layer, int32_t dtype)
-    : shape(call_shape), slots(num_slots), layer(call_layer), out_dtype(dtype) {
-  const size_t heads = static_cast<size_t>(slots) * shape.q_heads,
+Call::Call(const Shape& call_shape, int num_slots, int32_t call_layer, int32_t dtype,
+           int num_tokens)
+    : shape(call_shape), slots(num_slots), tokens(num_tokens), layer(call_layer), out_dtype(dtype) {
+  const size_t heads = static_cast<size_t>(slots) * tokens * shape.q_heads,
                groups = static_cast<size_t>(slots) * shape.kv_heads;
   out.assign(heads * shape.dim_v * ElementSize(out_dtype), std::byte{0x7b});
   lse.assign(heads, -7);
@@ -208,6 +214,7 @@ vattn_attend_params Call::Params() {
   v_bytes = ToBytes(shape.dtype, v_new);
   vattn_attend_params params = Init<vattn_attend_params>();
   params.layer = layer;
+  params.num_tokens = tokens;
   params.out_dtype = out_dtype;
   params.q = q_bytes.data();
   params.k_new = k_bytes.empty() ? nullptr : k_bytes.data();
@@ -224,16 +231,17 @@ vattn_attend_params Call::Params() {
 }
 
 void Call::Fill(std::mt19937_64& engine, int new_tokens, float query_sigma) {
-  q = Gaussian(engine, shape.dtype, int64_t{slots} * shape.q_heads * shape.dim_k, query_sigma);
+  q = Gaussian(engine, shape.dtype, int64_t{slots} * tokens * shape.q_heads * shape.dim_k,
+               query_sigma);
   k_new =
       Gaussian(engine, shape.dtype, int64_t{new_tokens} * slots * shape.kv_heads * shape.dim_k, 1);
   const int v_heads = shape.shared_kv ? 0 : shape.kv_heads;
   v_new = Gaussian(engine, shape.dtype, int64_t{new_tokens} * slots * v_heads * shape.dim_v, 1);
 }
 
-std::vector<float> Call::Out(int slot, int head) const {
+std::vector<float> Call::Out(int slot, int head, int token) const {
   const size_t bytes = shape.dim_v * ElementSize(out_dtype);
-  const std::byte* begin = out.data() + (static_cast<size_t>(slot) * shape.q_heads + head) * bytes;
+  const std::byte* begin = out.data() + At(slot, head, token) * bytes;
   return ToFloats(out_dtype, {begin, begin + bytes});
 }
 
@@ -243,18 +251,20 @@ void Call::AddTo(Rows& rows, int slot) const {
                ? all
                : std::vector<float>(all.begin() + slot * size, all.begin() + (slot + 1) * size);
   };
-  rows.Add(shape, part(k_new, int64_t{shape.kv_heads} * shape.dim_k),
-           part(v_new, int64_t{shape.kv_heads} * shape.dim_v));
+  rows.Add(shape, part(k_new, int64_t{tokens} * shape.kv_heads * shape.dim_k),
+           part(v_new, int64_t{tokens} * shape.kv_heads * shape.dim_v));
 }
 
 void ExpectExact(const Call& call, int slot, const Rows& rows) {
   const int group = call.shape.q_heads / call.shape.kv_heads;
-  for (int h = 0; h < call.shape.q_heads; ++h) {
-    const Answer answer = Attend(call.shape, rows, h / group, call.Query(slot, h));
-    EXPECT_LE(Distance(answer, call.Out(slot, h).data()), Tolerance(answer, call.out_dtype))
-        << "slot " << slot << " head " << h << " of " << rows.tokens << " tokens";
-    EXPECT_NEAR(call.lse[slot * call.shape.q_heads + h], answer.lse,
-                2e-5 * (1 + std::abs(answer.lse)));
+  for (int t = 0; t < call.tokens; ++t) {
+    const int64_t seen = rows.tokens - call.tokens + 1 + t;
+    for (int h = 0; h < call.shape.q_heads; ++h) {
+      const Answer answer = Attend(call.shape, rows, seen, h / group, call.Query(slot, h, t));
+      EXPECT_LE(Distance(answer, call.Out(slot, h, t).data()), Tolerance(answer, call.out_dtype))
+          << "slot " << slot << " head " << h << " of " << seen << " tokens";
+      EXPECT_NEAR(call.lse[call.At(slot, h, t)], answer.lse, 2e-5 * (1 + std::abs(answer.lse)));
+    }
   }
 }
 

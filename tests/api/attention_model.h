@@ -49,32 +49,39 @@ struct Answer {
   double norm = 0;       // |out|
   double rms_value = 0;  // sqrt(sum p |v|^2)
 };
-// q [dim_k] unscaled. Over all tokens, or over `tokens` with log_weights (may be null) added.
+// q [dim_k] unscaled. Over all tokens, or the first `count`, or over `tokens` with log_weights (may
+// be null) added.
 Answer Attend(const Shape& shape, const Rows& rows, int kv_head, const float* q);
+Answer Attend(const Shape& shape, const Rows& rows, int64_t count, int kv_head, const float* q);
 Answer Attend(const Shape& shape, const Rows& rows, int kv_head, const float* q,
               const int32_t* tokens, int64_t count, const float* log_weights);
 double Distance(const Answer& answer, const float* out);
 // What Distance is allowed to be for an exact result in out_dtype.
 double Tolerance(const Answer& answer, int32_t out_dtype);
 
-// Arrays of vattn_attend_params for a batch of `slots`. k_new and v_new empty: not given.
+// Arrays of vattn_attend_params for a batch of `slots` with `tokens` query tokens each. k_new and
+// v_new empty: not given.
 struct Call {
-  Call(const Shape& shape, int slots, int32_t layer, int32_t out_dtype = VATTN_F32);
+  Call(const Shape& shape, int slots, int32_t layer, int32_t out_dtype = VATTN_F32, int tokens = 1);
 
   // Points into this object and into its byte arrays, which it fills from q, k_new and v_new.
   vattn_attend_params Params();
-  const float* Query(int slot, int head) const {
-    return q.data() + (slot * shape.q_heads + head) * shape.dim_k;
+  // The place of a head in lse, verdict and error.
+  size_t At(int slot, int head, int token = 0) const {
+    return (static_cast<size_t>(slot) * tokens + token) * shape.q_heads + head;
   }
-  // Fills q, and k_new and v_new if new_tokens is 1.
+  const float* Query(int slot, int head, int token = 0) const {
+    return q.data() + At(slot, head, token) * shape.dim_k;
+  }
+  // Fills q, and k_new and v_new unless new_tokens is 0.
   void Fill(std::mt19937_64& engine, int new_tokens, float query_sigma = 1);
   // Decodes out; after the call.
-  std::vector<float> Out(int slot, int head) const;
-  // The new token of a slot.
+  std::vector<float> Out(int slot, int head, int token = 0) const;
+  // The new tokens of a slot.
   void AddTo(Rows& rows, int slot) const;
 
   Shape shape;
-  int slots;
+  int slots, tokens;
   int32_t layer, out_dtype;
   std::vector<float> q, k_new, v_new;
   std::vector<std::byte> q_bytes, k_bytes, v_bytes, out;
@@ -83,7 +90,8 @@ struct Call {
   std::vector<int64_t> middle;
 };
 
-// Expects the answer of one slot to be exact attention over rows.
+// Expects the answers of one slot to be exact attention over rows, of which each query token sees
+// those up to its own.
 void ExpectExact(const Call& call, int slot, const Rows& rows);
 
 }  // namespace vattn::test

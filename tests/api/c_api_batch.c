@@ -66,8 +66,8 @@ static void TestSteps(vattn_runtime* runtime, vattn_batch* batch, vattn_sequence
   CHECK_INVALID(vattn_batch_abandon(NULL), "batch is NULL, must be given");
   CHECK_OK(vattn_batch_abandon(batch)); /* no step is open */
   CHECK_INVALID(vattn_batch_begin_step(NULL, 1, NULL), "batch is NULL, must be given");
-  CHECK_INVALID(vattn_batch_begin_step(batch, -1, NULL), "new_tokens is -1, must be 0 to 1");
-  CHECK_INVALID(vattn_batch_begin_step(batch, 2, NULL), "new_tokens is 2, must be 0 to 1");
+  CHECK_INVALID(vattn_batch_begin_step(batch, -1, NULL), "new_tokens is -1, must be 0 to 16");
+  CHECK_INVALID(vattn_batch_begin_step(batch, 17, NULL), "new_tokens is 17, must be 0 to 16");
   CHECK_INVALID(vattn_attend(batch, &attend, NULL),
                 "no step is open, vattn_batch_begin_step must come first");
   CHECK_OK(vattn_sequence_create(runtime, NULL, &empty));
@@ -135,8 +135,9 @@ static void TestFields(vattn_batch* batch) {
   CHECK_ATTEND(layer, -1, "layer is -1, must be 0 to 2");
   CHECK_ATTEND(layer, kLayers, "layer is 3, must be 0 to 2");
   CHECK_ATTEND(layer, kLeftOut, "layer is 2, which layer_kv_heads leaves out");
-  CHECK_ATTEND(num_tokens, 0, "num_tokens is 0, must be 1 to 1");
-  CHECK_ATTEND(num_tokens, 2, "num_tokens is 2, must be 1 to 1");
+  CHECK_ATTEND(num_tokens, 0, "num_tokens is 0, must be 1 to 16");
+  CHECK_ATTEND(num_tokens, 17, "num_tokens is 17, must be 1 to 16");
+  CHECK_ATTEND(num_tokens, 2, "num_tokens is 2, must be 1 in a step with new_tokens = 1");
   CHECK_ATTEND(out_dtype, -1, "out_dtype is -1, must be 0 to 2");
   CHECK_ATTEND(out_dtype, 3, "out_dtype is 3, must be 0 to 2");
   CHECK_ATTEND(q, NULL, "q is NULL, must be given");

@@ -243,8 +243,9 @@ TEST(ExternalTest, ScoresAreTakenAsTheyAre) {
     GroupFixture f(Shape(IndexKind::kExternal, {64, 64, false}, 70));
     std::vector<float> given(70 * 700);
     for (size_t i = 0; i < given.size(); ++i) given[i] = std::sin(static_cast<float>(i));
-    f.group.external = given.data();
-    f.group.external_stride = apart ? 700 : 0;
+    std::vector<const float*> rows(70, given.data());
+    for (int g = 0; g < 70 && apart; ++g) rows[g] += g * 700;
+    f.group.external = rows.data();
     f.Scan(IndexKind::kExternal);
     for (int g = 0; g < 70; ++g) {
       for (int64_t b = 0; b < NumBlocks(f.group); ++b) {
@@ -261,7 +262,8 @@ TEST(ExternalTest, ScoresAreTakenAsTheyAre) {
 TEST(ExternalTest, MinusInfinityIsALowScore) {
   GroupFixture f(Shape(IndexKind::kExternal, {64, 64, false}, 1));
   const std::vector<float> given(700, -INFINITY);
-  f.group.external = given.data();
+  const float* const row = given.data();
+  f.group.external = &row;
   f.Scan(IndexKind::kExternal);
   for (int64_t t = 0; t < 768; ++t)
     ASSERT_EQ(EstimateOf(f.group, t, 0) > 0, t >= kBegin && t < kEnd) << t;
