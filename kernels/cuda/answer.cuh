@@ -73,7 +73,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
   const auto place = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
   for (int first = 0; first < team.heads(); first += kHeads) {
     const float* queries = LoadQueries(team, first);
-    if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
+    if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = LeastLogit(team.p);
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
         queries, team.memory, team.shared.rows,
@@ -91,6 +91,11 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
           const int32_t token = tokens[place(k, r)];
           const float factor = token >= 0 && token < most ? 1 : NAN;
           return make_float2(log_weights == nullptr ? 0 : log_weights[place(k, r)], factor);
+        },
+        [&](int k, int r, int h, float& logit) {
+          const int32_t token = tokens[place(k, r)];
+          if (team.p.num_tokens > 1 && token >= VisibleEnd(team.p, team.group, first + h))
+            logit = -INFINITY;
         });
   }
   Combine(team, false, 0);
@@ -157,7 +162,7 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
       w.weight[i] = INFINITY;
     }
     for (int h = threadIdx.x; h < team.heads(); h += kThreads)
-      team.shared.head[h].shift = -INFINITY;
+      team.shared.head[h].shift = LeastLogit(team.p);
   }
   team.Sync();
   AttendList<kType, kHeads>(
@@ -324,6 +329,11 @@ __device__ void AnswerGroup(const StepParams& p, const DeviceGroup& group,
   } else {
     AnswerTopK<kType, kHeads>(team);
   }
+  if (group.carried == nullptr || rank > 0) return;
+  __syncthreads();
+  const int heads = p.group_heads / p.num_tokens;
+  for (int i = threadIdx.x; i < heads; i += kThreads)
+    group.carried[i] = group.state[p.group_heads - heads + i];
 }
 
 // Thread block b is number b % size of the team of group b / size.
@@ -333,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ TeamShared<kHeads> shared;
   const int rank = blockIdx.x % size, teams = gridDim.x / size;
-  for (int g = blockIdx.x / size; g < p.header->num_groups; g += teams) {
+  for (int g = blockIdx.x / size; g < NumGroups(p); g += teams) {
     if (p.groups[g].tokens > 0)
       AnswerGroup<kType, kHeads>(p, p.groups[g], shared, memory, rank, size);
   }

@@ -59,7 +59,7 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
     const float* queries = LoadQueries(team, first);
     if (tid < kHeads) {
       team.shared.rows.most[tid] = log_weights != nullptr || first + tid >= heads
-                                       ? -INFINITY
+                                       ? LeastLogit(team.p)
                                        : team.shared.head[first + tid].shift;
     }
     float* state =
@@ -78,8 +78,12 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
           if (log_weights != nullptr) return make_float2(log_weights[i], 1);
           return make_float2(0, 1 / Min(1.f, scale * LoadL2(w.weight + i)));
         },
-        [&](int k, int r, int h, float logit) {
+        [&](int k, int r, int h, float& logit) {
           const int64_t i = place(k, r);
+          // Lists of a caller may have what not every query token sees.
+          if (team.p.task == Task::kAttendSelected && team.p.num_tokens > 1 &&
+              LoadL2(w.token + i) >= VisibleEnd(team.p, team.group, first + h))
+            logit = -INFINITY;
           w.logit[(first + h) * w.capacity + i] = logit;
           if (first + h == 0) w.norm2[i] = team.shared.rows.norm2[r];
         },
@@ -102,7 +106,7 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
   const auto token = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
   for (int first = 0; first < team.heads(); first += kHeads) {
     const float* queries = LoadQueries(team, first);
-    if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = -INFINITY;
+    if (threadIdx.x < kHeads) team.shared.rows.most[threadIdx.x] = LeastLogit(team.p);
     AttendTiles<kType, kHeads>(
         row, shape, team.p.storage.tiles_in_flight, tiles, min(kHeads, team.heads() - first),
         queries, team.memory, team.shared.rows,
@@ -112,7 +116,12 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
                                            RowAddress(team.p.storage, team.group, token(k, r)))
                                      : 0;
         },
-        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); });
+        [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); },
+        WeighOnce{},
+        [&](int k, int r, int h, float& logit) {
+          if (team.p.num_tokens > 1 && token(k, r) >= VisibleEnd(team.p, team.group, first + h))
+            logit = -INFINITY;
+        });
   }
 }
 

@@ -83,6 +83,7 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(heads * s.row.dim_v, w.output);
   c.Take(heads, w.head);
   c.Take(heads, w.growth);
+  c.Take(heads, w.state_of_token);
   const bool coded = s.value_bits > 0;
   const int64_t items = coded ? ValueItems(s, group_heads) : 0;
   c.Take(coded ? sampled * heads * w.capacity : 0, w.log_predicted_e);

@@ -51,7 +51,7 @@ template <DType kType>
 __global__ void __launch_bounds__(kExactThreads) ExactKernel(const __grid_constant__ StepParams p) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, heads = p.group_heads;
   if (blockIdx.x == 0 && threadIdx.x == 0) StampTime(p, TimelinePoint::kPrepared);
-  for (int64_t item = blockIdx.x; item < p.header->scan_blocks; item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < ScanBlocks(p); item += gridDim.x) {
     const DeviceGroup& group = p.groups[GroupOf(p, item)];
     const int64_t b = item - group.first_block, first = (FirstBlock(group) + b) * kBlockTokens;
     float* out = group.scratch.score + b * heads * kBlockTokens;

@@ -1,6 +1,6 @@
 // Parameters of the CUDA backend's operations. Every pointer is one that the device can follow;
 // what changes from step to step lies in device memory, so that a captured graph can be replayed. G
-// = query heads of one GQA group (one KV head).
+// = query heads of one GQA group (one KV head), of all query tokens of the call.
 #ifndef VATTN_KERNELS_CUDA_PARAMS_H_
 #define VATTN_KERNELS_CUDA_PARAMS_H_
 
@@ -12,7 +12,7 @@
 
 namespace vattn::cuda {
 
-constexpr int kMaxDeviceGroup = 128;  // query heads per KV head
+constexpr int kMaxDeviceGroup = 128;  // query heads per KV head, of all query tokens
 // The most sums that a team adds up at a time: those of the certificate, TailTotals of verify.cuh, and
 // of groups with few heads the three of a report.
 VATTN_HD constexpr int MostTotals(int heads) { return 7 * heads + 4; }
@@ -73,11 +73,12 @@ struct GroupScratch {
   float* sure = nullptr;
   // [kFixedParts][G][dim_v + 3] softmax states of sinks and window.
   float* fixed = nullptr;
-  float* state = nullptr;     // [walks][team][G][dim_v + 3] softmax states of the draw
-  double* partial = nullptr;  // [2][team][MostTotals(G)] sums of a team's parts
-  float* output = nullptr;    // [G][dim_v]
-  HeadWork* head = nullptr;   // [G]
-  float* growth = nullptr;    // [G]
+  float* state = nullptr;               // [walks][team][G][dim_v + 3] softmax states of the draw
+  double* partial = nullptr;            // [2][team][MostTotals(G)] sums of a team's parts
+  float* output = nullptr;              // [G][dim_v]
+  HeadWork* head = nullptr;             // [G]
+  float* growth = nullptr;              // [G]
+  HeadState* state_of_token = nullptr;  // [G], with several query tokens
   // The next six only with value codes. What codes had said of rows that were read is taken back from
   // the numerators in `state`, and its mass is kept in coded_mass.
   float* log_predicted_e = nullptr;  // [G][capacity] ln e^ of selected tokens
@@ -103,15 +104,18 @@ struct DeviceGroup {
   const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
   std::byte* fixed = nullptr;       // [sinks + ring_tokens][row_bytes]
   HeadState* state = nullptr;       // [G]
+  // With several query tokens, else null: the controller that each of them starts from, and that
+  // goes on as the last one leaves it.
+  HeadState* carried = nullptr;  // [G / query tokens]
   // The tables of the first segment. Values are coded with them in every segment.
   IndexTables index;
   const IndexSegment* segments = nullptr;  // [num_segments]
   int32_t num_segments = 0;
-  // Where the step's queries go, [G][dim_k] in the row dtype; null: nowhere.
+  // Where the last token's queries go, [][dim_k] in the row dtype; null: nowhere.
   std::byte* recent = nullptr;
   RandomKey key;
   int32_t slot = 0, kv_head = 0;  // of the batch; says where queries and outputs are
-  int64_t tokens = 0;             // with the step's new token; 0: nobody sits here
+  int64_t tokens = 0;             // with the step's new ones; 0: nobody sits here
   int64_t middle_begin = 0, middle_end = 0;
   int64_t ring_begin = 0;   // tokens from here on are in the ring
   int64_t first_block = 0;  // of the scan: how many blocks the groups before this one have
@@ -123,6 +127,7 @@ struct DeviceGroup {
 struct StepHeader {
   int64_t scan_blocks = 0;  // of all groups
   int32_t num_groups = 0;
+  int32_t num_tokens = 0;  // query tokens that the step was begun for
 };
 
 // Sums over calls, read by vattn_runtime_stats.
@@ -189,6 +194,7 @@ struct StepParams {
   int32_t most_groups = 0;  // slots * kv_heads
   int32_t kv_heads = 0;
   int32_t group_heads = 0;  // G
+  int32_t num_tokens = 1;   // query tokens, the sequence's last; their heads are in their order
   CallArrays call;
   SelectionArrays selection;
 };

@@ -50,7 +50,7 @@ template <int kHeads>
 __global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant__ StepParams p) {
   __shared__ TeamShared<kHeads> shared;
   extern __shared__ int tops[];  // [G][kTopBins]
-  if (static_cast<int>(blockIdx.x) >= p.header->num_groups) return;
+  if (static_cast<int>(blockIdx.x) >= NumGroups(p)) return;
   const DeviceGroup& group = p.groups[blockIdx.x];
   if (group.tokens == 0 || group.middle_end == group.middle_begin) return;
   Team<kHeads> team{p, group, shared, nullptr, 0, 1};
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1) PlanKernel(const __grid_constant_
 template <int kHeads>
 __global__ void __launch_bounds__(kPredictThreads, 4)
     PredictKernel(const __grid_constant__ StepParams p) {
-  const int warp = threadIdx.x / kWarp, groups = p.header->num_groups;
+  const int warp = threadIdx.x / kWarp, groups = NumGroups(p);
   // Segments go round the groups, so that neighbouring warps share no group's tables but all have
   // work.
   const int64_t all = static_cast<int64_t>(groups) * kMostSegments;

@@ -1,4 +1,4 @@
-// First stage of a step: the new token's row, queries packed for the scan, and attention over sinks
+// First stage of a step: the new tokens' rows, queries packed for the scan, and attention over sinks
 // and window. A group has kFixedParts thread blocks for its fixed rows and kPackParts for its
 // queries, which share the segments of its index.
 #include <cmath>
@@ -19,10 +19,11 @@ template <class E>
 __device__ void ScaleQueries(const StepParams& p, const DeviceGroup& group, int first, int heads,
                              int most, float* out) {
   const int dim = p.storage.host.row.dim_k;
-  const int64_t head = (int64_t{group.slot} * p.kv_heads + group.kv_head) * p.group_heads + first;
-  const std::byte* q = static_cast<const std::byte*>(p.call.q) + head * dim * E::kBytes;
+  const std::byte* q = static_cast<const std::byte*>(p.call.q);
   for (int i = threadIdx.x; i < most * dim; i += kThreads) {
-    out[i] = i < heads * dim ? E::One(q + i * E::kBytes) * p.storage.host.scale : 0;
+    const int head = i / dim;
+    const int64_t at = head < heads ? HeadPlace(p, group, first + head) * dim + i % dim : 0;
+    out[i] = head < heads ? E::One(q + at * E::kBytes) * p.storage.host.scale : 0;
   }
 }
 
@@ -178,22 +179,24 @@ __device__ void PackQueries(const StepParams& p, const DeviceGroup& group, int p
   }
 }
 
-// The step's queries, as they are, to those from which tables may be learnt later.
+// The last token's queries, as they are, to those from which tables may be learnt later.
 template <class E>
 __device__ void KeepQueries(const StepParams& p, const DeviceGroup& group) {
   using Bits = std::conditional_t<E::kBytes == 2, uint16_t, uint32_t>;
-  const int count = p.group_heads * p.storage.host.row.dim_k;
-  const int64_t place = int64_t{group.slot} * p.kv_heads + group.kv_head;
-  const Bits* from = static_cast<const Bits*>(p.call.q) + place * count;
+  const int heads = p.group_heads / p.num_tokens, dim = p.storage.host.row.dim_k,
+            count = heads * dim;
+  const Bits* from =
+      static_cast<const Bits*>(p.call.q) + HeadPlace(p, group, p.group_heads - heads) * dim;
   for (int i = threadIdx.x; i < count; i += kThreads)
     reinterpret_cast<Bits*>(group.recent)[i] = from[i];
 }
 
-// The new token's row into the ring and into the host pool.
+// The row of new token t of the step into the ring and into the host pool.
 template <class E>
-__device__ void WriteRow(const StepParams& p, const DeviceGroup& group) {
+__device__ void WriteRow(const StepParams& p, const DeviceGroup& group, int t) {
   const RowLayout& row = p.storage.host.row;
-  const int64_t token = group.tokens - 1, head = int64_t{group.slot} * p.kv_heads + group.kv_head;
+  const int64_t token = group.tokens - p.num_tokens + t,
+                head = (int64_t{group.slot} * p.num_tokens + t) * p.kv_heads + group.kv_head;
   std::byte* ring = const_cast<std::byte*>(RowAddress(p.storage, group, token));
   std::byte* host = const_cast<std::byte*>(HostRow(p.storage.host, group.blocks, token));
   const int k_bytes = row.dim_k * E::kBytes, v_bytes = row.shared_kv ? 0 : row.dim_v * E::kBytes;
@@ -216,10 +219,15 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
   const int64_t count = group.middle_begin + group.tokens - group.middle_end;
   const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
   const int tiles = all > part ? (all - part + kFixedParts - 1) / kFixedParts : 0;
-  if (p.call.k_new != nullptr && (all - 1) % kFixedParts == part) {
-    WriteRow<E>(p, group);
+  // A new row is written by the thread block that reads it.
+  for (int t = 0; p.call.k_new != nullptr && t < p.num_tokens; ++t) {
+    if ((count - p.num_tokens + t) / shape.rows % kFixedParts != part) continue;
+    WriteRow<E>(p, group, t);
     __threadfence();
   }
+  const auto token_at = [&](int64_t i) {
+    return i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
+  };
   float* queries =
       reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row, kLeastTiles)) - kHeads * row.dim_k;
   const auto first_of = [&](int k) { return int64_t{part + k * kFixedParts} * shape.rows; };
@@ -227,7 +235,7 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
     const int heads = min(kHeads, p.group_heads - first);
     __syncthreads();
     ScaleQueries<E>(p, group, first, heads, kHeads, queries);
-    if (threadIdx.x < kHeads) shared.most[threadIdx.x] = -INFINITY;
+    if (threadIdx.x < kHeads) shared.most[threadIdx.x] = LeastLogit(p);
     float* state =
         group.scratch.fixed + (int64_t{part} * p.group_heads + first) * StateFloats(row.dim_v);
     AttendTiles<kType, kHeads>(
@@ -235,11 +243,14 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
         [&](int k, int r) -> uint64_t {
           const int64_t i = first_of(k) + r;
           if (i >= count) return 0;
-          const int64_t token =
-              i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
-          return reinterpret_cast<uint64_t>(RowAddress(p.storage, group, token));
+          return reinterpret_cast<uint64_t>(RowAddress(p.storage, group, token_at(i)));
         },
-        [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); });
+        [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); },
+        WeighOnce{},
+        [&](int k, int r, int h, float& logit) {
+          if (p.num_tokens > 1 && token_at(first_of(k) + r) >= VisibleEnd(p, group, first + h))
+            logit = -INFINITY;
+        });
   }
 }
 
@@ -252,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant_
     StampTime(p, TimelinePoint::kStart);
     ++*p.hot.call;
   }
-  if (static_cast<int>(blockIdx.x) >= p.header->num_groups) return;
+  if (static_cast<int>(blockIdx.x) >= NumGroups(p)) return;
   const DeviceGroup& group = p.groups[blockIdx.x];
   if (group.tokens == 0) return;
   if (blockIdx.y < kFixedParts) {
@@ -265,6 +276,8 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant_
     for (int i = threadIdx.x; i < ValueItems(p.storage.host, p.group_heads); i += kThreads) {
       group.scratch.value_parts_done[i] = 0;
     }
+    for (int i = threadIdx.x; group.carried != nullptr && i < p.group_heads; i += kThreads)
+      group.state[i] = group.carried[i % (p.group_heads / p.num_tokens)];
     if (group.recent != nullptr && p.task != Task::kSelect) KeepQueries<Element<kType>>(p, group);
   }
   PackQueries<Element<kType>>(p, group, part, reinterpret_cast<float*>(memory));

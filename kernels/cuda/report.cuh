@@ -17,20 +17,20 @@ template <int kHeads, class Write, class Judge>
 __device__ void WriteHeads(Team<kHeads>& team, Write&& write, Judge&& judge) {
   const CallArrays& call = team.p.call;
   const int dim = team.p.storage.host.row.dim_v, heads = team.heads();
-  const int64_t base = (int64_t{team.group.slot} * team.p.kv_heads + team.group.kv_head) * heads;
   for (int h = team.rank; h < heads; h += team.size) {
     if (!write(h)) continue;
+    const int64_t place = HeadPlace(team.p, team.group, h);
     for (int j = threadIdx.x; j < dim; j += kThreads) {
-      StoreOutput(call.out, (base + h) * dim + j, call.out_dtype,
+      StoreOutput(call.out, place * dim + j, call.out_dtype,
                   LoadL2(team.group.scratch.output + static_cast<int64_t>(h) * dim + j));
     }
     if (threadIdx.x > 0) continue;
     const HeadWork& work = team.shared.head[h];
     const float2 judged = judge(h);  // verdict and error
     const int32_t verdict = static_cast<int32_t>(judged.x);
-    if (call.lse != nullptr) call.lse[base + h] = logf(work.denominator) + work.shift;
-    if (call.verdict != nullptr) call.verdict[base + h] = verdict;
-    if (call.error != nullptr) call.error[base + h] = judged.y;
+    if (call.lse != nullptr) call.lse[place] = logf(work.denominator) + work.shift;
+    if (call.verdict != nullptr) call.verdict[place] = verdict;
+    if (call.error != nullptr) call.error[place] = judged.y;
     atomicAdd(&team.p.counters->verdicts[verdict], 1ull);
   }
 }

@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
                           : Words{k8, k4, k2, k1};
   if (blockIdx.x == 0 && threadIdx.x == 0) StampTime(p, TimelinePoint::kPrepared);
   // Warps take contiguous runs of the blocks of all groups.
-  const int64_t all = p.header->scan_blocks, warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
+  const int64_t all = ScanBlocks(p), warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
   const int64_t from = all * warp / warps, to = all * (warp + 1) / warps;
   if (from >= to) return;
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     EstimateKernel(const __grid_constant__ StepParams p) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kScanWarps;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
-       item < p.header->scan_blocks; item += warps) {
+       item < ScanBlocks(p); item += warps) {
     const DeviceGroup& group = p.groups[GroupOf(p, item)];
     for (int first = 0; first < p.group_heads; first += kHeads) {
       const int64_t out = (item - group.first_block) * p.group_heads + first;

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kSumThreads, 2)
     SumValuesKernel(const __grid_constant__ StepParams p) {
   __shared__ bool last;
   const int index = blockIdx.x / kMostParts, part = blockIdx.x % kMostParts, item = blockIdx.y;
-  if (index >= p.header->num_groups) return;
+  if (index >= NumGroups(p)) return;
   const DeviceGroup& group = p.groups[index];
   if (group.tokens == 0 || group.middle_end == group.middle_begin) return;
   const int parts = ValueParts(NumBlocks(group));

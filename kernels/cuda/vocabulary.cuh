@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
+
 #include "kernels/cuda/params.h"
 
 namespace vattn::cuda {
@@ -144,11 +146,35 @@ inline __device__ int64_t SegmentEnd(const DeviceGroup& g, int segment, int64_t 
   return segment + 1 < g.num_segments ? min(end, g.segments[segment + 1].first_block) : end;
 }
 
+// What the step has for this call: nothing if it was begun for another number of query tokens than
+// the call, as one in a replayed graph, was made for.
+inline __device__ int NumGroups(const StepParams& p) {
+  return p.header->num_tokens == p.num_tokens ? p.header->num_groups : 0;
+}
+inline __device__ int64_t ScanBlocks(const StepParams& p) {
+  return p.header->num_tokens == p.num_tokens ? p.header->scan_blocks : 0;
+}
+
+// The place of a head among the arrays of a call, and where the tokens end that it sees.
+inline __device__ int64_t HeadPlace(const StepParams& p, const DeviceGroup& g, int head) {
+  const int heads = p.group_heads / p.num_tokens;
+  const int64_t token = int64_t{g.slot} * p.num_tokens + head / heads;
+  return (token * p.kv_heads + g.kv_head) * heads + head % heads;
+}
+inline __device__ int64_t VisibleEnd(const StepParams& p, const DeviceGroup& g, int head) {
+  return g.tokens - p.num_tokens + 1 + head / (p.group_heads / p.num_tokens);
+}
+// What logits are relative to before the first row: with several query tokens finite, because there
+// may be no row that a head sees.
+inline __device__ float LeastLogit(const StepParams& p) {
+  return p.num_tokens > 1 ? -FLT_MAX : -INFINITY;
+}
+
 // The group that a block belongs to, by its number among the StepHeader::scan_blocks of the scan.
 inline __device__ int GroupOf(const StepParams& p, int64_t block) {
   int g = 0;  // the last one that starts there or before
   for (int step = 1 << 20; step > 0; step /= 2) {
-    if (g + step < p.header->num_groups && p.groups[g + step].first_block <= block) g += step;
+    if (g + step < NumGroups(p) && p.groups[g + step].first_block <= block) g += step;
   }
   return g;
 }

@@ -44,10 +44,11 @@ absl::Status CudaBatch::Allocate() {
   for (int l = 0; l < o.num_layers; ++l) {
     first_group_.push_back(most_groups_);
     most_groups_ += int64_t{slots_} * runtime_.kv_heads(l);
-    cuda::AnswerShape shape;
+    cuda::AnswerShape shape, wide;
     if (runtime_.kv_heads(l) > 0) {
-      shape = cuda::ShapeAnswer(backend_.storage(), runtime_.group_heads(l),
-                                slots_ * runtime_.kv_heads(l));
+      const int groups = slots_ * runtime_.kv_heads(l);
+      shape = cuda::ShapeAnswer(backend_.storage(), runtime_.group_heads(l), groups);
+      wide = cuda::ShapeAnswer(backend_.storage(), cuda::kMaxDeviceGroup, groups);
     }
     if (runtime_.kv_heads(l) > 0 && shape.team == 0) {
       return NotSupportedError("rows of ", row_bytes,
@@ -55,6 +56,7 @@ absl::Status CudaBatch::Allocate() {
                                d.facts().name, ")");
     }
     answer_.push_back(shape);
+    answer_wide_.push_back(wide);
   }
   const uint64_t table_bytes = static_cast<uint64_t>(o.num_layers) * sizeof(cuda::StepHeader) +
                                static_cast<uint64_t>(most_groups_) * sizeof(cuda::DeviceGroup);
@@ -162,6 +164,12 @@ absl::Status CudaBatch::UpdateHotSet(DeviceStream stream) {
   return absl::OkStatus();
 }
 
+int CudaBatch::heads_in_step(int l) const { return query_tokens_ * runtime_.group_heads(l); }
+
+const cuda::AnswerShape& CudaBatch::shape(int l) const {
+  return query_tokens_ == 1 || heads_in_step(l) <= 4 ? answer_[l] : answer_wide_[l];
+}
+
 absl::Status CudaBatch::GrowScratch() {
   uint64_t most = 0;
   for (int l = 0; l < runtime_.options().num_layers; ++l) {
@@ -173,7 +181,7 @@ absl::Status CudaBatch::GrowScratch() {
       bytes += static_cast<uint64_t>(kv_heads) *
                cuda::CarveScratch(runtime_.storage(), runtime_.promise(),
                                   RoundUp(f.sequence->tokens_in_step(), kScratchTokens),
-                                  runtime_.group_heads(l), answer_[l].team, nullptr, scratch);
+                                  heads_in_step(l), shape(l).team, nullptr, scratch);
     }
     most = std::max(most, bytes);
   }
@@ -197,15 +205,15 @@ void CudaBatch::FillTables(int steps) {
 void CudaBatch::FillGroups(int l, int steps, cuda::StepHeader& header,
                            cuda::DeviceGroup* groups) const {
   const Options& o = runtime_.options();
-  const int kv_heads = runtime_.kv_heads(l), group_heads = runtime_.group_heads(l);
+  const int kv_heads = runtime_.kv_heads(l);
   std::byte* memory = scratch_.data();
   int count = 0;
   int64_t scanned = 0;
   for (const Filled& f : filled_) {
     const CudaSequence& on_device = CudaSequenceHalf::Of(*f.sequence).on_device();
     const int64_t tokens = f.sequence->tokens_in_step();
-    const int64_t begin = std::min<int64_t>(o.sinks, tokens),
-                  end = std::max(begin, f.sequence->MiddleEnd(tokens));
+    const int64_t begin = f.sequence->middle_begin_in_step(),
+                  end = f.sequence->middle_end_in_step();
     for (int h = 0; h < kv_heads; ++h, ++count) {
       const KvHead& kv_head = f.sequence->layer(l).kv_heads[h];
       cuda::DeviceGroup& g = groups[count];
@@ -231,11 +239,15 @@ void CudaBatch::FillGroups(int l, int steps, cuda::StepHeader& header,
       g.recent = on_device.recent(l, h, g.step);
       if (end > begin) scanned += (end + kBlockTokens - 1) / kBlockTokens - begin / kBlockTokens;
       memory += cuda::CarveScratch(runtime_.storage(), runtime_.promise(),
-                                   RoundUp(tokens, kScratchTokens), group_heads, answer_[l].team,
+                                   RoundUp(tokens, kScratchTokens), heads_in_step(l), shape(l).team,
                                    memory, g.scratch);
+      if (query_tokens_ > 1) {
+        g.carried = g.state;
+        g.state = g.scratch.state_of_token;
+      }
     }
   }
-  header = {.scan_blocks = scanned, .num_groups = count};
+  header = {.scan_blocks = scanned, .num_groups = count, .num_tokens = query_tokens_};
 }
 
 absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, DeviceStream stream) {
@@ -247,6 +259,15 @@ absl::Status CudaBatch::BeginStep(const std::vector<Sequence*>& slots, DeviceStr
   filled_.clear();
   for (int slot = 0; slot < slots_; ++slot) {
     if (slots[slot] != nullptr) filled_.push_back({slots[slot], slot});
+  }
+  query_tokens_ = filled_.empty() ? 1 : filled_[0].sequence->num_query_tokens();
+  for (int l = 0; l < runtime_.options().num_layers; ++l) {
+    if (runtime_.kv_heads(l) == 0 || shape(l).team > 0) continue;
+    return NotSupportedError("new_tokens is ", query_tokens_, ", must be at most ",
+                             4 / runtime_.group_heads(l), ": rows of ",
+                             runtime_.storage().row.row_bytes,
+                             " bytes leave the shared memory of this device no room for more than "
+                             "4 query heads per KV head");
   }
   for (const Filled& f : filled_)
     VATTN_RETURN_IF_ERROR(CudaSequenceHalf::Of(*f.sequence).Make(*f.sequence));
@@ -307,7 +328,8 @@ absl::Status CudaBatch::Launch(Task task, const AttendRequest& r, const Selectio
   p.counters = backend_.counters();
   p.most_groups = slots_ * kv_heads;
   p.kv_heads = kv_heads;
-  p.group_heads = runtime_.group_heads(r.layer);
+  p.group_heads = heads_in_step(r.layer);
+  p.num_tokens = query_tokens_;
   p.call = {.q = r.q,
             .k_new = r.k_new,
             .v_new = r.v_new,
@@ -322,7 +344,7 @@ absl::Status CudaBatch::Launch(Task task, const AttendRequest& r, const Selectio
             .timeline = r.timeline,
             .out_dtype = r.out_dtype};
   p.selection = {selection.capacity, selection.tokens, selection.log_weights, selection.counts};
-  return d.Check(cuda::Decode(p, answer_[r.layer], d.facts().multiprocessors, {stream}),
+  return d.Check(cuda::Decode(p, shape(r.layer), d.facts().multiprocessors, {stream}),
                  "enqueueing attention");
 }
 
@@ -335,12 +357,13 @@ template <class Visit>
 void ForEachArray(const Runtime& runtime, Task task, AttendRequest& r, Selection& list,
                   Visit&& visit) {
   const RowLayout& row = runtime.storage().row;
-  const int64_t q_heads = runtime.options().num_q_heads, kv_heads = runtime.kv_heads(r.layer);
+  const int64_t q_heads = r.num_tokens * runtime.options().num_q_heads,
+                kv_heads = runtime.kv_heads(r.layer), new_rows = r.num_tokens * kv_heads;
   const int64_t element = ElementBytes(row.dtype),
                 out_element = ElementBytes(static_cast<DType>(r.out_dtype));
   visit(r.q, q_heads * row.dim_k * element, Way::kIn);
-  visit(r.k_new, kv_heads * row.dim_k * element, Way::kIn);
-  visit(r.v_new, kv_heads * row.dim_v * element, Way::kIn);
+  visit(r.k_new, new_rows * row.dim_k * element, Way::kIn);
+  visit(r.v_new, new_rows * row.dim_v * element, Way::kIn);
   visit(r.out, q_heads * row.dim_v * out_element, Way::kOut);
   visit(r.lse, q_heads * int64_t{sizeof(*r.lse)}, Way::kOut);
   visit(r.verdict, q_heads * int64_t{sizeof(*r.verdict)}, Way::kOut);

@@ -49,6 +49,9 @@ class CudaBatch final : public BatchHalf {
   absl::Status ShrinkHotSet(DeviceStream stream);
   absl::Status EmptySlots(DeviceStream stream);
   absl::Status GrowScratch();
+  // Query heads per KV head of a layer, of all query tokens of the step.
+  int heads_in_step(int layer) const;
+  const cuda::AnswerShape& shape(int layer) const;
   // The tables of a step into pinned_[turn_]. `steps` are to be added to the sequences' step
   // numbers: 1 until the open step counts in them.
   void FillTables(int steps);
@@ -69,10 +72,12 @@ class CudaBatch final : public BatchHalf {
   const uint64_t id_;  // of no other batch, before or after
   const int slots_;
   std::vector<Filled> filled_;
-  std::vector<int64_t> first_group_;       // [layers] place of a layer's groups in the table
-  int64_t most_groups_ = 0;                // of all layers
-  std::vector<cuda::AnswerShape> answer_;  // [layers]
-  DeviceMemory tables_;                    // StepHeader [layers], then DeviceGroup [most_groups]
+  std::vector<int64_t> first_group_;  // [layers] place of a layer's groups in the table
+  int64_t most_groups_ = 0;           // of all layers
+  // [layers] of one query token, and of so many that a thread block takes its most heads at a time.
+  std::vector<cuda::AnswerShape> answer_, answer_wide_;
+  int query_tokens_ = 1;  // of the step
+  DeviceMemory tables_;   // StepHeader [layers], then DeviceGroup [most_groups]
   DeviceMemory scratch_;
   DeviceMemory forget_;  // block ids
   DeviceMemory staging_;

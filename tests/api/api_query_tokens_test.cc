@@ -172,6 +172,108 @@ INSTANTIATE_TEST_SUITE_P(
                     Policies{"topk_uniform", VATTN_POLICY_TOPK_UNIFORM, VATTN_INDEX_BALANCED, 0}),
     [](const auto& info) { return std::string(info.param.name); });
 
+// What vattn_select lists is what every query token may read, and vattn_attend_selected masks it by
+// query token.
+TEST(QueryTokensTest, SelectionsAreOfAllTokens) {
+  const Shape shape{8, 2, 64, 64, false, VATTN_F32};
+  World world(shape, OptionsFor(shape), {5000});
+  constexpr int kTokens = 5;
+  constexpr int64_t kCapacity = 6000;
+  std::vector<int32_t> tokens(2 * kCapacity), counts(2);
+  std::vector<float> weights(2 * kCapacity);
+  vattn_selection selection = Init<vattn_selection>();
+  selection.capacity = kCapacity;
+  selection.tokens = tokens.data();
+  selection.log_weights = weights.data();
+  selection.counts = counts.data();
+  const auto call = [&](auto&& attend) {
+    std::mt19937_64 engine(3);
+    Call one(shape, 1, 0, VATTN_F32, kTokens);
+    one.Fill(engine, kTokens, 2);
+    world.batch().BeginStep(kTokens);
+    attend(one.Params());
+    one.AddTo(world.rows(0), 0);
+    return one;
+  };
+  call([&](const vattn_attend_params& p) { world.batch().Select(p, selection); });
+  const int64_t length = world.rows(0).tokens;
+  for (int h = 0; h < 2; ++h) {
+    // Sinks, draw and the window of the first token up to the last one.
+    ASSERT_GT(counts[h], 16 + 128 + kTokens);
+    EXPECT_EQ(tokens[h * kCapacity + counts[h] - 1], length - 1);
+    EXPECT_EQ(tokens[h * kCapacity + counts[h] - 128 - kTokens], length - 128 - kTokens);
+  }
+  // A list that reaches into the new tokens of the next step.
+  for (int h = 0; h < 2; ++h) {
+    for (int32_t t = 0; t < kTokens; ++t)
+      tokens[h * kCapacity + counts[h]++] = static_cast<int32_t>(length) + t;
+  }
+  std::fill(weights.begin(), weights.end(), .5f);
+  const Call answered =
+      call([&](const vattn_attend_params& p) { world.batch().AttendSelected(p, selection); });
+  for (int t = 0; t < kTokens; ++t) {
+    for (int h = 0; h < shape.q_heads; ++h) {
+      const int32_t* list = tokens.data() + h / 4 * kCapacity;
+      const int64_t seen = counts[h / 4] - kTokens + 1 + t;
+      const Answer answer =
+          Attend(shape, world.rows(0), h / 4, answered.Query(0, h, t), list, seen, weights.data());
+      EXPECT_LE(Distance(answer, answered.Out(0, h, t).data()), Tolerance(answer, VATTN_F32));
+    }
+  }
+}
+
+// Scores of a caller's own by query token: the exact ones, one row for all heads of a KV head or
+// one for each.
+TEST(QueryTokensTest, ExternalScoresAreByToken) {
+  if (OnCuda()) GTEST_SKIP() << "index external is the CPU's alone";
+  const Shape shape{4, 2, 64, 64, false, VATTN_F32};
+  vattn_options options = OptionsFor(shape);
+  options.index = VATTN_INDEX_EXTERNAL;
+  options.refresh = 1;
+  constexpr int kTokens = 3;
+  World world(shape, options, {3000});
+  int verified = 0;
+  for (const int32_t heads : {4, 2}) {
+    Call call(shape, 1, 0, VATTN_F32, kTokens);
+    std::mt19937_64 engine(4);
+    call.Fill(engine, kTokens, 2);
+    for (int t = 0; t < kTokens && heads == 2; ++t) {
+      for (int h = 0; h < 4; ++h)  // heads of a KV head ask the same
+        std::copy_n(call.Query(0, h / 2 * 2, t), 64, call.q.begin() + (call.At(0, h, t)) * 64);
+    }
+    const int64_t stride = 3100, length = world.rows(0).tokens;
+    std::vector<float> scores(static_cast<size_t>(kTokens * heads * stride));
+    for (int t = 0; t < kTokens; ++t) {
+      for (int s = 0; s < heads; ++s) {
+        const float* q = call.Query(0, s * 4 / heads, t);
+        for (int64_t i = 0; i < length; ++i) {
+          const float* k = world.rows(0).k.data() + (i * 2 + s * 2 / heads) * 64;
+          float dot = 0;
+          for (int c = 0; c < 64; ++c) dot += q[c] * k[c] / 8;
+          scores[(t * heads + s) * stride + i] = dot;
+        }
+      }
+    }
+    vattn_attend_params params = call.Params();
+    params.scores = scores.data();
+    params.score_heads = heads;
+    params.scores_stride = stride;
+    world.batch().BeginStep(kTokens);
+    world.batch().Attend(params);
+    call.AddTo(world.rows(0), 0);
+    for (int t = 0; t < kTokens; ++t) {
+      for (int h = 0; h < 4; ++h) {
+        const Answer answer =
+            Attend(shape, world.rows(0), length + 1 + t, h / 2, call.Query(0, h, t));
+        const double ref = std::max(answer.norm, double{options.norm_floor} * answer.rms_value);
+        EXPECT_LE(Distance(answer, call.Out(0, h, t).data()), 2 * options.epsilon * ref);
+        verified += call.verdict[call.At(0, h, t)] == VATTN_VERDICT_VERIFIED;
+      }
+    }
+  }
+  EXPECT_GE(verified, 12);
+}
+
 // Speculative decoding: rejected tokens are cut off, and what follows does not know of them.
 TEST(QueryTokensTest, RejectedTokensLeaveNothingBehind) {
   const Shape shape{8, 2, 64, 64, false, VATTN_F32};

@@ -45,11 +45,12 @@ OwnedStream MakeStream() {
 
 DeviceCall::DeviceCall(const Call& call, int new_tokens) : params_(Init<vattn_attend_params>()) {
   const size_t element = call.shape.dtype == VATTN_F32 ? 4 : 2;
-  const size_t heads = call.lse.size(), groups = call.middle.size();
+  const size_t heads = call.lse.size(), groups = call.middle.size(),
+               new_rows = groups * call.tokens;
   const bool rows = new_tokens > 0;
   const size_t sizes[] = {heads * call.shape.dim_k * element,
-                          rows ? groups * call.shape.dim_k * element : 0,
-                          rows && !call.shape.shared_kv ? groups * call.shape.dim_v * element : 0,
+                          rows ? new_rows * call.shape.dim_k * element : 0,
+                          rows && !call.shape.shared_kv ? new_rows * call.shape.dim_v * element : 0,
                           call.out.size(),
                           heads * sizeof(float),
                           heads * sizeof(int32_t),
@@ -73,6 +74,7 @@ DeviceCall::DeviceCall(const Call& call, int new_tokens) : params_(Init<vattn_at
     used += (sizes[i] + kAlignment - 1) / kAlignment * kAlignment;
   }
   params_.layer = call.layer;
+  params_.num_tokens = call.tokens;
   params_.out_dtype = call.out_dtype;
   params_.q = at[0];
   params_.k_new = at[1];

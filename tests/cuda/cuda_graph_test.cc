@@ -22,6 +22,7 @@ Shape LayerShape(int layer) { return {8, layer == 0 ? 2 : 1, 64, 64, false, VATT
 struct Setting {
   float hot_share = .05f;
   int32_t value_bits = 0, policy = VATTN_POLICY_VERIFIED, index = VATTN_INDEX_BALANCED;
+  int query_tokens = 1;
 };
 
 vattn_options MakeOptions(const Setting& setting) {
@@ -64,6 +65,7 @@ class Decoder {
   Decoder(const Setting& setting, bool captured, bool warm = true)
       : captured_(captured),
         warm_(warm),
+        query_tokens_(setting.query_tokens),
         runtime_(MakeOptions(setting)),
         batch_(runtime_, static_cast<int32_t>(kLengths.size())),
         stream_(MakeStream()) {
@@ -74,9 +76,10 @@ class Decoder {
       batch_.Set(static_cast<int32_t>(s), sequences_[s]);
     }
     for (int l = 0; l < kLayers; ++l) {
-      calls_.emplace_back(LayerShape(l), static_cast<int>(kLengths.size()), l);
-      calls_[l].Fill(engine_, 1, 2);
-      arrays_.emplace_back(calls_[l], 1);
+      calls_.emplace_back(LayerShape(l), static_cast<int>(kLengths.size()), l, VATTN_F32,
+                          query_tokens_);
+      calls_[l].Fill(engine_, query_tokens_, 2);
+      arrays_.emplace_back(calls_[l], query_tokens_);
     }
   }
   ~Decoder() { cudaStreamSynchronize(stream_.get()); }
@@ -101,10 +104,12 @@ class Decoder {
   }
   int64_t Length(int slot) const { return sequences_[slot].Length(0); }
 
-  std::vector<Answers> Step() {
-    batch_.BeginStep(1, stream_.get());
+  std::vector<Answers> Step() { return StepOf(query_tokens_); }
+  // A step that is begun for another number of tokens than its calls are made for.
+  std::vector<Answers> StepOf(int new_tokens) {
+    batch_.BeginStep(new_tokens, stream_.get());
     for (int l = 0; l < kLayers; ++l) {
-      calls_[l].Fill(engine_, 1, 2);
+      calls_[l].Fill(engine_, query_tokens_, 2);
       arrays_[l].Upload(calls_[l], stream_.get());
     }
     const auto attend = [&] {
@@ -127,6 +132,7 @@ class Decoder {
 
  private:
   const bool captured_, warm_;
+  const int query_tokens_;
   const Runtime runtime_;
   std::vector<Sequence> sequences_;
   Batch batch_;
@@ -243,6 +249,30 @@ TEST(CudaGraphTest, AnEmptyBatchWritesNothing) {
   for (int step = 0; step < 6; ++step) {
     const std::vector<Answers> after = decoder.Step();
     for (int l = 0; l < kLayers; ++l) ASSERT_TRUE(after[l] == last[l]) << "step " << step;
+  }
+}
+
+TEST(CudaGraphTest, ReplayedStepsOfSeveralTokensGiveTheBitsOfCalls) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int32_t policy : {VATTN_POLICY_VERIFIED, VATTN_POLICY_TOPK, VATTN_POLICY_DENSE}) {
+    const Setting setting{.policy = policy, .query_tokens = 4};
+    Decoder called(setting, false), replayed(setting, true);
+    for (int step = 0; step < 40; ++step) {
+      const std::vector<Answers> a = called.Step(), b = replayed.Step();
+      for (int l = 0; l < kLayers; ++l) ASSERT_TRUE(a[l] == b[l]) << policy << " step " << step;
+    }
+  }
+}
+
+// A graph that was captured for another number of tokens than the step was begun for answers
+// nothing, and reads and writes nothing that is not there.
+TEST(CudaGraphTest, AGraphOfAnotherNumberOfTokensAnswersNothing) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int tokens : {1, 4}) {
+    Decoder decoder({.query_tokens = tokens}, true);
+    for (int step = 0; step < 3; ++step) decoder.Step();
+    const std::vector<Answers> last = decoder.Step(), after = decoder.StepOf(5 - tokens);
+    for (int l = 0; l < kLayers; ++l) ASSERT_TRUE(after[l] == last[l]) << tokens;
   }
 }
 

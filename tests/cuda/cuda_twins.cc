@@ -134,14 +134,14 @@ void Twins::BuildIndices() {
 }
 
 void Twins::BeginStep() {
-  cpu.batch.BeginStep(1);
-  cuda.batch.BeginStep(1);
+  cpu.batch.BeginStep(query_tokens);
+  cuda.batch.BeginStep(query_tokens);
   ++steps_;
 }
 
 std::pair<Call, Call> Twins::Calls(int layer, float query_sigma, int32_t out_dtype) {
-  Call call(layers_[layer], slots(), layer, out_dtype);
-  call.Fill(engine, 1, query_sigma);
+  Call call(layers_[layer], slots(), layer, out_dtype, query_tokens);
+  call.Fill(engine, query_tokens, query_sigma);
   return {call, call};
 }
 
@@ -192,10 +192,13 @@ void CompareAnswers(const Twins& twins, const Call& a, const Call& b, AnswerTall
   EXPECT_EQ(a.middle, b.middle);
   const double rms = std::sqrt(shape.dim_v);
   for (int s = 0; s < twins.slots(); ++s) {
-    for (int h = 0; h < shape.q_heads; ++h) {
-      SCOPED_TRACE("slot " + std::to_string(s) + " head " + std::to_string(h));
-      const int q = s * shape.q_heads + h, kv = s * shape.kv_heads + h / group;
-      const std::vector<float> mine = a.Out(s, h), theirs = b.Out(s, h);
+    for (int i = 0; i < a.tokens * shape.q_heads; ++i) {
+      const int t = i / shape.q_heads, h = i % shape.q_heads;
+      SCOPED_TRACE("slot " + std::to_string(s) + " token " + std::to_string(t) + " head " +
+                   std::to_string(h));
+      const size_t q = a.At(s, h, t);
+      const int kv = s * shape.kv_heads + h / group;
+      const std::vector<float> mine = a.Out(s, h, t), theirs = b.Out(s, h, t);
       if (!twins.Filled(s)) {
         EXPECT_EQ(mine, theirs) << "an empty slot was written";
         EXPECT_EQ(b.verdict[q], -7);
@@ -246,10 +249,12 @@ void CompareSelected(Twins& twins, Lists& lists, float query_sigma, bool with_we
   EXPECT_EQ(on_cpu.selected, on_cuda.selected);
   EXPECT_EQ(on_cpu.verdict, on_cuda.verdict);
   for (int s = 0; s < twins.slots(); ++s) {
-    for (int h = 0; h < shape.q_heads && twins.Filled(s); ++h) {
-      SCOPED_TRACE("slot " + std::to_string(s) + " head " + std::to_string(h));
-      const int q = s * shape.q_heads + h;
-      EXPECT_LE(Norm(on_cpu.Out(s, h), on_cuda.Out(s, h)), 1e-4 * std::sqrt(shape.dim_v));
+    for (int i = 0; i < on_cpu.tokens * shape.q_heads && twins.Filled(s); ++i) {
+      const int t = i / shape.q_heads, h = i % shape.q_heads;
+      SCOPED_TRACE("slot " + std::to_string(s) + " token " + std::to_string(t) + " head " +
+                   std::to_string(h));
+      const size_t q = on_cpu.At(s, h, t);
+      EXPECT_LE(Norm(on_cpu.Out(s, h, t), on_cuda.Out(s, h, t)), 1e-4 * std::sqrt(shape.dim_v));
       EXPECT_NEAR(on_cpu.lse[q], on_cuda.lse[q], 1e-4 * (1 + std::abs(on_cpu.lse[q])));
     }
   }

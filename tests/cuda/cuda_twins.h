@@ -67,7 +67,7 @@ class Twins {
   void Append(int64_t count, MakeRows make_rows = GaussianRows);
   // Codes what there is, on both.
   void BuildIndices();
-  // Opens a step with a new token on both.
+  // Opens a step with query_tokens new tokens on both.
   void BeginStep();
   // The same queries and new rows for both.
   std::pair<Call, Call> Calls(int layer, float query_sigma, int32_t out_dtype = VATTN_F32);
@@ -79,6 +79,7 @@ class Twins {
   uint64_t steps_ = 0;
 
  public:
+  int query_tokens = 1;  // of the steps that follow
   Side cpu, cuda;
   std::mt19937_64 engine{5};
 };
