@@ -19,6 +19,7 @@ using vattn::api::ToSequenceOptions;
 using vattn::api::Usable;
 using vattn::api::Use;
 
+constexpr int64_t kMostPrefill = 65536;  // tokens
 constexpr int64_t kMostStride = int64_t{1} << 40;
 // 64 TiB of floats: more than a process can address
 constexpr int64_t kMostElements = int64_t{1} << 44;
@@ -80,6 +81,28 @@ absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& 
   VATTN_RETURN_IF_ERROR(ToStrides("q", std::max(1, p.num_queries), o.num_q_heads, o.head_dim_k,
                                   p.q_token_stride, p.q_head_stride, out.q_token_stride,
                                   out.q_head_stride));
+  return absl::OkStatus();
+}
+
+absl::Status ToPrefill(const vattn::Runtime& runtime, const vattn_prefill_params& p,
+                       int64_t tokens_before, vattn::PrefillRequest& out) {
+  VATTN_RETURN_IF_ERROR(CheckLayer(runtime, p.layer));
+  if (p.num_tokens < 1 || p.num_tokens > kMostPrefill)
+    return OutOfRangeError("num_tokens", p.num_tokens, 1, kMostPrefill);
+  if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
+  VATTN_RETURN_IF_ERROR(NotNull("q", p.q));
+  VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
+  vattn_append_params rows{};
+  rows.layer = p.layer;
+  rows.num_tokens = p.num_tokens;
+  rows.num_queries = static_cast<int32_t>(p.num_tokens);
+  rows.k = p.k, rows.k_token_stride = p.k_token_stride, rows.k_head_stride = p.k_head_stride;
+  rows.v = p.v, rows.v_token_stride = p.v_token_stride, rows.v_head_stride = p.v_head_stride;
+  rows.q = p.q, rows.q_token_stride = p.q_token_stride, rows.q_head_stride = p.q_head_stride;
+  VATTN_RETURN_IF_ERROR(ToAppend(runtime, rows, tokens_before, out.rows));
+  out.out_dtype = p.out_dtype;
+  out.out = p.out;
+  out.lse = p.lse;
   return absl::OkStatus();
 }
 
@@ -165,6 +188,26 @@ vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* par
         ToAppend(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
     VATTN_RETURN_IF_ERROR(use.Awake());
     return sequence->impl->Append(request);
+  });
+}
+
+void vattn_prefill_params_init(vattn_prefill_params* params, size_t struct_size) {
+  InitStruct(params, struct_size, vattn_prefill_params{});
+}
+
+vattn_code vattn_prefill(vattn_sequence* sequence, const vattn_prefill_params* params) {
+  return Guard([&]() -> absl::Status {
+    const Use use(sequence);
+    VATTN_RETURN_IF_ERROR(use.status());
+    vattn_prefill_params p{};
+    VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
+    const vattn::Runtime& runtime = sequence->impl->runtime();
+    const bool known = p.layer >= 0 && p.layer < runtime.options().num_layers;
+    vattn::PrefillRequest request;
+    VATTN_RETURN_IF_ERROR(
+        ToPrefill(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
+    VATTN_RETURN_IF_ERROR(use.Awake());
+    return sequence->impl->Prefill(request);
   });
 }
 

@@ -22,8 +22,8 @@
  *
  * Terms: a row is the K and V of one token and one KV head. Sinks are the first tokens, the window
  * the last ones; both are always attended exactly. The tokens between them are the middle: their
- * rows are chosen by sampling from a small index (codes). A decode step answers one query token per
- * sequence and layer. A GQA group is the query heads that share one KV head.
+ * rows are chosen by sampling from a small index (codes). A decode step answers 1 to 16 query tokens
+ * per sequence and layer. A GQA group is the query heads that share one KV head.
  *
  * The host pool is blocks of 256 tokens of one KV head. A block is free, used, or reserved: set
  * aside for a sequence (vattn_sequence_reserve), which then cannot be told FULL for it. Forks and
@@ -444,6 +444,28 @@ typedef struct vattn_append_params {
   int64_t q_head_stride;  /* from a head of q to the next */
 } vattn_append_params;
 
+/* Prompt tokens of one layer that are answered as they are added. */
+typedef struct vattn_prefill_params {
+  size_t struct_size; /* bytes of the struct that the caller knows */
+  int32_t layer;      /* 0 to num_layers - 1 */
+  int32_t out_dtype;  /* vattn_dtype of out */
+  int64_t num_tokens; /* 1 to 65536 */
+  const void* q;      /* [num_tokens, q_heads, head_dim_k], unscaled; these three and the strides */
+  const void* k;      /* [num_tokens, kv_heads, head_dim_k] are as in vattn_append_params */
+  const void* v;      /* [num_tokens, kv_heads, head_dim_v]; NULL with shared_kv */
+  int64_t q_token_stride; /* from a token of q to the next */
+  int64_t q_head_stride;  /* from a head of q to the next */
+  int64_t k_token_stride; /* from a token of k to the next */
+  int64_t k_head_stride;  /* from a head of k to the next */
+  int64_t v_token_stride; /* from a token of v to the next */
+  int64_t v_head_stride;  /* from a head of v to the next */
+  void* out;              /* [num_tokens, q_heads, head_dim_v] in out_dtype */
+  float* lse;             /* [num_tokens, q_heads] ln(sum exp(s)); may be NULL */
+} vattn_prefill_params;
+
+/* Fills *params with defaults; struct_size is sizeof(*params). */
+VATTN_EXPORT void vattn_prefill_params_init(vattn_prefill_params* params, size_t struct_size);
+
 /* Fills *params with defaults; struct_size is sizeof(*params). */
 VATTN_EXPORT void vattn_append_params_init(vattn_append_params* params, size_t struct_size);
 
@@ -452,6 +474,13 @@ VATTN_EXPORT void vattn_append_params_init(vattn_append_params* params, size_t s
  * OUT_OF_MEMORY where the device has no room for the codes of its tokens: nothing was added and
  * the sequence goes on as before. */
 VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* params);
+
+/* Adds prompt tokens to one layer as vattn_append, with all their queries, and attends: each token
+ * exactly to those that the layer had before and to the new ones up to its own (FlashAttention's
+ * order of sums, arXiv 2307.08691, in fp32). A prompt in chunks of any size gets the answers of one
+ * in one piece, but for rounding. Blocks until answered. Errors as vattn_append; NOT_SUPPORTED on the
+ * CUDA backend, where steps of several tokens serve. */
+VATTN_EXPORT vattn_code vattn_prefill(vattn_sequence* sequence, const vattn_prefill_params* params);
 
 /* Codes every token that has left the window, fixing the index of layers that have none yet. The
  * first step after an append does the same; call this to choose the moment. */
@@ -572,8 +601,11 @@ VATTN_EXPORT vattn_code vattn_batch_set(vattn_batch* batch, int32_t slot, vattn_
 /* Takes the sequence out of a slot; an empty one stays so. */
 VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
 
-/* Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence,
- * copies shared tails, codes what has left the window. Every layer must have been attended in
+/* Opens a step: makes room for new_tokens (0 to 16) tokens in every layer of every sequence, which
+ * are the step's query tokens (with 0 the last token that is there asks again, or another query in
+ * its place). With several, as when a draft model's tokens are checked, each sees the tokens up to
+ * its own; vattn_sequence_truncate takes those back that are rejected. NOT_SUPPORTED if the query
+ * heads per KV head of all new tokens are more than 1024, or 128 on CUDA. Copies shared tails, codes what has left the window. Every layer must have been attended in
  * the step before, or that step given up (vattn_batch_abandon). FULL, or OUT_OF_MEMORY of the
  * host or the device: nothing changed, no step is open, and the sequences stay usable. On CUDA
  * the step's tables are enqueued on stream; the calls of the step must follow in its order, on
@@ -581,7 +613,8 @@ VATTN_EXPORT vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot);
  * With another stream than that of the batch's last step, or of the last step of one of its
  * sequences, the call waits for the device first. The new tokens count from here on. A CUDA
  * graph that holds calls of one step answers any later step when it is launched after that
- * step's begin, with the same arrays: lengths, tables and new blocks are read on the device. */
+ * step's begin, with the same arrays: lengths, tables and new blocks are read on the device. Launched
+ * in a step of another new_tokens it answers nothing: its arrays stay as they were. */
 VATTN_EXPORT vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens,
                                                struct CUstream_st* stream);
 
@@ -604,7 +637,7 @@ VATTN_EXPORT vattn_code vattn_batch_abandon(vattn_batch* batch);
 typedef struct vattn_attend_params {
   size_t struct_size; /* bytes of the struct that the caller knows */
   int32_t layer;      /* 0 to num_layers - 1 */
-  int32_t num_tokens; /* query tokens per slot; 1 */
+  int32_t num_tokens; /* query tokens per slot: new_tokens of the step, or 1 if that was 0 */
   int32_t out_dtype;  /* vattn_dtype of out */
   /* Heads of scores: num_q_heads, or the layer's KV heads, whose query heads then share them; 0: KV
    * heads. */
@@ -623,12 +656,13 @@ typedef struct vattn_attend_params {
   void* out;  /* [slots, num_tokens, q_heads, head_dim_v] in out_dtype */
   float* lse; /* [slots, num_tokens, q_heads] ln(sum exp(s)); may be NULL */
   /* Report, each may be NULL. Rows of empty slots are not written. */
-  int32_t* verdict;  /* [slots, num_tokens, q_heads] vattn_verdict */
-  float* error;      /* [slots, num_tokens, q_heads] bound on the relative error; 0 when exact */
-  int32_t* selected; /* [slots, num_tokens, kv_heads] middle rows read */
-  int32_t* fetched;  /* [slots, num_tokens, kv_heads] of them not in the hot set */
-  int32_t* looks;    /* [slots, num_tokens, kv_heads] draws made */
-  int64_t* middle;   /* [slots, num_tokens, kv_heads] tokens in the middle */
+  int32_t* verdict; /* [slots, num_tokens, q_heads] vattn_verdict */
+  float* error;     /* [slots, num_tokens, q_heads] bound on the relative error; 0 when exact */
+  /* Of all query tokens together, which share one scan and one draw: */
+  int32_t* selected; /* [slots, kv_heads] middle rows read */
+  int32_t* fetched;  /* [slots, kv_heads] of them not in the hot set */
+  int32_t* looks;    /* [slots, kv_heads] draws made */
+  int64_t* middle;   /* [slots, kv_heads] tokens in the middle: it ends with the first one's */
   /* [VATTN_TIMELINE_MARKS] nanoseconds of the device's clock when stages ended for the first filled
    * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
    * written; stages that a policy does not have are not written either. */
@@ -638,7 +672,7 @@ typedef struct vattn_attend_params {
 /* Places in vattn_attend_params.timeline: when a stage of the call ended. */
 typedef enum vattn_timeline {
   VATTN_TIMELINE_START = 0,
-  VATTN_TIMELINE_PREPARED = 1, /* new row written, queries packed */
+  VATTN_TIMELINE_PREPARED = 1, /* new rows written, queries packed */
   VATTN_TIMELINE_SCANNED = 2,  /* every code of the call */
   VATTN_TIMELINE_PLANNED = 3,  /* multipliers found; top-k policies: the last score that counts */
   VATTN_TIMELINE_DRAWN = 4,    /* the first look's, or the best, rows chosen */
@@ -652,7 +686,7 @@ typedef enum vattn_timeline {
 /* Fills *params with defaults; struct_size is sizeof(*params). */
 VATTN_EXPORT void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size);
 
-/* Writes the new token's row and attends, for every filled slot. Each layer once per step. On
+/* Writes the new tokens' rows and attends, for every filled slot. Each layer once per step. On
  * CUDA the arrays are device memory (or pinned host memory), the call enqueues on stream,
  * allocates nothing and waits for nothing, and may be captured into a graph. With q in plain
  * host memory every array is taken to be there; then, and without a stream, the call blocks
@@ -673,13 +707,15 @@ typedef struct vattn_selection {
 /* Fills *selection with defaults; struct_size is sizeof(*selection). */
 VATTN_EXPORT void vattn_selection_init(vattn_selection* selection, size_t struct_size);
 
-/* Attends exactly the listed tokens (sinks and window included only if listed). Out of range or
- * descending tokens are INVALID_ARGUMENT, and nothing is written. Verdict is BEST_EFFORT. */
+/* Attends exactly the listed tokens (sinks and window included only if listed); with several query
+ * tokens each leaves out what comes after it. Tokens that are out of range or do not ascend are
+ * INVALID_ARGUMENT, and nothing is written. Verdict is BEST_EFFORT. */
 VATTN_EXPORT vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_attend_params* params,
                                               const vattn_selection* selection,
                                               struct CUstream_st* stream);
 /* For engines with their own attention kernel: fills selection with sinks, window and the first
- * look's draw, log-weights included. Reads no row of the middle but for VATTN_INDEX_EXACT. Of
+ * look's draw, log-weights included; with several query tokens up to the last one's window, and the
+ * caller's kernel hides from each what comes after it. Reads no row of the middle but for VATTN_INDEX_EXACT. Of
  * params layer, num_tokens, q, k_new, v_new, selected and middle are used. FULL if capacity is
  * too small: counts then hold the need. */
 VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params,

@@ -38,6 +38,7 @@ inline void InitStruct(vattn_options* s) { vattn_options_init(s, sizeof(*s)); }
 inline void InitStruct(vattn_sequence_options* s) { vattn_sequence_options_init(s, sizeof(*s)); }
 // The same for this struct.
 inline void InitStruct(vattn_append_params* s) { vattn_append_params_init(s, sizeof(*s)); }
+inline void InitStruct(vattn_prefill_params* s) { vattn_prefill_params_init(s, sizeof(*s)); }
 // The same for this struct.
 inline void InitStruct(vattn_attend_params* s) { vattn_attend_params_init(s, sizeof(*s)); }
 // The same for this struct.
@@ -154,6 +155,8 @@ class Sequence {
 
   // Adds prompt tokens to one layer.
   void Append(const vattn_append_params& params) { Check(vattn_append(get(), &params)); }
+  // Adds prompt tokens to one layer and attends with each of them, exactly.
+  void Prefill(const vattn_prefill_params& params) { Check(vattn_prefill(get(), &params)); }
   // Sets blocks aside for this many tokens in every layer.
   void Reserve(int64_t tokens) { Check(vattn_sequence_reserve(get(), tokens)); }
   // Cuts every layer to this many tokens.
@@ -199,13 +202,13 @@ class Batch {
   }
   // Empties a slot.
   void Clear(int32_t slot) { Check(vattn_batch_clear(get(), slot)); }
-  // Opens a step of new_tokens (0 or 1) tokens in every layer of every sequence.
+  // Opens a step of new_tokens (0 to 16) tokens in every layer of every sequence.
   void BeginStep(int32_t new_tokens, CUstream_st* stream = nullptr) {
     Check(vattn_batch_begin_step(get(), new_tokens, stream));
   }
   // Gives the open step up: the sequences are as they were before it.
   void Abandon() { Check(vattn_batch_abandon(get())); }
-  // Writes the new token's row and attends, for one layer of every filled slot.
+  // Writes the new tokens' rows and attends, for one layer of every filled slot.
   void Attend(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
     Check(vattn_attend(get(), &params, stream));
   }

@@ -253,6 +253,23 @@ struct WriteParams {
   int64_t v_token_stride = 0, v_head_stride = 0;
 };
 
+// Exact attention of tokens [first, first + count) of one (sequence, layer), each of which sees the
+// tokens up to its own. Their rows are written. Strides in elements.
+struct PrefillParams {
+  Storage storage;
+  const int32_t* const* blocks = nullptr;  // [kv_heads] block ids by block number
+  int32_t kv_heads = 0;
+  int32_t group_heads = 0;  // query heads per KV head, of one token
+  int32_t q_heads = 0;      // kv_heads * group_heads
+  int32_t out_dtype = 0;    // DType
+  int64_t first = 0;
+  int64_t count = 0;
+  const void* q = nullptr;  // [count][q_heads][dim_k] in the row dtype, unscaled
+  int64_t q_token_stride = 0, q_head_stride = 0;
+  void* out = nullptr;   // [count][q_heads][dim_v]
+  float* lse = nullptr;  // [count][q_heads] or null
+};
+
 // Codes of tokens [begin, end) of one KV head, both multiples of 16.
 struct EncodeParams {
   Storage storage;

@@ -39,6 +39,14 @@ struct AppendRequest {
   int64_t q_token_stride = 0, q_head_stride = 0;
 };
 
+// The same with attention, as vattn_prefill_params; num_queries is num_tokens.
+struct PrefillRequest {
+  AppendRequest rows;
+  int out_dtype = 0;
+  void* out = nullptr;
+  float* lse = nullptr;
+};
+
 // As vattn_sequence_options.
 struct SequenceOptions {
   uint64_t id = 0;  // 0: the runtime chooses
@@ -65,6 +73,8 @@ class Sequence {
   absl::StatusOr<std::unique_ptr<Sequence>> Fork(uint64_t id);
   absl::StatusOr<SharedLayers> Share(int64_t tokens);
   absl::Status Append(const AppendRequest& request);
+  // Appends, and answers every token. Errors as Append, and NOT_SUPPORTED; nothing has changed then.
+  absl::Status Prefill(const PrefillRequest& request);
   // FULL if the sequence has a reservation, and blocks that others hold too would leave it one
   // short.
   absl::Status Truncate(int64_t tokens);
@@ -154,6 +164,10 @@ class Sequence {
  private:
   Sequence(std::shared_ptr<Runtime> runtime, const SequenceOptions& options);
 
+  // Writes the rows, has `answer` called with the blocks of each KV head, and counts them. Where
+  // that throws nothing was added.
+  template <class F>
+  absl::Status AppendAnd(const AppendRequest& request, F&& answer);
   // The queries of an append beside those that each KV head has had.
   absl::Status AddQueries(
       const AppendRequest& request,

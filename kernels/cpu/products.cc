@@ -111,6 +111,11 @@ void MapRows(const float* rows, int64_t count, int dim, const float* map, int co
   HWY_DYNAMIC_DISPATCH(AddProduct)(rows, dim, 1, map, count, columns, dim, out);
 }
 
+void AddWeightedRows(const float* weights, int queries, const float* rows, int64_t count, int dim,
+                     float* sums) {
+  HWY_DYNAMIC_DISPATCH(AddProduct)(weights, 1, queries, rows, queries, dim, count, sums);
+}
+
 void SquareResiduals(const CodeLayout& code, const float* step, int64_t count, int dim, float* x) {
   std::vector<float> width(dim, 0.f), inverse(dim, 0.f), half(dim, 1.f);
   for (int j = 0; j < code.dims(); ++j) {

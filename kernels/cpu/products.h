@@ -1,5 +1,5 @@
-// The long loops of making an index: products over a sample of keys, and what its codes leave of
-// them (METHOD.md, "Index"). Everything is fp32, row-major and without gaps; dim is a multiple of
+// Products of matrices: those of making an index, over a sample of keys and what its codes leave of
+// them (METHOD.md, "Index"), and those of attention of many query tokens. Everything is fp32, row-major and without gaps; dim is a multiple of
 // 16.
 #ifndef VATTN_KERNELS_CPU_PRODUCTS_H_
 #define VATTN_KERNELS_CPU_PRODUCTS_H_
@@ -16,6 +16,10 @@ void AddOuterProducts(const float* rows, int64_t count, int dim, float* sum);
 
 // out [count][columns] = rows [count][dim] map [dim][columns]; columns a multiple of 16.
 void MapRows(const float* rows, int64_t count, int dim, const float* map, int columns, float* out);
+
+// sums [queries][dim] += weights^T rows, with weights [count][queries] and rows [count][dim].
+void AddWeightedRows(const float* weights, int queries, const float* rows, int64_t count, int dim,
+                     float* sums);
 
 // x [count][dim]: whitened coordinates, the first code.dims() of them coded in levels step [dims]
 // wide. In place of each, its squared error if coded, else its square.

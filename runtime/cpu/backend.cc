@@ -1,5 +1,6 @@
 #include "runtime/cpu/backend.h"
 
+#include "kernels/cpu/prefill.h"
 #include "kernels/cpu/write.h"
 #include "runtime/cpu/batch.h"
 #include "runtime/cpu/sequence.h"
@@ -12,6 +13,10 @@ std::unique_ptr<SequenceHalf> CpuBackend::MakeSequence(const Runtime&) {
 
 absl::StatusOr<std::unique_ptr<BatchHalf>> CpuBackend::MakeBatch(Runtime& runtime, int slots) {
   return std::make_unique<CpuBatch>(runtime, slots);
+}
+
+void CpuBackend::Prefill(const PrefillParams& params, Stream workers) {
+  cpu::Prefill(params, workers);
 }
 
 absl::Status CpuBackend::Write(const WriteParams& params, Stream workers) {

@@ -16,6 +16,8 @@ class CpuBackend final : public Backend {
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  absl::Status CheckPrefill() const override { return absl::OkStatus(); }
+  void Prefill(const PrefillParams& params, Stream workers) override;
   bool IsOnDevice(const void*) const override { return false; }
   absl::Status Write(const WriteParams& params, Stream workers) override;
   absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t,

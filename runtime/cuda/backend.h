@@ -42,6 +42,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  absl::Status CheckPrefill() const override;
+  void Prefill(const PrefillParams&, Stream) override {}
   bool IsOnDevice(const void* pointer) const override {
     return pointer != nullptr && device_->CanFollow(pointer);
   }

@@ -171,7 +171,7 @@ void CompareSelect(Twins& twins, float query_sigma, Lists& a) {
               static_cast<int>(tally.differ), static_cast<int>(tally.drawn),
               static_cast<int>(tally.sure), static_cast<int>(tally.loose),
               static_cast<int>(tally.lists));
-  EXPECT_GT(tally.drawn, 100);
+  EXPECT_GT(tally.drawn, 4 * tally.lists);
   EXPECT_LE(static_cast<double>(tally.sure), 1 + kMostSure * static_cast<double>(tally.drawn));
   EXPECT_LE(static_cast<double>(tally.differ), 1 + kMostDiffer * static_cast<double>(tally.drawn));
   EXPECT_LE(static_cast<double>(tally.loose), 1 + kMostLoose * static_cast<double>(tally.lists));

@@ -39,6 +39,75 @@ class Attention(Fixture):
         ) // 64 * 64 - 16  # what has left the window is coded 64 tokens at a time
         self.assertEqual(report.middle.tolist(), [[middle] * KV_HEADS, [0] * KV_HEADS])
 
+    def test_prefill(self):
+        if self.runtime().options["backend"] == vattn.Backend.CUDA:
+            self.skipTest("prefill is the CPU backend's")
+        runtime = self.runtime(policy="dense")
+        sequence = runtime.sequence()
+        k, v = rows(500, 1)
+        q = queries(500, 2)
+        lse = np.empty((200, Q_HEADS), np.float32)
+        out = np.concatenate(
+            [
+                sequence.prefill(0, q[:300], k[:300], v[:300]),
+                sequence.prefill(0, q[300:], k[300:], v[300:], lse=lse),
+            ]
+        )
+        for token in (0, 1, 255, 299, 300, 499):
+            want = attend(q[token], k[: token + 1], v[: token + 1])
+            self.assertLess(relative_error(out[token], want), 1e-5)
+        self.assertTrue(np.isfinite(lse).all())
+        self.assertEqual(sequence.length(), 500)
+        for call, text in (
+            (lambda: sequence.prefill(0, q[:3], k[:4], v[:4]), "q has 3 tokens, must have the 4"),
+            (lambda: sequence.prefill(0, q[:4], k[:4], v[:3]), "v has 3 tokens, must have the 4"),
+            (
+                lambda: sequence.prefill(0, q[:4], k[:4], v[:4], lse=lse),
+                r"lse has shape \[200, 6\], must be \[4, 6\]",
+            ),
+            (
+                lambda: sequence.prefill(0, q[:4], k[:4], v[:4], out=np.zeros((4, 6, 32), np.int32)),
+                "out has elements of i32, must be f32 or f16 or bf16",
+            ),
+        ):
+            with self.assertRaisesRegex(vattn.InvalidArgumentError, text):
+                call()
+        self.assertEqual(sequence.length(), 500)
+
+    def test_several_query_tokens(self):
+        for policy in ("dense", "verified"):
+            runtime = self.runtime(policy=policy, epsilon=0.1)
+            batch = runtime.batch(2)
+            kept = []
+            for slot, tokens in enumerate((TOKENS, 300)):
+                sequence, k, v = self.filled(runtime, tokens, seed=slot)
+                batch.set(slot, sequence)
+                kept.append((k, v))
+            q = np.stack([queries(5, 3), queries(5, 4)])
+            k1, v1 = (np.stack(pair) for pair in zip(rows(5, 5), rows(5, 6)))
+            report = batch.report(0, q, tokens=5)
+            batch.begin_step(5)
+            out = batch.attend(0, q, k1, v1, report=report)
+            self.assertEqual(out.shape, q.shape)
+            self.assertEqual(report.error.shape, (2, 5, Q_HEADS))
+            self.assertEqual(report.selected.shape, (2, KV_HEADS))
+            for slot, (k, v) in enumerate(kept):
+                for token in range(5):
+                    seen = token + 1
+                    want = attend(
+                        q[slot, token],
+                        np.concatenate([k, k1[slot, :seen]]),
+                        np.concatenate([v, v1[slot, :seen]]),
+                    )
+                    off = relative_error(out[slot, token], want)
+                    self.assertLess(off, 1e-5 if policy == "dense" or slot == 1 else 0.3)
+            batch.begin_step(2)
+            with self.assertRaisesRegex(vattn.InvalidArgumentError, "num_tokens is 5, must be 2"):
+                batch.attend(0, q, k1, v1)
+            with self.assertRaisesRegex(vattn.InvalidArgumentError, "tokens of q is 17"):
+                batch.attend(0, np.zeros((2, 17, Q_HEADS, DIM), np.float32), k1, v1)
+            batch.abandon()
+
     def test_verified_reads_less_and_stays_within_its_bound(self):
         runtime = self.runtime(policy="verified", epsilon=0.1, delta=0.05, norm="output")
         batch = runtime.batch(1)
@@ -239,7 +308,7 @@ class Arrays(Fixture):
             ),
             (lambda: batch.attend(0, q, k[:1], v[:1]), "step"),
             (lambda: batch.set(3, sequence), "slot is 3"),
-            (lambda: batch.begin_step(2), "new_tokens is 2"),
+            (lambda: batch.begin_step(17), "new_tokens is 17"),
             (lambda: runtime.batch(0), "slots is 0"),
             (lambda: self.runtime(epsilon=-1.0), "epsilon is -1"),
             (lambda: self.runtime(epsilom=0.1), "epsilom"),

@@ -14,6 +14,7 @@ STRUCTS = {
     "vattn_options": _structs.Options,
     "vattn_sequence_options": _structs.SequenceOptions,
     "vattn_append_params": _structs.AppendParams,
+    "vattn_prefill_params": _structs.PrefillParams,
     "vattn_prefix": _structs.Prefix,
     "vattn_attend_params": _structs.AttendParams,
     "vattn_selection": _structs.SelectionParams,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from . import _structs as c
-from ._arguments import shown
+from ._arguments import shown, whole
 from ._arrays import Array, View, empty_like, view
 from ._errors import invalid
 from ._library import struct
@@ -19,11 +19,13 @@ class Report:
     All are contiguous; `Batch.report` makes them. Rows of empty slots are not written.
     """
 
+    # With several query tokens the next three are [slots, tokens, q_heads].
     lse: Array | None = None  # [slots, q_heads] float32: ln(sum exp(s))
     verdict: Array | None = None  # [slots, q_heads] int32: Verdict
     error: Array | None = (
         None  # [slots, q_heads] float32: bound on the relative error; 0 when exact
     )
+    # And these are of all query tokens together.
     selected: Array | None = None  # [slots, kv_heads] int32: middle rows read
     fetched: Array | None = None  # [slots, kv_heads] int32: of them not in the hot set
     looks: Array | None = None  # [slots, kv_heads] int32: draws made
@@ -63,28 +65,31 @@ class AttendCall:
         self.views: list[View] = []
         self._runtime = runtime
         self._slots = slots
+        self._tokens = 1
         self._dtype = DTYPE_NAMES[options["dtype"]]
         self._q_heads, self._kv_heads = options["num_q_heads"], runtime.kv_heads(layer)
         self._dims = options["head_dim_k"], options["head_dim_v"]
 
     def rows(self, q: Array, k_new: Array | None, v_new: Array | None) -> None:
-        """q [slots, q_heads, head_dim_k] and the new token's rows."""
+        """q [slots, q_heads, head_dim_k], or [slots, tokens, ...], and the new tokens' rows."""
         dim_k, dim_v = self._dims
+        extents = view(q, "q").shape
+        if len(extents) == 4:
+            self._tokens = self.params.num_tokens = whole(extents[1], "tokens of q", 1, 16)
         for name, array, heads, dim in (
             ("q", q, self._q_heads, dim_k),
             ("k_new", k_new, self._kv_heads, dim_k),
             ("v_new", v_new, self._kv_heads, dim_v),
         ):
             if array is not None or name == "q":
-                taken = self._take(array, name, (self._slots, heads, dim), (self._dtype,))
+                taken = self._take(array, name, self._by_token(heads, dim), (self._dtype,))
                 setattr(self.params, name, taken.pointer)
 
     def output(self, out: Array | None, like: Array) -> Array:
-        """out [slots, q_heads, head_dim_v]; made if None."""
-        shape = (self._slots, self._q_heads, self._dims[1])
+        """out [slots, q_heads, head_dim_v], or with tokens as q has it; made if None."""
+        shape = self._by_token(self._q_heads, self._dims[1])
         if out is None:
-            one = (1,) * (len(self.views[0].shape) - 3)  # as q has it
-            out = empty_like(like, (shape[0], *one, *shape[1:]), self._dtype)
+            out = empty_like(like, (*self.views[0].shape[:-1], shape[-1]), self._dtype)
         taken = self._take(out, "out", shape, ("f32", "f16", "bf16"), written=True)
         self.params.out = taken.pointer
         self.params.out_dtype = next(k for k, name in DTYPE_NAMES.items() if name == taken.dtype)
@@ -94,7 +99,7 @@ class AttendCall:
         """The arrays of a report that are given."""
         if report is not None and not isinstance(report, Report):
             raise invalid(f"report is {shown(report)}, must be a Report")
-        shapes = report_shapes(self._slots, self._q_heads, self._kv_heads)
+        shapes = report_shapes(self._slots, self._q_heads, self._kv_heads, self._tokens)
         for name, (kind, heads) in REPORT.items():
             array = getattr(report, name, None)
             if array is not None:
@@ -102,15 +107,15 @@ class AttendCall:
                 setattr(self.params, name, taken.pointer)
 
     def scores(self, scores: Array | None) -> None:
-        """scores [slots, q_heads or kv_heads, stride] float32."""
+        """scores [slots, q_heads or kv_heads, stride] float32, or [slots, tokens, ...]."""
         if scores is None:
             return
         extents = view(scores, "scores").shape
-        heads = extents[1] if len(extents) > 1 else 0
+        heads = extents[-2] if len(extents) > 1 else 0
         if heads not in (self._q_heads, self._kv_heads):
             heads = self._kv_heads
         stride = extents[-1] if extents else 0
-        taken = self._take(scores, "scores", (self._slots, heads, stride), ("f32",))
+        taken = self._take(scores, "scores", self._by_token(heads, stride), ("f32",))
         self.params.scores = taken.pointer
         self.params.scores_stride, self.params.score_heads = stride, heads
 
@@ -132,6 +137,10 @@ class AttendCall:
                 taken = self._take(array, f"selection.{name}", extent, (kind,), written)
                 setattr(lists, name, taken.pointer)
         return lists
+
+    def _by_token(self, heads: int, extent: int) -> tuple[int, ...]:
+        tokens = (self._tokens,) if self._tokens > 1 else ()
+        return (self._slots, *tokens, heads, extent)
 
     def _take(
         self,
@@ -158,6 +167,9 @@ class AttendCall:
         return taken
 
 
-def report_shapes(slots: int, q_heads: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
+def report_shapes(
+    slots: int, q_heads: int, kv_heads: int, tokens: int = 1
+) -> dict[str, tuple[int, ...]]:
     """Shapes of a report's arrays by the kind of head that they are about."""
-    return {"q": (slots, q_heads), "kv": (slots, kv_heads), "": (TIMELINE_MARKS,)}
+    by_query = (slots, tokens, q_heads) if tokens > 1 else (slots, q_heads)
+    return {"q": by_query, "kv": (slots, kv_heads), "": (TIMELINE_MARKS,)}

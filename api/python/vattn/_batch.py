@@ -58,8 +58,11 @@ class Batch(Child):
         self._sequences[slot] = None
 
     def begin_step(self, new_tokens: int = 1, stream: Any = None) -> None:
-        """Opens a step: makes room for new_tokens (0 or 1) tokens in every layer of every sequence.
+        """Opens a step: makes room for new_tokens (0 to 16) tokens in every layer of every sequence.
 
+        They are the step's query tokens; with 0 it has one, the last token that is there. With
+        several, each sees the tokens up to its own; `Sequence.truncate` takes those back that are
+        rejected.
         On CUDA the step's tables are enqueued on `stream`, by default torch's current one, else the
         legacy default stream; the calls of the step must follow in its order. FullError: nothing
         changed, no step is open, the sequences stay usable.
@@ -81,10 +84,16 @@ class Batch(Child):
         """
         call("vattn_batch_abandon", self.handle)
 
-    def report(self, layer: int, like: Array, *names: str) -> Report:
-        """A Report with arrays for `names` (if none, all but timeline) where `like` lies."""
+    def report(self, layer: int, like: Array, *names: str, tokens: int = 1) -> Report:
+        """A Report with arrays for `names` (if none, all but timeline) where `like` lies.
+
+        tokens: query tokens of the calls that it is for, 1 to 16.
+        """
         shapes = report_shapes(
-            self.slots, self.runtime._options["num_q_heads"], self.runtime.kv_heads(layer)
+            self.slots,
+            self.runtime._options["num_q_heads"],
+            self.runtime.kv_heads(layer),
+            whole(tokens, "tokens", 1, 16),
         )
         for name in names:
             if name not in REPORT:
@@ -116,13 +125,14 @@ class Batch(Child):
         scores: Array | None = None,
         stream: Any = None,
     ) -> Array:
-        """Writes the new token's row and attends, for every filled slot. Each layer once per step.
+        """Writes the new tokens' rows and attends, for every filled slot. Each layer once per step.
 
         q [slots, q_heads, head_dim_k], unscaled, k_new [slots, kv_heads, head_dim_k] and v_new
         [slots, kv_heads, head_dim_v] in the runtime's dtype, contiguous; k_new is left out iff
         new_tokens was 0, v_new also with shared_kv. Returns `out` [slots, q_heads, head_dim_v] of
         float32, float16 or bfloat16 (by default a new array of the runtime's dtype). Each may
-        have a dimension of 1 after the slots. With index external, and only then, scores [slots,
+        have a dimension of the step's query tokens after the slots, and has it if those are more
+        than one. With index external, and only then, scores [slots,
         q_heads or kv_heads, stride] float32 predict softmax_scale * q.k of every token.
 
         On CUDA with arrays in device memory the call enqueues on `stream`, by default the one that

@@ -4,7 +4,7 @@ import ctypes
 from typing import Any, Self
 
 from . import _structs as c
-from ._arrays import Array, View, spaced_view
+from ._arrays import Array, View, empty_like, spaced_view, view
 from ._enums import Tier
 from ._errors import Error, invalid
 from ._handle import Child
@@ -53,10 +53,61 @@ class Sequence(Child):
         stream is waited for, of others what writes them must have ended. FullError: nothing was
         added and the sequence goes on as before.
         """
-        options = self.runtime._options
-        heads = self.runtime.kv_heads(layer)
         params = struct(c.AppendParams, "vattn_append_params_init")
         params.layer = layer
+        given = self._given(params, layer, k, v, q)
+        if "q" in given:
+            params.num_queries = given["q"].shape[0]
+        call("vattn_append", self.handle, ctypes.byref(params))
+
+    def prefill(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array | None = None,
+        *,
+        out: Array | None = None,
+        lse: Array | None = None,
+    ) -> Array:
+        """Adds prompt tokens to one layer and attends with each of them, exactly.
+
+        A token sees those that the layer had before and the new ones up to its own, so that a prompt
+        in chunks gets the answers of one in one piece. q [tokens, q_heads, head_dim_k], k and v as
+        in `append`; 1 to 65536 tokens. Returns `out` [tokens, q_heads, head_dim_v] of float32,
+        float16 or bfloat16 (by default a new array of the runtime's dtype); lse [tokens, q_heads]
+        float32 becomes ln(sum exp(s)). FullError: nothing was added. NotSupportedError on CUDA,
+        where steps of several tokens serve.
+        """
+        options = self.runtime._options
+        params = struct(c.PrefillParams, "vattn_prefill_params_init")
+        params.layer = layer
+        given = self._given(params, layer, k, v, q)
+        tokens = given["k"].shape[0]
+        if given["q"].shape[0] != tokens:
+            raise invalid(f"q has {given['q'].shape[0]} tokens, must have the {tokens} of k")
+        shape = tokens, options["num_q_heads"], options["head_dim_v"]
+        if out is None:
+            out = empty_like(q, shape, DTYPE_NAMES[options["dtype"]])
+        answers = self._written(out, "out", shape, ("f32", "f16", "bf16"))
+        params.out = answers.pointer
+        params.out_dtype = next(k for k, name in DTYPE_NAMES.items() if name == answers.dtype)
+        if lse is not None:
+            params.lse = self._written(lse, "lse", shape[:2], ("f32",)).pointer
+        call("vattn_prefill", self.handle, ctypes.byref(params))
+        return out
+
+    def _given(
+        self,
+        params: c.AppendParams | c.PrefillParams,
+        layer: int,
+        k: Array,
+        v: Array | None,
+        q: Array | None,
+    ) -> dict[str, View]:
+        """Puts the arrays that are given, their strides and the number of tokens into params."""
+        options = self.runtime._options
+        heads = self.runtime.kv_heads(layer)
         keys = self._rows(k, "k", heads, options["head_dim_k"])
         given = {"k": keys}
         if v is not None:
@@ -67,7 +118,6 @@ class Sequence(Child):
                 )
         if q is not None:
             given["q"] = self._rows(q, "q", options["num_q_heads"], options["head_dim_k"])
-            params.num_queries = given["q"].shape[0]
         params.num_tokens = keys.shape[0]
         for name, array in given.items():
             setattr(params, name, array.pointer)
@@ -75,7 +125,22 @@ class Sequence(Child):
                 # In C 0 is "contiguous". An extent of 1 may have any stride in numpy, even below 0.
                 setattr(params, f"{name}_{kind}_stride", stride if extent > 1 else 0)
             _wait(array)
-        call("vattn_append", self.handle, ctypes.byref(params))
+        return given
+
+    def _written(
+        self, array: Array, name: str, shape: tuple[int, ...], kinds: tuple[str, ...]
+    ) -> View:
+        taken = view(array, name)
+        if taken.shape != shape:
+            raise invalid(f"{name} has shape {list(taken.shape)}, must be {list(shape)}")
+        if not taken.contiguous():
+            raise invalid(f"{name} has strides {list(taken.strides)}, must be contiguous")
+        if taken.dtype not in kinds:
+            raise invalid(f"{name} has elements of {taken.dtype}, must be {' or '.join(kinds)}")
+        if not taken.writable:
+            raise invalid(f"{name} is read-only, must be writable")
+        self.runtime.check_place(taken, name)
+        return taken
 
     def _rows(self, array: Array, name: str, heads: int, dim: int) -> View:
         rows = spaced_view(array, name, 2)

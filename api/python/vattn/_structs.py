@@ -130,6 +130,20 @@ class AppendParams(Struct):
         int64 q_token_stride q_head_stride""")
 
 
+class PrefillParams(Struct):
+    """vattn_prefill_params."""
+
+    _fields_ = _fields("""
+        size struct_size
+        int32 layer out_dtype
+        int64 num_tokens
+        void *q *k *v
+        int64 q_token_stride q_head_stride k_token_stride k_head_stride
+        int64 v_token_stride v_head_stride
+        void *out
+        float *lse""")
+
+
 class Prefix(Struct):
     """vattn_prefix."""
 
@@ -233,7 +247,12 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"sequence": c_void_p, "layer": c_int32, "tokens": POINTER(c_int64)},
     ),
     "vattn_append_params_init": (None, {"params": POINTER(AppendParams), "struct_size": c_size_t}),
+    "vattn_prefill_params_init": (
+        None,
+        {"params": POINTER(PrefillParams), "struct_size": c_size_t},
+    ),
     "vattn_append": (Status, {"sequence": c_void_p, "params": POINTER(AppendParams)}),
+    "vattn_prefill": (Status, {"sequence": c_void_p, "params": POINTER(PrefillParams)}),
     "vattn_sequence_build_index": (Status, {"sequence": c_void_p}),
     "vattn_sequence_save": (Status, {"sequence": c_void_p, "path": c_char_p}),
     "vattn_sequence_restore": (Status, {"runtime": c_void_p, "path": c_char_p, "out": _OUT}),
