@@ -17,9 +17,18 @@ from transformers.generation.streamers import BaseStreamer
 DENSE = SMALL | {"policy": "dense"}
 
 
+class StrictConfig(Phi3Config):
+    """Takes a number for its window and nothing else, as configs of some families."""
+
+    def __setattr__(self, name, value):
+        if name == "sliding_window" and not isinstance(value, int):
+            raise TypeError(f"sliding_window is {value!r}")
+        super().__setattr__(name, value)
+
+
 def phi3():
     """Has a window that no context reaches, which is taken out of its config."""
-    return Phi3ForCausalLM(Phi3Config(**SHAPE, sliding_window=4096))
+    return Phi3ForCausalLM(StrictConfig(**SHAPE, sliding_window=4096))
 
 
 def gemma3():

@@ -18,6 +18,7 @@ from ._calls import (
     check_prompt,
     foreign_cache,
     refuse_media,
+    refuse_packed,
     without_adapters,
 )
 from ._generate import running
@@ -176,8 +177,7 @@ class OffloadedModel:
         self.last_cache = cache
         cache.settle()
         held = self._continue(cache, kwargs) if cache.get_seq_length() else 0
-        if cache.get_seq_length():
-            refuse_media(kwargs)
+        (refuse_media if cache.get_seq_length() else refuse_packed)(kwargs)
         rows = self._prompt(kwargs)
         cache.real_from = held + (1 if rows is None else rows.shape[1])
         if self._setting("cache_implementation", kwargs) is not None:

@@ -31,8 +31,6 @@ class Switch:
         self._hooks: list[Any] = []
         self._aside, self._lock = 0, threading.Lock()  # calls that run on the model's own attention
         self._generate: weakref.ref[Generate] | None = None
-        if endless_window(self._config):
-            self._window, self._config.sliding_window = self._config.sliding_window, None
         try:
             model.set_attn_implementation(NAME)
             if not self.is_on():
@@ -41,6 +39,9 @@ class Switch:
                     "AttentionInterface"
                 )
             self._attentions.turned_on()
+            if endless_window(self._config):
+                self._window = self._config.sliding_window
+                self._set_window(None)
             _hook(model, self._hooks)
             generate = Generate(model, self)
             self._generate = weakref.ref(generate)  # the model has it, or what replaced it there
@@ -59,7 +60,12 @@ class Switch:
 
     def _give_window_back(self) -> None:
         if self._window is not None and self._config.sliding_window is None:
-            self._config.sliding_window = self._window
+            self._set_window(self._window)
+
+    def _set_window(self, window: int | None) -> None:
+        # Past the config, which may take numbers alone.
+        name = getattr(self._config, "attribute_map", {}).get("sliding_window", "sliding_window")
+        vars(self._config)[name] = window
 
     def _unhook(self) -> None:
         while self._hooks:
@@ -130,7 +136,7 @@ class Switch:
                 self._aside -= 1
                 if self._wraps and not self._aside:  # no wraps: the last one was closed meanwhile
                     if self._window is not None:
-                        self._config.sliding_window = None
+                        self._set_window(None)
                     self._attentions.turn_on_again()
                     _hook(model, self._hooks)
 
