@@ -101,9 +101,10 @@ absl::Status OwnedDirectory::Lock() {
     return UntilNotInterrupted([&] { return ops_.flock(descriptor); }) == 0 ? 0 : errno;
   };
   const auto refused = [&](int error, const std::string& path) {
-    return error == EWOULDBLOCK ? InvalidArgumentError("directory ", path_,
-                                                       " is in use, must be one runtime's alone")
-                                : SystemError("flock", path, error);
+    return error == EWOULDBLOCK
+               ? InvalidArgumentError("directory ", path_,
+                                      " is in use by another runtime, must be one runtime's alone")
+               : SystemError("flock", path, error);
   };
   locks_[0] = OpenFile(ops_, path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
   if (locks_[0] < 0) return SystemError("open", path_, errno);
@@ -120,9 +121,10 @@ absl::Status OwnedDirectory::Lock() {
 absl::Status OwnedDirectory::CheckOwned() const {
   if (!IsHere()) {
     return InvalidArgumentError(
-        "directory ", path_, " is of process ", home_.id(), ", from which this one (", getpid(),
-        ") was forked, must be used by that one alone; make a runtime with a directory of its "
-        "own after the fork");
+        "directory ", path_, " belongs to process ", home_.id(), " and may not be used by process ",
+        getpid(),
+        ", which was forked from it: make a runtime with a directory of its own after the "
+        "fork");
   }
   struct stat now = {};
   if (ops_.path_stat(path_.c_str(), &now) != 0) return SystemError("stat", path_, errno);

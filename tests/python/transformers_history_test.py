@@ -196,7 +196,7 @@ class Masks(unittest.TestCase):
 
     @torch.no_grad()
     def test_packed_sequences_are_refused(self):
-        wrapped = offload(self, make(llama, CPU))
+        stock, wrapped = make(llama, CPU), offload(self, make(llama, CPU), policy="dense")
         ids = prompts((100,), CPU)["input_ids"]
         for places in ([60, 40], [30, 30, 40], [99, 1]):
             packed = torch.cat([torch.arange(n) for n in places])[None]
@@ -204,6 +204,16 @@ class Masks(unittest.TestCase):
                 ValueError, f"position_ids start again at token {places[0]}: packed"
             ):
                 wrapped(ids, position_ids=packed, past_key_values=wrapped.cache())
+            with self.assertRaisesRegex(ValueError, "packed sequences are not served"):
+                wrapped.generate(ids, position_ids=packed, **GREEDY)
+            # With a mask, transformers reads what it shows together, and so does this.
+            mask = torch.ones_like(ids)
+            want = wrapped.model(ids, attention_mask=mask, position_ids=packed, use_cache=False)
+            asked = {"attention_mask": mask, "position_ids": packed}
+            got = wrapped(ids, **asked, past_key_values=wrapped.cache())
+            torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+            want = stock.generate(ids, **asked, **GREEDY)
+            self.assertEqual(wrapped.generate(ids, **asked, **GREEDY).tolist(), want.tolist())
         jumps = torch.arange(100)[None] * 2  # positions may leave some out
         wrapped(ids, position_ids=jumps, past_key_values=wrapped.cache())
 

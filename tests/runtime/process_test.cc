@@ -92,6 +92,11 @@ TEST_F(ProcessTest, WorkersDoNotMix) {
                full.message().find("was forked") == absl::string_view::npos;
       const absl::Status spilled = one->Spill();
       wrong += CodeOf(spilled) != Code::kInvalidArgument || one->hibernated();
+      wrong += spilled.message() !=
+               absl::StrCat("directory ", scratch_ / "disk", " belongs to process ", getppid(),
+                            " and may not be used by process ", getpid(),
+                            ", which was forked from it: make a runtime with a directory of its "
+                            "own after the fork");
       wrong +=
           CodeOf(runtime->disk()->Store(*one, MakePrefix("worker", 600))) != Code::kInvalidArgument;
       int64_t files = 0;

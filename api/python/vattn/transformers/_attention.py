@@ -65,7 +65,8 @@ def attention(
             )[0]
         layer.store.append(layer.index, query, key, value, scaling)
     else:
-        out = layer.store.attend(layer.index, query, key, value, scaling)
+        scaled = layer.store.scaled(query, scaling)
+        out = layer.store.attend(layer.index, scaled, key, value)
     layer.tokens += tokens
     layer.cache.done(layer.index, tokens)
     return out, None

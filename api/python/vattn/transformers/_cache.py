@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -12,6 +12,9 @@ from .._runtime import Stats
 from ._history import History
 from ._served import offloaded
 from ._store import LayerStats, Store
+
+if TYPE_CHECKING:
+    from ._switch import Switch
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -48,7 +51,7 @@ class OffloadedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new rows as they are. They carry their layer, for the attention function."""
         if self.store.pending is not None:
-            raise keys_lost(self.store.pending)
+            raise self.cache.keys_lost(self.store.pending)
         self.store.pending = self.index
         key_states.vattn_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -82,6 +85,7 @@ class VattnCache(Cache):
         ours = offloaded(config)
         self.store = Store(ours, options, max_new_tokens)
         self.model: weakref.ref[Any] | None = None  # whose rows it takes; None: any model's
+        self.switch: Switch | None = None  # of that model
         self.history: History | None = None  # from the first prompt on
         self.last_logits_do = False  # the caller of the forward wants the last token's logits alone
         self.real_from: int | None = None  # columns from here on are known to be no padding
@@ -134,6 +138,9 @@ class VattnCache(Cache):
         return out
 
     def _begin(self, rows: int, tokens: int) -> None:
+        why = None if self.switch is None else self.switch.why_off()
+        if why is not None:
+            raise RuntimeError(why)
         if self._tokens and tokens > 1:
             raise NotImplementedError(
                 f"{tokens} tokens at once after the prompt: vattn reads one token a call "
@@ -197,12 +204,21 @@ class VattnCache(Cache):
         """After a call that returned: raises if a layer took keys and did not attend with them, or
         if a layer that should have took none."""
         if self.store.pending is not None:
-            raise keys_lost(self.store.pending)
+            raise self.keys_lost(self.store.pending)
         if self._last >= 0:
             raise RuntimeError(
                 f"layer {self._keyed[self._keyed.index(self._last) + 1]} of the cache was given no "
                 "keys: this model does not keep the layers that its config tells of"
             )
+
+    def keys_lost(self, layer: int) -> RuntimeError:
+        """The error for a model that attends with other tensors than its cache handed out."""
+        why = None if self.switch is None else self.switch.why_off()
+        return RuntimeError(
+            why
+            or f"layer {layer} has not attended through vattn: the model does not hand the keys of "
+            "its cache to its attention function"
+        )
 
     # ------------------------------------------------------------------ between calls
 
@@ -335,14 +351,6 @@ class VattnCache(Cache):
     def runtime_stats(self) -> Stats | None:
         """Counters of the runtime behind it, bytes among them; None before the first prompt."""
         return self.store.runtime_stats()
-
-
-def keys_lost(layer: int) -> RuntimeError:
-    """The error for a model that attends with other tensors than its cache handed out."""
-    return RuntimeError(
-        f"layer {layer} has not attended through vattn: the model is not offloaded any more, or "
-        "does not hand the keys of its cache to its attention function"
-    )
 
 
 def _takes_keys(layer: Any) -> bool:

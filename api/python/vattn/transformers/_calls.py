@@ -114,7 +114,8 @@ def before_forward(
         return None
     tokens = rows.shape[1]
     if cache.get_seq_length() == 0:
-        _refuse_packed(given.get("position_ids"), given.get("attention_mask"), tokens)
+        if not cache.last_logits_do:  # `generate` has seen the mask, and leaves out one of ones
+            refuse_packed(given)
     elif tokens > 1:
         refuse_media(given)
         keep = given.get("logits_to_keep")
@@ -174,14 +175,13 @@ def _one(given: dict[str, Any], i: int, tokens: int) -> dict[str, Any]:
     return one
 
 
-def _refuse_packed(positions: Any, mask: Any, tokens: int) -> None:
-    """Refuses a prompt whose positions start again: sequences packed into one row."""
-    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or tokens < 2:
+def refuse_packed(given: dict[str, Any]) -> None:
+    """Refuses a prompt whose positions start again: sequences packed into one row. With a mask it
+    is none: what the mask shows is read together, wherever the positions say it stands."""
+    positions = given.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or given.get("attention_mask") is not None:
         return
-    again = positions[:, 1:] <= positions[:, :-1]
-    if isinstance(mask, torch.Tensor) and mask.shape == (mask.shape[0], tokens):
-        real = mask.bool().to(again.device)
-        again = again & real[:, 1:] & real[:, :-1]
+    again = positions[:, 1:] <= positions[:, :-1] if positions.ndim == 2 else positions[:0]
     if bool(again.any()):
         first = int(again.any(0).nonzero()[0]) + 1
         raise ValueError(

@@ -18,11 +18,13 @@ from ._calls import (
     check_prompt,
     foreign_cache,
     refuse_media,
+    refuse_packed,
     without_adapters,
 )
+from ._generate import running
 from ._served import refuse_unserved
 from ._store import LayerStats
-from ._switch import running, switch_of
+from ._switch import switch_of
 
 _OWN = (
     "num_layers",
@@ -37,7 +39,8 @@ _OWN = (
     "backend",
     "device",
 )
-# What an OffloadedModel has itself; everything else that is read or set is the model's.
+# What an OffloadedModel has itself, beside what its class has; everything else that is read or
+# set is the model's.
 _ATTRIBUTES = ("model", "options", "last_cache", "_config", "_switch", "_end", "_cache_name")
 # Arguments of `generate` that need what vattn does not serve.
 _UNSERVED = {
@@ -66,10 +69,10 @@ class OffloadedModel:
         self.options = options
         self.last_cache: VattnCache | None = None
         self._config = model.config.get_text_config(decoder=True)
+        self._cache_name = cache_argument(GenerationMixin.prepare_inputs_for_generation)
         self._switch = switch_of(model)
         self._end = weakref.finalize(self, self._switch.remove, self._switch.add(self))
         self._end.atexit = False
-        self._cache_name = cache_argument(GenerationMixin.prepare_inputs_for_generation)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model" not in self.__dict__:
@@ -90,13 +93,16 @@ class OffloadedModel:
         return call
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _ATTRIBUTES:
+        if name in _ATTRIBUTES or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
             setattr(self.model, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self.model, name)
+        if name in vars(self):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.model, name)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.model)})
@@ -113,11 +119,9 @@ class OffloadedModel:
 
     def _check_on(self) -> None:
         self._check_open()
-        if not self._switch.is_on():
-            raise RuntimeError(
-                f"the model's attention was set to {self._switch.attention()!r} after it was "
-                "offloaded: close this, or set it to 'vattn' again"
-            )
+        why = self._switch.why_off()
+        if why is not None:
+            raise RuntimeError(why)
 
     def cache(self, max_new_tokens: int = 1024) -> VattnCache:
         """An empty cache for a batch of prompts. The pool has room for max_new_tokens more tokens a
@@ -125,6 +129,7 @@ class OffloadedModel:
         self._check_open()
         self.last_cache = VattnCache(self._config, self.options, max_new_tokens)
         self.last_cache.model = weakref.ref(without_adapters(self.model))
+        self.last_cache.switch = self._switch
         return self.last_cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,8 +177,7 @@ class OffloadedModel:
         self.last_cache = cache
         cache.settle()
         held = self._continue(cache, kwargs) if cache.get_seq_length() else 0
-        if cache.get_seq_length():
-            refuse_media(kwargs)
+        (refuse_media if cache.get_seq_length() else refuse_packed)(kwargs)
         rows = self._prompt(kwargs)
         cache.real_from = held + (1 if rows is None else rows.shape[1])
         if self._setting("cache_implementation", kwargs) is not None:
@@ -186,7 +190,19 @@ class OffloadedModel:
             cache.last_logits_do, cache.real_from = False, None
 
     def _own_generate(self, **kwargs: Any) -> Any:
-        return type(self.model).generate(self.model, **kwargs)
+        """The model's own `generate`: an attribute that it has of that name, else its class's."""
+        attribute = self._switch.attribute()
+        if attribute is None:
+            return type(self.model).generate(self.model, **kwargs)
+        result = attribute(**kwargs)
+        cache = kwargs.get(self._cache_name)
+        if cache is not None and cache.get_seq_length() == 0:
+            raise RuntimeError(
+                f"the `generate` that was set on this {type(self.model).__name__} read nothing with "
+                f"the {self._cache_name} that it was given, so nothing was offloaded: must hand it "
+                "on, or be deleted"
+            )
+        return result
 
     # ------------------------------------------------------------------ arguments of generate
 

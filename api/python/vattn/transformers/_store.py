@@ -118,12 +118,12 @@ class Store:
         alike with kv_heads; padding is left out."""
         if self._pool is None:
             self._open(query, key, value, _scale(query, scaling))
-        query = self._scaled(query, scaling)
+        query = self.scaled(query, scaling)
         for sequence, tokens, *rows in zip(self._sequences, self.prompt, query, key, value):
             q, k, v = (_padded(x.transpose(0, 1)[tokens]) for x in rows)  # [tokens, heads, d]
             sequence.append(layer, k, v, q[-_CALIBRATION:])
 
-    def _scaled(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    def scaled(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """Queries that give, with the runtime's scale, the logits of a layer that has its own."""
         own = _scale(query, scaling)
         return query if own == self._scale else query * (own / self._scale)
@@ -216,15 +216,10 @@ class Store:
     # ------------------------------------------------------------------ decode
 
     def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """One new token a row: query [rows, q_heads, 1, d], its key and value ->
-        [rows, 1, q_heads, d]; zeros for rows that have padding in the token's place."""
+        """One new token a row: query [rows, q_heads, 1, d] as `scaled` gives it, its key and value
+        -> [rows, 1, q_heads, d]; zeros for rows that have padding in the token's place."""
         assert self._batch is not None
         rows, q_heads, dim = query.shape[0], query.shape[1], value.shape[3]
         if len(self._absent) == rows:
@@ -233,7 +228,6 @@ class Store:
             for row in self._absent:
                 self._batch.clear(row)
             self._batch.begin_step()
-        query = self._scaled(query, scaling)
         q, k, v = (_padded(x.transpose(1, 2)).contiguous() for x in (query, key, value))
         out = q.new_zeros(rows, 1, q_heads, v.shape[3]) if self._absent else None
         out = self._batch.attend(layer, q, k, v, out=out, report=self._reports[layer])
