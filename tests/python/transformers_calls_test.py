@@ -91,12 +91,14 @@ class Refusals(unittest.TestCase):
             whole,
             past_key_values=wrapped.cache(),
         )
-        cache = wrapped.cache()
-        self.refused(
-            NotImplementedError,
-            "5 tokens at once after the prompt",
-            lambda: [wrapped(x, past_key_values=cache) for x in (ids[:1, -50:], ids[:1, -5:])],
-        )
+        for device in DEVICES[1:]:  # on the CPU they are read together
+            there, row = offload(self, make(llama, device)), ids[:1].to(device)
+            cache = there.cache()
+            self.refused(
+                NotImplementedError,
+                "5 tokens at once after the prompt",
+                lambda: [there(x, past_key_values=cache) for x in (row[:, -50:], row[:, -5:])],
+            )
         with self.assertRaisesRegex(NotImplementedError, "torch.no_grad"):
             wrapped(ids, mask, past_key_values=wrapped.cache())
 

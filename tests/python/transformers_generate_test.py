@@ -125,20 +125,41 @@ class Arguments(unittest.TestCase):
     def test_chunks_are_read(self):
         out = self.wrapped.generate(**self.inputs, **GREEDY, prefill_chunk_size=100)
         self.assertEqual(out.tolist(), self.want)
-        self.assertEqual([layer.steps for layer in self.wrapped.stats()], [20 + 23] * 4)
+        self.assertEqual([layer.steps for layer in self.wrapped.stats()], [23] * 4)
 
     def test_several_tokens_of_a_forward(self):
         ids = self.inputs["input_ids"][:1]
         cache = self.wrapped.cache()
         with torch.no_grad():
-            want = self.model(ids, use_cache=False).logits[:, -1]
+            want = self.model(ids, use_cache=False).logits[:, 100:]
             self.wrapped(ids[:, :100], cache=cache)
-            with self.assertRaisesRegex(NotImplementedError, "20 tokens at once after the prompt"):
-                self.wrapped(ids[:, 100:], cache=cache)
-            self.assertEqual(cache.get_seq_length(), 100)
-            got = self.wrapped(ids[:, 100:], cache=cache, logits_to_keep=1).logits[:, -1]
+            got = self.wrapped(ids[:, 100:], cache=cache).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         self.assertEqual(cache.get_seq_length(), 120)
+
+    def test_chunks_with_padding_anywhere(self):
+        ids = torch.randint(1, 89, (3, 60))
+        mask = torch.ones_like(ids)
+        mask[0, :7], mask[1, 30:34], mask[2, 33:] = 0, 0, 0  # before, between and after a prompt of 32
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = self.wrapped.cache()
+        with torch.no_grad():
+            for begin, end in ((0, 32), (32, 33), (33, 50), (50, 60)):
+                part = {
+                    "attention_mask": mask[:, :end],
+                    "position_ids": places[:, begin:end],
+                }
+                got = self.wrapped(ids[:, begin:end], cache=cache, **part).logits
+                for row in range(3):
+                    real = mask[row, :end].bool()
+                    want = self.model(ids[row : row + 1, :end][:, real], use_cache=False).logits[0]
+                    new = int(mask[row, begin:end].sum())
+                    torch.testing.assert_close(
+                        got[row][mask[row, begin:end].bool()],
+                        want[len(want) - new :],
+                        rtol=1e-4,
+                        atol=1e-4,
+                    )
 
 
 class OwnAttention(unittest.TestCase):

@@ -58,7 +58,7 @@ def attention(
         layer.cache.begin(padding, rows, tokens, query.device)
     if layer.tokens == 0:
         if whole is None:
-            out = _prompt(module, query, key, value, layer.store.prompt, scaling, kwargs)
+            out = _prompt(module, query, key, value, layer.store.chosen, scaling, kwargs)
         else:
             out = sdpa_attention_forward(
                 module, query, key, value, whole, scaling=scaling, **kwargs
@@ -66,7 +66,8 @@ def attention(
         layer.store.append(layer.index, query, key, value, scaling)
     else:
         scaled = layer.store.scaled(query, scaling)
-        out = layer.store.attend(layer.index, scaled, key, value)
+        answer = layer.store.attend if tokens == 1 else layer.store.prefill
+        out = answer(layer.index, scaled, key, value)
     layer.tokens += tokens
     layer.cache.done(layer.index, tokens)
     return out, None
@@ -87,10 +88,14 @@ def _taken_apart(
 
 
 def _check_all_seen(whole: torch.Tensor, padding: torch.Tensor | None) -> None:
-    """Refuses the mask of a new token that hides tokens which are no padding."""
-    seen = whole[:, :, -1, :]
-    real = torch.ones_like(seen) if padding is None else padding[:, None, :].bool()
-    if not bool((seen | ~real).all()):
+    """Refuses the mask of new tokens that hides tokens before them which are no padding, or shows
+    them later ones."""
+    tokens, total = whole.shape[-2:]
+    causal = torch.ones(tokens, total, dtype=torch.bool, device=whole.device).tril(total - tokens)
+    right = whole.bool() == causal
+    if padding is not None:  # neither what padding sees nor who sees it matters
+        right = right | ~padding[:, None, None, :].bool() | ~padding[:, None, -tokens:, None].bool()
+    if not bool(right.all()):
         raise NotImplementedError(
             "the model's mask hides tokens from a new one: a token after the prompt attends to "
             "all before it that are no padding"

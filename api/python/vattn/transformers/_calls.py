@@ -85,7 +85,7 @@ def before_forward(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward pre-hook. Tells the cache which tokens come, has what an interrupted call left
-    behind undone, and reads several tokens after the prompt one by one."""
+    behind undone, and on CUDA reads several tokens after the prompt one by one."""
     if module.config.get_text_config(decoder=True)._attn_implementation != NAME:
         return None
     given = kwargs
@@ -116,12 +116,12 @@ def before_forward(
     if cache.get_seq_length() == 0:
         if not cache.last_logits_do:  # `generate` has seen the mask, and leaves out one of ones
             refuse_packed(given)
-    elif tokens > 1:
+    elif tokens > 1 and not cache.store.reads_chunks():
         refuse_media(given)
         keep = given.get("logits_to_keep")
         if not cache.last_logits_do and (isinstance(keep, torch.Tensor) or keep != 1):
             raise NotImplementedError(
-                f"{tokens} tokens at once after the prompt: vattn reads one token a call "
+                f"{tokens} tokens at once after the prompt: on CUDA vattn reads one token a call "
                 "(logits_to_keep=1 reads them one by one and hands out the last one's logits)"
             )
         for i in range(tokens - 1):

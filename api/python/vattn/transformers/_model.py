@@ -144,7 +144,8 @@ class OffloadedModel:
 
         With a `cache` that holds tokens, ids hold everything from the first prompt on, or what is
         new alone if attention_mask covers all. Tokens that the cache holds and ids do not, because
-        the history was edited, are taken off and read again. New tokens are read one by one.
+        the history was edited, are taken off and read again. New tokens are read together, on CUDA
+        one by one.
 
         output_attentions and use_cache=False need the model's own attention: they run on it, with
         nothing offloaded and a warning. NotImplementedError: assisted decoding and other modes that

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from .._attend import Report
 from .._batch import Batch
+from .._enums import Backend
 from .._runtime import Runtime, Stats
 from .._sequence import Sequence
 from .._structs import Verdict
@@ -74,8 +75,8 @@ class Store:
         self._pool: _Pool | None = None
         self._sequences: list[Sequence] = []
         self._batch: Batch | None = None
-        # Tokens of the prompt by row, padding left out: a slice where it can be one.
-        self.prompt: list[slice | torch.Tensor] = []
+        # Tokens of a prompt or chunk by row, padding left out: a slice where it can be one.
+        self.chosen: list[slice | torch.Tensor] = []
         self._lengths: list[int] = []
         self._absent: list[int] = []  # rows that have padding in place of the step's token
         self._scale = 1.0  # of the logits, in the runtime's options; layers may have others
@@ -86,23 +87,19 @@ class Store:
     def open_call(self, history: History, tokens: int, real: torch.Tensor | None) -> None:
         """A call of the model begins: its tokens are the last ones of `history`, those that are no
         padding are marked in real [rows, tokens]; None: all of them."""
-        if history.tokens > tokens:
+        self._absent = []
+        if history.tokens > tokens and tokens == 1:
             marks = [] if real is None else real[:, 0].tolist()
             self._absent = [row for row, mark in enumerate(marks) if not mark]
             return
-        self._absent = []
-        self._lengths = history.lengths(tokens)
-        for row, length in enumerate(self._lengths):
-            if length == 0:
-                raise ValueError(f"row {row} of the prompt has no token")
-        self.prompt = [slice(0, tokens)] * history.rows
+        if history.tokens == tokens:
+            self._lengths = history.lengths(tokens)
+            for row, length in enumerate(self._lengths):
+                if length == 0:
+                    raise ValueError(f"row {row} of the prompt has no token")
+        self.chosen = [slice(0, tokens)] * history.rows
         if real is not None:
-            self.prompt = [
-                slice(tokens - length, tokens)
-                if bool(marks[tokens - length :].all())
-                else marks.nonzero().flatten()
-                for length, marks in zip(self._lengths, real)
-            ]
+            self.chosen = [_chosen(marks) for marks in real]
 
     # ------------------------------------------------------------------ prompt
 
@@ -119,9 +116,28 @@ class Store:
         if self._pool is None:
             self._open(query, key, value, _scale(query, scaling))
         query = self.scaled(query, scaling)
-        for sequence, tokens, *rows in zip(self._sequences, self.prompt, query, key, value):
+        for sequence, tokens, *rows in zip(self._sequences, self.chosen, query, key, value):
             q, k, v = (_padded(x.transpose(0, 1)[tokens]) for x in rows)  # [tokens, heads, d]
             sequence.append(layer, k, v, q[-_CALIBRATION:])
+
+    def reads_chunks(self) -> bool:
+        """Whether several tokens after the prompt can be read in one call, `prefill`."""
+        return self._pool is not None and (
+            self._pool.runtime.options["backend"] == Backend.CPU
+        )
+
+    def prefill(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Several tokens a row after the prompt, each of which sees those before it: query [rows,
+        q_heads, tokens, d] as `scaled` gives it, key and value alike -> [rows, tokens, q_heads, d];
+        zeros for padding."""
+        out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        for row, (sequence, tokens) in enumerate(zip(self._sequences, self.chosen)):
+            q, k, v = (_padded(x[row].transpose(0, 1)[tokens]) for x in (query, key, value))
+            if q.shape[0] > 0:
+                out[row, tokens] = sequence.prefill(layer, q, k, v)[..., : value.shape[3]]
+        return out
 
     def scaled(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """Queries that give, with the runtime's scale, the logits of a layer that has its own."""
@@ -327,6 +343,14 @@ class Store:
 def _scale(query: torch.Tensor, scaling: float | None) -> float:
     """What logits are multiplied with; None: the default of attention."""
     return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _chosen(marks: torch.Tensor) -> slice | torch.Tensor:
+    """Which tokens are marked [tokens]: a slice where these are the last ones."""
+    tokens, count = marks.shape[0], int(marks.sum())
+    if bool(marks[tokens - count :].all()):
+        return slice(tokens - count, tokens)
+    return marks.nonzero().flatten()
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
