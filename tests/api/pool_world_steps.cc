@@ -16,12 +16,13 @@ void Expect(bool right, const std::string& what) {
 }  // namespace
 
 void PoolWorld::CheckAnswer(const Call& call, int slot, const Content& content) {
-  const int head = static_cast<int>(Draw(call.shape.q_heads));
+  const int head = static_cast<int>(Draw(call.shape.q_heads)),
+            token = static_cast<int>(Draw(call.tokens));
   const Answer answer =
-      Attend(call.shape, RowsOf(content, call.layer),
-             head * call.shape.kv_heads / call.shape.q_heads, call.Query(slot, head));
-  const double distance = Distance(answer, call.Out(slot, head).data());
-  const double lse = call.lse[static_cast<size_t>(slot * call.shape.q_heads + head)];
+      Attend(call.shape, RowsOf(content, call.layer), content.tokens() - call.tokens + 1 + token,
+             head * call.shape.kv_heads / call.shape.q_heads, call.Query(slot, head, token));
+  const double distance = Distance(answer, call.Out(slot, head, token).data());
+  const double lse = call.lse[call.At(slot, head, token)];
   Expect(distance <= Tolerance(answer, VATTN_F32),
          "an answer over " + std::to_string(content.tokens()) + " tokens is off by " +
              std::to_string(distance));
@@ -37,7 +38,7 @@ void PoolWorld::Step(Known& first) {
       members.push_back(other);
     }
   }
-  const int new_tokens = Draw(4) > 0;
+  const int new_tokens = Draw(4) == 0 ? 0 : 1 + static_cast<int>(Draw(3) * Draw(3));
   std::erase_if(members, [&](const Known* one) { return one->content.tokens() + new_tokens < 1; });
   size_t placed = 0;  // a spilled sequence comes back, if there is room
   while (placed < members.size() &&
@@ -58,21 +59,20 @@ void PoolWorld::Step(Known& first) {
     for (int layer = 0; layer < kLayers; ++layer) {
       const Shape shape = LayerShape(layer);
       const int64_t size = int64_t{shape.kv_heads} * shape.dim_k;
-      Call call(shape, kSlots, layer);
+      Call call(shape, kSlots, layer, VATTN_F32, std::max(new_tokens, 1));
       const uint32_t query = Draw(1 << 30);
-      call.q.resize(static_cast<size_t>(kSlots * shape.q_heads * shape.dim_k));
-      for (int h = 0; h < kSlots * shape.q_heads; ++h) {
+      const int heads = kSlots * call.tokens * shape.q_heads;
+      call.q.resize(static_cast<size_t>(heads * shape.dim_k));
+      for (int h = 0; h < heads; ++h) {
         RowOf(query + static_cast<uint32_t>(h), 3, 0, false, call.q.data() + h * shape.dim_k);
       }
-      if (new_tokens > 0) {
-        call.k_new.resize(static_cast<size_t>(kSlots * size));
-        call.v_new.resize(call.k_new.size());
-      }
-      for (size_t slot = 0; new_tokens > 0 && slot < members.size(); ++slot) {
+      call.k_new.resize(static_cast<size_t>(kSlots * new_tokens * size));
+      call.v_new.resize(call.k_new.size());
+      for (size_t row = 0; row < members.size() * static_cast<size_t>(new_tokens); ++row) {
         const uint32_t seed = seeds_++;
-        members[slot]->content.seeds[layer].push_back(seed);
+        members[row / static_cast<size_t>(new_tokens)]->content.seeds[layer].push_back(seed);
         for (int h = 0; h < shape.kv_heads; ++h) {
-          const int64_t at = static_cast<int64_t>(slot) * size + h * shape.dim_k;
+          const int64_t at = static_cast<int64_t>(row) * size + h * shape.dim_k;
           RowOf(seed, layer, h, false, call.k_new.data() + at);
           RowOf(seed, layer, h, true, call.v_new.data() + at);
         }
