@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <type_traits>
 
 #include "runtime/json_text.h"
 #include "runtime/status.h"
@@ -126,6 +127,16 @@ absl::Status SetPreset(const Json& value, vattn_options& options) {
   return absl::OkStatus();
 }
 
+// A field of the C struct in Options.
+template <class From, class To>
+absl::Status SetOption(const char* name, From from, To& to) {
+  if constexpr (std::is_same_v<To, bool>) {
+    if (from != 0 && from != 1) return OutOfRangeError(name, from, 0, 1);
+  }
+  to = static_cast<To>(from);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 vattn_options DefaultOptions() {
@@ -135,9 +146,9 @@ vattn_options DefaultOptions() {
   return options;
 }
 
-Options ToOptions(const vattn_options& from) {
+absl::StatusOr<Options> ToOptions(const vattn_options& from) {
   Options to;
-#define VATTN_COPY(name) to.name = from.name;
+#define VATTN_COPY(name) VATTN_RETURN_IF_ERROR(SetOption(#name, from.name, to.name));
   VATTN_OPTION_FIELDS(VATTN_COPY)
 #undef VATTN_COPY
   if (from.profile != nullptr) to.profile = from.profile;
@@ -153,7 +164,7 @@ vattn_options FromOptions(const Options& from) {
   vattn_options to;
   std::memset(&to, 0, sizeof(to));
   to.struct_size = sizeof(to);
-#define VATTN_COPY(name) to.name = from.name;
+#define VATTN_COPY(name) to.name = static_cast<decltype(to.name)>(from.name);
   VATTN_OPTION_FIELDS(VATTN_COPY)
 #undef VATTN_COPY
   to.layer_kv_heads = from.layer_kv_heads.data();

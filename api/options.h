@@ -6,13 +6,15 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "api/vattn.h"
 #include "runtime/options.h"
 
 namespace vattn::api {
 
 vattn_options DefaultOptions();
-Options ToOptions(const vattn_options& from);
+// INVALID_ARGUMENT for a boolean that is neither 0 nor 1; ResolveOptions checks the other fields.
+absl::StatusOr<Options> ToOptions(const vattn_options& from);
 // layer_kv_heads, profile and disk_path of the result point into `from`.
 vattn_options FromOptions(const Options& from);
 

@@ -64,8 +64,10 @@ vattn_code vattn_runtime_create(const vattn_options* options, vattn_runtime** ou
     *out = nullptr;
     vattn_options given = vattn::api::DefaultOptions();
     VATTN_RETURN_IF_ERROR(vattn::api::Import("options", options, given));
+    absl::StatusOr<vattn::Options> checked = vattn::api::ToOptions(given);
+    if (!checked.ok()) return checked.status();
     absl::StatusOr<std::shared_ptr<vattn::Runtime>> made =
-        vattn::Runtime::Create(vattn::api::ToOptions(given), ToLogger(given.log, given.log_user));
+        vattn::Runtime::Create(*std::move(checked), ToLogger(given.log, given.log_user));
     if (!made.ok()) return made.status();
     *out = new vattn_runtime{*std::move(made), given.log, given.log_user};
     return absl::OkStatus();

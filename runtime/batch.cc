@@ -201,7 +201,7 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
                                 new_tokens_ == 0 ? "NULL" : "given",
                                 " in a step with new_tokens = ", new_tokens_);
   }
-  const bool want_v = new_tokens_ > 0 && o.shared_kv == 0;
+  const bool want_v = new_tokens_ > 0 && !o.shared_kv;
   if ((r.v_new != nullptr) != want_v) {
     return InvalidArgumentError("v_new is ", r.v_new == nullptr ? "NULL" : "given", ", must be ",
                                 want_v ? "given" : "NULL", " with new_tokens = ", new_tokens_,
@@ -216,7 +216,7 @@ absl::Status Batch::CheckScores(const AttendRequest& r) const {
   if (r.scores == nullptr ? wanted : !external) {
     return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
                                 external ? "given" : "NULL",
-                                " with index = ", runtime_->options().index);
+                                " with index = ", static_cast<int32_t>(runtime_->promise().index));
   }
   if (r.scores == nullptr) return absl::OkStatus();
   const int32_t q_heads = runtime_->options().num_q_heads, kv_heads = runtime_->kv_heads(r.layer);
@@ -301,7 +301,7 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
   VATTN_RETURN_IF_ERROR(CheckScores(r));
   if (runtime_->promise().policy != Policy::kVerified) {
     return NotSupportedError("vattn_select needs policy verified, policy is ",
-                             runtime_->options().policy);
+                             static_cast<int32_t>(runtime_->promise().policy));
   }
   return Call(Task::kSelect, r, selection, stream);
 }

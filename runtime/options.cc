@@ -15,6 +15,12 @@ absl::Status InRange(const char* name, T value, T low, T high) {
   return OutOfRangeError(name, value, low, high);
 }
 
+// One of the enumerators from 0 to `last`.
+template <class Enum>
+absl::Status Listed(const char* name, Enum value, Enum last) {
+  return InRange(name, static_cast<int32_t>(value), 0, static_cast<int32_t>(last));
+}
+
 // Over `low`, which itself is refused.
 absl::Status Over(const char* name, float value, float low, float high) {
   if (value > low && value <= high) return absl::OkStatus();
@@ -34,9 +40,8 @@ absl::Status CheckShape(Options& o) {
   VATTN_RETURN_IF_ERROR(MultipleOf("head_dim_k", o.head_dim_k, 16));
   VATTN_RETURN_IF_ERROR(InRange("head_dim_v", o.head_dim_v, 16, kMaxDim));
   VATTN_RETURN_IF_ERROR(MultipleOf("head_dim_v", o.head_dim_v, 16));
-  VATTN_RETURN_IF_ERROR(InRange("dtype", o.dtype, 0, 2));
-  VATTN_RETURN_IF_ERROR(InRange("shared_kv", o.shared_kv, 0, 1));
-  if (o.shared_kv == 1 && o.head_dim_v > o.head_dim_k) {
+  VATTN_RETURN_IF_ERROR(Listed("dtype", o.dtype, DType::kBF16));
+  if (o.shared_kv && o.head_dim_v > o.head_dim_k) {
     return InvalidArgumentError("head_dim_v is ", o.head_dim_v,
                                 ", must be at most head_dim_k = ", o.head_dim_k, " with shared_kv");
   }
@@ -63,14 +68,11 @@ absl::Status CheckShape(Options& o) {
 }
 
 absl::Status CheckMachine(const Options& o) {
-  VATTN_RETURN_IF_ERROR(InRange("backend", o.backend, 0, 2));
+  VATTN_RETURN_IF_ERROR(Listed("backend", o.backend, BackendKind::kCuda));
   VATTN_RETURN_IF_ERROR(InRange("device", o.device, 0, 1023));
   VATTN_RETURN_IF_ERROR(InRange("num_threads", o.num_threads, 0, 4096));
   VATTN_RETURN_IF_ERROR(InRange("numa_node", o.numa_node, -1, 1023));
-  VATTN_RETURN_IF_ERROR(InRange("huge_pages", o.huge_pages, 0, 1));
-  VATTN_RETURN_IF_ERROR(InRange("prefault", o.prefault, 0, 1));
-  VATTN_RETURN_IF_ERROR(InRange("zero_on_free", o.zero_on_free, 0, 1));
-  VATTN_RETURN_IF_ERROR(InRange("admission", o.admission, 0, 1));
+  VATTN_RETURN_IF_ERROR(Listed("admission", o.admission, Admission::kReserved));
   const uint64_t block = MakeStorage(o).block.bytes;
   if (o.host_bytes < block || o.host_bytes > uint64_t{1} << 46) {
     return InvalidArgumentError("host_bytes is ", o.host_bytes, ", must be at least one block of ",
@@ -80,44 +82,41 @@ absl::Status CheckMachine(const Options& o) {
 }
 
 absl::Status CheckPromise(const Options& o) {
-  VATTN_RETURN_IF_ERROR(InRange("policy", o.policy, 0, 3));
-  VATTN_RETURN_IF_ERROR(InRange("norm", o.norm, 0, 1));
-  VATTN_RETURN_IF_ERROR(InRange("on_unverified", o.on_unverified, 0, 1));
-  VATTN_RETURN_IF_ERROR(InRange("bound", o.bound, 0, 1));
+  VATTN_RETURN_IF_ERROR(Listed("policy", o.policy, Policy::kDense));
+  VATTN_RETURN_IF_ERROR(Listed("norm", o.norm, Norm::kOutput));
+  VATTN_RETURN_IF_ERROR(Listed("on_unverified", o.on_unverified, OnUnverified::kBestEffort));
+  VATTN_RETURN_IF_ERROR(Listed("bound", o.bound, Bound::kSafe));
   VATTN_RETURN_IF_ERROR(Over("epsilon", o.epsilon, 0, 10));
   VATTN_RETURN_IF_ERROR(Over("delta", o.delta, 0, .215f));
   VATTN_RETURN_IF_ERROR(InRange("norm_floor", o.norm_floor, 0.f, 1.f));
   VATTN_RETURN_IF_ERROR(InRange("max_looks", o.max_looks, 1, kMaxLooks));
   VATTN_RETURN_IF_ERROR(InRange("refresh", o.refresh, 1, 4096));
   VATTN_RETURN_IF_ERROR(InRange("min_selected", o.min_selected, 0, 65536));
-  VATTN_RETURN_IF_ERROR(InRange("pilot", o.pilot, 0, 1));
   VATTN_RETURN_IF_ERROR(Over("max_selected_share", o.max_selected_share, 0, 1));
   VATTN_RETURN_IF_ERROR(InRange("topk_share", o.topk_share, 0.f, 1.f));
   VATTN_RETURN_IF_ERROR(InRange("base_share", o.base_share, 0.f, 1.f));
-  VATTN_RETURN_IF_ERROR(InRange("target", o.target, 0, 2));
+  VATTN_RETURN_IF_ERROR(Listed("target", o.target, Target::kDenominator));
   VATTN_RETURN_IF_ERROR(InRange("hot_share", o.hot_share, 0.f, 1.f));
   return absl::OkStatus();
 }
 
 absl::Status CheckDisk(Options& o) {
-  VATTN_RETURN_IF_ERROR(InRange("spill", o.spill, 0, 1));
-  if (o.spill == 1 && o.disk_path.empty()) {
+  if (o.spill && o.disk_path.empty()) {
     return InvalidArgumentError("disk_path is not given, must be with spill = 1");
   }
-  VATTN_RETURN_IF_ERROR(InRange("io_engine", o.io_engine, 0, 2));
+  VATTN_RETURN_IF_ERROR(Listed("io_engine", o.io_engine, IoEngine::kPread));
   if (o.io_depth == 0) o.io_depth = 8;
   VATTN_RETURN_IF_ERROR(InRange("io_depth", o.io_depth, 1, 256));
   if (o.io_block_bytes == 0) o.io_block_bytes = 1 << 20;
   VATTN_RETURN_IF_ERROR(InRange("io_block_bytes", o.io_block_bytes, 4096, 1 << 28));
   VATTN_RETURN_IF_ERROR(MultipleOf("io_block_bytes", o.io_block_bytes, 4096));
-  VATTN_RETURN_IF_ERROR(InRange("io_buffered", o.io_buffered, 0, 1));
   if (o.io_timeout_ms == 0) o.io_timeout_ms = 60000;
   return InRange("io_timeout_ms", o.io_timeout_ms, 1, 1 << 30);
 }
 
 absl::Status CheckIndex(Options& o) {
-  VATTN_RETURN_IF_ERROR(InRange("index", o.index, 0, 7));
-  const IndexKind kind = static_cast<IndexKind>(o.index);
+  VATTN_RETURN_IF_ERROR(Listed("index", o.index, IndexKind::kExternal));
+  const IndexKind kind = o.index;
   // Two bits a dimension: with fewer, codes take tokens that matter for others that do not.
   if (o.index_bytes == 0)
     o.index_bytes =
@@ -138,8 +137,8 @@ absl::Status CheckIndex(Options& o) {
     return InvalidArgumentError("index_bytes is ", o.index_bytes, ", must be 16, 32, 48 or 64");
   }
   if (!o.sign_maps.empty() && kind != IndexKind::kSign) {
-    return InvalidArgumentError("sign_maps is given, must be NULL with index ", o.index,
-                                ", which has no learned maps");
+    return InvalidArgumentError("sign_maps is given, must be NULL with index ",
+                                static_cast<int32_t>(kind), ", which has no learned maps");
   }
   return absl::OkStatus();
 }
@@ -168,8 +167,8 @@ absl::Status ResolveOptions(Options& o) {
 
 Storage MakeStorage(const Options& o) {
   Storage s;
-  s.row = MakeRowLayout(static_cast<DType>(o.dtype), o.head_dim_k, o.head_dim_v, o.shared_kv == 1);
-  s.code = MakeIndexLayout(static_cast<IndexKind>(o.index), o.index_bytes, o.head_dim_k);
+  s.row = MakeRowLayout(o.dtype, o.head_dim_k, o.head_dim_v, o.shared_kv);
+  s.code = MakeIndexLayout(o.index, o.index_bytes, o.head_dim_k);
   s.value_bits = o.value_bits;
   s.value_code_bytes = ValueCodeBytes(o.value_bits, o.head_dim_v);
   s.block = MakeBlockLayout(s.row, s.code.bytes(), s.value_code_bytes);
@@ -178,12 +177,12 @@ Storage MakeStorage(const Options& o) {
 }
 
 Promise MakePromise(const Options& o) {
-  return {.policy = static_cast<Policy>(o.policy),
-          .index = static_cast<IndexKind>(o.index),
-          .norm = static_cast<Norm>(o.norm),
-          .on_unverified = static_cast<OnUnverified>(o.on_unverified),
-          .bound = static_cast<Bound>(o.bound),
-          .target = static_cast<Target>(o.target),
+  return {.policy = o.policy,
+          .index = o.index,
+          .norm = o.norm,
+          .on_unverified = o.on_unverified,
+          .bound = o.bound,
+          .target = o.target,
           .epsilon = o.epsilon,
           .delta = o.delta,
           .norm_floor = o.norm_floor,
@@ -193,7 +192,7 @@ Promise MakePromise(const Options& o) {
           .topk_share = o.topk_share,
           .base_share = o.base_share,
           .refresh = static_cast<uint32_t>(o.refresh),
-          .pilot = o.pilot == 1};
+          .pilot = o.pilot};
 }
 
 }  // namespace vattn

@@ -20,7 +20,7 @@ absl::Status Room::TakeOrMake(const Sequence& user, int64_t count, const Take& t
     const bool for_quota = !store.QuotaAllows(count, tenant);
     if (count <= store.MostBlocks(tenant)) {
       if (runtime_.memory_prefixes().Evict(tenant, for_quota)) continue;
-      if (runtime_.options().spill == 1) {
+      if (runtime_.options().spill) {
         const absl::StatusOr<bool> more = SpillColdest(user, for_quota);
         if (more.ok() && *more) continue;
         spilled = more.status();
@@ -41,7 +41,7 @@ void Room::CountRefusal(const Sequence& user, bool for_quota) {
 
 absl::Status Room::Allocate(const Sequence& user, int64_t count, BlockId* out) {
   HostStore& store = runtime_.store();
-  if (static_cast<Admission>(runtime_.options().admission) == Admission::kReserved) {
+  if (runtime_.options().admission == Admission::kReserved) {
     CountRefusal(user, false);
     return FullError(
         "the reservation is used up: need ", count, " blocks of ", store.block_bytes(),

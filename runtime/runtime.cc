@@ -18,23 +18,21 @@
 namespace vattn {
 namespace {
 
-constexpr int32_t kAuto = 0, kCpu = 1, kCuda = 2;
-
 // VATTN_BACKEND, "cpu" or "cuda", decides in place of "auto", which is CUDA where it can serve. A
 // word that it does not know is refused, also where the options decide: whoever set it meant
 // something.
-absl::StatusOr<int32_t> ChooseBackend(const Options& options) {
+absl::StatusOr<BackendKind> ChooseBackend(const Options& options) {
   const char* const given = std::getenv("VATTN_BACKEND");
   const std::string chosen = given == nullptr || *given == '\0' ? "auto" : given;
   if (chosen != "auto" && chosen != "cpu" && chosen != "cuda") {
     return InvalidArgumentError("VATTN_BACKEND in the environment is \"", chosen.substr(0, 40),
                                 "\", must be auto, cpu or cuda");
   }
-  if (options.backend != kAuto) return options.backend;
-  if (chosen != "auto") return chosen == "cpu" ? kCpu : kCuda;
+  if (options.backend != BackendKind::kAuto) return options.backend;
+  if (chosen != "auto") return chosen == "cpu" ? BackendKind::kCpu : BackendKind::kCuda;
   const bool can = CudaBackend::CheckOptions(options).ok() &&
                    options.device < static_cast<int32_t>(ListDevices().size());
-  return can ? kCuda : kCpu;
+  return can ? BackendKind::kCuda : BackendKind::kCpu;
 }
 
 absl::Status CheckRing(const FileOps& ops) {
@@ -49,9 +47,8 @@ absl::Status CheckRing(const FileOps& ops) {
 
 // What follows from the machine: the backend, threads, absolute paths.
 absl::Status SettleOnMachine(Options& options, const FileOps& ops) {
-  if (static_cast<IoEngine>(options.io_engine) == IoEngine::kUring)
-    VATTN_RETURN_IF_ERROR(CheckRing(ops));
-  const absl::StatusOr<int32_t> backend = ChooseBackend(options);
+  if (options.io_engine == IoEngine::kUring) VATTN_RETURN_IF_ERROR(CheckRing(ops));
+  const absl::StatusOr<BackendKind> backend = ChooseBackend(options);
   if (!backend.ok()) return backend.status();
   options.backend = *backend;
   // A quota of CPU time, which threads beyond it would only use up together, is less than affinity
@@ -84,9 +81,9 @@ absl::StatusOr<std::unique_ptr<HostStore>> MakePool(const Options& options,
   pool.block_bytes = static_cast<uint64_t>(MakeStorage(options).block.bytes);
   pool.tenant_bytes = options.tenant_bytes;
   pool.numa_node = options.numa_node;
-  pool.huge_pages = options.huge_pages == 1;
-  pool.prefault = options.prefault == 1;
-  pool.zero_on_free = options.zero_on_free == 1;
+  pool.huge_pages = options.huge_pages;
+  pool.prefault = options.prefault;
+  pool.zero_on_free = options.zero_on_free;
   pool.num_threads = options.num_threads;
   pool.memory_ops = &memory_ops;
   return HostStore::Create(pool);
@@ -141,7 +138,7 @@ absl::Status Runtime::OpenDisk() {
 }
 
 absl::Status Runtime::MakeBackend() {
-  if (options_.backend != kCuda) {
+  if (options_.backend != BackendKind::kCuda) {
     backend_ = std::make_unique<CpuBackend>();
     return absl::OkStatus();
   }
@@ -167,8 +164,8 @@ Runtime::Runtime(Options options, Logger logger, LogLevel most_logged,
       store_(std::move(store)),
       io_{.ops = &ops,
           .memory_ops = &memory_ops,
-          .uring = static_cast<IoEngine>(options_.io_engine) != IoEngine::kPread,
-          .direct = options_.io_buffered == 0,
+          .uring = options_.io_engine != IoEngine::kPread,
+          .direct = !options_.io_buffered,
           .depth = static_cast<uint32_t>(options_.io_depth),
           .block_bytes = static_cast<uint32_t>(options_.io_block_bytes),
           .timeout_ms = options_.io_timeout_ms},

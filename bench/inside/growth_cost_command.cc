@@ -62,10 +62,11 @@ class Growing {
     o.num_q_heads = a.q_heads;
     o.num_kv_heads = a.kv_heads;
     o.head_dim_k = o.head_dim_v = a.head_dim;
-    o.backend = 2;
+    o.backend = BackendKind::kCuda;
     o.device = a.device;
-    o.prefault = 1;
-    o.on_unverified = 1;  // the answers are of no interest: no head is read whole
+    o.prefault = true;
+    o.on_unverified =
+        OnUnverified::kBestEffort;  // the answers are of no interest: no head is read whole
     const uint64_t blocks =
         static_cast<uint64_t>(a.tokens / kBlockTokens + 2) * a.kv_heads * a.layers;
     const Storage storage = MakeStorage(o);

@@ -18,13 +18,16 @@ Options ToOptions(const vattn_options& from) {
   Options to;
   to.num_layers = from.num_layers, to.num_q_heads = from.num_q_heads,
   to.num_kv_heads = from.num_kv_heads;
-  to.head_dim_k = from.head_dim_k, to.head_dim_v = from.head_dim_v, to.dtype = from.dtype;
-  to.backend = VATTN_BACKEND_CPU, to.num_threads = 1, to.host_bytes = from.host_bytes;
+  to.head_dim_k = from.head_dim_k, to.head_dim_v = from.head_dim_v,
+  to.dtype = static_cast<DType>(from.dtype);
+  to.backend = BackendKind::kCpu, to.num_threads = 1, to.host_bytes = from.host_bytes;
   to.sinks = from.sinks, to.window = from.window;
-  to.index = from.index, to.index_bytes = from.index_bytes, to.value_bits = from.value_bits;
-  to.norm = from.norm, to.bound = from.bound, to.epsilon = from.epsilon, to.delta = from.delta;
+  to.index = static_cast<IndexKind>(from.index), to.index_bytes = from.index_bytes,
+  to.value_bits = from.value_bits;
+  to.norm = static_cast<Norm>(from.norm), to.bound = static_cast<Bound>(from.bound),
+  to.epsilon = from.epsilon, to.delta = from.delta;
   to.norm_floor = from.norm_floor, to.max_looks = from.max_looks;
-  to.policy = VATTN_POLICY_TOPK;  // has room for the scores of the middle
+  to.policy = Policy::kTopK;  // has room for the scores of the middle
   if (from.sign_maps != nullptr) to.sign_maps = from.sign_maps;
   return to;
 }

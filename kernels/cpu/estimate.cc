@@ -203,8 +203,8 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     head.least_ref = 0;
     if (promise.norm == Norm::kValue) {
       // |v|^2 is summed over rows alone, also with value codes, so it has a denominator of its own.
-      const float mass =
-          base[g * floats + dim + 1] - (s.value_bits > 0 ? head.mass : 0) + masses[g];
+      const ConstSoftmaxState before(base + g * floats, dim);
+      const float mass = before.denominator() - (s.value_bits > 0 ? head.mass : 0) + masses[g];
       head.least_ref = promise.norm_floor * std::sqrt(std::max(state.value_norm2() / mass, 0.f));
     }
   }

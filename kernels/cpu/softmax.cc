@@ -75,7 +75,7 @@ void RescaleState(SoftmaxState state, int dim_v, float max) {
 void MergeState(SoftmaxState from, int dim_v, SoftmaxState into) {
   if (from.denominator() == 0) return;
   RescaleState(into, dim_v, std::max(from.max(), into.max()));
-  const float factor = std::exp(from.max() - into.max());
+  const float factor = MergeFactor(from.max(), from.denominator(), into.max());
   for (int j = 0; j < dim_v; ++j) into.numerator[j] += factor * from.numerator[j];
   into.denominator() += factor * from.denominator();
   into.value_norm2() += factor * from.value_norm2();

@@ -185,7 +185,7 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       const float of_codes = r >= rows                ? LoadL2(&at.denominator())
                              : coded && r < team.size ? LoadL2(w.coded_mass + r * heads + h)
                                                       : 0;
-      const float f = own == 0 && of_codes == 0 ? 0 : expf(LoadL2(&at.max()) - most);
+      const float f = MergeFactor(LoadL2(&at.max()), own + of_codes, most);
       factor[r] = f;
       mass += f * own;
       coded_mass += f * of_codes;

@@ -5,7 +5,7 @@
 #ifndef VATTN_KERNELS_CUDA_HOT_SET_CUH_
 #define VATTN_KERNELS_CUDA_HOT_SET_CUH_
 
-#include "kernels/cuda/vocabulary.cuh"
+#include "kernels/cuda/team.cuh"
 
 namespace vattn::cuda {
 
@@ -85,6 +85,21 @@ inline __device__ int Resolve(const StepParams& p, const DeviceGroup& group,
              : reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * p.storage.host.row.row_bytes);
   }
   return misses;
+}
+
+// Resolve for the places [first, first + count) of the list, whose tokens this thread block has
+// written. Adds the rows that are not in the hot set to shared.fetched. Holds a barrier.
+template <int kHeads>
+__device__ void ResolveListed(Team<kHeads>& team, int64_t first, int64_t count) {
+  const int lane = threadIdx.x % kWarp;
+  const unsigned long long call = *team.p.hot.call;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i - lane < count; i += kThreads) {
+    const bool in = i < count;
+    const uint32_t token = in ? team.group.scratch.token[first + i] : 0;
+    const int misses = Resolve(team.p, team.group, call, in, token, first + i);
+    if (lane == 0 && misses > 0) atomicAdd(&team.shared.fetched, misses);
+  }
 }
 
 }  // namespace vattn::cuda

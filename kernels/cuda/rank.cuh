@@ -364,7 +364,7 @@ template <int kHeads>
 __device__ __noinline__ int64_t ListMasked(Team<kHeads>& team, const uint32_t* masks, bool fresh) {
   constexpr int kBlocks = kWarp / kMaskWords;  // that a warp looks at together
   const GroupScratch& w = team.group.scratch;
-  const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
+  const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   __syncthreads();
   const int64_t begin = RunBegin(team, warp), end = RunBegin(team, warp + 1);
   const auto listed = [&](int64_t b) {  // word lane % kMaskWords of any head
@@ -384,31 +384,9 @@ __device__ __noinline__ int64_t ListMasked(Team<kHeads>& team, const uint32_t* m
   }
   __syncwarp();
   kept = __reduce_add_sync(kAllLanes, kept), added = __reduce_add_sync(kAllLanes, added);
-  if (lane == 0) {
-    team.shared.kept[warp] = static_cast<int32_t>(kept);
-    atomicAdd(&team.shared.count, static_cast<int32_t>(added));
-  }
-  __syncthreads();
-  int64_t own = 0, to = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) to += team.shared.kept[i];
-    own += team.shared.kept[i];
-  }
-  // Where this thread block's part of the list starts.
-  int64_t first = 0, all = own;
-  if (team.size > 1) {
-    double* totals = w.partial + static_cast<int64_t>(team.parity) * team.size * MostTotals(heads);
-    if (tid == 0) totals[team.rank] = static_cast<double>(own);
-    team.Sync();
-    all = 0;
-    for (int r = 0; r < team.size; ++r) {
-      const int64_t n = static_cast<int64_t>(LoadL2(totals + r));
-      if (r < team.rank) first += n;
-      all += n;
-    }
-    team.parity ^= 1;
-  }
-  to += first;
+  if (lane == 0) atomicAdd(&team.shared.count, static_cast<int32_t>(added));
+  const ListPlace place = team.PlaceOnList(0, static_cast<int32_t>(kept));
+  int64_t to = place.warp;
   const uint32_t first_token = static_cast<uint32_t>(FirstBlock(team.group) * kBlockTokens);
   for (int64_t b = begin + lane / kMaskWords; b - lane / kMaskWords < end; b += kBlocks) {
     uint32_t any = listed(b);
@@ -419,21 +397,14 @@ __device__ __noinline__ int64_t ListMasked(Team<kHeads>& team, const uint32_t* m
       const int other = __shfl_up_sync(kAllLanes, upto, o);
       if (lane >= o) upto += other;
     }
-    int64_t place = to + upto - here;
+    int64_t at = to + upto - here;
     const uint32_t token =
         first_token + static_cast<uint32_t>(b) * kBlockTokens + lane % kMaskWords * kWarp;
-    for (; any != 0; any &= any - 1) w.token[place++] = token + __ffs(static_cast<int>(any)) - 1;
+    for (; any != 0; any &= any - 1) w.token[at++] = token + __ffs(static_cast<int>(any)) - 1;
     to += __shfl_sync(kAllLanes, upto, kWarp - 1);
   }
-  __syncthreads();
-  const unsigned long long call = *team.p.hot.call;
-  for (int64_t i = tid; i - lane < own; i += kThreads) {
-    const bool in = i < own;
-    const int misses =
-        Resolve(team.p, team.group, call, in, in ? w.token[first + i] : 0, first + i);
-    if (lane == 0 && misses > 0) atomicAdd(&team.shared.fetched, misses);
-  }
-  return all;
+  ResolveListed(team, place.block, place.in_block);
+  return place.end;
 }
 
 }  // namespace vattn::cuda

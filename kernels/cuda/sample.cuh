@@ -358,7 +358,7 @@ template <int kHeads>
 __device__ __noinline__ int64_t DrawTokens(Team<kHeads>& team, float low, float high,
                                            Randomness randomness, int64_t count) {
   const GroupScratch& w = team.group.scratch;
-  const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t segment_tokens = SegmentBlocks(NumBlocks(team.group)) * kBlockTokens;
   const int segment_begin = team.SegmentBegin(warp), segment_end = team.SegmentBegin(warp + 1);
   const auto drawn = [&](uint64_t c) {
@@ -375,28 +375,9 @@ __device__ __noinline__ int64_t DrawTokens(Team<kHeads>& team, float low, float 
       kept += __popc(__ballot_sync(kAllLanes, i < candidates && drawn(candidate[i])));
     }
   }
-  __syncthreads();
-  if (lane == 0) team.shared.kept[warp] = kept;
-  __syncthreads();
-  int own = 0, before = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) before += team.shared.kept[i];
-    own += team.shared.kept[i];
-  }
-  // Where this thread block's part of the list starts.
-  int64_t first = count, all = own;
-  if (team.size > 1) {
-    double* totals =
-        w.partial + static_cast<int64_t>(team.parity) * team.size * MostTotals(team.heads());
-    if (tid == 0) totals[team.rank] = own;
-    team.Sync();
-    const int n = lane < team.size ? static_cast<int>(LoadL2(totals + lane)) : 0;
-    first += WarpSum(lane < team.rank ? n : 0);
-    all = WarpSum(n);
-    team.parity ^= 1;
-  }
-  if (count + all > w.capacity) return -1;
-  int64_t to = first + before;
+  const ListPlace place = team.PlaceOnList(count, kept);
+  if (place.end > w.capacity) return -1;
+  int64_t to = place.warp;
   for (int segment = segment_begin; segment < segment_end; ++segment) {
     const uint64_t* candidate = w.candidate + segment * segment_tokens;
     const int candidates = static_cast<int>(w.candidates[segment]);
@@ -405,22 +386,15 @@ __device__ __noinline__ int64_t DrawTokens(Team<kHeads>& team, float low, float 
       const bool in = i < candidates && drawn(c);
       const unsigned ballot = __ballot_sync(kAllLanes, in);
       if (in) {
-        const int64_t place = to + __popc(ballot & ((1u << lane) - 1));
-        w.token[place] = static_cast<uint32_t>(c);
-        w.weight[place] = __uint_as_float(static_cast<uint32_t>(c >> 32));
+        const int64_t at = to + __popc(ballot & ((1u << lane) - 1));
+        w.token[at] = static_cast<uint32_t>(c);
+        w.weight[at] = __uint_as_float(static_cast<uint32_t>(c >> 32));
       }
       to += __popc(ballot);
     }
   }
-  __syncthreads();
-  const unsigned long long call = *team.p.hot.call;
-  for (int i = tid; i - lane < own; i += kThreads) {
-    const bool in = i < own;
-    const int misses =
-        Resolve(team.p, team.group, call, in, in ? w.token[first + i] : 0, first + i);
-    if (lane == 0 && misses > 0) atomicAdd(&team.shared.fetched, misses);
-  }
-  return count + all;
+  ResolveListed(team, place.block, place.in_block);
+  return place.end;
 }
 
 // Makes the drawn tokens exact (kernels/cpu/sample.h, FixDrawn): weight infinite, estimate 0, and

@@ -46,6 +46,15 @@ struct TeamShared {
   int32_t count, fetched;
 };
 
+// Where the parts of a list go that the warps of a team append at a time, in the order of ranks and
+// warps.
+struct ListPlace {
+  int64_t warp;      // first place of this warp
+  int64_t block;     // first place of this thread block
+  int64_t in_block;  // tokens that the thread block appends
+  int64_t end;       // length of the list with all parts
+};
+
 // A thread block's view of its team at work on one group.
 template <int kHeads>
 struct Team {
@@ -107,6 +116,28 @@ struct Team {
       parity ^= 1;
       __syncthreads();
     }
+  }
+
+  // The place of the `kept` tokens that this warp appends to a list of `count`. Holds a barrier.
+  __device__ ListPlace PlaceOnList(int64_t count, int32_t kept) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    __syncthreads();
+    if (lane == 0) shared.kept[warp] = kept;
+    __syncthreads();
+    int before = 0, own = 0;
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < warp) before += shared.kept[i];
+      own += shared.kept[i];
+    }
+    if (size == 1) return {count + before, count, own, count + own};
+    double* totals =
+        group.scratch.partial + static_cast<int64_t>(parity) * size * MostTotals(heads());
+    if (threadIdx.x == 0) totals[rank] = own;
+    Sync();
+    const int of_lane = lane < size ? static_cast<int>(LoadL2(totals + lane)) : 0;
+    const int64_t first = count + WarpSum(lane < rank ? of_lane : 0);
+    parity ^= 1;
+    return {first + before, first, own, count + WarpSum(of_lane)};
   }
 
   // Tiles of `rows` rows go round the thread blocks of the team: how many of a list of `count` rows

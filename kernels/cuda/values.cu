@@ -241,7 +241,7 @@ __device__ void MergeParts(const StepParams& p, const DeviceGroup& group, int it
     for (int r = 0; r < parts; ++r) unit = fmaxf(unit, LoadL2(&from[r].unit[tid]));
     for (int r = 0; r < parts; ++r) {
       const float m = LoadL2(&from[r].mass[tid]);
-      factors[r][tid] = m != 0 ? expf(LoadL2(&from[r].unit[tid]) - unit) : 0;
+      factors[r][tid] = MergeFactor(LoadL2(&from[r].unit[tid]), m, unit);
       mass = fmaf(m, factors[r][tid], mass);
     }
     units[tid] = unit, masses[tid] = mass;

@@ -134,7 +134,8 @@ __device__ __noinline__ void CorrectList(Team<kHeads>& team, int64_t from, int64
     float* state =
         w.state + (static_cast<int64_t>(team.rank) * heads + first) * StateFloats(s.row.dim_v);
     if (tid < now) {
-      const float most = state[tid * StateFloats(s.row.dim_v) + s.row.dim_v];
+      const float most =
+          ConstSoftmaxState(state + tid * StateFloats(s.row.dim_v), s.row.dim_v).max();
       shared.scale[tid] = expf(team.shared.head[first + tid].shift - most);
       w.coded_mass[static_cast<int64_t>(team.rank) * heads + first + tid] =
           shared.mass[tid] * shared.scale[tid];

@@ -17,11 +17,11 @@ constexpr uint64_t kSpareBytes = uint64_t{64} << 20;
 }  // namespace
 
 absl::Status CudaBackend::CheckOptions(const Options& o) {
-  const IndexKind index = static_cast<IndexKind>(o.index);
+  const IndexKind index = o.index;
   if (index != IndexKind::kBalanced && index != IndexKind::kExact && index != IndexKind::kSign &&
       index != IndexKind::kHadamard2) {
     return NotSupportedError(
-        "index is ", o.index,
+        "index is ", static_cast<int32_t>(index),
         ", the CUDA backend has balanced (0), exact (1), sign (2) and hadamard2 (3)");
   }
   for (const int32_t heads : o.layer_kv_heads) {

@@ -10,8 +10,9 @@ namespace vattn {
 uint64_t LayoutOf(const Options& o, const Storage& s) {
   std::string text =
       absl::StrCat("vattn-sequence-3 layers ", o.num_layers, " q_heads ", o.num_q_heads, " k ",
-                   o.head_dim_k, " v ", o.head_dim_v, " dtype ", o.dtype, " shared ", o.shared_kv,
-                   " scale ", o.softmax_scale, " sinks ", o.sinks, " index ", o.index, " code ");
+                   o.head_dim_k, " v ", o.head_dim_v, " dtype ", static_cast<int32_t>(o.dtype),
+                   " shared ", o.shared_kv, " scale ", o.softmax_scale, " sinks ", o.sinks,
+                   " index ", static_cast<int32_t>(o.index), " code ");
   absl::StrAppend(&text, s.code.dims8, "/", s.code.dims4, "/", s.code.dims2, " values ",
                   s.value_bits, " block ", s.block.bytes, " kv_heads");
   if (s.code.dims1 + s.code.centroids > 0)

@@ -24,7 +24,7 @@ int64_t OpenDescriptors() {
 // it was before.
 struct World {
   explicit World(bool uring) : options(DiskOptions(uring, scratch / "disk", 30)) {
-    options.spill = 1;
+    options.spill = true;
     faults = {};
     runtime = OpenRuntime(options, kFaultFileOps);
     one = MakeSequence(runtime, kTokens, 1);

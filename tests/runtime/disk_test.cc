@@ -17,7 +17,7 @@ class DiskTest : public testing::Test {
   std::shared_ptr<Runtime> Open(int64_t blocks = 64, uint64_t disk_bytes = 0) {
     Options options = DiskOptions(/*uring=*/true, scratch_ / "disk", blocks);
     options.disk_bytes = disk_bytes;
-    options.spill = 1;
+    options.spill = true;
     return OpenRuntime(options, kSystemFileOps,
                        [this](LogLevel, const std::string& text) { log_ += text + "\n"; });
   }

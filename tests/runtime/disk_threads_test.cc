@@ -20,7 +20,7 @@ constexpr bool kUring = true;
 TEST(DiskThreadsTest, ThreadsSpillEachOthersSequences) {
   const ScratchDirectory scratch;
   Options options = DiskOptions(kUring, scratch / "disk", 48);
-  options.spill = 1;
+  options.spill = true;
   const std::shared_ptr<Runtime> runtime = OpenRuntime(options, kSystemFileOps);
   std::vector<std::thread> threads;
   std::atomic<int64_t> used{0};

@@ -52,13 +52,13 @@ inline Options DiskOptions(bool uring, const std::string& disk_path, int64_t blo
   options.num_q_heads = 4;
   options.num_kv_heads = 2;
   options.head_dim_k = options.head_dim_v = 16;
-  options.dtype = 0;
-  options.backend = 1;
+  options.dtype = DType::kF32;
+  options.backend = BackendKind::kCpu;
   options.num_threads = 1;
   options.exact_below = 64;
   options.index_bytes = 32;
   options.disk_path = disk_path;
-  options.io_engine = uring ? 0 : 2;
+  options.io_engine = uring ? IoEngine::kAuto : IoEngine::kPread;
   options.io_depth = 2;
   options.io_block_bytes = 64 << 10;
   options.host_bytes = static_cast<uint64_t>(blocks * MakeStorage(options).block.bytes);

@@ -43,7 +43,7 @@ TEST_F(LogTest, NoLockIsHeld) {
   };
   stays = full = false;
   Options options = DiskOptions(true, scratch_ / "disk", 36);
-  options.spill = 1;
+  options.spill = true;
   std::shared_ptr<Runtime> runtime;
   std::vector<std::unique_ptr<Sequence>> sequences;
   std::vector<std::string> lines;
@@ -181,7 +181,7 @@ TEST_F(LogTest, TheEnvironmentsLevelIsHeard) {
       setenv("VATTN_LOG_LEVEL", level, 1);
     std::vector<LogLevel> levels;
     Options options = DiskOptions(true, scratch_ / "disk", 36);
-    options.spill = 1;
+    options.spill = true;
     const std::shared_ptr<Runtime> runtime = OpenRuntime(
         options, kSystemFileOps, [&](LogLevel l, const std::string&) { levels.push_back(l); });
     for (const LogLevel l :
@@ -209,7 +209,7 @@ TEST_F(LogTest, TheEnvironmentsLevelIsHeard) {
 TEST_F(LogTest, TheEnvironmentsBackendIsHeard) {
   const std::string before =
       std::getenv("VATTN_BACKEND") == nullptr ? "" : std::getenv("VATTN_BACKEND");
-  for (const int32_t backend : {0, 1}) {
+  for (const BackendKind backend : {BackendKind::kAuto, BackendKind::kCpu}) {
     Options options = DiskOptions(true, "");
     options.backend = backend;
     for (const char* const wrong : {"gpu", "CPU", "cuda:0", "1"}) {

@@ -44,28 +44,15 @@ constexpr IntRange kInts[] = {
     {"num_kv_heads", &Options::num_kv_heads, 1, 1024},
     {"head_dim_k", &Options::head_dim_k, 16, 1024},
     {"head_dim_v", &Options::head_dim_v, 16, 1024},
-    {"dtype", &Options::dtype, 0, 2},
-    {"shared_kv", &Options::shared_kv, 0, 1},
-    {"backend", &Options::backend, 0, 2},
     {"device", &Options::device, 0, 1023},
     {"num_threads", &Options::num_threads, 0, 4096},
     {"numa_node", &Options::numa_node, -1, 1023},
-    {"huge_pages", &Options::huge_pages, 0, 1},
-    {"prefault", &Options::prefault, 0, 1},
-    {"zero_on_free", &Options::zero_on_free, 0, 1},
     {"sinks", &Options::sinks, 0, 256},
     {"window", &Options::window, 1, 65536},
     {"exact_below", &Options::exact_below, 64, 1 << 30},
-    {"index", &Options::index, 0, 7},
-    {"policy", &Options::policy, 0, 3},
-    {"norm", &Options::norm, 0, 1},
-    {"on_unverified", &Options::on_unverified, 0, 1},
-    {"bound", &Options::bound, 0, 1},
     {"max_looks", &Options::max_looks, 1, 8},
     {"refresh", &Options::refresh, 1, 4096},
     {"min_selected", &Options::min_selected, 0, 65536},
-    {"pilot", &Options::pilot, 0, 1},
-    {"target", &Options::target, 0, 2},
 };
 
 TEST(OptionsTest, IntegersOutOfRange) {
@@ -95,6 +82,31 @@ TEST(OptionsTest, IntegersAtTheirEnds) {
       });
     }
   }
+}
+
+// A number that is no enumerator of the field's type is refused; the last enumerator is taken.
+template <class Enum>
+void ExpectListed(const char* name, Enum Options::*field, Enum last) {
+  SCOPED_TRACE(name);
+  const int32_t high = static_cast<int32_t>(last);
+  for (const int32_t bad : {-1, high + 1, std::numeric_limits<int32_t>::max()}) {
+    ExpectRefused([&](Options& o) { o.*field = static_cast<Enum>(bad); },
+                  {name, absl::StrCat(bad), "0", absl::StrCat(high)});
+  }
+  ExpectTaken([&](Options& o) { o.*field = last; });
+}
+
+TEST(OptionsTest, EnumerationsOutOfRange) {
+  ExpectListed("dtype", &Options::dtype, DType::kBF16);
+  ExpectListed("backend", &Options::backend, BackendKind::kCuda);
+  ExpectListed("index", &Options::index, IndexKind::kExternal);
+  ExpectListed("policy", &Options::policy, Policy::kDense);
+  ExpectListed("norm", &Options::norm, Norm::kOutput);
+  ExpectListed("on_unverified", &Options::on_unverified, OnUnverified::kBestEffort);
+  ExpectListed("bound", &Options::bound, Bound::kSafe);
+  ExpectListed("target", &Options::target, Target::kDenominator);
+  ExpectListed("io_engine", &Options::io_engine, IoEngine::kPread);
+  ExpectListed("admission", &Options::admission, Admission::kReserved);
 }
 
 struct FloatRange {
@@ -165,9 +177,9 @@ TEST(OptionsTest, HeadsOfLayers) {
 }
 
 TEST(OptionsTest, SharedRowsHoldTheValueInTheKey) {
-  ExpectRefused([](Options& o) { o.shared_kv = 1, o.head_dim_k = 64, o.head_dim_v = 80; },
+  ExpectRefused([](Options& o) { o.shared_kv = true, o.head_dim_k = 64, o.head_dim_v = 80; },
                 {"head_dim_v", "80", "64"});
-  ExpectTaken([](Options& o) { o.shared_kv = 1, o.head_dim_k = 576, o.head_dim_v = 512; });
+  ExpectTaken([](Options& o) { o.shared_kv = true, o.head_dim_k = 576, o.head_dim_v = 512; });
 }
 
 TEST(OptionsTest, ScaleIsFiniteAndHasADefault) {
@@ -212,7 +224,7 @@ TEST(OptionsTest, StorageFollowsTheOptions) {
   EXPECT_LE(storage.code.bytes(), 48);
   EXPECT_EQ(storage.value_code_bytes, 32);
   EXPECT_EQ(storage.block.bytes, 256 * (512 + storage.code.bytes() + 32));
-  for (const int32_t none : {1, 7}) {
+  for (const IndexKind none : {IndexKind::kExact, IndexKind::kExternal}) {
     options.index = none;
     EXPECT_EQ(MakeStorage(options).code.bytes(), 0);
   }
@@ -220,7 +232,8 @@ TEST(OptionsTest, StorageFollowsTheOptions) {
 
 // head_dim_k is 128.
 TEST(OptionsTest, IndicesSayHowManyBytesTheyTake) {
-  for (const auto& [index, bytes] : {std::pair{3, 32}, {4, 32}, {5, 16}}) {
+  for (const auto& [index, bytes] :
+       {std::pair{IndexKind::kHadamard2, 32}, {IndexKind::kPage, 32}, {IndexKind::kPooled, 16}}) {
     Options options;
     options.index = index;
     options.index_bytes = 7;  // not theirs to choose
@@ -230,22 +243,24 @@ TEST(OptionsTest, IndicesSayHowManyBytesTheyTake) {
   }
   for (const int32_t bytes : {4, 8, 16, 32}) {
     Options options;
-    options.index = 2;
+    options.index = IndexKind::kSign;
     options.index_bytes = bytes;
     ASSERT_TRUE(ResolveOptions(options).ok());
     EXPECT_EQ(MakeStorage(options).code.bytes(), bytes);
   }
   Options clusters;
-  clusters.index = 6;
+  clusters.index = IndexKind::kClusters;
   ASSERT_TRUE(ResolveOptions(clusters).ok());
   EXPECT_EQ(MakeStorage(clusters).code.bytes(), 2);
   EXPECT_EQ(MakeStorage(clusters).code.centroids, 1024);
-  ExpectRefused([](Options& o) { o.index = 2, o.index_bytes = 64; },
+  ExpectRefused([](Options& o) { o.index = IndexKind::kSign, o.index_bytes = 64; },
                 {"index_bytes", "64", "4, 8, 16 or 32"});
-  ExpectRefused([](Options& o) { o.index = 6, o.index_bytes = 8; },
+  ExpectRefused([](Options& o) { o.index = IndexKind::kClusters, o.index_bytes = 8; },
                 {"index_bytes", "8", "16, 32, 48 or 64"});
-  ExpectRefused([](Options& o) { o.index = 3, o.head_dim_k = 272; }, {"head_dim_k", "272", "256"});
-  ExpectRefused([](Options& o) { o.index = 3, o.sign_maps = "maps"; }, {"sign_maps", "index 3"});
+  ExpectRefused([](Options& o) { o.index = IndexKind::kHadamard2, o.head_dim_k = 272; },
+                {"head_dim_k", "272", "256"});
+  ExpectRefused([](Options& o) { o.index = IndexKind::kHadamard2, o.sign_maps = "maps"; },
+                {"sign_maps", "index 3"});
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ class ProcessTest : public testing::Test {
  protected:
   std::shared_ptr<Runtime> Open(int64_t blocks = 36) {
     Options options = DiskOptions(/*uring=*/true, scratch_ / "disk", blocks);
-    options.spill = 1;
+    options.spill = true;
     return OpenRuntime(options, kSystemFileOps);
   }
   std::vector<std::string> Files(const std::string& start) const {

@@ -29,7 +29,7 @@ constexpr int kDim = 16, kLayers = 2, kHeads = 2, kMatrix = kDim * kDim;
 Options MakeOptions() {
   Options options;
   options.num_layers = kLayers, options.num_q_heads = 4, options.layer_kv_heads = {kHeads, 1};
-  options.head_dim_k = kDim, options.head_dim_v = kDim, options.dtype = 0;
+  options.head_dim_k = kDim, options.head_dim_v = kDim, options.dtype = DType::kF32;
   options.window = 32, options.exact_below = 64;
   options.num_threads = 1;
   options.host_bytes = 8 << 20;

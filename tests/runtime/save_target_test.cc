@@ -122,7 +122,7 @@ TEST_F(SaveTargetTest, ChangesOfDirectoryDoNotMatter) {
   std::filesystem::create_directories(scratch_ / "elsewhere");
   std::filesystem::current_path(scratch_ / "");
   Options options = DiskOptions(true, "disk", 36);
-  options.spill = 1;
+  options.spill = true;
   std::shared_ptr<Runtime> runtime = OpenRuntime(options, kSystemFileOps);
   ASSERT_TRUE(sequence_->Hibernate("asleep").ok());
   std::vector<std::unique_ptr<Sequence>> sequences;
@@ -166,7 +166,7 @@ TEST_F(SaveTargetTest, AReplacedFileIsDataLoss) {
 // owned one is not.
 TEST_F(SaveTargetTest, TheDirectoryIsOwnedNotItsName) {
   Options options = DiskOptions(true, scratch_ / "disk", 36);
-  options.spill = 1;
+  options.spill = true;
   const std::shared_ptr<Runtime> runtime = OpenRuntime(options, kSystemFileOps);
   std::filesystem::remove(scratch_ / "disk/.vattn-lock");
   EXPECT_EQ(CodeOf(Runtime::Create(options, nullptr).status()), Code::kInvalidArgument);

@@ -24,11 +24,11 @@ constexpr int kDim = 16, kBits = 32, kLayers = 2, kHeads = 2, kMap = kBits * kDi
 Options MakeOptions(const std::string& path) {
   Options options;
   options.num_layers = kLayers, options.num_q_heads = 4, options.layer_kv_heads = {kHeads, 1};
-  options.head_dim_k = kDim, options.head_dim_v = kDim, options.dtype = 0;
+  options.head_dim_k = kDim, options.head_dim_v = kDim, options.dtype = DType::kF32;
   options.window = 32, options.exact_below = 64;
-  options.num_threads = 1, options.backend = 1;
+  options.num_threads = 1, options.backend = BackendKind::kCpu;
   options.host_bytes = 8 << 20;
-  options.index = 2, options.index_bytes = kBits / 8;
+  options.index = IndexKind::kSign, options.index_bytes = kBits / 8;
   options.sign_maps = path;
   return options;
 }

@@ -22,8 +22,8 @@ SimulatedWorld::SimulatedWorld(uint64_t seed, Lacks lacks, const std::string& di
   o.num_q_heads = kQHeads;
   o.num_kv_heads = kKvHeads;
   o.head_dim_k = o.head_dim_v = kDim;
-  o.dtype = 0;
-  o.backend = 2;
+  o.dtype = DType::kF32;
+  o.backend = BackendKind::kCuda;
   o.num_threads = 1;
   o.window = 32;
   o.exact_below = 64;
@@ -31,7 +31,7 @@ SimulatedWorld::SimulatedWorld(uint64_t seed, Lacks lacks, const std::string& di
   o.hot_share = .002f;
   o.host_bytes = 64 * static_cast<uint64_t>(MakeStorage(o).block.bytes);
   o.disk_path = disk_path;
-  o.spill = 1;
+  o.spill = true;
   runtime_ = *Runtime::Create(o, nullptr);
   for (auto& batch : batches_) batch = std::make_unique<Batch>(runtime_, kSlots);
   for (int i = 0; i < 2; ++i) streams_.push_back(simulation_.NewStream());

@@ -78,7 +78,7 @@ constexpr int64_t kTokens = 700;
 class Life {
  public:
   explicit Life(bool uring) : options_(DiskOptions(uring, scratch_ / "disk")) {
-    options_.huge_pages = 1;
+    options_.huge_pages = true;
   }
 
   // Runs it with call `fail_at` failing. "" if it could not be lived to its end.
