@@ -112,6 +112,11 @@ class Refusals(unittest.TestCase):
             **GREEDY,
         )
 
+    def test_layers_are_in_host_memory_already(self):
+        cache = offload(self, make(llama, DEVICES[0])).cache()
+        cache.offload(0)
+        cache.prefetch(0)
+
     def test_keys_that_lose_their_layer(self):
         wrapped = offload(self, make(llama, DEVICES[0]))
         cache, rows = wrapped.cache(), torch.zeros(1, 2, 1, 32)

@@ -1,5 +1,6 @@
 """vattn.transformers on small models: what it computes is what the stock model computes."""
 
+import contextlib
 import unittest
 
 import torch
@@ -120,12 +121,23 @@ class Forward(unittest.TestCase):
                     self.assertFalse(torch.equal(*out))
 
     def test_half_types_are_close(self):
+        self.close_in_half(lambda *_: contextlib.nullcontext(), lambda dtype: dtype)
+
+    def test_autocast_is_close(self):
+        """A model of float32, whose attention is asked for in a half type."""
+        self.close_in_half(torch.autocast, lambda dtype: torch.float32)
+
+    def close_in_half(self, context, type_of):
         for device in DEVICES:
             for dtype in (torch.bfloat16, torch.float16):
                 # CUDA's products of bfloat16 round in an order of their own: 3.1 % were seen.
                 most = 0.05 if device.type == "cuda" and dtype == torch.bfloat16 else 0.03
-                with self.subTest(device=device.type, dtype=dtype), torch.no_grad():
-                    model, inputs = make(llama, device, dtype), prompts((300,), device)
+                with (
+                    self.subTest(device=device.type, dtype=dtype),
+                    torch.no_grad(),
+                    context(device.type, dtype),
+                ):
+                    model, inputs = make(llama, device, type_of(dtype)), prompts((300,), device)
                     want = self.logits(model, inputs, model(**inputs).past_key_values, 8, 0)
                     wrapped = offload(self, model, policy="dense")
                     cache = wrapped.cache()

@@ -46,6 +46,11 @@ def attention(
         whole = _causal(attention_mask, query.shape[2], key)
         return sdpa_attention_forward(module, query, key, value, whole, dropout, scaling, **kwargs)
     layer.store.pending = None
+    if torch.is_autocast_enabled(query.device.type):  # sdpa takes its arguments so, too
+        common = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (
+            x if x.dtype == torch.float64 else x.to(common) for x in (query, key, value)
+        )
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
         raise NotImplementedError(
             "offloaded layers serve inference: use model.eval() and torch.no_grad()"

@@ -56,6 +56,12 @@ class OffloadedLayer(CacheLayerMixin):
         key_states.vattn_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
+    def offload(self) -> None:
+        """Nothing to do: the rows are in host memory."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: what a step reads is fetched by it."""
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset)."""
         return self.cache.get_seq_length() + query_length, 0
