@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Time of `Sequence.prefill` beside torch's attention over the same arrays, on the CPU.
+"""Time of `Sequence.prefill` beside torch's attention over the same arrays.
 
     python bench/prefill_speed.py --stored 0,8192,30000 --tokens 500 --heads 32 8 128
+    python bench/prefill_speed.py --device cuda --stored 131072 --tokens 8192
 
-Both take a chunk's queries over everything stored and the chunk itself, causally; torch by
-scaled_dot_product_attention (its flash kernel, with a mask where something is stored), with K and V
-of the query heads laid out beforehand. The better of --rounds rounds, taken in turns; FLOP are those
-of the pairs that are seen.
+Both take a chunk's queries over everything stored and the chunk itself, causally. What is stored is
+in host memory for ours, and where the model is for torch (scaled_dot_product_attention: its flash
+kernel on CUDA, on the CPU the same with a mask where something is stored and K and V of the query
+heads laid out beforehand). The best of --rounds rounds, taken in turns; FLOP are those of the pairs
+that are seen.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import time
 
 import torch
 import vattn
+from torch.nn.attention.bias import causal_lower_right
 
 
 def lengths(text: str) -> list[int]:
@@ -29,23 +32,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of the chunk")
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128],
                         metavar=("Q", "KV", "DIM"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [measure(args, stored) for stored in args.stored]
-    print("| stored | ours, ms | torch bf16, ms | torch fp32, ms | ours, GFLOP/s |")
-    print("|---:|---:|---:|---:|---:|")
+    print("| stored | ours, ms | torch, ms | torch in fp32, ms | ours, TFLOP/s | stored rows, GB/s |")
+    print("|---:|---:|---:|---:|---:|---:|")
     for row in rows:
-        ms = [f"{1e3 * row[name]:.0f}" for name in ("ours", "torch_bf16", "torch_f32")]
-        print(f"| {row['stored']} | {' | '.join(ms)} | {row['flop'] / row['ours'] / 1e9:.0f} |")
+        ms = [f"{1e3 * row[x]:.1f}" if x in row else "-" for x in ("ours", "torch", "torch_f32")]
+        tflops, rate = row["flop"] / row["ours"] / 1e12, row["bytes"] / row["ours"] / 1e9
+        print(f"| {row['stored']} | {' | '.join(ms)} | {tflops:.2f} | {rate:.1f} |")
     if args.json:
         with open(args.json, "w") as file:
             command = (f"python bench/prefill_speed.py --stored {','.join(map(str, args.stored))} "
-                       f"--tokens {args.tokens} --heads {' '.join(map(str, args.heads))} "
+                       f"--device {args.device} --tokens {args.tokens} --heads {' '.join(map(str, args.heads))} "
                        f"--threads {args.threads}")
-            json.dump({"command": command, "processor": platform.processor() or platform.machine(),
+            processor = (torch.cuda.get_device_name() if args.device == "cuda"
+                         else platform.processor() or platform.machine())
+            json.dump({"command": command, "processor": processor,
                        "torch": torch.__version__, "threads": args.threads,
                        "tokens": args.tokens, "heads": args.heads, "rows": rows}, file, indent=1)
             file.write("\n")
@@ -57,47 +64,60 @@ def measure(args: argparse.Namespace, stored: int) -> dict[str, float]:
     total = stored + args.tokens
     generator = torch.Generator().manual_seed(1)
     q, k, v = (
-        torch.randn(tokens, heads, dim, generator=generator).to(torch.bfloat16)
+        torch.randn(tokens, heads, dim, generator=generator).to(torch.bfloat16).to(args.device)
         for tokens, heads in ((args.tokens, q_heads), (total, kv_heads), (total, kv_heads))
     )
     runtime = vattn.Runtime(
         num_layers=1, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim_k=dim, head_dim_v=dim,
-        dtype="bf16", backend="cpu", num_threads=args.threads,
+        dtype="bf16", backend=args.device, num_threads=args.threads, hot_share=0.0,
         host_bytes=(total // 256 + 2) * 256 * kv_heads * (4 * dim + 64) + (64 << 20),
     )
     sequence = runtime.sequence()
-    if stored:
-        sequence.append(0, k[:stored], v[:stored])
-    group = q_heads // kv_heads
-    wide = [x.transpose(0, 1).repeat_interleave(group, 0)[None].contiguous() for x in (k, v)]
-    arrays = [q.transpose(0, 1)[None].contiguous(), *wide]
-    mask = torch.ones(args.tokens, total, dtype=torch.bool).tril(stored) if stored else None
-
-    def ours() -> torch.Tensor:
-        return sequence.prefill(0, q, k[stored:], v[stored:])
+    for begin in range(0, stored, 65536):
+        sequence.append(0, k[begin : min(stored, begin + 65536)], v[begin : min(stored, begin + 65536)])
+    lower_right = causal_lower_right(args.tokens, total) if stored else None
+    if args.device == "cpu":
+        k, v = (x.repeat_interleave(q_heads // kv_heads, 1) for x in (k, v))
+        if stored:
+            lower_right = torch.ones(args.tokens, total, dtype=torch.bool).tril(stored)
+    arrays = [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]
+    new_k, new_v = (x[stored:, :: q_heads // kv_heads if args.device == "cpu" else 1].contiguous()
+                    for x in (k, v))
 
     def torchs(given: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
-            *given, attn_mask=mask, is_causal=mask is None
+            *given, attn_mask=lower_right, is_causal=not stored, enable_gqa=args.device == "cuda"
         )
 
-    whole = [x.float() for x in arrays]
-    best = {"ours": float("inf"), "torch_bf16": float("inf"), "torch_f32": float("inf")}
+    calls = {
+        "ours": lambda: sequence.prefill(0, q, new_k, new_v),
+        "torch": lambda: torchs(arrays),
+    }
+    if args.device == "cpu":
+        whole = [x.float() for x in arrays]
+        calls["torch_f32"] = lambda: torchs(whole)
+    best, answers = dict.fromkeys(calls, float("inf")), {}
     for _ in range(args.rounds):
-        for name, call in (("ours", ours), ("torch_bf16", lambda: torchs(arrays)),
-                           ("torch_f32", lambda: torchs(whole))):
+        for name, call in calls.items():
             sequence.truncate(stored)
+            wait(args.device)
             start = time.perf_counter()
-            answer = call()
+            answers[name] = call()
+            wait(args.device)
             best[name] = min(best[name], time.perf_counter() - start)
-            if name == "ours":
-                mine = answer.float()
-    exact = torchs(whole)[0].transpose(0, 1)
-    off = float((mine - exact).norm() / exact.norm())
-    if off > 0.01:
+    exact = answers[list(calls)[-1]][0].transpose(0, 1).float()
+    off = float((answers["ours"].float() - exact).norm() / exact.norm())
+    if off > 0.02:
         raise SystemExit(f"answers are {off:.2g} apart")
     pairs = args.tokens * stored + args.tokens * (args.tokens + 1) / 2
-    return {"stored": stored, "flop": 4 * q_heads * dim * pairs, "apart": off, **best}
+    return {"stored": stored, "flop": 4 * q_heads * dim * pairs, "apart": off,
+            "bytes": 4 * stored * kv_heads * dim, **best}
+
+
+def wait(device: str) -> None:
+    """Until the device has nothing to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

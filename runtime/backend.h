@@ -92,9 +92,11 @@ class Backend {
   // True for memory that work on a device fills or reads when its turn comes: the host does not
   // look into it before.
   virtual bool IsOnDevice(const void* pointer) const = 0;
-  // Attention of many new tokens at once, which the host waits for. NOT_SUPPORTED.
+  // Attention of many new tokens at once, whose rows are written. Blocks until it is there. params
+  // has the arrays of the caller and the host's block ids. CheckPrefill, which comes first, answers
+  // NOT_SUPPORTED; Prefill OUT_OF_MEMORY.
   virtual absl::Status CheckPrefill() const = 0;
-  virtual void Prefill(const PrefillParams& params, Stream workers) = 0;
+  virtual absl::Status Prefill(const PrefillParams& params, Stream workers) = 0;
   // Rows k and v of an append, wherever they are, into their blocks. params.blocks are on the host.
   // Blocks until they are written.
   virtual absl::Status Write(const WriteParams& params, Stream workers) = 0;

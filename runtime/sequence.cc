@@ -146,7 +146,7 @@ absl::Status Sequence::AppendAnd(const AppendRequest& r, F&& answer) {
                                                    .v_token_stride = r.v_token_stride,
                                                    .v_head_stride = r.v_head_stride},
                                                   runtime_->stream()));
-  answer(blocks);
+  VATTN_RETURN_IF_ERROR(answer(blocks));
   std::move(undo).Cancel();
   AddTokens(r.layer, r.num_tokens);
   for (size_t h = 0; h < moments.size(); ++h) {
@@ -157,27 +157,27 @@ absl::Status Sequence::AppendAnd(const AppendRequest& r, F&& answer) {
 }
 
 absl::Status Sequence::Append(const AppendRequest& r) {
-  return AppendAnd(r, [](const auto&) {});
+  return AppendAnd(r, [](const auto&) { return absl::OkStatus(); });
 }
 
 absl::Status Sequence::Prefill(const PrefillRequest& r) {
   VATTN_RETURN_IF_ERROR(runtime_->backend().CheckPrefill());
   const int layer = r.rows.layer;
   return AppendAnd(r.rows, [&](const std::vector<const int32_t*>& blocks) {
-    runtime_->backend().Prefill({.storage = runtime_->storage(),
-                                 .blocks = blocks.data(),
-                                 .kv_heads = runtime_->kv_heads(layer),
-                                 .group_heads = runtime_->group_heads(layer),
-                                 .q_heads = runtime_->options().num_q_heads,
-                                 .out_dtype = r.out_dtype,
-                                 .first = layers_[layer].tokens,
-                                 .count = r.rows.num_tokens,
-                                 .q = r.rows.q,
-                                 .q_token_stride = r.rows.q_token_stride,
-                                 .q_head_stride = r.rows.q_head_stride,
-                                 .out = r.out,
-                                 .lse = r.lse},
-                                runtime_->stream());
+    return runtime_->backend().Prefill({.storage = runtime_->storage(),
+                                        .blocks = blocks.data(),
+                                        .kv_heads = runtime_->kv_heads(layer),
+                                        .group_heads = runtime_->group_heads(layer),
+                                        .q_heads = runtime_->options().num_q_heads,
+                                        .out_dtype = r.out_dtype,
+                                        .first = layers_[layer].tokens,
+                                        .count = r.rows.num_tokens,
+                                        .q = r.rows.q,
+                                        .q_token_stride = r.rows.q_token_stride,
+                                        .q_head_stride = r.rows.q_head_stride,
+                                        .out = r.out,
+                                        .lse = r.lse},
+                                       runtime_->stream());
   });
 }
 

@@ -165,7 +165,7 @@ class Sequence {
   Sequence(std::shared_ptr<Runtime> runtime, const SequenceOptions& options);
 
   // Writes the rows, has `answer` called with the blocks of each KV head, and counts them. Where
-  // that throws nothing was added.
+  // that fails or throws nothing was added.
   template <class F>
   absl::Status AppendAnd(const AppendRequest& request, F&& answer);
   // The queries of an append beside those that each KV head has had.

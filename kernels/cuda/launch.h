@@ -16,6 +16,13 @@ AnswerShape ShapeAnswer(const DeviceStorage& storage, int group_heads, int group
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
 int Decode(const StepParams& params, const AnswerShape& shape, int multiprocessors, Stream stream);
 
+// Rows of tokens [begin, begin + tokens) from the host pool to `to`, [kv_heads][tokens][row_bytes] with
+// to_stride bytes between KV heads; block ids [kv_heads][blocks_stride] in device memory.
+int FetchRows(const Storage& host, const int32_t* blocks, int64_t blocks_stride, int32_t kv_heads,
+              int64_t begin, int64_t tokens, std::byte* to, int64_t to_stride, Stream stream);
+// Rows in fp16 or bf16 with at most kMaxPrefillDim elements of K and of V.
+int Prefill(const PrefillChunk& chunk, Stream stream);
+
 // Codes of `count` items in device memory, `most` tokens at most in one of them.
 int Encode(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
            Stream stream);

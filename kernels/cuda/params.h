@@ -16,6 +16,7 @@ constexpr int kMaxDeviceGroup = 128;  // query heads per KV head, of all query t
 // The most sums that a team adds up at a time: those of the certificate, TailTotals of verify.cuh, and
 // of groups with few heads the three of a report.
 VATTN_HD constexpr int MostTotals(int heads) { return 7 * heads + 4; }
+constexpr int kMaxPrefillDim = 256;
 constexpr int kFixedParts = 4;  // thread blocks that share the sinks and window of a group
 constexpr int kMostWalks = 3;   // over lists of rows, with Policy::kTopKUniform
 
@@ -197,6 +198,30 @@ struct StepParams {
   int32_t num_tokens = 1;   // query tokens, the sequence's last; their heads are in their order
   CallArrays call;
   SelectionArrays selection;
+};
+
+// Attention of tokens [first, first + count) of one (sequence, layer) to those of one chunk [begin,
+// begin + tokens), as PrefillParams. Chunks come in order from token 0 on; sums of those before are
+// in most, mass and sum.
+struct PrefillChunk {
+  RowLayout row;
+  float scale = 1;
+  int32_t kv_heads = 0;
+  int32_t group_heads = 0;  // of one token
+  int32_t q_heads = 0;
+  int32_t out_dtype = 0;
+  int64_t first = 0, count = 0;
+  int64_t begin = 0, tokens = 0;
+  bool last = false;                // no chunk follows: outputs are written
+  const std::byte* rows = nullptr;  // [kv_heads][tokens][row_bytes]
+  int64_t rows_stride = 0;          // bytes from one KV head to the next
+  const void* q = nullptr;
+  int64_t q_token_stride = 0, q_head_stride = 0;
+  float* most = nullptr;  // [count][q_heads] largest logit so far ...
+  float* mass = nullptr;  // ... sum of weights relative to it
+  float* sum = nullptr;   // [count][q_heads][dim_v] of weight times value
+  void* out = nullptr;    // [count][q_heads][dim_v]
+  float* lse = nullptr;   // or null
 };
 
 // Codes of tokens [begin, end) of groups, both multiples of 16, into the device and the host copy.

@@ -15,8 +15,9 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CpuBackend::MakeBatch(Runtime& runtim
   return std::make_unique<CpuBatch>(runtime, slots);
 }
 
-void CpuBackend::Prefill(const PrefillParams& params, Stream workers) {
+absl::Status CpuBackend::Prefill(const PrefillParams& params, Stream workers) {
   cpu::Prefill(params, workers);
+  return absl::OkStatus();
 }
 
 absl::Status CpuBackend::Write(const WriteParams& params, Stream workers) {

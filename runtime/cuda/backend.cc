@@ -150,13 +150,6 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CudaBackend::MakeBatch(Runtime& runti
   return CudaBatch::Create(runtime, slots);
 }
 
-absl::Status CudaBackend::CheckPrefill() const {
-  return NotSupportedError(
-      "vattn_prefill is on the CPU backend alone, this runtime's is CUDA; vattn_append and steps "
-      "of "
-      "several tokens do without it");
-}
-
 absl::Status CudaBackend::Write(const WriteParams& params, Stream workers) {
   if (IsOnDevice(params.k)) return WriteOnDevice(params);
   cpu::Write(params, workers);

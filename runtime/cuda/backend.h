@@ -43,7 +43,7 @@ class CudaBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
   absl::Status CheckPrefill() const override;
-  void Prefill(const PrefillParams&, Stream) override {}
+  absl::Status Prefill(const PrefillParams& params, Stream workers) override;
   bool IsOnDevice(const void* pointer) const override {
     return pointer != nullptr && device_->CanFollow(pointer);
   }

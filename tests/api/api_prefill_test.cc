@@ -46,6 +46,11 @@ struct Prompt {
     const std::byte* at = out.data() + (token * shape.q_heads + head) * bytes;
     return ToFloats(out_dtype, {at, at + bytes});
   }
+  // On CUDA weights are rounded to the type of rows before they meet the values.
+  double Rounded(const Answer& answer) const {
+    if (!OnCuda()) return 0;
+    return answer.rms_value * (shape.dtype == VATTN_F16 ? 1. / 2048 : 1. / 256);
+  }
   // Every `stride`-th token, and the last one.
   void ExpectExact(int64_t stride) const {
     const int group = shape.q_heads / shape.kv_heads;
@@ -54,9 +59,10 @@ struct Prompt {
       for (int h = 0; h < shape.q_heads; ++h) {
         const float* query = q.data() + (t * shape.q_heads + h) * shape.dim_k;
         const Answer answer = Attend(shape, rows, t + 1, h / group, query);
-        ASSERT_LE(Distance(answer, Out(t, h).data()), Tolerance(answer, out_dtype))
+        ASSERT_LE(Distance(answer, Out(t, h).data()),
+                  Tolerance(answer, out_dtype) + Rounded(answer))
             << "token " << t << " head " << h;
-        ASSERT_NEAR(lse[t * shape.q_heads + h], answer.lse, 2e-5 * (1 + std::abs(answer.lse)));
+        ASSERT_NEAR(lse[t * shape.q_heads + h], answer.lse, 5e-5 * (1 + std::abs(answer.lse)));
       }
     }
   }
@@ -73,10 +79,15 @@ struct Case {
   Shape shape;
 };
 
+// What CUDA does not serve.
+bool Refused(const Shape& shape) {
+  return OnCuda() && (shape.dtype == VATTN_F32 || std::max(shape.dim_k, shape.dim_v) > 256);
+}
+
 class PrefillTest : public testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
-    if (OnCuda()) GTEST_SKIP() << "vattn_prefill is the CPU backend's";
+    if (Refused(GetParam().shape)) GTEST_SKIP() << "not a shape of the CUDA backend";
   }
 };
 
@@ -117,16 +128,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"group_of_64", {64, 1, 32, 32, false, VATTN_F16}}),
     [](const auto& info) { return std::string(info.param.name); });
 
-class AfterPrefillTest : public testing::Test {
- protected:
-  void SetUp() override {
-    if (OnCuda()) GTEST_SKIP() << "vattn_prefill is the CPU backend's";
-  }
-};
+// The type of rows where it is not what is tested.
+int32_t AnyType() { return OnCuda() ? VATTN_BF16 : VATTN_F32; }
 
 // What steps do after a prompt does not depend on how it was added: its queries calibrate the index.
-TEST_F(AfterPrefillTest, StepsAreThoseAfterAnAppend) {
-  const Shape shape{8, 2, 64, 64, false, VATTN_F32};
+TEST(AfterPrefillTest, StepsAreThoseAfterAnAppend) {
+  const Shape shape{8, 2, 64, 64, false, AnyType()};
   const Runtime runtime(OptionsFor(shape));
   Prompt prompt(shape, 4000);
   Sequence added(runtime, 1), answered(runtime, 1);
@@ -156,7 +163,7 @@ TEST_F(AfterPrefillTest, StepsAreThoseAfterAnAppend) {
 }
 
 // A second turn: prompt, answer, prompt again.
-TEST_F(AfterPrefillTest, ATurnSeesTheAnswerBefore) {
+TEST(AfterPrefillTest, ATurnSeesTheAnswerBefore) {
   const Shape shape{4, 2, 64, 64, false, VATTN_BF16};
   vattn_options options = OptionsFor(shape);
   options.policy = VATTN_POLICY_DENSE;
@@ -192,8 +199,8 @@ TEST_F(AfterPrefillTest, ATurnSeesTheAnswerBefore) {
 }
 
 // Heads first, tokens first, and one row for all heads.
-TEST_F(AfterPrefillTest, StridesAreHeard) {
-  const Shape shape{4, 2, 64, 64, false, VATTN_F32};
+TEST(AfterPrefillTest, StridesAreHeard) {
+  const Shape shape{4, 2, 64, 64, false, AnyType()};
   const Runtime runtime(OptionsFor(shape));
   constexpr int64_t kTokens = 300;
   Prompt tokens_first(shape, kTokens), heads_first(shape, kTokens);
@@ -205,9 +212,9 @@ TEST_F(AfterPrefillTest, StridesAreHeard) {
     }
     return to;
   };
-  heads_first.q_bytes = ToBytes(VATTN_F32, swap(heads_first.q, 4));
-  heads_first.k_bytes = ToBytes(VATTN_F32, swap(heads_first.rows.k, 2));
-  heads_first.v_bytes = ToBytes(VATTN_F32, swap(heads_first.rows.v, 2));
+  heads_first.q_bytes = ToBytes(shape.dtype, swap(heads_first.q, 4));
+  heads_first.k_bytes = ToBytes(shape.dtype, swap(heads_first.rows.k, 2));
+  heads_first.v_bytes = ToBytes(shape.dtype, swap(heads_first.rows.v, 2));
   vattn_prefill_params params = heads_first.Params(0, kTokens);
   params.q_token_stride = params.k_token_stride = params.v_token_stride = 64;
   params.q_head_stride = params.k_head_stride = params.v_head_stride = kTokens * 64;
@@ -218,8 +225,8 @@ TEST_F(AfterPrefillTest, StridesAreHeard) {
   tokens_first.ExpectExact(29);
 }
 
-TEST_F(AfterPrefillTest, WhatDoesNotFitIsRefusedByName) {
-  const Shape shape;
+TEST(AfterPrefillTest, WhatDoesNotFitIsRefusedByName) {
+  const Shape shape{4, 2, 64, 64, false, AnyType()};
   vattn_options options = OptionsFor(shape);
   options.host_bytes = 1 << 20;
   const Runtime runtime(options);
@@ -252,19 +259,33 @@ TEST_F(AfterPrefillTest, WhatDoesNotFitIsRefusedByName) {
   prompt.ExpectExact(7);
 }
 
-TEST(CudaPrefillTest, IsNotSupported) {
-  if (!OnCuda()) GTEST_SKIP() << "about the CUDA backend";
-  const Shape shape;
+// Longer than a chunk of rows on the device, which is 4,096 tokens.
+TEST(AfterPrefillTest, LongPromptsAreExact) {
+  const Shape shape{4, 1, 64, 64, false, AnyType()};
   const Runtime runtime(OptionsFor(shape));
-  Prompt prompt(shape, 100);
+  Prompt prompt(shape, 9000);
   Sequence sequence(runtime);
-  try {
-    sequence.Prefill(prompt.Params(0, 100));
-    ADD_FAILURE();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), VATTN_NOT_SUPPORTED) << error.what();
+  sequence.Prefill(prompt.Params(0, 4000));
+  sequence.Prefill(prompt.Params(4000, 8990));
+  sequence.Prefill(prompt.Params(8990, 9000));
+  prompt.ExpectExact(331);
+}
+
+TEST(CudaPrefillTest, OtherShapesAreRefusedByName) {
+  if (!OnCuda()) GTEST_SKIP() << "about the CUDA backend";
+  for (const Shape& shape :
+       {Shape{4, 4, 64, 64, false, VATTN_F32}, Shape{16, 1, 576, 512, true, VATTN_BF16}}) {
+    const Runtime runtime(OptionsFor(shape));
+    Prompt prompt(shape, 100);
+    Sequence sequence(runtime);
+    try {
+      sequence.Prefill(prompt.Params(0, 100));
+      ADD_FAILURE();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), VATTN_NOT_SUPPORTED) << error.what();
+    }
+    EXPECT_EQ(sequence.Length(0), 0);
   }
-  EXPECT_EQ(sequence.Length(0), 0);
 }
 
 }  // namespace

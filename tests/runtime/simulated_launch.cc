@@ -245,6 +245,13 @@ int ApplyPatches(const Patch* patches, int64_t count, Stream stream) {
   });
 }
 
+// No world of this device prefills.
+int FetchRows(const Storage&, const int32_t*, int64_t, int32_t, int64_t, int64_t, std::byte*,
+              int64_t, Stream) {
+  return 1;
+}
+int Prefill(const PrefillChunk&, Stream) { return 1; }
+
 int Write(const WriteParams& p, Stream stream) {
   return Enqueue(stream, [p] {
     const RowLayout& row = p.storage.row;

@@ -76,8 +76,8 @@ class Sequence(Child):
         in chunks gets the answers of one in one piece. q [tokens, q_heads, head_dim_k], k and v as
         in `append`; 1 to 65536 tokens. Returns `out` [tokens, q_heads, head_dim_v] of float32,
         float16 or bfloat16 (by default a new array of the runtime's dtype); lse [tokens, q_heads]
-        float32 becomes ln(sum exp(s)). FullError: nothing was added. NotSupportedError on CUDA,
-        where steps of several tokens serve.
+        float32 becomes ln(sum exp(s)). FullError: nothing was added. NotSupportedError on CUDA with
+        rows of float32 or head dimensions over 256.
         """
         options = self.runtime._options
         params = struct(c.PrefillParams, "vattn_prefill_params_init")
