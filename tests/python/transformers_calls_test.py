@@ -115,7 +115,7 @@ class Refusals(unittest.TestCase):
     def test_layers_are_in_host_memory_already(self):
         cache = offload(self, make(llama, DEVICES[0])).cache()
         cache.offload(0)
-        cache.prefetch(0)
+        cache.layers[0].prefetch()
 
     def test_keys_that_lose_their_layer(self):
         wrapped = offload(self, make(llama, DEVICES[0]))
