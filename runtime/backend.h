@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/cpu/workers.h"
 #include "kernels/cuda/params.h"
 #include "memory/device.h"
 #include "memory/host_store.h"
@@ -91,7 +92,7 @@ class Backend {
   virtual bool IsOnDevice(const void* pointer) const = 0;
   // Rows k and v of an append, wherever they are, into their blocks. params.blocks are on the host.
   // Blocks until they are written.
-  virtual absl::Status Write(const WriteParams& params, Stream workers) = 0;
+  virtual absl::Status Write(const WriteParams& params, cpu::Workers* workers) = 0;
   // `bytes` that a caller gave, where the host can read them: at `from`, or in `copy`.
   virtual absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
                                                   std::vector<std::byte>& copy) = 0;

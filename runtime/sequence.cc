@@ -144,7 +144,7 @@ absl::Status Sequence::Append(const AppendRequest& r) {
                                                    .k_head_stride = r.k_head_stride,
                                                    .v_token_stride = r.v_token_stride,
                                                    .v_head_stride = r.v_head_stride},
-                                                  runtime_->stream()));
+                                                  runtime_->workers()));
   std::move(undo).Cancel();
   AddTokens(r.layer, r.num_tokens);
   for (size_t h = 0; h < moments.size(); ++h) {

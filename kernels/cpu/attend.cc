@@ -72,7 +72,8 @@ void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int lis
 }
 
 void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t end,
-                 const float* queries, int heads, float* states, Stream stream, bool value_norms) {
+                 const float* queries, int heads, float* states, Workers* workers,
+                 bool value_norms) {
   const int64_t floats = heads * StateFloats(s.row.dim_v);
   const int64_t segments = (end - begin + kSegmentTokens - 1) / kSegmentTokens;
   const auto attend = [&](int64_t from, int64_t to, float* into) {
@@ -85,7 +86,7 @@ void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t en
     }
   };
   if (segments <= 1) return attend(begin, end, states);
-  ParallelFor(stream, segments, [&](int64_t i) {
+  ParallelFor(workers, segments, [&](int64_t i) {
     float* into = group.scratch.state + i * floats;
     for (int g = 0; g < heads; ++g) {
       ResetState({into + g * StateFloats(s.row.dim_v), s.row.dim_v}, s.row.dim_v);
@@ -133,8 +134,8 @@ void FlagNotFinite(const Storage& s, const Group& group) {
   }
 }
 
-void AttendSelected(const AttendSelectedParams& p, Stream stream) {
-  ParallelFor(stream, p.num_groups, [&](int64_t index) {
+void AttendSelected(const AttendSelectedParams& p, Workers* workers) {
+  ParallelFor(workers, p.num_groups, [&](int64_t index) {
     const Storage& s = p.storage;
     Group& group = p.groups[index];
     const int32_t* tokens = p.tokens + index * p.capacity;

@@ -6,6 +6,8 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 constexpr int kTileRows = 64;
 
 // scratch.query = scale * group.q as fp32.
@@ -28,7 +30,7 @@ void AttendRows(const Storage& storage, const uint8_t* const* rows, int count, i
 
 // Adds tokens [begin, end) of the group to states; long ranges in parallel through scratch.state.
 void AttendRange(const Storage& storage, const Group& group, int64_t begin, int64_t end,
-                 const float* queries, int heads, float* states, Stream stream,
+                 const float* queries, int heads, float* states, Workers* workers,
                  bool value_norms = true);
 
 // Writes out and lse of one head from a finished state.
@@ -40,7 +42,7 @@ void WriteHead(const Storage& storage, const Group& group, int head, const float
 void FlagNotFinite(const Storage& storage, const Group& group);
 
 // Attention over the listed tokens of every group and nothing else.
-void AttendSelected(const AttendSelectedParams& params, Stream stream);
+void AttendSelected(const AttendSelectedParams& params, Workers* workers);
 
 }  // namespace vattn::cpu
 

@@ -14,7 +14,7 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CpuBackend::MakeBatch(Runtime& runtim
   return std::make_unique<CpuBatch>(runtime, slots);
 }
 
-absl::Status CpuBackend::Write(const WriteParams& params, Stream workers) {
+absl::Status CpuBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   cpu::Write(params, workers);
   return absl::OkStatus();
 }

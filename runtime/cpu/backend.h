@@ -16,7 +16,7 @@ class CpuBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
   bool IsOnDevice(const void*) const override { return false; }
-  absl::Status Write(const WriteParams& params, Stream workers) override;
+  absl::Status Write(const WriteParams& params, cpu::Workers* workers) override;
   absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t,
                                           std::vector<std::byte>&) override {
     return static_cast<const std::byte*>(from);

@@ -44,7 +44,7 @@ class CudaBackend final : public Backend {
   bool IsOnDevice(const void* pointer) const override {
     return pointer != nullptr && device_->CanFollow(pointer);
   }
-  absl::Status Write(const WriteParams& params, Stream workers) override;
+  absl::Status Write(const WriteParams& params, cpu::Workers* workers) override;
   absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
                                           std::vector<std::byte>& copy) override;
 
