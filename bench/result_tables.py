@@ -149,7 +149,7 @@ def glance() -> str:
          f"{percent(layers['rows'][0]['device_bytes_of_kv'])} of the KV cache"],
         ["Time of one such layer on an H100, beside dense attention with all KV in HBM",
          f"one sequence: {times(1)}; 16 sequences: {times(16)}"],
-        ["A 0.5B model in Python, 32K tokens, a token", f"{number(ours['ms_a_token'], 1)} ms, "
+        ["Time and traffic per token: Qwen2.5-Coder-0.5B in Python, 32K tokens", f"{number(ours['ms_a_token'], 1)} ms, "
          f"{number(ours['mb_moved_a_token'], 1)} MB from the host; reading all rows {number(dense['ms_a_token'], 1)} ms, "
          f"{number(dense['mb_moved_a_token'])} MB; transformers' offloaded cache "
          f"{number(ms['transformers, offloaded cache']['ms_a_token'], 1)} ms"],

@@ -12,12 +12,6 @@
 
 namespace vattn {
 
-// Where the work of a call goes: a cudaStream_t on CUDA, the worker pool on the CPU
-// (kernels/cpu/workers.h).
-struct Stream {
-  void* handle = nullptr;
-};
-
 enum class Policy : int32_t { kVerified = 0, kTopK = 1, kTopKUniform = 2, kDense = 3 };
 enum class Norm : int32_t { kValue = 0, kOutput = 1 };
 enum class OnUnverified : int32_t { kDense = 0, kBestEffort = 1 };

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/cpu/workers.h"
 #include "kernels/cuda/params.h"
 #include "memory/device.h"
 #include "memory/host_store.h"
@@ -96,10 +97,10 @@ class Backend {
   // has the arrays of the caller and the host's block ids. CheckPrefill, which comes first, answers
   // NOT_SUPPORTED; Prefill OUT_OF_MEMORY.
   virtual absl::Status CheckPrefill() const = 0;
-  virtual absl::Status Prefill(const PrefillParams& params, Stream workers) = 0;
+  virtual absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) = 0;
   // Rows k and v of an append, wherever they are, into their blocks. params.blocks are on the host.
   // Blocks until they are written.
-  virtual absl::Status Write(const WriteParams& params, Stream workers) = 0;
+  virtual absl::Status Write(const WriteParams& params, cpu::Workers* workers) = 0;
   // `bytes` that a caller gave, where the host can read them: at `from`, or in `copy`.
   virtual absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
                                                   std::vector<std::byte>& copy) = 0;

@@ -44,7 +44,7 @@ class Runtime {
   const Promise& promise() const { return promise_; }
   // One thread is the calling one: there are no workers that calls of several threads would wait
   // for.
-  Stream stream() { return options_.num_threads == 1 ? Stream{} : workers_->stream(); }
+  cpu::Workers* workers() { return options_.num_threads == 1 ? nullptr : workers_.get(); }
   HostStore& store() { return *store_; }
   // How files are read and written.
   const IoOptions& io() const { return io_; }

@@ -145,7 +145,7 @@ absl::Status Sequence::AppendAnd(const AppendRequest& r, F&& answer) {
                                                    .k_head_stride = r.k_head_stride,
                                                    .v_token_stride = r.v_token_stride,
                                                    .v_head_stride = r.v_head_stride},
-                                                  runtime_->stream()));
+                                                  runtime_->workers()));
   VATTN_RETURN_IF_ERROR(answer(blocks));
   std::move(undo).Cancel();
   AddTokens(r.layer, r.num_tokens);
@@ -177,7 +177,7 @@ absl::Status Sequence::Prefill(const PrefillRequest& r) {
                                         .q_head_stride = r.rows.q_head_stride,
                                         .out = r.out,
                                         .lse = r.lse},
-                                       runtime_->stream());
+                                       runtime_->workers());
   });
 }
 

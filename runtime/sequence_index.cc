@@ -309,7 +309,8 @@ std::vector<std::shared_ptr<const Index>> Sequence::Recentre(const Layer& layer,
   const Walk walk = Walk::Over(begin, end, 1, kCentreTokens);
   std::vector<std::shared_ptr<const Index>> made(layer.kv_heads.size());
   std::vector<double> shares(layer.kv_heads.size());
-  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t g) {
+  cpu::Workers* const workers = runtime_->workers();
+  cpu::ParallelFor(workers, static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t g) {
     const KvHead& kv_head = layer.kv_heads[g];
     Sample sample;
     LoadSample(s, kv_head.blocks, walk, sample);
@@ -330,7 +331,8 @@ std::vector<std::shared_ptr<const Index>> Sequence::Learn(int l, int64_t begin, 
   // A few tokens do not say in which directions keys vary: those before help.
   const int64_t help = std::min(begin - sinks, std::max<int64_t>(0, kLeastLearnt - walk.count));
   std::vector<std::shared_ptr<const Index>> made(layer.kv_heads.size());
-  cpu::ParallelFor(runtime_->stream(), static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t g) {
+  cpu::Workers* const workers = runtime_->workers();
+  cpu::ParallelFor(workers, static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t g) {
     KvHead& kv_head = layer.kv_heads[g];
     Sample sample;
     LoadSample(s, kv_head.blocks, walk, sample);

@@ -74,7 +74,8 @@ void AttendRows(const Storage& s, const uint8_t* const* rows, int count, int lis
 }
 
 void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t end,
-                 const float* queries, int heads, float* states, Stream stream, bool value_norms) {
+                 const float* queries, int heads, float* states, Workers* workers,
+                 bool value_norms) {
   const int64_t floats = heads * StateFloats(s.row.dim_v);
   const int64_t segments = (end - begin + kSegmentTokens - 1) / kSegmentTokens;
   const auto attend = [&](int64_t from, int64_t to, float* into) {
@@ -87,7 +88,7 @@ void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t en
     }
   };
   if (segments <= 1) return attend(begin, end, states);
-  ParallelFor(stream, segments, [&](int64_t i) {
+  ParallelFor(workers, segments, [&](int64_t i) {
     float* into = group.scratch.state + i * floats;
     for (int g = 0; g < heads; ++g) {
       ResetState({into + g * StateFloats(s.row.dim_v), s.row.dim_v}, s.row.dim_v);
@@ -104,10 +105,10 @@ void AttendRange(const Storage& s, const Group& group, int64_t begin, int64_t en
 }
 
 void AttendVisible(const Storage& s, const Group& group, int64_t begin, const int32_t* heads,
-                   int num_heads, const float* queries, float* states, Stream stream,
+                   int num_heads, const float* queries, float* states, Workers* workers,
                    bool value_norms) {
   const int64_t floats = StateFloats(s.row.dim_v), all = VisibleEnd(group, 0);
-  AttendRange(s, group, begin, all, queries, num_heads, states, stream, value_norms);
+  AttendRange(s, group, begin, all, queries, num_heads, states, workers, value_norms);
   // What only later query tokens see, token by token.
   for (int i = 0; i < num_heads;) {
     const int64_t end = VisibleEnd(group, heads == nullptr ? i : heads[i]);
@@ -116,7 +117,7 @@ void AttendVisible(const Storage& s, const Group& group, int64_t begin, const in
       ++next;
     if (end > all) {
       AttendRange(s, group, std::max(begin, all), end, queries + int64_t{i} * s.row.dim_k, next - i,
-                  states + i * floats, stream, value_norms);
+                  states + i * floats, workers, value_norms);
     }
     i = next;
   }
@@ -160,8 +161,8 @@ void FlagNotFinite(const Storage& s, const Group& group) {
   }
 }
 
-void AttendSelected(const AttendSelectedParams& p, Stream stream) {
-  ParallelFor(stream, p.num_groups, [&](int64_t index) {
+void AttendSelected(const AttendSelectedParams& p, Workers* workers) {
+  ParallelFor(workers, p.num_groups, [&](int64_t index) {
     const Storage& s = p.storage;
     Group& group = p.groups[index];
     const int32_t* tokens = p.tokens + index * p.capacity;

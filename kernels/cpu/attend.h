@@ -6,6 +6,8 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 constexpr int kTileRows = 64;
 
 // scratch.query = scale * group.q as fp32.
@@ -28,13 +30,13 @@ void AttendRows(const Storage& storage, const uint8_t* const* rows, int count, i
 
 // Adds tokens [begin, end) of the group to states; long ranges in parallel through scratch.state.
 void AttendRange(const Storage& storage, const Group& group, int64_t begin, int64_t end,
-                 const float* queries, int heads, float* states, Stream stream,
+                 const float* queries, int heads, float* states, Workers* workers,
                  bool value_norms = true);
 
 // Adds to the state of each listed head (ascending; null: the first num_heads) the tokens from
 // `begin` on that it sees. queries and states are those of the list.
 void AttendVisible(const Storage& storage, const Group& group, int64_t begin, const int32_t* heads,
-                   int num_heads, const float* queries, float* states, Stream stream,
+                   int num_heads, const float* queries, float* states, Workers* workers,
                    bool value_norms = true);
 
 // Writes out and lse of one head from a finished state.
@@ -47,7 +49,7 @@ void SetVerdict(const Group& group, int head, Verdict verdict, float error);
 void FlagNotFinite(const Storage& storage, const Group& group);
 
 // Attention over the listed tokens of every group and nothing else.
-void AttendSelected(const AttendSelectedParams& params, Stream stream);
+void AttendSelected(const AttendSelectedParams& params, Workers* workers);
 
 }  // namespace vattn::cpu
 

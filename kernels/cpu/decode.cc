@@ -22,11 +22,11 @@ namespace {
 
 // Scan, units and plan of the first look.
 Plan Prepare(const Storage& s, const Promise& promise, Group& group, const float* states,
-             Stream stream) {
+             Workers* workers) {
   PrepareQueries(s, promise.index, group);
-  ScanEstimates(s, promise.index, group, stream);
+  ScanEstimates(s, promise.index, group, workers);
   SumEstimates(s, group, states);
-  return MakePlan(s, promise, group, stream);
+  return MakePlan(s, promise, group, workers);
 }
 
 // Certificates of all heads at this look; true if all pass.
@@ -67,17 +67,17 @@ void WriteEstimates(const Storage& s, const Group& group, const float* outputs) 
   }
 }
 
-void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stream stream) {
+void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Workers* workers) {
   const int64_t floats = group.group_heads * StateFloats(s.row.dim_v);
   float* states = group.scratch.work;
   float* base = states + floats;
   float* outputs = base + 2 * floats;
   const int64_t n = group.middle_end - group.middle_begin;
-  AttendFixed(s, group, states, stream);
-  const Plan plan = Prepare(s, promise, group, states, stream);
+  AttendFixed(s, group, states, workers);
+  const Plan plan = Prepare(s, promise, group, states, workers);
   group.noisy = plan.noisy;
   if (plan.noisy && promise.on_unverified == OnUnverified::kDense) {
-    DecodeAllDense(s, group, Verdict::kDense, stream);
+    DecodeAllDense(s, group, Verdict::kDense, workers);
     group.selected = n;
     group.all_read = true;
     return;
@@ -90,9 +90,9 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
   float previous = 0, kept = 0;
   for (int look = 1; look <= promise.max_looks; ++look) {
     const int64_t from = draw.count;
-    draw.count = DrawTokens(group, inclusion, previous, randomness, from, stream, &kept);
+    draw.count = DrawTokens(group, inclusion, previous, randomness, from, workers, &kept);
     draw.scale = inclusion.scale;
-    ReadDraw(s, group, draw, from, stream);
+    ReadDraw(s, group, draw, from, workers);
     RaiseShift(group, draw);
     MakeBase(s, group, states, base);
     Estimate(s, promise, group, draw, base, outputs);
@@ -136,44 +136,44 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Stre
     if (!ok) failed[num_failed++] = g;
   }
   if (num_failed > 0 && promise.on_unverified == OnUnverified::kDense) {
-    DecodeDense(s, group, failed, num_failed, Verdict::kDense, stream);
+    DecodeDense(s, group, failed, num_failed, Verdict::kDense, workers);
     group.selected = n;
     group.all_read = true;
   }
 }
 
-void DecodeGroup(const Storage& s, const Promise& promise, Group& group, Stream stream) {
+void DecodeGroup(const Storage& s, const Promise& promise, Group& group, Workers* workers) {
   group.selected = 0;
   group.all_read = group.noisy = false;
   group.looks = 0;
   ScaleQueries(s, group);
   const int64_t n = group.middle_end - group.middle_begin;
   if (n == 0 || promise.policy == Policy::kDense) {
-    DecodeAllDense(s, group, Verdict::kExact, stream);
+    DecodeAllDense(s, group, Verdict::kExact, workers);
     group.selected = n;
     group.all_read = true;
   } else if (promise.policy == Policy::kVerified) {
-    DecodeVerified(s, promise, group, stream);
+    DecodeVerified(s, promise, group, workers);
   } else {
-    DecodeTopK(s, promise, group, stream);
+    DecodeTopK(s, promise, group, workers);
   }
   FlagNotFinite(s, group);
 }
 
 }  // namespace
 
-void AttendFixed(const Storage& s, const Group& group, float* states, Stream stream) {
+void AttendFixed(const Storage& s, const Group& group, float* states, Workers* workers) {
   for (int g = 0; g < group.group_heads; ++g) {
     ResetState({states + g * StateFloats(s.row.dim_v), s.row.dim_v}, s.row.dim_v);
   }
   AttendRange(s, group, 0, group.middle_begin, group.scratch.query, group.group_heads, states,
-              stream);
+              workers);
   AttendVisible(s, group, group.middle_end, nullptr, group.group_heads, group.scratch.query, states,
-                stream);
+                workers);
 }
 
 void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads,
-                 Verdict verdict, Stream stream) {
+                 Verdict verdict, Workers* workers) {
   const int64_t floats = StateFloats(s.row.dim_v);
   float* queries = group.scratch.query;  // the chosen heads' queries move to the front
   float* states = group.scratch.work;
@@ -184,7 +184,7 @@ void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int
     }
     ResetState({states + i * floats, s.row.dim_v}, s.row.dim_v);
   }
-  AttendVisible(s, group, 0, heads, num_heads, queries, states, stream, /*value_norms=*/false);
+  AttendVisible(s, group, 0, heads, num_heads, queries, states, workers, /*value_norms=*/false);
   for (int i = 0; i < num_heads; ++i) {
     const SoftmaxState state(states + i * floats, s.row.dim_v);
     for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] /= state.denominator();
@@ -193,28 +193,28 @@ void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int
   }
 }
 
-void DecodeAllDense(const Storage& s, Group& group, Verdict verdict, Stream stream) {
+void DecodeAllDense(const Storage& s, Group& group, Verdict verdict, Workers* workers) {
   int32_t heads[kMaxGroup];
   std::iota(heads, heads + group.group_heads, 0);
-  DecodeDense(s, group, heads, group.group_heads, verdict, stream);
+  DecodeDense(s, group, heads, group.group_heads, verdict, workers);
 }
 
-void Decode(const DecodeParams& p, Stream stream) {
-  ParallelFor(stream, p.num_groups,
-              [&](int64_t i) { DecodeGroup(p.storage, p.promise, p.groups[i], stream); });
+void Decode(const DecodeParams& p, Workers* workers) {
+  ParallelFor(workers, p.num_groups,
+              [&](int64_t i) { DecodeGroup(p.storage, p.promise, p.groups[i], workers); });
 }
 
-void Select(const SelectParams& p, Stream stream) {
-  ParallelFor(stream, p.num_groups, [&](int64_t i) {
+void Select(const SelectParams& p, Workers* workers) {
+  ParallelFor(workers, p.num_groups, [&](int64_t i) {
     const Storage& s = p.storage;
     Group& group = p.groups[i];
     group.selected = 0;
     if (group.middle_end == group.middle_begin) return;
     ScaleQueries(s, group);
-    AttendFixed(s, group, group.scratch.work, stream);
-    const Plan plan = Prepare(s, p.promise, group, group.scratch.work, stream);
+    AttendFixed(s, group, group.scratch.work, workers);
+    const Plan plan = Prepare(s, p.promise, group, group.scratch.work, workers);
     group.selected =
-        DrawTokens(group, plan.inclusion, 0, {.refresh = p.promise.refresh}, 0, stream);
+        DrawTokens(group, plan.inclusion, 0, {.refresh = p.promise.refresh}, 0, workers);
     for (int64_t t = 0; t < group.selected; ++t) {
       group.scratch.weight[t] = std::min(1.f, plan.inclusion.scale * group.scratch.weight[t]);
     }

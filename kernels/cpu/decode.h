@@ -6,17 +6,19 @@
 
 namespace vattn::cpu {
 
-void Decode(const DecodeParams& params, Stream stream);
-void Select(const SelectParams& params, Stream stream);
+class Workers;
+
+void Decode(const DecodeParams& params, Workers* workers);
+void Select(const SelectParams& params, Workers* workers);
 
 // Attention over all rows for the listed heads of a group, exact, written out with `verdict`.
 void DecodeDense(const Storage& storage, const Group& group, const int32_t* heads, int num_heads,
-                 Verdict verdict, Stream stream);
+                 Verdict verdict, Workers* workers);
 // The same for every head.
-void DecodeAllDense(const Storage& storage, Group& group, Verdict verdict, Stream stream);
+void DecodeAllDense(const Storage& storage, Group& group, Verdict verdict, Workers* workers);
 
 // States [G][dim_v + 3] of sinks and window, from scratch.query.
-void AttendFixed(const Storage& storage, const Group& group, float* states, Stream stream);
+void AttendFixed(const Storage& storage, const Group& group, float* states, Workers* workers);
 
 }  // namespace vattn::cpu
 

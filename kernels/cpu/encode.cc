@@ -323,8 +323,8 @@ void FindCodeErrors(const Storage& s, const IndexTables& index, const float* key
   }
 }
 
-void Encode(const EncodeParams& p, Stream stream) {
-  ParallelFor(stream, (p.end - p.begin) / kTileTokens,
+void Encode(const EncodeParams& p, Workers* workers) {
+  ParallelFor(workers, (p.end - p.begin) / kTileTokens,
               [&](int64_t tile) { EncodeTile(p, p.begin + tile * kTileTokens); });
 }
 

@@ -6,9 +6,11 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 // Codes tokens [begin, end) of EncodeParams. x_j is a chain of fused multiply-adds over the key's
 // elements in order, so that every backend gets the same bits.
-void Encode(const EncodeParams& params, Stream stream);
+void Encode(const EncodeParams& params, Workers* workers);
 
 // Codes of one tile of centred keys [16][dim_k], of a layout with levels (kernels/geometry.h).
 void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys,

@@ -54,7 +54,8 @@ Sums WeighRow(float* weight, const float* by, const float* norm2, int count) {
 
 }  // namespace
 
-void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t from, Stream stream) {
+void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t from,
+              Workers* workers) {
   const Scratch& w = group.scratch;
   const int64_t tiles = (draw.count - from + kTileRows - 1) / kTileRows;
   for (int64_t i = from; i < draw.count; ++i) {
@@ -62,7 +63,7 @@ void ReadDraw(const Storage& s, const Group& group, const Draw& draw, int64_t fr
     if (i - from >= kTileRows) continue;  // later tiles come in with the one before
     for (int b = 0; b < s.row.row_bytes; b += 64) FetchSoon(w.row[i] + b);
   }
-  ParallelFor(stream, tiles, [&](int64_t tile) {
+  ParallelFor(workers, tiles, [&](int64_t tile) {
     const int64_t first = from + tile * kTileRows;
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, draw.count - first));
     const uint8_t* const* rows = w.row + first;

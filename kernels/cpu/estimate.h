@@ -7,10 +7,12 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 // Reads places [from, draw.count) of the list: their rows, logits and |v|^2, and with value codes |v^|^2
 // and v . v^.
 void ReadDraw(const Storage& storage, const Group& group, const Draw& draw, int64_t from,
-              Stream stream);
+              Workers* workers);
 
 // Brings scratch.head[h].shift up to the largest logit of the draw, and the sums with it.
 void RaiseShift(const Group& group, const Draw& draw);

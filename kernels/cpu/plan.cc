@@ -12,7 +12,7 @@ namespace vattn::cpu {
 namespace {
 
 // Predicted variance of every head and expected draws under the multipliers in group.state.
-void Predict(const Group& group, Plan& plan, int stride, int phase, Stream stream) {
+void Predict(const Group& group, Plan& plan, int stride, int phase, Workers* workers) {
   const Scratch& w = group.scratch;
   float variance[kMaxGroup];
   for (int g = 0; g < group.group_heads; ++g) {
@@ -20,7 +20,7 @@ void Predict(const Group& group, Plan& plan, int stride, int phase, Stream strea
     w.log_gain[g] = w.head[g].log_norm + half;
     w.floor[g] = w.head[g].floor * std::exp(half);
   }
-  plan.expected = PredictVariance(group, plan.inclusion, stride, phase, variance, stream);
+  plan.expected = PredictVariance(group, plan.inclusion, stride, phase, variance, workers);
   for (int g = 0; g < group.group_heads; ++g) {
     w.head[g].predicted = variance[g] * std::exp(-group.state[g].log_multiplier);
   }
@@ -51,13 +51,13 @@ void FindSure(const Promise& promise, const Group& group) {
 }
 
 // The number of tokens that are drawn with probability 1 whatever the multipliers are.
-float SureTokens(const Group& group, Stream stream) {
+float SureTokens(const Group& group, Workers* workers) {
   const Scratch& w = group.scratch;
   std::fill(w.log_gain, w.log_gain + group.group_heads, -HUGE_VALF);
   std::fill(w.floor, w.floor + group.group_heads, 0.f);
   float variance[kMaxGroup];
   return PredictVariance(group, {.log_gain = w.log_gain, .floor = w.floor, .sure = w.sure}, 1, 0,
-                         variance, stream);
+                         variance, workers);
 }
 
 // Variance of the blocks' largest tokens under the multiplier in group.state.
@@ -95,7 +95,7 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
   }
 }
 
-Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stream stream) {
+Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Workers* workers) {
   const Scratch& w = group.scratch;
   const int heads = group.group_heads;
   const float n = static_cast<float>(group.middle_end - group.middle_begin);
@@ -112,7 +112,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   const int stride = PlanStride(group.middle_end - group.middle_begin);
   const int phase = static_cast<int>(group.step % static_cast<uint64_t>(stride));
   for (int round = 0; round < kPlanRounds; ++round) {
-    Predict(group, plan, stride, phase, stream);
+    Predict(group, plan, stride, phase, workers);
     float worst = -100;
     for (int g = 0; g < heads; ++g) {
       worst =
@@ -120,7 +120,7 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
     }
     if (std::abs(worst) < kClose) break;
   }
-  Predict(group, plan, 1, 0, stream);
+  Predict(group, plan, 1, 0, workers);
   // What is left of the gap is closed for the worst head by one factor on every probability.
   float worst = kLeastScale;
   for (int g = 0; g < heads; ++g) worst = std::max(worst, w.head[g].predicted / w.head[g].target);
@@ -130,17 +130,17 @@ Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Stre
   float sure = 0;
   plan.feasible = plan.expected * (w.sure == nullptr ? scale : std::max(scale, 1.f)) <= most;
   if (!plan.feasible && w.sure != nullptr) {
-    sure = SureTokens(group, stream);
+    sure = SureTokens(group, workers);
     plan.noisy = sure > most;
     if (plan.noisy) plan.inclusion.sure = nullptr;
-    Predict(group, plan, 1, 0, stream);  // SureTokens overwrote gains and floors
+    Predict(group, plan, 1, 0, workers);  // SureTokens overwrote gains and floors
     plan.feasible = !plan.noisy && sure + (plan.expected - sure) * scale <= most;
   }
   if (!plan.feasible) {
     // Probabilities capped at 1 do not fall with the scale, so it goes down in several steps.
     for (int round = 0; plan.expected > 1.05f * most && round < kPlanRounds; ++round) {
       plan.inclusion.scale *= most / plan.expected;
-      Predict(group, plan, 1, 0, stream);
+      Predict(group, plan, 1, 0, workers);
     }
     return plan;
   }

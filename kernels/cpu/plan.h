@@ -8,6 +8,8 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 struct Plan {
   Inclusion inclusion;
   float expected = 0;    // tokens drawn
@@ -21,7 +23,7 @@ struct Plan {
 void SumEstimates(const Storage& storage, const Group& group, const float* states);
 
 // Renews the multipliers in group.state and returns what to draw with.
-Plan MakePlan(const Storage& storage, const Promise& promise, const Group& group, Stream stream);
+Plan MakePlan(const Storage& storage, const Promise& promise, const Group& group, Workers* workers);
 
 // Learns rho and z from the planned draw. Call it after the certificate of the first look.
 void Learn(const Promise& promise, const Group& group);

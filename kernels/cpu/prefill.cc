@@ -170,11 +170,11 @@ class Tile {
 
 }  // namespace
 
-void Prefill(const PrefillParams& p, Stream stream) {
+void Prefill(const PrefillParams& p, Workers* workers) {
   const int64_t tokens = std::max(1, kTileQueries / p.group_heads);
   const int64_t tiles = (p.count + tokens - 1) / tokens;
   // The last tiles first: they see the most keys.
-  ParallelFor(stream, tiles * p.kv_heads, [&](int64_t i) {
+  ParallelFor(workers, tiles * p.kv_heads, [&](int64_t i) {
     const int64_t begin = (tiles - 1 - i / p.kv_heads) * tokens;
     Tile(p, static_cast<int>(i % p.kv_heads), begin, std::min(p.count, begin + tokens)).Attend();
   });

@@ -9,7 +9,9 @@ namespace vattn::cpu {
 // Products and softmax run over a tile of query tokens of a KV head and a block of keys at a time
 // (FlashAttention-2, arXiv 2307.08691): memory beside the arrays does not grow with the tokens.
 // Products are fp32 whatever the dtype of the rows is.
-void Prefill(const PrefillParams& params, Stream stream);
+class Workers;
+
+void Prefill(const PrefillParams& params, Workers* workers);
 
 }  // namespace vattn::cpu
 

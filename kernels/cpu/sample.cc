@@ -300,11 +300,11 @@ struct Weights {
 }  // namespace
 
 float PredictVariance(const Group& group, const Inclusion& inclusion, int stride, int phase,
-                      float* variance, Stream stream) {
+                      float* variance, Workers* workers) {
   const int heads = group.group_heads;
   const int64_t blocks = NumBlocks(group);
   const int64_t segments = (blocks + kSegmentBlocks - 1) / kSegmentBlocks;
-  ParallelFor(stream, segments, [&](int64_t s) {
+  ParallelFor(workers, segments, [&](int64_t s) {
     const int64_t first = s * kSegmentBlocks;
     const int count = static_cast<int>(std::min<int64_t>(blocks - first, kSegmentBlocks));
     const Weights weights(group, inclusion, first, count);
@@ -325,7 +325,7 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
 }
 
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
-                   Randomness randomness, int64_t count, Stream stream, float* kept) {
+                   Randomness randomness, int64_t count, Workers* workers, float* kept) {
   const int heads = group.group_heads;
   const Scratch& w = group.scratch;
   const int64_t blocks = NumBlocks(group);
@@ -361,7 +361,7 @@ int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previou
   };
   const bool candidates = kept != nullptr && inclusion.scale <= *kept;
   const bool keep = kept != nullptr && !candidates;
-  ParallelFor(stream, segments, [&](int64_t s) {
+  ParallelFor(workers, segments, [&](int64_t s) {
     if (candidates && found(s) < 0) return;
     const int n = keep ? draw(s, 0, kKeep * inclusion.scale, true) : -1;
     // The number is below 2^24, so that a float holds it exactly.

@@ -7,6 +7,8 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 // What the inclusion probability pi of a token is made of. With e^_h = estimate * exp(shift) of the
 // token and head h,
 //   weight^2 = sum_h (gain_h * e^_h + floor_h)^2,   pi = min(1, scale * weight),
@@ -32,7 +34,7 @@ struct BlockWeights {
 // and returns the expected number of tokens drawn. It looks at one tile of 16 tokens in `stride`, from
 // tile `phase` on, and scales the sums up.
 float PredictVariance(const Group& group, const Inclusion& inclusion, int stride, int phase,
-                      float* variance, Stream stream);
+                      float* variance, Workers* workers);
 
 // Appends the tokens with previous_scale * weight <= u < scale * weight, in ascending order, and their
 // weights to scratch.token and scratch.weight after the first `count`. previous_scale 0: all tokens
@@ -43,7 +45,7 @@ float PredictVariance(const Group& group, const Inclusion& inclusion, int stride
 // candidates in the sparse arrays, and draws of scales up to *kept look at these alone. They find the
 // same tokens in the same order as without `kept`.
 int64_t DrawTokens(const Group& group, const Inclusion& inclusion, float previous_scale,
-                   Randomness randomness, int64_t count, Stream stream, float* kept = nullptr);
+                   Randomness randomness, int64_t count, Workers* workers, float* kept = nullptr);
 
 // Makes the first `count` drawn tokens exact: each has inclusion probability 1 from now on, and its
 // estimate is taken out of the scan, so that no later draw finds it again.

@@ -386,10 +386,10 @@ void ScoreBlock(const Storage& s, IndexKind kind, const Group& group, int64_t to
       s, group, {.block = token / kBlockTokens, .begin = begin, .end = end, .soon = soon}, scores);
 }
 
-void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream stream) {
+void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Workers* workers) {
   const int heads = group.group_heads;
   const int64_t blocks = NumBlocks(group), first = FirstBlock(group);
-  ParallelFor(stream, (blocks + kTaskBlocks - 1) / kTaskBlocks, [&](int64_t task) {
+  ParallelFor(workers, (blocks + kTaskBlocks - 1) / kTaskBlocks, [&](int64_t task) {
     constexpr int kHeadsAtOnce = 64;
     alignas(64) float scores[kHeadsAtOnce * kBlockTokens];
     for (int64_t b = task * kTaskBlocks; b < std::min(blocks, (task + 1) * kTaskBlocks); ++b) {
@@ -414,9 +414,9 @@ void ScanEstimates(const Storage& s, IndexKind kind, const Group& group, Stream 
   });
 }
 
-void ScanScores(const Storage& s, IndexKind kind, const Group& group, Stream stream) {
+void ScanScores(const Storage& s, IndexKind kind, const Group& group, Workers* workers) {
   const int heads = group.group_heads;
-  ParallelFor(stream, NumBlocks(group), [&](int64_t b) {
+  ParallelFor(workers, NumBlocks(group), [&](int64_t b) {
     constexpr int kHeadsAtOnce = 64;
     alignas(64) float scores[kHeadsAtOnce * kBlockTokens];
     const int64_t token = (FirstBlock(group) + b) * kBlockTokens;

@@ -6,6 +6,8 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 // Prepares the group's scaled queries (scratch.query) for the scan of an index of this kind.
 void PrepareQueries(const Storage& storage, IndexKind kind, Group& group);
 
@@ -18,10 +20,10 @@ void ScoreBlock(const Storage& storage, IndexKind kind, const Group& group, int6
 // The whole middle as scratch.estimate, shift and mass. e^ of a token is estimate * exp(shift of
 // its block and head), estimates are rounded to fp16 and at most 1; they are 0 outside the middle
 // only.
-void ScanEstimates(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
+void ScanEstimates(const Storage& storage, IndexKind kind, const Group& group, Workers* workers);
 
 // The whole middle as scratch.score [G][stride], token - middle_begin along the row.
-void ScanScores(const Storage& storage, IndexKind kind, const Group& group, Stream stream);
+void ScanScores(const Storage& storage, IndexKind kind, const Group& group, Workers* workers);
 
 // e^ of one token and head, in the unit exp(shift) of their block.
 float EstimateOf(const Group& group, int64_t token, int head);

@@ -129,14 +129,14 @@ bool AddUniform(const Storage& s, const Promise& promise, const Group& group, co
 
 }  // namespace
 
-void DecodeTopK(const Storage& s, const Promise& promise, Group& group, Stream stream) {
+void DecodeTopK(const Storage& s, const Promise& promise, Group& group, Workers* workers) {
   const Scratch& w = group.scratch;
   const int64_t n = group.middle_end - group.middle_begin, floats = StateFloats(s.row.dim_v);
   const int64_t k = ShareOf(promise.topk_share, n);
   const bool uniform = promise.policy == Policy::kTopKUniform;
-  AttendFixed(s, group, w.work, stream);
+  AttendFixed(s, group, w.work, workers);
   PrepareQueries(s, promise.index, group);
-  ScanScores(s, promise.index, group, stream);
+  ScanScores(s, promise.index, group, workers);
   std::fill(w.tail, w.tail + n, 0u);
   uint32_t* order = w.sparse_token;
   if (uniform) OrderByUniform(promise, group, n, n, order);

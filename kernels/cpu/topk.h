@@ -7,7 +7,9 @@
 
 namespace vattn::cpu {
 
-void DecodeTopK(const Storage& storage, const Promise& promise, Group& group, Stream stream);
+class Workers;
+
+void DecodeTopK(const Storage& storage, const Promise& promise, Group& group, Workers* workers);
 
 }  // namespace vattn::cpu
 

@@ -22,7 +22,6 @@ class Workers {
   // used.
   bool Start();
   int num_threads() const;
-  Stream stream() { return {this}; }
   // body(context, i) for i in [0, count), in any order, at once on several threads; nests.
   void Run(int64_t count, void (*body)(void* context, int64_t i), void* context);
 
@@ -31,18 +30,17 @@ class Workers {
   std::unique_ptr<Arena> arena_;
 };
 
-// Runs body(i) for i in [0, count) on the workers of `stream`; on the calling thread without one.
+// Runs body(i) for i in [0, count) on the workers; on the calling thread if they are null.
 template <class F>
-void ParallelFor(Stream stream, int64_t count, F&& body) {
-  if (stream.handle == nullptr || count <= 1) {
+void ParallelFor(Workers* workers, int64_t count, F&& body) {
+  if (workers == nullptr || count <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-  static_cast<Workers*>(stream.handle)
-      ->Run(
-          count,
-          [](void* context, int64_t i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); },
-          const_cast<void*>(static_cast<const void*>(&body)));
+  workers->Run(
+      count,
+      [](void* context, int64_t i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 }  // namespace vattn::cpu

@@ -7,13 +7,13 @@
 
 namespace vattn::cpu {
 
-void Write(const WriteParams& p, Stream stream) {
+void Write(const WriteParams& p, Workers* workers) {
   const Storage& s = p.storage;
   const int element = ElementBytes(s.row.dtype);
   const size_t k_bytes = static_cast<size_t>(s.row.dim_k) * element,
                v_bytes = static_cast<size_t>(s.row.dim_v) * element;
   const int64_t chunks = (p.count + kBlockTokens - 1) / kBlockTokens;
-  ParallelFor(stream, chunks * p.kv_heads, [&](int64_t i) {
+  ParallelFor(workers, chunks * p.kv_heads, [&](int64_t i) {
     const int head = static_cast<int>(i % p.kv_heads);
     const int64_t from = i / p.kv_heads * kBlockTokens, to = std::min(p.count, from + kBlockTokens);
     const std::byte* k = static_cast<const std::byte*>(p.k) + head * p.k_head_stride * element;

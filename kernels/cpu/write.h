@@ -6,7 +6,9 @@
 
 namespace vattn::cpu {
 
-void Write(const WriteParams& params, Stream stream);
+class Workers;
+
+void Write(const WriteParams& params, Workers* workers);
 
 }  // namespace vattn::cpu
 

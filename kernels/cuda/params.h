@@ -12,6 +12,11 @@
 
 namespace vattn::cuda {
 
+// A cudaStream_t, on which the work of a call is enqueued.
+struct Stream {
+  void* handle = nullptr;
+};
+
 constexpr int kMaxDeviceGroup = 128;  // query heads per KV head, of all query tokens
 // The most sums that a team adds up at a time: those of the certificate, TailTotals of verify.cuh, and
 // of groups with few heads the three of a report.

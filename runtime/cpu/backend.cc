@@ -15,12 +15,12 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CpuBackend::MakeBatch(Runtime& runtim
   return std::make_unique<CpuBatch>(runtime, slots);
 }
 
-absl::Status CpuBackend::Prefill(const PrefillParams& params, Stream workers) {
+absl::Status CpuBackend::Prefill(const PrefillParams& params, cpu::Workers* workers) {
   cpu::Prefill(params, workers);
   return absl::OkStatus();
 }
 
-absl::Status CpuBackend::Write(const WriteParams& params, Stream workers) {
+absl::Status CpuBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   cpu::Write(params, workers);
   return absl::OkStatus();
 }

@@ -17,9 +17,9 @@ class CpuBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
   absl::Status CheckPrefill() const override { return absl::OkStatus(); }
-  absl::Status Prefill(const PrefillParams& params, Stream workers) override;
+  absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void*) const override { return false; }
-  absl::Status Write(const WriteParams& params, Stream workers) override;
+  absl::Status Write(const WriteParams& params, cpu::Workers* workers) override;
   absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t,
                                           std::vector<std::byte>&) override {
     return static_cast<const std::byte*>(from);

@@ -115,7 +115,7 @@ void CpuBatch::WriteRows(const AttendRequest& r) {
                 .k_head_stride = s.row.dim_k,
                 .v_token_stride = int64_t{kv_heads} * s.row.dim_v,
                 .v_head_stride = s.row.dim_v},
-               Stream{});
+               nullptr);
   }
 }
 
@@ -199,7 +199,7 @@ void CpuBatch::Decode() {
                .promise = runtime_.promise(),
                .groups = groups_.data(),
                .num_groups = static_cast<int32_t>(groups_.size())},
-              runtime_.stream());
+              runtime_.workers());
 }
 
 void CpuBatch::AttendSelected(const Selection& selection) {
@@ -217,7 +217,7 @@ void CpuBatch::AttendSelected(const Selection& selection) {
                                             : selection.log_weights + place * selection.capacity,
                          .counts = selection.counts + place,
                          .capacity = selection.capacity},
-                        runtime_.stream());
+                        runtime_.workers());
     group.selected = 0;
     for (int32_t k = 0; k < selection.counts[place]; ++k) {
       if (tokens[k] >= group.middle_begin && tokens[k] < group.middle_end)
@@ -235,7 +235,7 @@ absl::Status CpuBatch::Select(const AttendRequest& r, const Selection& selection
                .promise = runtime_.promise(),
                .groups = groups_.data(),
                .num_groups = static_cast<int32_t>(groups_.size())},
-              runtime_.stream());
+              runtime_.workers());
   int64_t need = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = groups_[i];

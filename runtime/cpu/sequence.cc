@@ -31,7 +31,7 @@ void CpuSequence::GiveUpStep(Sequence& sequence) {
 void CpuSequence::Code(Sequence& sequence, int l, int64_t begin) {
   Runtime& runtime = sequence.runtime();
   Layer& layer = sequence.layer(l);
-  const Stream workers = runtime.stream();
+  cpu::Workers* const workers = runtime.workers();
   uint64_t outliers = 0;
   cpu::ParallelFor(workers, static_cast<int64_t>(layer.kv_heads.size()), [&](int64_t h) {
     const KvHead& kv_head = layer.kv_heads[h];

@@ -150,7 +150,7 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CudaBackend::MakeBatch(Runtime& runti
   return CudaBatch::Create(runtime, slots);
 }
 
-absl::Status CudaBackend::Write(const WriteParams& params, Stream workers) {
+absl::Status CudaBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   if (IsOnDevice(params.k)) return WriteOnDevice(params);
   cpu::Write(params, workers);
   return absl::OkStatus();

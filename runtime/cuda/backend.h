@@ -43,11 +43,11 @@ class CudaBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
   absl::Status CheckPrefill() const override;
-  absl::Status Prefill(const PrefillParams& params, Stream workers) override;
+  absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void* pointer) const override {
     return pointer != nullptr && device_->CanFollow(pointer);
   }
-  absl::Status Write(const WriteParams& params, Stream workers) override;
+  absl::Status Write(const WriteParams& params, cpu::Workers* workers) override;
   absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
                                           std::vector<std::byte>& copy) override;
 

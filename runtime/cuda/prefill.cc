@@ -60,7 +60,7 @@ absl::Status CudaBackend::CheckPrefill() const {
                            row.dim_v);
 }
 
-absl::Status CudaBackend::Prefill(const PrefillParams& p, Stream) {
+absl::Status CudaBackend::Prefill(const PrefillParams& p, cpu::Workers*) {
   VATTN_RETURN_IF_ERROR(device_->Activate());
   const RowLayout& row = p.storage.row;
   const int64_t all = p.first + p.count, blocks = BlocksFor(all), heads = p.count * p.q_heads,

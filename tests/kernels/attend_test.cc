@@ -152,7 +152,7 @@ TEST(AttendRangeTest, LongRangesDoNotDependOnThreads) {
     for (const int threads : {1, 2}) {
       Workers workers(threads);
       ScaleQueries(f.storage, f.group);
-      DecodeAllDense(f.storage, f.group, Verdict::kDense, workers.stream());
+      DecodeAllDense(f.storage, f.group, Verdict::kDense, &workers);
       EXPECT_EQ(f.Output(2), alone);
     }
   }

@@ -13,8 +13,9 @@
 namespace vattn::cpu {
 namespace {
 
-void RunDecode(GroupFixture& f, Stream stream = {}) {
-  Decode({.storage = f.storage, .promise = f.promise, .groups = &f.group, .num_groups = 1}, stream);
+void RunDecode(GroupFixture& f, Workers* workers = nullptr) {
+  Decode({.storage = f.storage, .promise = f.promise, .groups = &f.group, .num_groups = 1},
+         workers);
 }
 
 double Ref(const GroupFixture& f, const Attention& exact) {
@@ -170,7 +171,7 @@ TEST(DecodeThreadsTest, ResultsDoNotDependOnThreads) {
         std::vector<std::vector<double>> outputs;
         for (int step = 0; step < 3; ++step) {
           f.group.step = step;
-          RunDecode(f, threads == 0 ? Stream{} : workers.stream());
+          RunDecode(f, threads == 0 ? nullptr : &workers);
           for (int g = 0; g < 4; ++g) outputs.push_back(f.Output(g));
           outputs.push_back({f.lse.begin(), f.lse.end()});
           outputs.push_back({f.error.begin(), f.error.end()});

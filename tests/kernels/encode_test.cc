@@ -296,7 +296,7 @@ TEST(EncodeRangeTest, LeavesOtherTokensAndThreadsDoNotMatter) {
           .blocks = f.group.blocks,
           .begin = 560,
           .end = 720},
-         workers.stream());
+         &workers);
   for (int64_t t = 512; t < 768; ++t) {
     const bool coded = t >= 560 && t < 720;
     const int64_t at =

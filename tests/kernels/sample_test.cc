@@ -225,9 +225,9 @@ TEST_P(SampleTest, ThreadsDoNotMatter) {
   const std::vector<uint32_t> drawn = Tokens(DrawTokens(f_.group, w.At(1.f), 0, {}, 0, {}));
   for (const int threads : {1, 2}) {
     Workers workers(threads);
-    EXPECT_EQ(PredictVariance(f_.group, w.At(1.f), 1, 0, other.data(), workers.stream()), size);
+    EXPECT_EQ(PredictVariance(f_.group, w.At(1.f), 1, 0, other.data(), &workers), size);
     EXPECT_EQ(other, variance);
-    EXPECT_EQ(Tokens(DrawTokens(f_.group, w.At(1.f), 0, {}, 0, workers.stream())), drawn);
+    EXPECT_EQ(Tokens(DrawTokens(f_.group, w.At(1.f), 0, {}, 0, &workers)), drawn);
   }
 }
 

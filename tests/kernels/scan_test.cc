@@ -209,7 +209,7 @@ TEST(ScanEstimatesTest, ManyHeadsOnTwoThreads) {
     const std::vector<float> shift(f.group.scratch.shift, f.group.scratch.shift + floats);
     const std::vector<float> mass(f.group.scratch.mass, f.group.scratch.mass + floats);
     Workers workers(2);
-    ScanEstimates(f.storage, IndexKind::kBalanced, f.group, workers.stream());
+    ScanEstimates(f.storage, IndexKind::kBalanced, f.group, &workers);
     EXPECT_EQ(shift, std::vector<float>(f.group.scratch.shift, f.group.scratch.shift + floats));
     EXPECT_EQ(mass, std::vector<float>(f.group.scratch.mass, f.group.scratch.mass + floats));
   }

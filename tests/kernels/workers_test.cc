@@ -12,13 +12,13 @@ TEST(WorkersTest, ABodyThatThrowsEndsItsCallAlone) {
   Workers workers(0);
   ASSERT_TRUE(workers.Start());
   for (int round = 0; round < 3; ++round) {
-    EXPECT_THROW(ParallelFor(workers.stream(), 1000,
+    EXPECT_THROW(ParallelFor(&workers, 1000,
                              [](int64_t i) {
                                if (i % 100 == 7) throw std::runtime_error("no");
                              }),
                  std::runtime_error);
     std::atomic<int64_t> sum{0};
-    ParallelFor(workers.stream(), 1000, [&](int64_t i) { sum += i; });
+    ParallelFor(&workers, 1000, [&](int64_t i) { sum += i; });
     EXPECT_EQ(sum, 499500);
   }
 }
@@ -29,7 +29,7 @@ TEST(WorkersTest, MoreThreadsThanThereAreCountAsAll) {
   EXPECT_EQ(more.num_threads(), all.num_threads());
   EXPECT_TRUE(more.Start());
   std::atomic<int64_t> sum{0};
-  ParallelFor(more.stream(), 10, [&](int64_t i) { sum += i; });
+  ParallelFor(&more, 10, [&](int64_t i) { sum += i; });
   EXPECT_EQ(sum, 45);
   EXPECT_EQ(testing::internal::GetCapturedStderr(), "");  // oneTBB would warn
 }
