@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cpu/values.h"
 #include "kernels/cpu/workers.h"
 #include "tests/kernels/group_fixture.h"
 
