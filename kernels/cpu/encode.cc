@@ -260,9 +260,19 @@ void CountOutliers(const CodeLayout& code, const uint8_t* tile, uint64_t* outlie
   if (found > 0) std::atomic_ref<uint64_t>(*outliers).fetch_add(found, std::memory_order_relaxed);
 }
 
+std::byte* BlockOf(const EncodeParams& p, int64_t token) {
+  return p.storage.base + p.blocks[token / kBlockTokens] * p.storage.block.bytes;
+}
+
+// Fetches the rows of a tile that is coded soon.
+void FetchTile(const EncodeParams& p, int64_t token) {
+  const std::byte* rows = BlockOf(p, token) + token % kBlockTokens * p.storage.row.row_bytes;
+  for (int i = 0; i < kTileTokens * p.storage.row.row_bytes; i += 64) FetchSoon(rows + i);
+}
+
 void EncodeTile(const EncodeParams& p, int64_t token) {
   const Storage& s = p.storage;
-  std::byte* block = s.base + p.blocks[token / kBlockTokens] * s.block.bytes;
+  std::byte* block = BlockOf(p, token);
   const int in = static_cast<int>(token % kBlockTokens);
   const uint8_t* rows[kTileTokens];
   for (int t = 0; t < kTileTokens; ++t) {
@@ -273,6 +283,7 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   LoadRows(
       {.rows = rows, .count = kTileTokens, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
       keys);
+  if (token + kTileTokens < p.end) FetchTile(p, token + kTileTokens);
   if (s.code.bytes() > 0) {
     HWY_DYNAMIC_DISPATCH(Centre)(p.index.center, s.row.dim_k, keys);
     FunctionsOf(s.code.kind).encode(s, p.index, keys, tile);
