@@ -229,6 +229,7 @@ void Sequence::CodeLayer(int l, const CodingPlan& plan, int64_t end) {
   Layer& layer = layers_[l];
   if (end <= plan.begin || layer.kv_heads.empty()) return;
   if (plan.coding != Coding::kExtend) MakeSegment(l, plan, end);
+  runtime_->counters().segments_refused += plan.refused;
   layer.coded = end;
   layer.codes_made = std::min(layer.codes_made, plan.begin);
   half_->Code(*this, l, plan.begin);
