@@ -253,7 +253,7 @@ void CountOutliers(const CodeLayout& code, const uint8_t* tile, uint64_t* outlie
   uint32_t any[kTileTokens] = {};
   for (int w = 0; w < code.words(); ++w) {
     uint32_t word[kTileTokens];
-    std::memcpy(word, tile + w * sizeof(word), sizeof(word));
+    std::memcpy(word, tile + w * kTileTokens * 4, sizeof(word));
     for (int t = 0; t < kTileTokens; ++t) any[t] |= word[t];
   }
   const auto found = static_cast<uint64_t>(std::count(any, any + kTileTokens, 0u));
