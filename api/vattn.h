@@ -764,6 +764,9 @@ typedef struct vattn_stats {
   uint64_t segments_learnt;  /* parts of indices learnt from their tokens, over layers */
   uint64_t index_floods;     /* of them: early, because new tokens were unlike those before */
   uint64_t segments_recoded; /* parts whose tokens were coded again by new tables */
+  /* parts that were due where an index had too many, over layers: each time that tokens were coded
+   * by the tables of the part before theirs instead, which makes more outliers and dense heads */
+  uint64_t segments_refused;
   /* tokens coded as outliers, each time that they are coded: they are read in every step */
   uint64_t outliers;
 

@@ -46,11 +46,20 @@ void LoadSample(const Storage& s, const BlockTable& blocks, const Walk& walk, Sa
   out.count += walk.count;
   out.keys.resize(static_cast<size_t>(out.count) * s.row.dim_k);
   out.values.resize(static_cast<size_t>(out.count) * s.row.dim_v);
-  for (int64_t i = 0; i < walk.count; ++i) {
+  // The rows lie apart, so each is fetched while those before it are converted.
+  constexpr int64_t kAhead = 8;
+  const uint8_t* rows[kAhead];
+  const auto fetch = [&](int64_t i) {
     const int64_t token = walk.Token(i);
-    const uint8_t* row =
+    rows[i % kAhead] =
         reinterpret_cast<const uint8_t*>(s.base + blocks[token / kBlockTokens] * s.block.bytes +
                                          token % kBlockTokens * s.row.row_bytes);
+    for (int32_t at = 0; at < s.row.row_bytes; at += 64) cpu::FetchSoon(rows[i % kAhead] + at);
+  };
+  for (int64_t i = 0; i < std::min(kAhead, walk.count); ++i) fetch(i);
+  for (int64_t i = 0; i < walk.count; ++i) {
+    const uint8_t* row = rows[i % kAhead];
+    if (i + kAhead < walk.count) fetch(i + kAhead);
     const size_t at = begin + static_cast<size_t>(i);
     cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
                   out.keys.data() + at * s.row.dim_k);
@@ -251,6 +260,7 @@ void Sequence::CodeLayer(int l, const CodingPlan& plan, int64_t end) {
   Layer& layer = layers_[l];
   if (end <= plan.begin || layer.kv_heads.empty()) return;
   if (plan.coding != Coding::kExtend) MakeSegment(l, plan, end);
+  runtime_->counters().segments_refused += plan.refused;
   layer.coded = end;
   layer.codes_made = std::min(layer.codes_made, plan.begin);
   half_->Code(*this, l, plan.begin);

@@ -41,7 +41,8 @@ namespace vattn {
   X(segments_learnt, "counter", "Segments of indices learnt from their tokens, over layers")  \
   X(index_floods, "counter", "Segments learnt early because new tokens were unlike the old")  \
   X(segments_recoded, "counter", "Segments whose tokens were coded again by new tables")     \
-  X(outliers, "counter", "Tokens coded as outliers, which are read in every step")           \
+  X(segments_refused, "counter", "Segments that were due where an index had too many, over layers") \
+  X(outliers, "counter", "Tokens coded as outliers, each time that they are coded")          \
   X(heads_noisy, "counter", "Query heads not verified because codes are too coarse for them") \
   X(full_refusals, "counter", "Calls refused because the host pool or a quota was full")     \
   X(quota_refusals, "counter", "Calls refused because a tenant was at its quota")            \

@@ -13,7 +13,7 @@
 #include "bench/inside/index_view.h"
 #include "bench/inside/tail_tables.h"
 #include "bench/inside/tail_terms.h"
-#include "kernels/cpu/encode.h"
+#include "kernels/cpu/values.h"
 
 namespace vattn::bench {
 namespace {

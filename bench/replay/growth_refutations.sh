@@ -47,7 +47,10 @@ for recording in result["coverage"]:
               f"{worst['head']:14s} dense {cell['dense'] / cell['answers']:6.1%}, read "
               f"{cell['selected_share'] or 0:6.2%}", flush=True)
         with open(lines, "a") as file:
-            file.write(json.dumps({"line": label, "command": result["command"], "bad": bad, **cell}) + "\n")
+            # What was run, without the file that only this script reads
+            command = result["command"].split(" --json ")[0]
+            file.write(json.dumps({"line": label, "command": command, "bad": bad, **cell,
+                                   "environment": result["environment"]}) + "\n")
 PYTHON
 }
 
@@ -107,9 +110,11 @@ done
 python3 - "$work/lines" "${JSON:-}" << 'PYTHON'
 import json, sys
 lines = [json.loads(text) for text in open(sys.argv[1])]
+environments = [line.pop("environment") for line in lines]
 if sys.argv[2]:
     with open(sys.argv[2], "w") as file:
-        file.write("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+        file.write('{"environment": ' + json.dumps(environments[-1] if lines else {}) + ',\n"lines": [\n'
+                   + ",\n".join(json.dumps(line) for line in lines) + "\n]}\n")
 bad = sum(line["bad"] for line in lines)
 print(f"\n{bad} of {len(lines)} lines refuted")
 sys.exit(bad > 0)

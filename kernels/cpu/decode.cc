@@ -6,13 +6,13 @@
 #include <numeric>
 
 #include "kernels/cpu/attend.h"
-#include "kernels/cpu/encode.h"
 #include "kernels/cpu/estimate.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/topk.h"
+#include "kernels/cpu/values.h"
 #include "kernels/cpu/verify.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"

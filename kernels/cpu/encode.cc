@@ -1,12 +1,14 @@
+// Compiled without contraction of a * b + c (CMakeLists.txt): only what is written as MulAdd is
+// fused, as on every backend.
 #include "kernels/cpu/encode.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 
 #include "kernels/cpu/index.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/values.h"
 #include "kernels/cpu/workers.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -18,116 +20,181 @@ HWY_BEFORE_NAMESPACE();
 namespace vattn::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
+// Sums of a token go over its dimensions in order, so a tile's 16 tokens are the lanes of what
+// follows, of kVectors vectors. "Turned" says that a matrix lies so, [dim][16].
 using D = hn::CappedTag<float, 16>;
+using V = hn::Vec<D>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
+constexpr int kVectors = kTileTokens / kLanes;
 
-// x [16][padded] = encode^T (key - center), keys centred already, [16][dim_k].
-void Transform(const float* keys, int dim_k, const float* encode, int padded, float* x) {
-  const D d;
-  constexpr int kTokens = 4;
-  for (int t = 0; t < kTileTokens; t += kTokens) {
-    for (int j = 0; j < padded; j += kLanes) {
-      auto a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0;
-      const float* k = keys + t * dim_k;
-      for (int c = 0; c < dim_k; ++c) {
-        const auto e = hn::LoadU(d, encode + c * padded + j);
-        a0 = hn::MulAdd(hn::Set(d, k[c]), e, a0);
-        a1 = hn::MulAdd(hn::Set(d, k[c + dim_k]), e, a1);
-        a2 = hn::MulAdd(hn::Set(d, k[c + 2 * dim_k]), e, a2);
-        a3 = hn::MulAdd(hn::Set(d, k[c + 3 * dim_k]), e, a3);
-      }
-      float* out = x + t * padded + j;
-      hn::StoreU(a0, d, out);
-      hn::StoreU(a1, d, out + padded);
-      hn::StoreU(a2, d, out + 2 * padded);
-      hn::StoreU(a3, d, out + 3 * padded);
+using D4 = hn::FixedTag<float, 4>;
+using V4 = hn::Vec<D4>;
+
+// Four rows become four columns.
+HWY_INLINE void Turn(V4& a, V4& b, V4& c, V4& d) {
+  const D4 d4;
+  const hn::RepartitionToWide<D4> wide;
+  const auto ab = hn::BitCast(wide, hn::InterleaveLower(d4, a, b)),
+             ab2 = hn::BitCast(wide, hn::InterleaveUpper(d4, a, b)),
+             cd = hn::BitCast(wide, hn::InterleaveLower(d4, c, d)),
+             cd2 = hn::BitCast(wide, hn::InterleaveUpper(d4, c, d));
+  a = hn::BitCast(d4, hn::InterleaveLower(wide, ab, cd));
+  b = hn::BitCast(d4, hn::InterleaveUpper(wide, ab, cd));
+  c = hn::BitCast(d4, hn::InterleaveLower(wide, ab2, cd2));
+  d = hn::BitCast(d4, hn::InterleaveUpper(wide, ab2, cd2));
+}
+
+// turned [dim][16] = rows [16][dim], dim a multiple of 4.
+void TurnTile(const float* rows, int dim, float* turned) {
+  const D4 d;
+  for (int t = 0; t < kTileTokens; t += 4) {
+    const float* row = rows + t * dim;
+    for (int c = 0; c < dim; c += 4, row += 4) {
+      V4 v0 = hn::LoadU(d, row), v1 = hn::LoadU(d, row + dim), v2 = hn::LoadU(d, row + 2 * dim),
+         v3 = hn::LoadU(d, row + 3 * dim);
+      Turn(v0, v1, v2, v3);
+      float* out = turned + c * kTileTokens + t;
+      hn::StoreU(v0, d, out);
+      hn::StoreU(v1, d, out + kTileTokens);
+      hn::StoreU(v2, d, out + 2 * kTileTokens);
+      hn::StoreU(v3, d, out + 3 * kTileTokens);
     }
   }
 }
 
-// Elements of a value code byte lie 16 apart, so one load of 16 bytes gives runs of 16 elements.
-// sum [heads][sum_ld] += weight * level for one chunk of `count` tokens; weights fp32 [heads][ld].
-template <int kBits, int kHeads>
-void AddChunk(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count,
-              float* sum, int sum_ld) {
+// rows [16][dim] -= center.
+void Centre(const float* center, int dim, float* rows) {
+  const D d;
+  for (int t = 0; t < kTileTokens; ++t, rows += dim) {
+    for (int c = 0; c < dim; c += kLanes)
+      hn::StoreU(hn::Sub(hn::LoadU(d, rows + c), hn::LoadU(d, center + c)), d, rows + c);
+  }
+}
+
+// norm2[t] = |row t|^2 of rows [16][dim].
+void SquaredNorms(const float* rows, int dim, float* norm2) {
+  const D4 d;
+  constexpr int kRuns = kTileTokens / 4;
+  V4 sum[kRuns];
+  for (int r = 0; r < kRuns; ++r) sum[r] = hn::Zero(d);
+  for (int c = 0; c < dim; c += 4) {
+    for (int r = 0; r < kRuns; ++r) {
+      const float* row = rows + 4 * r * dim + c;
+      V4 v0 = hn::LoadU(d, row), v1 = hn::LoadU(d, row + dim), v2 = hn::LoadU(d, row + 2 * dim),
+         v3 = hn::LoadU(d, row + 3 * dim);
+      Turn(v0, v1, v2, v3);
+      sum[r] = hn::Add(sum[r], hn::Mul(v0, v0));
+      sum[r] = hn::Add(sum[r], hn::Mul(v1, v1));
+      sum[r] = hn::Add(sum[r], hn::Mul(v2, v2));
+      sum[r] = hn::Add(sum[r], hn::Mul(v3, v3));
+    }
+  }
+  for (int r = 0; r < kRuns; ++r) hn::StoreU(sum[r], d, norm2 + 4 * r);
+}
+
+// kColumns columns of Transform.
+template <int kColumns>
+HWY_INLINE void TransformColumns(const float* keys, int dim_k, const float* map, int ld, float* x) {
+  const D d;
+  V sum[kColumns][kVectors];
+  for (int j = 0; j < kColumns; ++j) {
+    for (int v = 0; v < kVectors; ++v) sum[j][v] = hn::Zero(d);
+  }
+  for (int c = 0; c < dim_k; ++c) {
+    V key[kVectors];
+    for (int v = 0; v < kVectors; ++v) key[v] = hn::LoadU(d, keys + c * kTileTokens + v * kLanes);
+    for (int j = 0; j < kColumns; ++j) {
+      const V e = hn::Set(d, map[int64_t{c} * ld + j]);
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = hn::MulAdd(key[v], e, sum[j][v]);
+    }
+  }
+  for (int j = 0; j < kColumns; ++j) {
+    for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[j][v], d, x + j * kTileTokens + v * kLanes);
+  }
+}
+
+// x [columns][16] = map^T keys, of turned keys [dim_k][16] and map [dim_k][ld]; an even number of
+// columns. As many at a time as there are registers for their sums: fewer would wait for their
+// additions.
+void Transform(const float* keys, int dim_k, const float* map, int columns, int ld, float* x) {
+  constexpr int kColumns = kVectors == 1 ? 12 : kVectors == 2 ? 6 : 2;
+  int j = 0;
+  for (; j + kColumns <= columns; j += kColumns)
+    TransformColumns<kColumns>(keys, dim_k, map + j, ld, x + j * kTileTokens);
+  for (; j + 4 <= columns; j += 4)
+    TransformColumns<4>(keys, dim_k, map + j, ld, x + j * kTileTokens);
+  for (; j < columns; j += 2) TransformColumns<2>(keys, dim_k, map + j, ld, x + j * kTileTokens);
+}
+
+// Words of runs of 4 dimensions, lowest bits first (kernels/geometry.h), of turned coordinates x.
+// A code of kBits bits has kUsed of them.
+template <int kBits, int kUsed = kBits>
+HWY_INLINE void PackWords(const float* x, int words, uint8_t* out) {
   const D d;
   const hn::RebindToSigned<D> di;
-  const hn::Rebind<uint8_t, D> d8;
   constexpr int kRuns = 8 / kBits;
-  const auto mask = hn::Set(di, (1 << kBits) - 1);
-  for (int lane = 0; lane < 16; lane += kLanes) {
-    hn::Vec<D> acc[kHeads][kRuns];
-    for (int g = 0; g < kHeads; ++g) {
-      for (int r = 0; r < kRuns; ++r) acc[g][r] = hn::LoadU(d, sum + g * sum_ld + 16 * r + lane);
-    }
-    for (int i = 0; i < count; ++i) {
-      const auto word = hn::PromoteTo(di, hn::LoadU(d8, codes + i * stride + lane));
-      hn::Vec<D> level[kRuns];
-      for (int r = 0; r < kRuns; ++r) {
-        level[r] = hn::ConvertTo(d, hn::And(hn::ShiftRightSame(word, r * kBits), mask));
-      }
-      for (int g = 0; g < kHeads; ++g) {
-        const auto weight = hn::Set(d, weights[g * ld + i]);
-        for (int r = 0; r < kRuns; ++r) acc[g][r] = hn::MulAdd(level[r], weight, acc[g][r]);
+  const V zero = hn::Zero(d), half = hn::Set(d, static_cast<float>(1 << (kUsed - 1))),
+          most = hn::Set(d, static_cast<float>((1 << kUsed) - 1));
+  for (int w = 0; w < words; ++w, x += 4 * kRuns * kTileTokens, out += 4 * kTileTokens) {
+    hn::Vec<decltype(di)> word[kVectors];
+    for (int v = 0; v < kVectors; ++v) word[v] = hn::Zero(di);
+    for (int i = 4 * kRuns - 1; i >= 0; --i) {
+      const float* at = x + (i % kRuns * 4 + i / kRuns) * kTileTokens;
+      for (int v = 0; v < kVectors; ++v) {
+        const V level = hn::Add(hn::Floor(hn::LoadU(d, at + v * kLanes)), half);
+        // NaN becomes level 0.
+        const V kept = hn::Min(hn::IfThenElseZero(hn::Gt(level, zero), level), most);
+        word[v] = hn::Or(hn::ShiftLeft<kBits>(word[v]), hn::ConvertTo(di, kept));
       }
     }
-    for (int g = 0; g < kHeads; ++g) {
-      for (int r = 0; r < kRuns; ++r) hn::StoreU(acc[g][r], d, sum + g * sum_ld + 16 * r + lane);
-    }
+    for (int v = 0; v < kVectors; ++v)
+      hn::StoreU(word[v], di, reinterpret_cast<int32_t*>(out) + v * kLanes);
   }
 }
 
-template <int kBits>
-void AddChunks(const uint8_t* codes, int stride, const float* weights, int64_t ld, int count,
-               int heads, float* sum, int sum_ld) {
-  constexpr int kChunk = 128 / kBits;
-  for (int b = 0; b < stride / 16; ++b, codes += 16, sum += kChunk) {
-    int g = 0;
-    for (; g + 4 <= heads; g += 4)
-      AddChunk<kBits, 4>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
-    for (; g < heads; ++g)
-      AddChunk<kBits, 1>(codes, stride, weights + g * ld, ld, count, sum + g * sum_ld, sum_ld);
-  }
+// The codes of a tile of turned coordinates x [dims][16].
+void PackTile(const CodeLayout& code, const float* x, uint8_t* out) {
+  PackWords<8, 7>(x, code.dims8 / 4, out);
+  x += code.dims8 * kTileTokens, out += code.dims8 * kTileTokens;
+  PackWords<4>(x, code.dims4 / 8, out);
+  x += code.dims4 * kTileTokens, out += code.dims4 / 2 * kTileTokens;
+  PackWords<2>(x, code.dims2 / 16, out);
+  x += code.dims2 * kTileTokens, out += code.dims2 / 4 * kTileTokens;
+  PackWords<1>(x, code.dims1 / 32, out);
 }
 
-// weights [heads][ld] in fp16; at most a block of tokens and 8 heads at a time.
-void AddLevels(int bits, const uint8_t* codes, int stride, const uint16_t* weights, int64_t ld,
-               int count, int heads, float* sum, int sum_ld) {
+// What IndexTables limits, of 16 tokens, from their turned coordinates: x [dims][16] are those in
+// the code, rest [dim_k - dims][16] the others. Every backend sums in this order.
+void SumErrors(const CodeLayout& code, int dim_k, const IndexTables& index, const float* x,
+               const float* rest, float* residual2, float* noise2) {
   const D d;
-  const hn::Rebind<hwy::float16_t, D> half;
-  alignas(64) float wide[8 * kBlockTokens];
-  for (int g = 0; g < heads; ++g) {
-    for (int i = 0; i < count; i += kLanes) {
-      const auto* at = reinterpret_cast<const hwy::float16_t*>(weights + g * ld + i);
-      hn::StoreU(hn::PromoteTo(d, hn::LoadU(half, at)), d, wide + g * kBlockTokens + i);
+  const V one = hn::Set(d, 1.f), middle = hn::Set(d, .5f);
+  V residual[kVectors], noise[kVectors];
+  for (int v = 0; v < kVectors; ++v) residual[v] = noise[v] = hn::Zero(d);
+  const int dims = code.dims();
+  for (int j = 0; j < dims; ++j, x += kTileTokens) {
+    const V half = hn::Set(d, code.half(j)), step = hn::Set(d, index.step[j]),
+            weight = hn::Set(d, index.weight[j]);
+    for (int v = 0; v < kVectors; ++v) {
+      const V at = hn::LoadU(d, x + v * kLanes);
+      // With NaN any level will do, because r is NaN.
+      const V level = hn::Min(hn::Max(hn::Floor(at), hn::Neg(half)), hn::Sub(half, one));
+      const V r = hn::Mul(hn::Sub(at, hn::Add(level, middle)), step), r2 = hn::Mul(r, r);
+      residual[v] = hn::Add(residual[v], r2);
+      noise[v] = hn::Add(noise[v], hn::Mul(weight, r2));
     }
   }
-  if (bits == 2) {
-    AddChunks<2>(codes, stride, wide, kBlockTokens, count, heads, sum, sum_ld);
-  } else {
-    AddChunks<4>(codes, stride, wide, kBlockTokens, count, heads, sum, sum_ld);
-  }
-}
-
-// One token's levels as values: mean + (level + middle) * step, dim elements.
-void DecodeLevels(int bits, const uint8_t* codes, const float* mean, const float* step, int dim,
-                  float* out) {
-  const D d;
-  const hn::RebindToSigned<D> di;
-  const hn::Rebind<uint8_t, D> d8;
-  const int runs = 8 / bits;
-  const auto mask = hn::Set(di, (1 << bits) - 1);
-  const auto middle = hn::Set(d, .5f - static_cast<float>(1 << (bits - 1)));
-  for (int at = 0; at < dim; codes += 16) {
-    for (int r = 0; r < runs && at < dim; ++r, at += 16) {
-      for (int lane = 0; lane < 16; lane += kLanes) {
-        const auto word = hn::PromoteTo(di, hn::LoadU(d8, codes + lane));
-        const auto level = hn::ConvertTo(d, hn::And(hn::ShiftRightSame(word, r * bits), mask));
-        const auto value = hn::MulAdd(hn::Add(level, middle), hn::LoadU(d, step + at + lane),
-                                      hn::LoadU(d, mean + at + lane));
-        hn::StoreU(value, d, out + at + lane);
-      }
+  for (int j = dims; j < dim_k; ++j, rest += kTileTokens) {
+    const V weight = hn::Set(d, index.weight[j]);
+    for (int v = 0; v < kVectors; ++v) {
+      const V r = hn::LoadU(d, rest + v * kLanes), r2 = hn::Mul(r, r);
+      residual[v] = hn::Add(residual[v], r2);
+      noise[v] = hn::Add(noise[v], hn::Mul(weight, r2));
     }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    hn::StoreU(residual[v], d, residual2 + v * kLanes);
+    hn::StoreU(noise[v], d, noise2 + v * kLanes);
   }
 }
 
@@ -137,38 +204,35 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace vattn::cpu {
 
+HWY_EXPORT(TurnTile);
+HWY_EXPORT(Centre);
+HWY_EXPORT(SquaredNorms);
 HWY_EXPORT(Transform);
-HWY_EXPORT(AddLevels);
-HWY_EXPORT(DecodeLevels);
+HWY_EXPORT(PackTile);
+HWY_EXPORT(SumErrors);
 
 namespace {
 
-uint8_t Level(float x, int bits) {
-  const int half = 1 << (bits - 1);
-  const float level = std::floor(x) + static_cast<float>(half);
-  // NaN becomes level 0.
-  return static_cast<uint8_t>(std::min(std::max(0.f, level), static_cast<float>(2 * half - 1)));
-}
+// The turned coordinates of a tile's keys, and what they say of its codes.
+struct Tile {
+  alignas(64) float keys[kTileTokens * kMaxDim];    // [dim_k][16]
+  alignas(64) float x[kTileTokens * kMaxCodeDims];  // [dims][16]
+  alignas(64) float rest[kTileTokens * kMaxDim];    // [dim_k - dims][16]
+  alignas(64) float residual2[kTileTokens], noise2[kTileTokens];
 
-// The errors of a key that IndexTables limits. x [dims] are its coordinates in the code, rest [dim_k -
-// dims] the others. Every backend sums in this order, without fused operations.
-CodeErrors ErrorsOf(const Storage& s, const IndexTables& index, const float* x, const float* rest) {
-  const int dims = s.code.dims();
-  CodeErrors errors;
-  const auto add = [&](int j, float r2) {
-    errors.residual2 += r2;
-    errors.noise2 += index.weight[j] * r2;
-  };
-  for (int j = 0; j < dims; ++j) {
-    const float half = s.code.half(j);
-    // With NaN any level will do, because r is NaN.
-    const float level = std::min(std::max(-half, std::floor(x[j])), half - 1) + .5f;
-    const float r = (x[j] - level) * index.step[j];
-    add(j, r * r);
+  // keys [16][dim_k], centred.
+  void Encode(const Storage& s, const IndexTables& index, const float* centred) {
+    HWY_DYNAMIC_DISPATCH(TurnTile)(centred, s.row.dim_k, keys);
+    HWY_DYNAMIC_DISPATCH(Transform)
+    (keys, s.row.dim_k, index.encode, s.code.dims(), s.code.padded_dims(), x);
   }
-  for (int j = dims; j < s.row.dim_k; ++j) add(j, rest[j - dims] * rest[j - dims]);
-  return errors;
-}
+  void FindErrors(const Storage& s, const IndexTables& index) {
+    const int dim = s.row.dim_k;
+    HWY_DYNAMIC_DISPATCH(Transform)
+    (keys, dim, index.rest, dim - s.code.dims(), s.code.padded_rest(dim), rest);
+    HWY_DYNAMIC_DISPATCH(SumErrors)(s.code, dim, index, x, rest, residual2, noise2);
+  }
+};
 
 // A code of all 0 says that the token is an outlier.
 void SetOutlier(const CodeLayout& code, int token, uint8_t* tile) {
@@ -178,64 +242,37 @@ void SetOutlier(const CodeLayout& code, int token, uint8_t* tile) {
 // Makes outliers of the tokens whose value is over the limit. values [16][dim_v].
 void SetHugeOutliers(const Storage& s, const IndexTables& index, const float* values,
                      uint8_t* tile) {
+  float norm2[kTileTokens];
+  HWY_DYNAMIC_DISPATCH(SquaredNorms)(values, s.row.dim_v, norm2);
   for (int t = 0; t < kTileTokens; ++t) {
-    float norm2 = 0;
-    for (int j = 0; j < s.row.dim_v; ++j)
-      norm2 += values[t * s.row.dim_v + j] * values[t * s.row.dim_v + j];
-    if (!(norm2 <= index.value_limit)) SetOutlier(s.code, t, tile);
+    if (!(norm2[t] <= index.value_limit)) SetOutlier(s.code, t, tile);
   }
 }
 
 void CountOutliers(const CodeLayout& code, const uint8_t* tile, uint64_t* outliers) {
-  uint64_t found = 0;
-  for (int t = 0; t < kTileTokens; ++t) {
-    uint32_t any = 0;
-    for (int w = 0; w < code.words(); ++w) {
-      uint32_t word;
-      std::memcpy(&word, tile + (w * kTileTokens + t) * 4, 4);
-      any |= word;
-    }
-    found += any == 0;
+  uint32_t any[kTileTokens] = {};
+  for (int w = 0; w < code.words(); ++w) {
+    uint32_t word[kTileTokens];
+    std::memcpy(word, tile + w * kTileTokens * 4, sizeof(word));
+    for (int t = 0; t < kTileTokens; ++t) any[t] |= word[t];
   }
+  const auto found = static_cast<uint64_t>(std::count(any, any + kTileTokens, 0u));
   if (found > 0) std::atomic_ref<uint64_t>(*outliers).fetch_add(found, std::memory_order_relaxed);
 }
 
-// Packs one tile's transformed keys x [16][padded] into words of 4-dimension runs.
-void PackTile(const CodeLayout& code, const float* x, int padded, uint8_t* out) {
-  int dim = 0, word = 0;
-  const auto pack = [&](int bits, int words) {
-    const int stored = bits == 8 ? 7 : bits;
-    for (int w = 0; w < words; ++w, ++word) {
-      for (int t = 0; t < kTileTokens; ++t) {
-        uint8_t* bytes = out + (word * kTileTokens + t) * 4;
-        std::memset(bytes, 0, 4);
-        for (int i = 0; i < 4 * 8 / bits; ++i) {
-          bytes[i % 4] |=
-              static_cast<uint8_t>(Level(x[t * padded + dim + i], stored) << (i / 4 * bits));
-        }
-      }
-      dim += 4 * 8 / bits;
-    }
-  };
-  pack(8, code.dims8 / 4);
-  pack(4, code.dims4 / 8);
-  pack(2, code.dims2 / 16);
-  pack(1, code.dims1 / 32);
+std::byte* BlockOf(const EncodeParams& p, int64_t token) {
+  return p.storage.base + p.blocks[token / kBlockTokens] * p.storage.block.bytes;
 }
 
-void PackValue(const Storage& s, const IndexTables& index, const float* v, uint8_t* out) {
-  const int bits = s.value_bits, chunk = 128 / bits;
-  std::memset(out, 0, s.value_code_bytes);
-  for (int j = 0; j < s.row.dim_v; ++j) {
-    const uint8_t level = Level((v[j] - index.value_mean[j]) / index.value_step[j], bits);
-    const int in = j % chunk;
-    out[j / chunk * 16 + in % 16] |= static_cast<uint8_t>(level << (in / 16 * bits));
-  }
+// Fetches the rows of a tile that is coded soon.
+void FetchTile(const EncodeParams& p, int64_t token) {
+  const std::byte* rows = BlockOf(p, token) + token % kBlockTokens * p.storage.row.row_bytes;
+  for (int i = 0; i < kTileTokens * p.storage.row.row_bytes; i += 64) FetchSoon(rows + i);
 }
 
 void EncodeTile(const EncodeParams& p, int64_t token) {
   const Storage& s = p.storage;
-  std::byte* block = s.base + p.blocks[token / kBlockTokens] * s.block.bytes;
+  std::byte* block = BlockOf(p, token);
   const int in = static_cast<int>(token % kBlockTokens);
   const uint8_t* rows[kTileTokens];
   for (int t = 0; t < kTileTokens; ++t) {
@@ -246,10 +283,9 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   LoadRows(
       {.rows = rows, .count = kTileTokens, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
       keys);
+  if (token + kTileTokens < p.end) FetchTile(p, token + kTileTokens);
   if (s.code.bytes() > 0) {
-    for (int t = 0; t < kTileTokens; ++t) {
-      for (int c = 0; c < s.row.dim_k; ++c) keys[t * s.row.dim_k + c] -= p.index.center[c];
-    }
+    HWY_DYNAMIC_DISPATCH(Centre)(p.index.center, s.row.dim_k, keys);
     FunctionsOf(s.code.kind).encode(s, p.index, keys, tile);
   }
   const bool has_outliers = s.code.kind == IndexKind::kBalanced;
@@ -264,101 +300,55 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   if (has_outliers) SetHugeOutliers(s, p.index, values, tile);
   if (has_outliers && p.outliers != nullptr) CountOutliers(s.code, tile, p.outliers);
   if (s.value_bits == 0) return;
-  uint8_t* codes = reinterpret_cast<uint8_t*>(block) + s.block.value_codes;
-  for (int t = 0; t < kTileTokens; ++t) {
-    PackValue(s, p.index, values + t * s.row.dim_v, codes + int64_t{in + t} * s.value_code_bytes);
-  }
+  EncodeValues(
+      s, p.index, values, kTileTokens,
+      reinterpret_cast<uint8_t*>(block) + s.block.value_codes + int64_t{in} * s.value_code_bytes);
 }
 
 }  // namespace
 
 void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
-  alignas(64) float x[kTileTokens * kMaxCodeDims];
-  const int padded = s.code.padded_dims();
-  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, padded, x);
-  PackTile(s.code, x, padded, tile);
+  Tile t;
+  t.Encode(s, index, keys);
+  HWY_DYNAMIC_DISPATCH(PackTile)(s.code, t.x, tile);
 }
-
-namespace {
-
-// The coordinates of a tile's keys [16][dim_k]: x [16][padded_dims] are those in the code, rest
-// [16][padded_rest] the others.
-void TransformTile(const Storage& s, const IndexTables& index, const float* keys, float* x,
-                   float* rest) {
-  const int padded_rest = s.code.padded_rest(s.row.dim_k);
-  HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.encode, s.code.padded_dims(), x);
-  if (padded_rest > 0)
-    HWY_DYNAMIC_DISPATCH(Transform)(keys, s.row.dim_k, index.rest, padded_rest, rest);
-}
-
-}  // namespace
 
 bool CodeTells(const IndexTables& index, const CodeErrors& errors) {
   return errors.residual2 <= index.residual_limit && errors.noise2 <= index.noise_limit;
 }
 
 void EncodeBalanced(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
-  alignas(64) float x[kTileTokens * kMaxCodeDims], rest[kTileTokens * kMaxDim];
-  const int padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(s.row.dim_k);
-  TransformTile(s, index, keys, x, rest);
-  PackTile(s.code, x, padded, tile);
-  for (int t = 0; t < kTileTokens; ++t) {
-    if (!CodeTells(index, ErrorsOf(s, index, x + t * padded, rest + t * padded_rest)))
-      SetOutlier(s.code, t, tile);
+  Tile t;
+  t.Encode(s, index, keys);
+  HWY_DYNAMIC_DISPATCH(PackTile)(s.code, t.x, tile);
+  t.FindErrors(s, index);
+  for (int i = 0; i < kTileTokens; ++i) {
+    if (!CodeTells(index, {t.residual2[i], t.noise2[i]})) SetOutlier(s.code, i, tile);
   }
 }
 
 void FindCodeErrors(const Storage& s, const IndexTables& index, const float* keys, int64_t count,
                     CodeErrors* out) {
-  alignas(64) float tile[kTileTokens * kMaxDim], x[kTileTokens * kMaxCodeDims],
-      rest[kTileTokens * kMaxDim];
-  const int dim = s.row.dim_k, padded = s.code.padded_dims(), padded_rest = s.code.padded_rest(dim);
+  alignas(64) float last[kTileTokens * kMaxDim];
+  const int dim = s.row.dim_k;
+  Tile t;
   for (int64_t i = 0; i < count; i += kTileTokens) {
     const int n = static_cast<int>(std::min<int64_t>(kTileTokens, count - i));
-    std::copy_n(keys + i * dim, n * dim, tile);
-    std::fill(tile + n * dim, tile + kTileTokens * dim, 0.f);
-    TransformTile(s, index, tile, x, rest);
-    for (int t = 0; t < n; ++t)
-      out[i + t] = ErrorsOf(s, index, x + t * padded, rest + t * padded_rest);
+    const float* tile = keys + i * dim;
+    if (n < kTileTokens) {
+      std::copy_n(tile, n * dim, last);
+      std::fill(last + n * dim, last + kTileTokens * dim, 0.f);
+      tile = last;
+    }
+    t.Encode(s, index, tile);
+    t.FindErrors(s, index);
+    for (int j = 0; j < n; ++j) out[i + j] = {t.residual2[j], t.noise2[j]};
   }
 }
 
 void Encode(const EncodeParams& p, Workers* workers) {
   ParallelFor(workers, (p.end - p.begin) / kTileTokens,
               [&](int64_t tile) { EncodeTile(p, p.begin + tile * kTileTokens); });
-}
-
-void DecodeValues(const Storage& s, const IndexTables& index, const uint8_t* const* codes,
-                  int count, float* out) {
-  for (int i = 0; i < count; ++i) {
-    HWY_DYNAMIC_DISPATCH(DecodeLevels)
-    (s.value_bits, codes[i], index.value_mean, index.value_step, s.row.dim_v,
-     out + i * s.row.dim_v);
-  }
-}
-
-void AddValueCodes(const Storage& s, const IndexTables& index, const uint8_t* codes,
-                   const uint16_t* weights, int64_t ld, int count, int heads, const float* factors,
-                   float* sum, int64_t sum_ld) {
-  const int bits = s.value_bits;
-  const int padded = s.value_code_bytes / 16 * (128 / bits);
-  constexpr int kHeads = 8;
-  alignas(64) float levels[kHeads * kMaxDim];
-  const float middle = .5f - static_cast<float>(1 << (bits - 1));
-  for (int g = 0; g < heads; g += kHeads) {
-    const int n = std::min(kHeads, heads - g);
-    std::fill(levels, levels + n * padded, 0.f);
-    HWY_DYNAMIC_DISPATCH(AddLevels)
-    (bits, codes, s.value_code_bytes, weights + g * ld, ld, count, n, levels, padded);
-    for (int h = 0; h < n; ++h) {
-      const float f = factors[2 * (g + h)], mass = factors[2 * (g + h) + 1];
-      for (int j = 0; j < s.row.dim_v; ++j) {
-        sum[(g + h) * sum_ld + j] +=
-            f * (mass * index.value_mean[j] +
-                 (levels[h * padded + j] + middle * mass) * index.value_step[j]);
-      }
-    }
-  }
 }
 
 }  // namespace vattn::cpu

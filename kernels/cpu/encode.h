@@ -1,4 +1,4 @@
-// Index codes and value codes of whole tiles of tokens (METHOD.md, "Index" and "Value codes").
+// Index codes of whole tiles of tokens (METHOD.md, "Index").
 #ifndef VATTN_KERNELS_CPU_ENCODE_H_
 #define VATTN_KERNELS_CPU_ENCODE_H_
 
@@ -28,25 +28,6 @@ bool CodeTells(const IndexTables& index, const CodeErrors& errors);
 // The errors of centred keys [count][dim_k].
 void FindCodeErrors(const Storage& storage, const IndexTables& index, const float* keys,
                     int64_t count, CodeErrors* out);
-
-// The value code of a token.
-inline const uint8_t* ValueCodeOf(const Storage& s, const Group& group, uint32_t token) {
-  return reinterpret_cast<const uint8_t*>(s.base +
-                                          group.blocks[token / kBlockTokens] * s.block.bytes) +
-         s.block.value_codes + int64_t{token % kBlockTokens} * s.value_code_bytes;
-}
-
-// out[i] = value codes of `count` tokens decoded to fp32, [count][dim_v]; codes[i] points to the
-// token's value_code_bytes.
-void DecodeValues(const Storage& storage, const IndexTables& index, const uint8_t* const* codes,
-                  int count, float* out);
-
-// sum[g] += factor_g * sum_i weights[g * ld + i] * v^_i over `count` consecutive tokens of a block. A
-// head's sum takes sum_ld floats, weights are fp16, and factors [heads][2] holds factor_g and
-// sum_i weights_i.
-void AddValueCodes(const Storage& storage, const IndexTables& index, const uint8_t* codes,
-                   const uint16_t* weights, int64_t ld, int count, int heads, const float* factors,
-                   float* sum, int64_t sum_ld);
 
 }  // namespace vattn::cpu
 

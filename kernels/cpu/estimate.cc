@@ -4,10 +4,10 @@
 #include <cmath>
 
 #include "kernels/cpu/attend.h"
-#include "kernels/cpu/encode.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/softmax.h"
+#include "kernels/cpu/values.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"
 

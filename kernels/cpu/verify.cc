@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "kernels/cpu/attend.h"
-#include "kernels/cpu/encode.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/values.h"
 #include "kernels/sampling.h"
 
 namespace vattn::cpu {

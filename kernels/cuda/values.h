@@ -32,7 +32,7 @@ struct ValuePart {
 };
 
 // Codes the values of `count` items in device memory, with at most `most` tokens in one item, into the
-// device and the host copy. The bits are the same as those of kernels/cpu/encode.cc.
+// device and the host copy. The bits are the same as those of kernels/cpu/values.cc.
 int EncodeValues(const DeviceStorage& storage, const EncodeItem* items, int count, int64_t most,
                  Stream stream);
 

@@ -37,6 +37,14 @@ Matrix Moment(const float* rows, int64_t count, int dim) {
   return sum / static_cast<double>(count);
 }
 
+// Mean of each column, row by row: Eigen's sum goes down one column after the other.
+Eigen::VectorXd ColumnMeans(const float* rows, int64_t count, int dim) {
+  Eigen::VectorXd sum = Eigen::VectorXd::Zero(dim);
+  for (int64_t i = 0; i < count; ++i)
+    sum += Eigen::Map<const Eigen::VectorXf>(rows + i * dim, dim).cast<double>();
+  return sum / static_cast<double>(count);
+}
+
 float QuantileOf(Eigen::ArrayXf x, double q) {
   const Eigen::Index at = static_cast<Eigen::Index>(q * static_cast<double>(x.size() - 1));
   std::nth_element(x.data(), x.data() + at, x.data() + x.size());
@@ -182,7 +190,7 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
   float* rest = value_step + dim_v;
 
   RowMajor k = Eigen::Map<const RowMajor>(keys, count, dim_k);
-  const Eigen::VectorXd mean = k.cast<double>().colwise().mean();
+  const Eigen::VectorXd mean = ColumnMeans(keys, count, dim_k);
   for (int c = 0; c < dim_k; ++c) center[c] = static_cast<float>(mean(c));
   if (s.code.bytes() > 0) {
     k.rowwise() -= mean.cast<float>().transpose();
@@ -196,7 +204,7 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
     FillScores(s, k, key_moment, query_moment, map, encode, project, centroids, basis, rest + 3);
   }
   const RowMajor v = Eigen::Map<const RowMajor>(values, count, dim_v);
-  const Eigen::VectorXd v_mean = v.cast<double>().colwise().mean();
+  const Eigen::VectorXd v_mean = ColumnMeans(values, count, dim_v);
   const double norm2 = v.cast<double>().rowwise().squaredNorm().mean();
   rest[0] = s.value_bits > 0
                 ? static_cast<float>(FillValues(v, s.value_bits, v_mean, value_mean, value_step))
@@ -210,9 +218,8 @@ std::shared_ptr<const Index> Index::Make(const Storage& s, const float* keys, co
 std::shared_ptr<const Index> Index::Recentre(const Storage& s, const Index& base, const float* keys,
                                              const float* values, int64_t count, double* flooded) {
   std::vector<float> floats = base.floats_;
-  const Eigen::Map<const RowMajor> k(keys, count, s.row.dim_k);
-  Eigen::Map<Eigen::RowVectorXf>(floats.data(), s.row.dim_k) =
-      k.cast<double>().colwise().mean().cast<float>();
+  Eigen::Map<Eigen::VectorXf>(floats.data(), s.row.dim_k) =
+      ColumnMeans(keys, count, s.row.dim_k).cast<float>();
   *flooded = base.RaiseLimits(s, keys, values, count, floats);
   return std::shared_ptr<const Index>(new Index(s, std::move(floats)));
 }

@@ -21,6 +21,10 @@ constexpr int64_t kLeastFlooded = 256;
 constexpr double kGrowthShare = 0.25;
 // A provisional segment is made anew when its tokens have grown by this share.
 constexpr double kRemadeShare = 0.125;
+// So many of the kMaxSegments segments are kept for tokens that are enough to learn from. Sequences
+// that go on from a shared prefix take a segment each, however few their own tokens are; these would
+// leave none for a long text that comes after.
+constexpr int kSparedSegments = 16;
 // More outliers than this share of the provisional tokens are a reason to learn tables at once.
 constexpr double kFloodShare = 0.01;
 
@@ -42,6 +46,8 @@ struct CodingPlan {
   Coding coding = Coding::kExtend;
   int64_t begin = 0;        // tokens from here on are coded
   int64_t first_block = 0;  // of the segment that is made; it replaces a provisional one
+  // A segment was due, but there are too many: the tokens are coded by the tables of the last one.
+  bool refused = false;
 };
 
 // segments: those of the layer, in order. coded: tokens before it have codes, of which those in

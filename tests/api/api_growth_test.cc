@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <filesystem>
 #include <string>
 
@@ -171,6 +172,33 @@ TEST(ApiGrowthTest, ForksKeepWhatTheyShareAndGrowApart) {
   // Of each KV head the last block, which both write on, is copied once, or twice if both did
   // before the other let go.
   EXPECT_LE(runtime.Stats().blocks_copied - copied, 2u * kShape.kv_heads);
+}
+
+// Every turn takes a segment, since it shares the tokens before it. There are not enough for all
+// turns; what the others cost is counted, and a long text still gets tables of its own.
+TEST(ApiGrowthTest, ForksOfForksRunOutOfSegmentsAndSaySo) {
+  const Runtime runtime(Options());
+  std::deque<Conversation> turns;
+  turns.emplace_back(runtime).Append(1400);
+  turns.back().Step();
+  constexpr int kTurns = 60, kRoom = 47;  // beside the first segment
+  for (int i = 0; i < kTurns; ++i) {
+    turns.emplace_back(runtime, turns.back().sequence.Fork(2 + i), turns.back().rows,
+                       turns.back().text);
+    turns.back().Append(256);
+    turns.back().Step();
+    EXPECT_EQ(runtime.Stats().segments_refused > 0, i >= kRoom) << i;
+  }
+  const vattn_stats before = runtime.Stats();
+  EXPECT_EQ(before.segments_refused, kTurns - kRoom);
+  turns.back().Append(6000);
+  const Seen seen = turns.back().Judge();
+  const vattn_stats after = runtime.Stats();
+  EXPECT_EQ(after.segments_refused, before.segments_refused);
+  EXPECT_EQ(after.segments_learnt, before.segments_learnt + 1);
+  EXPECT_LE(seen.off, seen.verified / 10);
+  EXPECT_EQ(seen.dense, 0);
+  EXPECT_LT(seen.share(), .3);
 }
 
 TEST(ApiGrowthTest, AfterACutOtherTextFollows) {

@@ -42,9 +42,9 @@ STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 56);
 STATIC_ASSERT_PLACE(vattn_stats, device_growth_ns, 88);
 STATIC_ASSERT_PLACE(vattn_stats, looks, 192);
-STATIC_ASSERT_PLACE(vattn_stats, outliers, 224);
-STATIC_ASSERT_PLACE(vattn_stats, io_errors, 296);
-STATIC_ASSERT_LAST(vattn_stats, disk_prefixes_unread, 392);
+STATIC_ASSERT_PLACE(vattn_stats, outliers, 232);
+STATIC_ASSERT_PLACE(vattn_stats, io_errors, 304);
+STATIC_ASSERT_LAST(vattn_stats, disk_prefixes_unread, 400);
 STATIC_ASSERT_LAST(vattn_tenant_use, quota_refusals, 48);
 
 STATIC_ASSERT(prefix_start, offsetof(vattn_prefix, struct_size) == 0);

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cpu/values.h"
 #include "kernels/cpu/workers.h"
 #include "tests/kernels/group_fixture.h"
 
@@ -151,6 +152,49 @@ TEST_P(EncodeTest, CodesFollowTheDefinition) {
     }
   }
   EXPECT_GT(clipped, 0);
+}
+
+// The sums of IndexTables, in order and without fused operations, as CUDA has them too: a limit that
+// one backend's sum is over and the other's is not would make other outliers.
+TEST_P(EncodeTest, ErrorsAreSumsInOrder) {
+  for (const int bytes : kIndexBytes) {
+    GroupFixture f(Shape(bytes, 0), bytes);
+    f.BuildIndex();
+    const CodeLayout& code = f.storage.code;
+    const IndexTables& index = f.group.index;
+    const int dim = f.shape.dim_k, padded_rest = code.padded_rest(dim);
+    constexpr int64_t kTokens = 37;  // the last tile is not whole
+    std::vector<float> keys;
+    for (int64_t t = 0; t < kTokens; ++t) {
+      for (int c = 0; c < dim; ++c)
+        keys.push_back(static_cast<float>(f.Key(16 + t, c)) - index.center[c]);
+    }
+    std::vector<CodeErrors> errors(kTokens);
+    FindCodeErrors(f.storage, index, keys.data(), kTokens, errors.data());
+    for (int64_t t = 0; t < kTokens; ++t) {
+      // Volatile: the compiler may not fuse what is rounded here.
+      volatile float residual2 = 0, noise2 = 0, product;
+      for (int j = 0; j < dim; ++j) {
+        float r = 0;
+        if (j < code.dims()) {
+          const float x = Coordinate(f, 16 + t, j);
+          const int half = static_cast<int>(code.half(j));
+          product = (x - (static_cast<float>(Level(x, half) - half) + .5f)) * index.step[j];
+          r = product;
+        } else {
+          for (int c = 0; c < dim; ++c)
+            r = std::fma(keys[t * dim + c], index.rest[c * padded_rest + j - code.dims()], r);
+        }
+        product = r * r;
+        const float r2 = product;
+        residual2 = residual2 + r2;
+        product = index.weight[j] * r2;
+        noise2 = noise2 + product;
+      }
+      ASSERT_EQ(errors[t].residual2, residual2) << "bytes " << bytes << ", token " << t;
+      ASSERT_EQ(errors[t].noise2, noise2) << "bytes " << bytes << ", token " << t;
+    }
+  }
 }
 
 // A key far out in every direction, a huge value, and NaN in either: codes of all 0, and of no

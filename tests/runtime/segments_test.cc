@@ -13,12 +13,13 @@ constexpr int64_t kSinks = 16;
 // Codes a sequence as it grows, as Sequence does.
 struct Growth {
   std::vector<Segment> segments;
-  int64_t coded = 0, first_own = 0, recoded = 0, learnt = 0;
+  int64_t coded = 0, first_own = 0, recoded = 0, learnt = 0, refused = 0;
 
   CodingPlan To(int64_t end) {
     const CodingPlan plan = PlanCoding(segments, kSinks, coded, first_own, end, true);
     recoded += std::max<int64_t>(0, coded - plan.begin);
     learnt += plan.coding == Coding::kLearn;
+    refused += plan.refused;
     if (plan.coding != Coding::kExtend) {
       if (!segments.empty() && segments.back().first_block == plan.first_block) {
         segments.pop_back();
@@ -84,6 +85,7 @@ TEST(PlanCodingTest, AMillionTokensOneByOneNeedFewSegmentsAndLittleRecoding) {
   EXPECT_LE(growth.segments.size(), 32u);
   EXPECT_LT(growth.segments.size(), static_cast<size_t>(kMaxSegments));
   EXPECT_LT(growth.recoded, 10 << 20);  // each token a few times
+  EXPECT_EQ(growth.refused, 0);
 }
 
 TEST(PlanCodingTest, CodesThatOthersHoldStay) {
@@ -106,6 +108,25 @@ TEST(PlanCodingTest, AFullTableOfSegmentsGoesOnWithTheLast) {
   const CodingPlan plan = growth.To(kMaxSegments * 2048 * 2);
   EXPECT_EQ(plan.coding, Coding::kExtend);
   EXPECT_EQ(plan.begin, kMaxSegments * 2048);
+  EXPECT_TRUE(plan.refused);
+}
+
+// Turns that each go on from blocks that others hold too, and a long text after every 200 of them.
+TEST(PlanCodingTest, TurnsOfForksLeaveSegmentsForLongTexts) {
+  Growth growth;
+  int64_t end = 2048;
+  growth.To(end);
+  for (int i = 0; i < 1000; ++i) {
+    growth.first_own = end;
+    const int64_t refused = growth.refused;
+    const bool has_room = static_cast<int>(growth.segments.size()) < kMaxSegments - kSparedSegments;
+    EXPECT_NE(growth.To(end += 512).coding, Coding::kLearn);
+    EXPECT_EQ(growth.refused > refused, !has_room) << i;
+    if (i % 200 != 199) continue;
+    growth.first_own = end;
+    EXPECT_EQ(growth.To(end += end / 2).coding, Coding::kLearn) << i;
+  }
+  EXPECT_LE(growth.segments.size(), static_cast<size_t>(kMaxSegments));
 }
 
 TEST(PlanCodingTest, OtherKindsKeepOneSegment) {

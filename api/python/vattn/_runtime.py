@@ -57,7 +57,8 @@ class Stats:
     segments_learnt: int  # parts of indices learnt from their tokens, over layers
     index_floods: int  # of them learnt early, because new tokens were unlike those before
     segments_recoded: int  # parts whose tokens were coded again by new tables
-    outliers: int  # tokens coded as outliers: they are read in every step
+    segments_refused: int  # parts that were due where an index had too many, over layers
+    outliers: int  # tokens coded as outliers, each time that they are coded: read in every step
     disk_bytes_used: int  # files in disk_path, written or promised
     saves: int  # sequence files written: saved, hibernated, spilled, prefixes
     bytes_saved: int

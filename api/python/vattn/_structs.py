@@ -206,7 +206,7 @@ class StatsStruct(Struct):
         uint64 sequences tokens steps
         uint64 heads_exact heads_verified heads_dense heads_best_effort heads_noisy
         uint64 rows_middle rows_selected rows_fetched bytes_fetched looks
-        uint64 segments_learnt index_floods segments_recoded outliers
+        uint64 segments_learnt index_floods segments_recoded segments_refused outliers
         uint64 disk_bytes_used saves bytes_saved restores bytes_restored
         uint64 spills spill_failures files_refused io_errors
         uint64 prefix_hits prefix_tokens prefix_misses prefix_mismatches
