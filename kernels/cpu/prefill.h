@@ -6,11 +6,11 @@
 
 namespace vattn::cpu {
 
+class Workers;
+
 // Products and softmax run over a tile of query tokens of a KV head and a block of keys at a time
 // (FlashAttention-2, arXiv 2307.08691): memory beside the arrays does not grow with the tokens.
 // Products are fp32 whatever the dtype of the rows is.
-class Workers;
-
 void Prefill(const PrefillParams& params, Workers* workers);
 
 }  // namespace vattn::cpu
