@@ -112,6 +112,21 @@ def device_growth() -> str:
     return table(["call", "calls", "that grew", "mean wait, us", "p99, us", "most, us"], rows)
 
 
+def prefill() -> str:
+    rows = []
+    for name in ("h200_prefill_8k", "h200_prefill_64"):
+        of = result(name)
+        for row in of["rows"]:
+            rows.append([number(of["tokens"]), tokens(row["stored"]) if row["stored"] else "0", number(1e3 * row["ours"], 1),
+                         number(1e3 * row["torch"], 1), number(row["flop"] / row["ours"] / 1e12),
+                         number(row["flop"] / row["torch"] / 1e12), number(row["bytes"] / row["ours"] / 1e9, 1)])
+    return table(["new tokens", "stored", "ours, ms", "torch flash in HBM, ms", "TFLOP/s", "torch", "GB/s of stored rows"], rows)
+
+
+def prefill_commands() -> str:
+    return commands("h200_prefill_8k", "h200_prefill_64")
+
+
 def follow() -> str:
     rows = []
     for name, title in (("early_2048", "of the first 2,048 tokens"), ("early_4096", "of the first 4,096 tokens"),
