@@ -38,6 +38,7 @@ inline void InitStruct(vattn_options* s) { vattn_options_init(s, sizeof(*s)); }
 inline void InitStruct(vattn_sequence_options* s) { vattn_sequence_options_init(s, sizeof(*s)); }
 // The same for this struct.
 inline void InitStruct(vattn_append_params* s) { vattn_append_params_init(s, sizeof(*s)); }
+// The same for this struct.
 inline void InitStruct(vattn_prefill_params* s) { vattn_prefill_params_init(s, sizeof(*s)); }
 // The same for this struct.
 inline void InitStruct(vattn_attend_params* s) { vattn_attend_params_init(s, sizeof(*s)); }
