@@ -78,6 +78,8 @@ struct Warp {
   float most[kTiles][2], mass[kTiles][2];  // of the rows lane / 4 and lane / 4 + 8
 };
 
+// One thread block: a tile of queries of one KV head over the chunk's keys. It is kept in one piece
+// because what its steps hand on to each other are accumulators in registers.
 template <class T, int kTiles, int kDimK, int kDimV>
 __global__ void __launch_bounds__(kPrefillThreads)
     PrefillKernel(const __grid_constant__ PrefillChunk p) {

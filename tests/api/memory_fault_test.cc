@@ -78,6 +78,28 @@ TEST_F(MemoryFaultTest, Append) {
   }
 }
 
+// A chunk whose attention finds no memory is not added either.
+TEST_F(MemoryFaultTest, Prefill) {
+  std::vector<float> out(static_cast<size_t>(16 * kShape.q_heads * kShape.dim_v));
+  vattn_prefill_params params = Init<vattn_prefill_params>();
+  params.num_tokens = 16;
+  params.q = inputs_.queries.data();
+  params.k = inputs_.more.k.data();
+  params.v = inputs_.more.v.data();
+  params.out = out.data();
+  EveryFailingAllocation([&] { sequence_ = MakeSequence(); },
+                         [&] { return vattn_prefill(sequence_->get(), &params); },
+                         [&] {
+                           vattn_append_params rest = AppendParams(inputs_.more, 1, true);
+                           rest.num_tokens = 16;
+                           sequence_->Append(rest);
+                           std::string text = Answers(*sequence_);
+                           Add(text, out);
+                           return text + std::to_string(runtime_.Stats().host_bytes_used);
+                         },
+                         5);
+}
+
 TEST_F(MemoryFaultTest, Fork) {
   EveryFailingAllocation(
       [&] {
