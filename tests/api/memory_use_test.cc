@@ -7,12 +7,10 @@
 #include <string>
 
 #include "tests/api/attention_model.h"
+#include "tests/memory/sanitizers.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SKIP_WITH_SANITIZER() GTEST_SKIP() << "sanitizers hold memory of their own"
-#else
-#define SKIP_WITH_SANITIZER()
-#endif
+#define SKIP_WITH_SANITIZER() \
+  if (kAddressSanitizer || kThreadSanitizer) GTEST_SKIP() << "sanitizers hold memory of their own"
 
 namespace vattn::test {
 namespace {

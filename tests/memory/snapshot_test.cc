@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "memory/virtual_range.h"
+#include "tests/memory/sanitizers.h"
 #include "tests/memory/snapshot_files.h"
 
 namespace vattn {
@@ -275,9 +276,7 @@ TEST_F(SnapshotTest, LyingHeadersAreRefused) {
 // The first record is larger than 32 bits can say. Its zeros are not written, so the file is a
 // hole.
 TEST_F(SnapshotTest, OffsetsPast32BitsAreRight) {
-#if defined(__SANITIZE_THREAD__)
-  GTEST_SKIP() << "half a minute of checksums on one thread";
-#endif
+  if (test::kThreadSanitizer) GTEST_SKIP() << "half a minute of checksums on one thread";
   FileOps ops = kSystemFileOps;
   ops.pwrite = [](int fd, const void* data, size_t bytes, off_t offset) -> ssize_t {
     const bool zeros = bytes == 1 << 20 && offset > 0 && offset < off_t{4351} << 20;

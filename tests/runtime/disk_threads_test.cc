@@ -3,6 +3,7 @@
 #include <mutex>
 #include <thread>
 
+#include "tests/memory/sanitizers.h"
 #include "tests/runtime/disk_world.h"
 
 namespace vattn {
@@ -10,11 +11,7 @@ namespace {
 
 // liburing maps and unmaps its rings by system calls that ThreadSanitizer does not see: when one
 // thread's ring lies where another's lay, it takes that for a race.
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kUring = false;
-#else
-constexpr bool kUring = true;
-#endif
+constexpr bool kUring = !test::kThreadSanitizer;
 
 // Threads with three sequences each in a pool for four of twelve: nothing is lost, nobody hangs.
 TEST(DiskThreadsTest, ThreadsSpillEachOthersSequences) {
