@@ -267,6 +267,27 @@ def _view_dlpack(array: Any, name: str) -> View:
     )
 
 
+def dense_view(
+    array: Array,
+    name: str,
+    shapes: tuple[tuple[int, ...], ...],
+    kinds: tuple[str, ...],
+    written: bool = False,
+) -> View:
+    """The memory of a contiguous array of one of these shapes and kinds of elements; refusals tell
+    of the first shape. written: a call writes to it."""
+    taken = view(array, name)
+    if taken.shape not in shapes:
+        raise invalid(f"{name} has shape {list(taken.shape)}, must be {list(shapes[0])}")
+    if not taken.contiguous():
+        raise invalid(f"{name} has strides {list(taken.strides)}, must be contiguous")
+    if taken.dtype not in kinds:
+        raise invalid(f"{name} has elements of {taken.dtype}, must be {' or '.join(kinds)}")
+    if written and not taken.writable:
+        raise invalid(f"{name} is read-only, must be writable")
+    return taken
+
+
 def empty_like(array: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """A new array of torch, on the device of `array`, if that is of torch; else of numpy."""
     if hasattr(array, "data_ptr"):

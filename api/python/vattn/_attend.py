@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from . import _structs as c
 from ._arguments import shown, whole
-from ._arrays import Array, View, empty_like, view
+from ._arrays import Array, View, dense_view, empty_like, view
 from ._errors import invalid
 from ._library import struct
 from ._runtime import DTYPE_NAMES, Runtime
@@ -150,15 +150,7 @@ class AttendCall:
         kinds: tuple[str, ...],
         written: bool = False,
     ) -> View:
-        taken = view(array, name)
-        if taken.shape != shape and taken.shape != (shape[0], 1, *shape[1:]):
-            raise invalid(f"{name} has shape {list(taken.shape)}, must be {list(shape)}")
-        if not taken.contiguous():
-            raise invalid(f"{name} has strides {list(taken.strides)}, must be contiguous")
-        if taken.dtype not in kinds:
-            raise invalid(f"{name} has elements of {taken.dtype}, must be {' or '.join(kinds)}")
-        if written and not taken.writable:
-            raise invalid(f"{name} is read-only, must be writable")
+        taken = dense_view(array, name, (shape, (shape[0], 1, *shape[1:])), kinds, written)
         self._runtime.check_place(taken, name)
         if self.views and (taken.device >= 0) != (self.views[0].device >= 0):
             place = "on a device" if taken.device >= 0 else "in host memory"

@@ -4,7 +4,7 @@ import ctypes
 from typing import Any, Self
 
 from . import _structs as c
-from ._arrays import Array, View, empty_like, spaced_view, view
+from ._arrays import Array, View, dense_view, empty_like, spaced_view
 from ._enums import Tier
 from ._errors import Error, invalid
 from ._handle import Child
@@ -130,15 +130,7 @@ class Sequence(Child):
     def _written(
         self, array: Array, name: str, shape: tuple[int, ...], kinds: tuple[str, ...]
     ) -> View:
-        taken = view(array, name)
-        if taken.shape != shape:
-            raise invalid(f"{name} has shape {list(taken.shape)}, must be {list(shape)}")
-        if not taken.contiguous():
-            raise invalid(f"{name} has strides {list(taken.strides)}, must be contiguous")
-        if taken.dtype not in kinds:
-            raise invalid(f"{name} has elements of {taken.dtype}, must be {' or '.join(kinds)}")
-        if not taken.writable:
-            raise invalid(f"{name} is read-only, must be writable")
+        taken = dense_view(array, name, (shape,), kinds, written=True)
         self.runtime.check_place(taken, name)
         return taken
 

@@ -59,7 +59,7 @@ def attention(
     rows, _, tokens, _ = query.shape
     if layer.index == layer.store.order[0]:
         if whole is not None and layer.tokens:
-            _check_all_seen(whole, padding)
+            _check_causal(whole, padding)
         layer.cache.begin(padding, rows, tokens, query.device)
     if layer.tokens == 0:
         if whole is None:
@@ -92,7 +92,7 @@ def _taken_apart(
     return attention_mask, attention_mask.vattn_padding
 
 
-def _check_all_seen(whole: torch.Tensor, padding: torch.Tensor | None) -> None:
+def _check_causal(whole: torch.Tensor, padding: torch.Tensor | None) -> None:
     """Refuses the mask of new tokens that hides tokens before them which are no padding, or shows
     them later ones."""
     tokens, total = whole.shape[-2:]
