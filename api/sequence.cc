@@ -105,6 +105,24 @@ absl::Status ToPrefill(const vattn::Runtime& runtime, const vattn_prefill_params
   return absl::OkStatus();
 }
 
+// A call that adds tokens to a layer: `check` makes a request of its params, which `add` carries out.
+template <class Params, class Request>
+absl::Status AddTokens(vattn_sequence* sequence, const Params* params,
+                       absl::Status (*check)(const vattn::Runtime&, const Params&,
+                                             int64_t tokens_before, Request&),
+                       absl::Status (vattn::Sequence::*add)(const Request&)) {
+  const Use use(sequence);
+  VATTN_RETURN_IF_ERROR(use.status());
+  Params p{};
+  VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
+  const vattn::Runtime& runtime = sequence->impl->runtime();
+  const bool known = p.layer >= 0 && p.layer < runtime.options().num_layers;
+  Request request;
+  VATTN_RETURN_IF_ERROR(check(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
+  VATTN_RETURN_IF_ERROR(use.Awake());
+  return (sequence->impl.get()->*add)(request);
+}
+
 }  // namespace
 
 extern "C" {
@@ -175,19 +193,7 @@ void vattn_append_params_init(vattn_append_params* params, size_t struct_size) {
 }
 
 vattn_code vattn_append(vattn_sequence* sequence, const vattn_append_params* params) {
-  return Guard([&]() -> absl::Status {
-    const Use use(sequence);
-    VATTN_RETURN_IF_ERROR(use.status());
-    vattn_append_params p{};
-    VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
-    const vattn::Runtime& runtime = sequence->impl->runtime();
-    const bool known = p.layer >= 0 && p.layer < runtime.options().num_layers;
-    vattn::AppendRequest request;
-    VATTN_RETURN_IF_ERROR(
-        ToAppend(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
-    VATTN_RETURN_IF_ERROR(use.Awake());
-    return sequence->impl->Append(request);
-  });
+  return Guard([&] { return AddTokens(sequence, params, ToAppend, &vattn::Sequence::Append); });
 }
 
 void vattn_prefill_params_init(vattn_prefill_params* params, size_t struct_size) {
@@ -195,19 +201,7 @@ void vattn_prefill_params_init(vattn_prefill_params* params, size_t struct_size)
 }
 
 vattn_code vattn_prefill(vattn_sequence* sequence, const vattn_prefill_params* params) {
-  return Guard([&]() -> absl::Status {
-    const Use use(sequence);
-    VATTN_RETURN_IF_ERROR(use.status());
-    vattn_prefill_params p{};
-    VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
-    const vattn::Runtime& runtime = sequence->impl->runtime();
-    const bool known = p.layer >= 0 && p.layer < runtime.options().num_layers;
-    vattn::PrefillRequest request;
-    VATTN_RETURN_IF_ERROR(
-        ToPrefill(runtime, p, known ? sequence->impl->length(p.layer) : 0, request));
-    VATTN_RETURN_IF_ERROR(use.Awake());
-    return sequence->impl->Prefill(request);
-  });
+  return Guard([&] { return AddTokens(sequence, params, ToPrefill, &vattn::Sequence::Prefill); });
 }
 
 vattn_code vattn_sequence_build_index(vattn_sequence* sequence) {

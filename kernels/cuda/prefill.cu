@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kPrefillThreads)
     __syncthreads();
     const T* const k = keys + buffer * kKeys * W::kPitchK;
     const T* const v = values + buffer * kKeys * W::kPitchV;
-    // The first token that not every query of the warp sees.
+    // Whether the tile has a token that not every query of the warp sees.
     const bool hides = token + kKeys > p.first + mine / p.group_heads + 1 || token + kKeys > end;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
