@@ -65,7 +65,7 @@ struct GroupScratch {
   uint16_t* estimate = nullptr;  // [blocks][G][256] e^ over its block's largest, fp16
   float* shift = nullptr;        // [blocks][G] ln of that largest
   float* mass = nullptr;         // [blocks][G] sum of estimate
-  // [blocks][G][256] s^. Top-k policies and IndexKind::kExact only.
+  // [blocks][G][256] s^. Top-k policies and kinds of index without codes only.
   float* score = nullptr;
   // [blocks][256] tokens that may be drawn, in the low word, with their weight in the high one. A
   // segment's candidates stand from its first place on; `candidates` [kMostSegments] counts them.
@@ -185,6 +185,10 @@ struct CallArrays {
   int64_t* middle = nullptr;
   uint64_t* timeline = nullptr;
   int32_t out_dtype = 0;
+  int32_t score_heads = 0;   // the KV heads or the query heads
+  int32_t scores_dtype = 0;  // DType
+  const void* scores = nullptr;
+  int64_t scores_stride = 0;
 };
 
 // Places in CallArrays::timeline, as vattn_timeline.
@@ -209,6 +213,11 @@ struct SelectionArrays {
 };
 
 using vattn::Task;
+
+// True if a stage of its own writes GroupScratch::score, from which the scan goes on.
+VATTN_HD inline bool ScoredBeforeScan(IndexKind index) {
+  return index == IndexKind::kExact || index == IndexKind::kExternal;
+}
 
 struct StepParams {
   Task task = Task::kDecode;

@@ -19,11 +19,10 @@ constexpr uint64_t kSpareBytes = uint64_t{64} << 20;
 
 absl::Status CudaBackend::CheckOptions(const Options& o) {
   const IndexKind index = o.index;
-  if (index != IndexKind::kBalanced && index != IndexKind::kExact && index != IndexKind::kSign &&
-      index != IndexKind::kHadamard2) {
-    return NotSupportedError(
-        "index is ", static_cast<int32_t>(index),
-        ", the CUDA backend has balanced (0), exact (1), sign (2) and hadamard2 (3)");
+  if (index == IndexKind::kPage || index == IndexKind::kPooled || index == IndexKind::kClusters) {
+    return NotSupportedError("index is ", static_cast<int32_t>(index),
+                             ", the CUDA backend has balanced (0), exact (1), sign (2), hadamard2 "
+                             "(3) and external (7)");
   }
   for (const int32_t heads : o.layer_kv_heads) {
     if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {

@@ -380,6 +380,11 @@ absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {
     const int64_t heads = step_.num_query_tokens * runtime_.options().num_q_heads,
                   groups = int64_t{step_.num_requests} * layer.kv_heads, word = 4;
     staging.Add(request.q, heads * row.dim_k * ElementBytes(row.dtype), false);
+    const int64_t score_heads = r.score_heads == 0 ? layer.kv_heads : r.score_heads;
+    staging.Add(request.scores,
+                step_.num_query_tokens * score_heads * r.scores_stride *
+                    ElementBytes(static_cast<DType>(r.scores_dtype)),
+                false);
     staging.Add(request.out, heads * row.dim_v * ElementBytes(static_cast<DType>(r.out_dtype)),
                 true);
     staging.Add(request.lse, heads * word, true);
@@ -395,6 +400,7 @@ absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {
   cuda::StepParams p;
   p.storage = storages_[r.layer];
   p.promise = backend_.promise();
+  if (r.dense) p.promise.policy = Policy::kDense;
   p.hot = hot_;
   p.header = layer.header;
   p.groups = layer.groups;
@@ -414,7 +420,11 @@ absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {
             .looks = request.looks,
             .middle = request.middle,
             .timeline = request.timeline,
-            .out_dtype = request.out_dtype};
+            .out_dtype = request.out_dtype,
+            .score_heads = request.score_heads == 0 ? layer.kv_heads : request.score_heads,
+            .scores_dtype = request.scores_dtype,
+            .scores = request.scores,
+            .scores_stride = request.scores_stride};
   VATTN_RETURN_IF_ERROR(
       d.Check(cuda::Decode(p, ShapeOf(r.layer), d.facts().multiprocessors, {used}),
               "enqueueing attention"));
