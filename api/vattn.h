@@ -479,8 +479,9 @@ VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_appen
  * exactly to those that the layer had before and to the new ones up to its own (FlashAttention's
  * order of sums, arXiv 2307.08691). A prompt in chunks of any size gets the answers of one in one
  * piece, but for rounding. Blocks until answered. On CUDA rows come from the host pool through device
- * memory that the call takes and gives back; the arrays may be device memory or the host's, and
- * products are those of tensor cores, with weights rounded to the rows' type. Errors as vattn_append,
+ * memory, 64 MiB and what sums and arrays of the host need, which the runtime keeps for the next
+ * call until codes need it; the arrays may be device memory or the host's, and products are those
+ * of tensor cores, with weights rounded to the rows' type. Errors as vattn_append,
  * and nothing was added; NOT_SUPPORTED on CUDA with f32 rows or head dimensions over 256. */
 VATTN_EXPORT vattn_code vattn_prefill(vattn_sequence* sequence, const vattn_prefill_params* params);
 

@@ -238,7 +238,7 @@ struct StepParams {
 
 // Attention of tokens [first, first + count) of one (sequence, layer) to those of one chunk [begin,
 // begin + tokens), as PrefillParams. Chunks come in order from token 0 on; sums of those before are
-// in most, mass and sum.
+// in most, mass and sum, for each part of the keys apart.
 struct PrefillChunk {
   RowLayout row;
   float scale = 1;
@@ -253,9 +253,10 @@ struct PrefillChunk {
   int64_t rows_stride = 0;          // bytes from one KV head to the next
   const void* q = nullptr;
   int64_t q_token_stride = 0, q_head_stride = 0;
-  float* most = nullptr;  // [count][q_heads] largest logit so far ...
+  int32_t splits = 1;     // parts that the keys of each chunk are split into
+  float* most = nullptr;  // [splits][count][q_heads] largest logit so far, times log2 e ...
   float* mass = nullptr;  // ... sum of weights relative to it
-  float* sum = nullptr;   // [count][q_heads][dim_v] of weight times value
+  float* sum = nullptr;   // [splits][count][q_heads][dim_v] of weight times value
   void* out = nullptr;    // [count][q_heads][dim_v]
   float* lse = nullptr;   // or null
 };

@@ -140,7 +140,7 @@ absl::Status CudaPaged::MapPool() {
     for (; next < spans.size() && spans[next].first <= end; ++next)
       end = std::max(end, spans[next].second);
     std::byte* const base = reinterpret_cast<std::byte*>(spans[i].first);
-    absl::StatusOr<std::byte*> there = backend_.device().Register(base, end - spans[i].first);
+    absl::StatusOr<std::byte*> there = backend_.device().Register(base, end - spans[i].first, 1);
     mapped_.emplace_back(base, end - spans[i].first);
     if (!there.ok()) return there.status();
     if (*there != base) return NotSupportedError("this device maps host memory at other addresses");
@@ -429,8 +429,33 @@ absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {
   return stream == nullptr ? d.Synchronize(used) : absl::OkStatus();
 }
 
-absl::Status CudaPaged::Prefill(const PagedPrefill&) {
-  return NotSupportedError("vattn_paged_prefill on CUDA is not there yet");
+absl::Status CudaPaged::Prefill(const PagedPrefill& r) {
+  Device& d = backend_.device();
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  const int kv_heads = runtime_.kv_heads(r.layer);
+  const uint64_t bytes = static_cast<uint64_t>(pool_.BlocksOf(r.length)) * sizeof(int32_t);
+  absl::StatusOr<DeviceMemory> ids = d.Allocate(bytes);
+  if (!ids.ok()) return ids.status();
+  VATTN_RETURN_IF_ERROR(d.Copy(ids->data(), r.blocks, bytes, d.copy_stream()));
+  const auto fetch = [&](int64_t begin, int64_t tokens, std::byte* to, int64_t stride,
+                         DeviceStream stream) {
+    return d.Check(cuda::FetchRows(storages_[r.layer], ids->as<int32_t>(), kv_heads, begin, tokens,
+                                   to, stride, {stream}),
+                   "fetching a prompt's rows");
+  };
+  return backend_.PrefillBy({.storage = storages_[r.layer].host,
+                             .kv_heads = kv_heads,
+                             .group_heads = runtime_.group_heads(r.layer),
+                             .q_heads = runtime_.options().num_q_heads,
+                             .out_dtype = r.out_dtype,
+                             .first = r.length - r.num_tokens,
+                             .count = r.num_tokens,
+                             .q = r.q,
+                             .q_token_stride = r.q_token_stride,
+                             .q_head_stride = r.q_head_stride,
+                             .out = r.out,
+                             .lse = r.lse},
+                            fetch);
 }
 
 }  // namespace vattn
