@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "memory/status.h"
 #include "memory/virtual_range.h"
@@ -28,28 +29,31 @@ void CudaPaged::Staging::Add(T*& array, int64_t bytes, bool out) {
 }
 
 absl::Status CudaPaged::Staging::Send(DeviceStream stream) {
-  if (static_cast<uint64_t>(used_) > memory_.size()) {
-    VATTN_RETURN_IF_ERROR(device_->SynchronizeAll());
-    absl::StatusOr<DeviceMemory> memory = device_->Allocate(static_cast<uint64_t>(used_));
-    if (!memory.ok()) return memory.status();
-    memory_ = *std::move(memory);
-  }
+  if (empty()) return absl::OkStatus();
+  // By way of pinned memory: no copy may cross the end of memory that is pinned.
+  absl::StatusOr<DeviceMemory> memory = device_->AllocatePinned(static_cast<uint64_t>(used_));
+  if (!memory.ok()) return memory.status();
+  pinned_ = *std::move(memory);
+  memory = device_->Allocate(static_cast<uint64_t>(used_));
+  if (!memory.ok()) return memory.status();
+  memory_ = *std::move(memory);
   // What is to come back goes there too: a call may leave parts as they are.
   for (const Item& item : items_) {
-    VATTN_RETURN_IF_ERROR(device_->Copy(memory_.data() + item.offset, item.host,
-                                        static_cast<uint64_t>(item.bytes), stream));
+    std::memcpy(pinned_.data() + item.offset, item.host, static_cast<size_t>(item.bytes));
     *item.array = memory_.data() + item.offset;
   }
-  return absl::OkStatus();
+  return device_->Copy(memory_.data(), pinned_.data(), static_cast<uint64_t>(used_), stream);
 }
 
 absl::Status CudaPaged::Staging::Receive(DeviceStream stream) {
+  VATTN_RETURN_IF_ERROR(
+      device_->Copy(pinned_.data(), memory_.data(), static_cast<uint64_t>(used_), stream));
+  VATTN_RETURN_IF_ERROR(device_->Synchronize(stream));
   for (const Item& item : items_) {
     if (item.out)
-      VATTN_RETURN_IF_ERROR(device_->Copy(item.host, memory_.data() + item.offset,
-                                          static_cast<uint64_t>(item.bytes), stream));
+      std::memcpy(item.host, pinned_.data() + item.offset, static_cast<size_t>(item.bytes));
   }
-  return device_->Synchronize(stream);
+  return absl::OkStatus();
 }
 
 CudaPaged::CudaPaged(Runtime& runtime, const PagedPool& pool)
@@ -342,9 +346,9 @@ absl::Status CudaPaged::BeginStep(const PagedStep& s, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(d.Activate());
   const DeviceStream used = stream != nullptr ? stream : d.stream();
   PagedStep step = s;
+  step_arrays_ = Staging(d);
   if (s.num_requests > 0) {
     const int64_t n = s.num_requests, word = sizeof(int32_t);
-    step_arrays_ = Staging(d);
     step_arrays_.Add(
         step.block_table,
         ((n - 1) * s.block_table_stride + pool_.BlocksOf(pool_.options.max_tokens)) * word, false);
@@ -364,7 +368,7 @@ absl::Status CudaPaged::BeginStep(const PagedStep& s, DeviceStream stream) {
   step_.request_rows = step.request_rows;
   step_.resets = step.resets;
   VATTN_RETURN_IF_ERROR(d.Check(cuda::BeginPagedStep(step_, {used}), "beginning a step"));
-  return stream == nullptr ? d.Synchronize(used) : absl::OkStatus();
+  return !step_arrays_.empty() || stream == nullptr ? d.Synchronize(used) : absl::OkStatus();
 }
 
 absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {

@@ -50,7 +50,7 @@ class CudaPaged final : public PagedHalf {
       bool out;
     };
     Device* device_;
-    DeviceMemory memory_;
+    DeviceMemory pinned_, memory_;
     std::vector<Item> items_;
     int64_t used_ = 0;
   };
