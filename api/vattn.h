@@ -821,9 +821,10 @@ VATTN_EXPORT vattn_code vattn_paged_write(vattn_paged* paged, const vattn_paged_
 
 /* What a step attends for. */
 typedef struct vattn_paged_step {
-  size_t struct_size;       /* bytes of the struct that the caller knows */
-  int32_t num_requests;     /* 0 to max_requests: rows of the arrays below */
-  int32_t max_query_tokens; /* most query tokens of a request in this step, 1 to that of the options */
+  size_t struct_size;   /* bytes of the struct that the caller knows */
+  int32_t num_requests; /* 0 to max_requests: rows of the arrays below */
+  int32_t
+      max_query_tokens; /* most query tokens of a request in this step, 1 to that of the options */
   const int32_t* block_table; /* [num_requests, block_table_stride] block ids of each request */
   int64_t block_table_stride; /* entries from a request to the next; at least
                                * ceil(max_tokens / block_tokens) */
