@@ -825,17 +825,25 @@ typedef struct vattn_paged_step {
   int32_t num_requests; /* 0 to max_requests: rows of the arrays below */
   int32_t
       max_query_tokens; /* most query tokens of a request in this step, 1 to that of the options */
-  const int32_t* block_table; /* [num_requests, block_table_stride] block ids of each request */
+  /* Query tokens that q, out and the other arrays of the calls have room for: starts beyond are out of
+   * range. In a CUDA graph the padded number. */
+  int64_t num_query_tokens;
+  /* [num_requests, block_table_stride] block ids of each request; those behind its length are not
+   * looked at. */
+  const int32_t* block_table;
   int64_t block_table_stride; /* entries from a request to the next; at least
                                * ceil(max_tokens / block_tokens) */
   const int32_t* lengths;     /* [num_requests] tokens, the new ones included; 0: no request here */
   /* [num_requests + 1] where each one's query tokens begin among those of the step, ascending from 0;
-   * they are its last tokens. A request without query tokens is passed over. */
+   * they are its last tokens. A request without query tokens, or with length 0, is passed over: what
+   * the other arrays have of it is not looked at. */
   const int32_t* query_starts;
   /* [num_requests] each another number of 0 to max_requests - 1, the same in all steps of a request:
    * where its controller state is kept. */
   const int32_t* request_rows;
-  const int32_t* resets; /* [num_requests] 1 in the first step of a request, else 0; NULL: all 0 */
+  /* [num_requests] 1 in a request's first step in its row, also when it comes back to another row, else
+   * 0; NULL: all 0. */
+  const int32_t* resets;
 } vattn_paged_step;
 
 /* Fills *step with defaults; struct_size is sizeof(*step). */

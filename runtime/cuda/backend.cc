@@ -150,6 +150,10 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CudaBackend::MakeBatch(Runtime& runti
   return CudaBatch::Create(runtime, slots);
 }
 
+absl::StatusOr<std::unique_ptr<PagedHalf>> CudaBackend::MakePaged(Runtime&, const PagedPool&) {
+  return NotSupportedError("vattn_paged_create on CUDA is not there yet");
+}
+
 absl::Status CudaBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   if (IsOnDevice(params.k)) return WriteOnDevice(params);
   cpu::Write(params, workers);

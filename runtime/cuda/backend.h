@@ -42,6 +42,9 @@ class CudaBackend final : public Backend {
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  absl::StatusOr<std::unique_ptr<PagedHalf>> MakePaged(Runtime& runtime,
+                                                       const PagedPool& pool) override;
+
   absl::Status CheckPrefill() const override;
   absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void* pointer) const override {

@@ -339,6 +339,7 @@ void PagedEngine::Decode() {
     vattn_paged_step step = Init<vattn_paged_step>();
     step.num_requests = static_cast<int32_t>(requests);
     step.max_query_tokens = static_cast<int32_t>(queries);
+    step.num_query_tokens = requests * queries;
     step.block_table = At<const int32_t>(block_table_);
     step.block_table_stride = Blocks(kMaxTokens, options_.block_tokens);
     step.lengths = At<const int32_t>(lengths_);

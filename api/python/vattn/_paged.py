@@ -124,6 +124,7 @@ class Paged(Child):
         resets: Array | None = None,
         *,
         max_query_tokens: int | None = None,
+        num_query_tokens: int | None = None,
         stream: Any = None,
     ) -> None:
         """Opens a step, whose layers `attend` then answers. All arrays are of int32.
@@ -134,7 +135,9 @@ class Paged(Child):
         query tokens, its last tokens, begin among those of the step. request_rows [requests]: a
         number of 0 to max_requests - 1 that a request has in all its steps. resets [requests]: 1 in
         the first step of a request. max_query_tokens: most query tokens of a request in this step,
-        by default those that the pool was made for. The arrays keep their contents until the step's
+        by default those that the pool was made for. num_query_tokens: those that q of `attend` has; by
+        default the last of query_starts on the CPU, and on CUDA, where that is not read here,
+        requests times max_query_tokens. The arrays keep their contents until the step's
         last layer is answered.
         """
         step: c.PagedStep = struct(c.PagedStep, "vattn_paged_step_init")
@@ -168,9 +171,16 @@ class Paged(Child):
                 taken = self._dense(array, name, (extent,), ("i32",))
                 setattr(step, name, taken.pointer)
                 views.append(taken)
+        if num_query_tokens is None:
+            num_query_tokens = count * step.max_query_tokens
+            if self.runtime._options["backend"] == Backend.CPU:
+                starts = views[2].pointer + 4 * count
+                num_query_tokens = max(ctypes.c_int32.from_address(starts).value, 0)
+        step.num_query_tokens = num_query_tokens
         handle = self._stream(stream, views)
         call("vattn_paged_begin_step", self.handle, ctypes.byref(step), handle)
-        self._step, self._requests = (views, step.max_query_tokens), count
+        self._step = (views, step.max_query_tokens, step.num_query_tokens)
+        self._requests = count
 
     def report(self, layer: int, q: Array, *names: str) -> Report:
         """A Report for `attend` with q in the open step: arrays for `names`, all if none are given."""
@@ -212,6 +222,8 @@ class Paged(Child):
             )
         if not self._step:
             raise invalid("no step is open, begin_step must come first")
+        if extents[0] != self._step[2]:
+            raise invalid(f"q has {extents[0]} tokens, must have the {self._step[2]} of the step")
         given = AttendCall(self.runtime, extents[0], layer, self._requests)
         given.params.num_tokens = self._step[1]
         given.rows(q, None, None)

@@ -218,6 +218,7 @@ class PagedStep(Struct):
     _fields_ = _fields("""
         size struct_size
         int32 num_requests max_query_tokens
+        int64 num_query_tokens
         int32 *block_table
         int64 block_table_stride
         int32 *lengths *query_starts *request_rows *resets""")
