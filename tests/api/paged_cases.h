@@ -3,6 +3,7 @@
 #define VATTN_TESTS_API_PAGED_CASES_H_
 
 #include <cstdint>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ struct PagedCase {
   std::vector<int32_t> layer_heads;
   EngineOptions options;
 };
+inline void PrintTo(const PagedCase& one, std::ostream* out) { *out << one.name; }
 
 // Those that the backend under test serves.
 std::vector<PagedCase> PagedCases();

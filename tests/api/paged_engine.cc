@@ -125,7 +125,7 @@ void PagedEngine::Arrive() {
   while (!stopping_ && alive_ < kAlive) {
     auto request = std::make_unique<Request>();
     const int64_t length = 60 + Below(340);
-    const int64_t common = Below(2) == 0 ? std::min<int64_t>(length - 10, 100 + Below(200)) : 0;
+    const int64_t common = Below(2) == 0 ? std::min<int64_t>(length - 10, 100 + Below(300)) : 0;
     std::mt19937_64 shared(static_cast<uint64_t>(Below(4)));
     for (int64_t i = 0; i < length; ++i) {
       const uint64_t token = i < common ? shared() : random_();
@@ -272,8 +272,8 @@ void PagedEngine::Chunk(Request& request) {
     paged_->Prefill(params);
     device_->Download(arrays.out, arrays.out.size), device_->Download(arrays.lse, arrays.lse.size);
     device_->Wait();
-    for (int64_t t = 0; t < tokens; ++t) {  // one head of each token, in turn
-      const int head = static_cast<int>((t + request.computed) % shape.q_heads);
+    for (int64_t t = layer; t < tokens; t += model_.num_layers()) {  // layers and heads in turn
+      const int head = static_cast<int>(t / model_.num_layers() % shape.q_heads);
       const int64_t at = t * shape.q_heads + head;
       oracle_.CheckPrompt(
           request.text, request.computed + t, layer, head,
@@ -305,7 +305,7 @@ void PagedEngine::FillStep(int64_t requests, int64_t queries) {
     }
     if (options_.fault == Fault::kStaleTable && Below(16) == 0) continue;
     int32_t* const table = As<int32_t>(block_table_) + i * entries;
-    std::fill_n(table, entries, -1);
+    std::fill_n(table, entries, options_.fault == Fault::kStaleTable ? 0 : -1);
     std::copy(request.blocks.begin(), request.blocks.end(), table);
   }
   As<int32_t>(query_starts_)[requests] = query;

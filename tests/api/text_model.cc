@@ -8,7 +8,7 @@
 namespace vattn::test {
 namespace {
 
-constexpr size_t kTable = size_t{1} << 18;
+constexpr size_t kTable = size_t{1} << 16;
 constexpr double kNeedleLogit = 11;
 constexpr int kKey = 0, kValue = 1, kQuery = 2, kKind = 3, kTarget = 4;
 
@@ -18,6 +18,19 @@ uint64_t Mix(uint64_t x) {
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
   x = (x ^ x >> 27) * 0x94d049bb133111eb;
   return x ^ x >> 31;
+}
+
+// In eight sums, which the compiler can keep in vectors; dim is a multiple of 16.
+double Dot(const double* a, const double* b, int dim) {
+  double sums[8] = {};
+  for (int d = 0; d < dim; d += 8) {
+    for (int i = 0; i < 8; ++i) sums[i] += a[d + i] * b[d + i];
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+void Add(double factor, const double* __restrict values, int dim, double* __restrict sums) {
+  for (int d = 0; d < dim; ++d) sums[d] += factor * values[d];
 }
 
 uint64_t Mix(uint64_t hash, int32_t layer, int head, int use) {
@@ -41,21 +54,15 @@ void Text::Truncate(int64_t tokens) {
 TextModel::TextModel(const Shape& shape, const std::vector<int32_t>& layer_heads, uint64_t seed)
     : shape_(shape), layer_heads_(layer_heads) {
   std::mt19937_64 engine(seed);
-  table_ = Gaussian(engine, shape.dtype, kTable, 1);
-  bytes_ = ToBytes(shape.dtype, table_);
+  const std::vector<float> numbers = Gaussian(engine, shape.dtype, kTable, 1);
+  bytes_ = ToBytes(shape.dtype, numbers);
+  table_.assign(numbers.begin(), numbers.end());
+  squares_.assign(1, 0);
+  for (const double x : table_) squares_.push_back(squares_.back() + x * x);
 }
 
 size_t TextModel::Place(uint64_t hash, int32_t layer, int head, int use) const {
   return Mix(hash, layer, head, use) % (kTable - static_cast<size_t>(shape_.dim_k + shape_.dim_v));
-}
-
-const float* TextModel::Key(const Text& text, int64_t position, int32_t layer, int head) const {
-  return &table_[Place(text.hash(position), layer, head, kKey)];
-}
-
-const float* TextModel::Value(const Text& text, int64_t position, int32_t layer, int head) const {
-  return shape_.shared_kv ? Key(text, position, layer, head)
-                          : &table_[Place(text.hash(position), layer, head, kValue)];
 }
 
 int32_t TextModel::Next(const Text& text, int64_t position) const {
@@ -81,7 +88,7 @@ bool TextModel::LooksForNeedle(const Text& text, int64_t position, int32_t layer
 std::vector<float> TextModel::Query(const Text& text, int64_t position, int32_t layer,
                                     int q_head) const {
   const uint64_t hash = text.hash(position), kind = Mix(hash, layer, q_head, kKind) / 2;
-  const float* direction = &table_[Place(hash, layer, q_head, kQuery)];
+  size_t direction = Place(hash, layer, q_head, kQuery);
   double factor = .3 + .4 * static_cast<double>(kind % 64) / 64;
   if (LooksForNeedle(text, position, layer, q_head)) {
     // One of the newest tokens, one near a border of blocks of 16, or any.
@@ -90,14 +97,13 @@ std::vector<float> TextModel::Query(const Text& text, int64_t position, int32_t 
     if (kind % 4 == 0) target = position - any % std::min<int64_t>(position + 1, 8);
     if (kind % 4 == 1) target = target / 16 * 16;
     const int head = q_head / (shape_.q_heads / layer_heads_[layer]);
-    direction = Key(text, target, layer, head);
-    double square = 0;
-    for (int d = 0; d < shape_.dim_k; ++d) square += double{direction[d]} * direction[d];
+    direction = Place(text.hash(target), layer, head, kKey);
+    const double square = squares_[direction + shape_.dim_k] - squares_[direction];
     factor = kNeedleLogit * std::sqrt(static_cast<double>(shape_.dim_k)) / square;
   }
   std::vector<float> query(static_cast<size_t>(shape_.dim_k));
   for (int d = 0; d < shape_.dim_k; ++d) {
-    query[d] = Round(shape_.dtype, static_cast<float>(factor * direction[d]));
+    query[d] = Round(shape_.dtype, static_cast<float>(factor * table_[direction + d]));
   }
   return query;
 }
@@ -111,20 +117,15 @@ void TextModel::WriteQueries(const Text& text, int64_t position, int32_t layer,
 }
 
 Answer TextModel::Attend(const Text& text, int64_t position, int32_t layer, int q_head) const {
-  const std::vector<float> q = Query(text, position, layer, q_head);
+  const std::vector<float> query = Query(text, position, layer, q_head);
+  const std::vector<double> q(query.begin(), query.end());
   const int head = q_head / (shape_.q_heads / layer_heads_[layer]);
   const double scale = 1 / std::sqrt(static_cast<double>(shape_.dim_k));
   std::vector<double> logits(static_cast<size_t>(position + 1));
   double most = -INFINITY;
   for (int64_t i = 0; i <= position; ++i) {
-    const float* key = Key(text, i, layer, head);
-    double parts[4] = {};
-    for (int d = 0; d < shape_.dim_k; d += 4) {
-      for (int part = 0; part < 4; ++part) {
-        parts[part] += double{q[d + part]} * key[d + part];
-      }
-    }
-    logits[i] = scale * (parts[0] + parts[1] + parts[2] + parts[3]);
+    const size_t key = Place(text.hash(i), layer, head, kKey);
+    logits[i] = scale * Dot(q.data(), &table_[key], shape_.dim_k);
     most = std::max(most, logits[i]);
   }
   Answer answer;
@@ -132,14 +133,10 @@ Answer TextModel::Attend(const Text& text, int64_t position, int32_t layer, int 
   double sum = 0, square = 0;
   for (int64_t i = 0; i <= position; ++i) {
     const double weight = std::exp(logits[i] - most);
-    const float* value = Value(text, i, layer, head);
-    double own = 0;
-    for (int d = 0; d < shape_.dim_v; ++d) {
-      answer.out[d] += weight * value[d];
-      own += double{value[d]} * value[d];
-    }
+    const size_t value = Place(text.hash(i), layer, head, shape_.shared_kv ? kKey : kValue);
+    Add(weight, &table_[value], shape_.dim_v, answer.out.data());
     sum += weight;
-    square += weight * own;
+    square += weight * (squares_[value + shape_.dim_v] - squares_[value]);
   }
   for (double& x : answer.out) {
     x /= sum;

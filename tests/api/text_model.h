@@ -57,14 +57,13 @@ class TextModel {
  private:
   // Where the numbers begin that belong to a text up to a position: a piece of one table.
   size_t Place(uint64_t hash, int32_t layer, int head, int use) const;
-  const float* Key(const Text& text, int64_t position, int32_t layer, int head) const;
-  const float* Value(const Text& text, int64_t position, int32_t layer, int head) const;
   std::vector<float> Query(const Text& text, int64_t position, int32_t layer, int q_head) const;
 
   const Shape shape_;
   const std::vector<int32_t> layer_heads_;
-  std::vector<float> table_;  // Gaussian numbers of the dtype
-  std::vector<std::byte> bytes_;
+  std::vector<double> table_;     // Gaussian numbers, as the dtype has them
+  std::vector<double> squares_;   // [i]: sum of the squares before table_[i]
+  std::vector<std::byte> bytes_;  // table_ in the dtype
 };
 
 }  // namespace vattn::test
