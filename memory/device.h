@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -96,6 +97,9 @@ class Device {
 
   // Lets the device follow [base, base + bytes); returns its address there. Pins every page.
   absl::StatusOr<std::byte*> Register(std::byte* base, uint64_t bytes);
+  // Takes that back; no work that follows the memory may be under way. Without it, it lasts as long as
+  // the device's owner.
+  void Unregister(std::byte* base, uint64_t bytes);
 
   absl::StatusOr<DeviceMemory> Allocate(uint64_t bytes);
   absl::StatusOr<DeviceMemory> AllocatePinned(uint64_t bytes);
@@ -124,6 +128,7 @@ class Device {
   int ordinal_ = 0;
   DeviceFacts facts_;
   DeviceStream stream_ = nullptr;
+  std::mutex registered_mutex_;
   std::vector<std::byte*> registered_;
   std::atomic<bool> lost_{false};
 };

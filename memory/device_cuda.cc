@@ -150,6 +150,15 @@ absl::Status Device::Activate() {
   return Check(cudaSetDevice(ordinal_), "choosing the device");
 }
 
+void Device::Unregister(std::byte* base, uint64_t bytes) {
+  if (!Activate().ok()) return;
+  const std::lock_guard<std::mutex> lock(registered_mutex_);
+  for (uint64_t at = 0; at < bytes; at += kRegisterChunk) {
+    if (std::erase(registered_, base + at) > 0) cudaHostUnregister(base + at);
+  }
+  cudaGetLastError();
+}
+
 absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes) {
   VATTN_RETURN_IF_ERROR(Activate());
   std::byte* mapped = nullptr;
@@ -159,11 +168,15 @@ absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes) {
         cudaHostRegister(base + at, size, cudaHostRegisterMapped | cudaHostRegisterPortable);
     if (error == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      return OutOfMemoryError("host_bytes is ", bytes, ", and the system would pin only ", at,
+      return OutOfMemoryError("a host pool of ", bytes,
+                              " bytes is to be pinned, and the system would pin only ", at,
                               " bytes of them");
     }
     VATTN_RETURN_IF_ERROR(Check(error, "pinning the host pool"));
-    registered_.push_back(base + at);
+    {
+      const std::lock_guard<std::mutex> lock(registered_mutex_);
+      registered_.push_back(base + at);
+    }
     void* device = nullptr;
     VATTN_RETURN_IF_ERROR(
         Check(cudaHostGetDevicePointer(&device, base + at, 0), "mapping the host pool"));

@@ -4,6 +4,7 @@
 #include "kernels/cuda/launch.h"
 #include "memory/status.h"
 #include "runtime/cuda/batch.h"
+#include "runtime/cuda/paged.h"
 #include "runtime/cuda/sequence_half.h"
 
 namespace vattn {
@@ -150,8 +151,9 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CudaBackend::MakeBatch(Runtime& runti
   return CudaBatch::Create(runtime, slots);
 }
 
-absl::StatusOr<std::unique_ptr<PagedHalf>> CudaBackend::MakePaged(Runtime&, const PagedPool&) {
-  return NotSupportedError("vattn_paged_create on CUDA is not there yet");
+absl::StatusOr<std::unique_ptr<PagedHalf>> CudaBackend::MakePaged(Runtime& runtime,
+                                                                  const PagedPool& pool) {
+  return CudaPaged::Create(runtime, pool);
 }
 
 absl::Status CudaBackend::Write(const WriteParams& params, cpu::Workers* workers) {
@@ -207,6 +209,7 @@ void CudaBackend::AddTo(StatsSnapshot& s) {
   s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.host.row.row_bytes);
   s.looks = c.looks;
   s.outliers = c.outliers, s.heads_noisy = c.noisy;
+  s.requests_refused = c.refused;
   const PageCounts pages = pages_->counts();
   s.device_bytes_reserved = pages.reserved_bytes,
   s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;

@@ -201,6 +201,8 @@ absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes) {
   return base;
 }
 
+void Device::Unregister(std::byte* base, uint64_t) { std::erase(registered_, base); }
+
 absl::StatusOr<DeviceMemory> Device::Allocate(uint64_t bytes) {
   const uint64_t room = (bytes + 255) / 256 * 256;
   std::byte* const data = static_cast<std::byte*>(std::aligned_alloc(256, room == 0 ? 256 : room));
