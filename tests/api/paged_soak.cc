@@ -38,6 +38,7 @@ void Run(const PagedCase& one, int32_t policy, int64_t steps, uint64_t seed) {
       o.worst_needle, static_cast<long long>(o.dense), static_cast<long long>(o.exact),
       static_cast<long long>(o.prompt),
       static_cast<double>(run.stats.rows_selected) / static_cast<double>(run.stats.rows_middle));
+  std::fflush(stdout);
 }
 
 }  // namespace
