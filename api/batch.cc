@@ -17,9 +17,16 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, AttendR
   if (p.num_tokens < 1 || p.num_tokens > kMaxQueryTokens)
     return OutOfRangeError("num_tokens", p.num_tokens, 1, kMaxQueryTokens);
   if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
+  if (p.scores_dtype < 0 || p.scores_dtype > 2)
+    return OutOfRangeError("scores_dtype", p.scores_dtype, 0, 2);
+  if (p.policy != 0 && p.policy != VATTN_POLICY_DENSE) {
+    return InvalidArgumentError("policy is ", p.policy,
+                                ", must be 0, the runtime's, or VATTN_POLICY_DENSE (3)");
+  }
   if (needs_out) VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
   out = {.layer = p.layer,
          .num_tokens = p.num_tokens,
+         .dense = p.policy == VATTN_POLICY_DENSE,
          .out_dtype = p.out_dtype,
          .q = p.q,
          .k_new = p.k_new,
@@ -35,6 +42,7 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, AttendR
          .timeline = p.timeline,
          .scores = p.scores,
          .score_heads = p.score_heads,
+         .scores_dtype = p.scores_dtype,
          .scores_stride = p.scores_stride};
   return absl::OkStatus();
 }

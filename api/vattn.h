@@ -479,8 +479,9 @@ VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_appen
  * exactly to those that the layer had before and to the new ones up to its own (FlashAttention's
  * order of sums, arXiv 2307.08691). A prompt in chunks of any size gets the answers of one in one
  * piece, but for rounding. Blocks until answered. On CUDA rows come from the host pool through device
- * memory that the call takes and gives back; the arrays may be device memory or the host's, and
- * products are those of tensor cores, with weights rounded to the rows' type. Errors as vattn_append,
+ * memory, 64 MiB and what sums and arrays of the host need, which the runtime keeps for the next
+ * call until codes need it; the arrays may be device memory or the host's, and products are those
+ * of tensor cores, with weights rounded to the rows' type. Errors as vattn_append,
  * and nothing was added; NOT_SUPPORTED on CUDA with f32 rows or head dimensions over 256. */
 VATTN_EXPORT vattn_code vattn_prefill(vattn_sequence* sequence, const vattn_prefill_params* params);
 
@@ -649,11 +650,12 @@ typedef struct vattn_attend_params {
   const void* v_new; /* [slots, num_tokens, kv_heads, head_dim_v]; NULL also with shared_kv */
   /* With VATTN_INDEX_EXTERNAL, which needs it but for policy dense; else NULL. Predicted scores
    * of the tokens, in units of softmax_scale * q.k (their natural logarithm weights a token),
-   * [slots, num_tokens, score_heads, scores_stride]: an engine's own indexer, or a former step's
-   * scores. Better ones save rows; any are valid, but NaN and +infinity leave a head unverified.
-   * Read for tokens of the middle only. */
-  const float* scores;
-  /* floats from one head's scores to the next one's: at least the end of the middle */
+   * [slots, num_tokens, score_heads, scores_stride] in scores_dtype: an engine's own indexer, or a
+   * former step's scores. Better ones save rows; any are valid, but NaN and +infinity leave a head
+   * unverified. Read for tokens of the middle only. */
+  const void* scores;
+  /* Elements from one head's scores to the next one's: at least the end of the middle. A graph that
+   * is replayed when the middle has outgrown it takes the tokens behind it for NaN. */
   int64_t scores_stride;
   void* out;  /* [slots, num_tokens, q_heads, head_dim_v] in out_dtype */
   float* lse; /* [slots, num_tokens, q_heads] ln(sum exp(s)); may be NULL */
@@ -669,6 +671,11 @@ typedef struct vattn_attend_params {
    * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
    * written; stages that a policy does not have are not written either. */
   uint64_t* timeline;
+  int32_t scores_dtype; /* vattn_dtype of scores: VATTN_F32, the default, VATTN_F16 or VATTN_BF16 */
+  /* 0: the runtime's. VATTN_POLICY_DENSE: every row, in this call alone, as when tokens that a
+   * cheaper answer has drafted are checked (examples/speculative.py); no other policy is taken, and
+   * vattn_attend_selected does not look at it. */
+  int32_t policy;
 } vattn_attend_params;
 
 /* Places in vattn_attend_params.timeline: when a stage of the call ended. */

@@ -234,7 +234,8 @@ struct Group {
   Verdict* verdict = nullptr;
   float* error = nullptr;  // bound on the relative error
   // kExternal: [G] rows of predicted scores, [tokens] each. Heads may share a row.
-  const float* const* external = nullptr;
+  const void* const* external = nullptr;
+  DType external_dtype = DType::kF32;
   // Filled by cpu::Decode.
   int64_t selected = 0;   // middle rows read: scratch.token[0..selected), unless all_read
   bool all_read = false;  // the whole middle was read

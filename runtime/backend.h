@@ -119,9 +119,11 @@ class Backend {
   // Rows k and v of an append, wherever they are, into their blocks. params.blocks are on the host.
   // Blocks until they are written.
   virtual absl::Status Write(const WriteParams& params, cpu::Workers* workers) = 0;
-  // `bytes` that a caller gave, where the host can read them: at `from`, or in `copy`.
-  virtual absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
-                                                  std::vector<std::byte>& copy) = 0;
+  // Parts of `bytes` each that a caller gave, at `offsets` [count] from `base`, where the host can read
+  // them: parts [count] lead to them, or into `copy`.
+  virtual absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t bytes,
+                              std::vector<const std::byte*>& parts,
+                              std::vector<std::byte>& copy) = 0;
 
   // True if codes have a second copy on a device: block tables then list those that the host wrote.
   virtual bool copies_codes() const = 0;

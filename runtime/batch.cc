@@ -212,7 +212,7 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
 
 absl::Status Batch::CheckScores(const AttendRequest& r) const {
   const bool external = runtime_->promise().index == IndexKind::kExternal;
-  const bool wanted = external && runtime_->promise().policy != Policy::kDense;
+  const bool wanted = external && !r.dense && runtime_->promise().policy != Policy::kDense;
   if (r.scores == nullptr ? wanted : !external) {
     return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
                                 external ? "given" : "NULL",
@@ -299,9 +299,10 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
                            DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   VATTN_RETURN_IF_ERROR(CheckScores(r));
-  if (runtime_->promise().policy != Policy::kVerified) {
+  const Policy policy = r.dense ? Policy::kDense : runtime_->promise().policy;
+  if (policy != Policy::kVerified) {
     return NotSupportedError("vattn_select needs policy verified, policy is ",
-                             static_cast<int32_t>(runtime_->promise().policy));
+                             static_cast<int32_t>(policy));
   }
   return Call(Task::kSelect, r, selection, stream);
 }

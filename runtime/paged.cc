@@ -192,7 +192,7 @@ absl::Status Paged::BeginStep(const PagedStep& s, DeviceStream stream) {
 
 absl::Status Paged::CheckScores(const AttendRequest& r) const {
   const bool external = runtime_->promise().index == IndexKind::kExternal;
-  const bool wanted = external && runtime_->promise().policy != Policy::kDense;
+  const bool wanted = external && !r.dense && runtime_->promise().policy != Policy::kDense;
   if (r.scores == nullptr ? wanted : !external) {
     return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
                                 external ? "given" : "NULL",

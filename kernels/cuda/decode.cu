@@ -43,9 +43,12 @@ int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, S
   int error = Prepare(p, stream);
   const bool chosen = p.promise.policy != Policy::kDense && p.task != Task::kAttendSelected;
   const bool sampled = chosen && p.promise.policy == Policy::kVerified,
-             exact = p.promise.index == IndexKind::kExact;
-  if (error == cudaSuccess && chosen && exact) error = ScoreRows(p, multiprocessors, stream);
-  if (error == cudaSuccess && chosen && (sampled || !exact))
+             scored = ScoredBeforeScan(p.promise.index);
+  if (error == cudaSuccess && chosen && scored) {
+    error = p.promise.index == IndexKind::kExact ? ScoreRows(p, multiprocessors, stream)
+                                                 : TakeScores(p, multiprocessors, stream);
+  }
+  if (error == cudaSuccess && chosen && (sampled || !scored))
     error = Scan(p, multiprocessors, stream);
   const bool coded = sampled && p.storage.host.value_bits > 0 && p.task == Task::kDecode;
   if (error == cudaSuccess && coded) error = SumValues(p, stream);

@@ -16,10 +16,8 @@ AnswerShape ShapeAnswer(const DeviceStorage& storage, int group_heads, int group
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
 int Decode(const StepParams& params, const AnswerShape& shape, int multiprocessors, Stream stream);
 
-// Rows of tokens [begin, begin + tokens) from the host pool to `to`, [kv_heads][tokens][row_bytes] with
-// to_stride bytes between KV heads; block ids [kv_heads][blocks_stride] in device memory.
-int FetchRows(const Storage& host, const int32_t* blocks, int64_t blocks_stride, int32_t kv_heads,
-              int64_t begin, int64_t tokens, std::byte* to, int64_t to_stride, Stream stream);
+// PrefillChunk::splits that fill a device with so many query tokens.
+int PrefillSplits(int64_t count, int32_t group_heads, int32_t kv_heads, int multiprocessors);
 // Rows in fp16 or bf16 with at most kMaxPrefillDim elements of K and of V.
 int Prefill(const PrefillChunk& chunk, Stream stream);
 
@@ -38,6 +36,9 @@ struct Patch {
   int64_t value = 0;
 };
 int ApplyPatches(const Patch* patches, int64_t count, Stream stream);
+// Parts of `bytes` each, an even number, at offsets [count] from base, one behind the other to `to`.
+int Gather(const std::byte* base, const int64_t* offsets, int64_t count, int64_t bytes,
+           std::byte* to, Stream stream);
 // cpu::Write with k and v in device memory: block ids [kv_heads] in device memory.
 int Write(const WriteParams& params, Stream stream);
 
@@ -46,6 +47,10 @@ int Write(const WriteParams& params, Stream stream);
 int WriteSlots(const DeviceStorage& storage, const WriteSlotsParams& params, const HotSetRef& hot,
                int64_t hot_key, uint32_t* writes, Stream stream);
 int EncodeSlots(const DeviceStorage& storage, const WriteSlotsParams& params, Stream stream);
+// Rows of tokens [begin, begin + tokens) of one request to `to`, [kv_heads][tokens] as they lie on the
+// device, with to_stride bytes between KV heads; block ids in device memory.
+int FetchRows(const DeviceStorage& storage, const int32_t* blocks, int32_t kv_heads, int64_t begin,
+              int64_t tokens, std::byte* to, int64_t to_stride, Stream stream);
 // Checks the requests of a step and makes its groups, for every layer.
 int BeginPagedStep(const PagedStepParams& params, Stream stream);
 

@@ -56,6 +56,23 @@ __global__ void WriteSlotsKernel(const __grid_constant__ DeviceStorage storage,
   }
 }
 
+// KV head blockIdx.y.
+__global__ void FetchRowsKernel(const __grid_constant__ DeviceStorage storage,
+                                const int32_t* blocks, int64_t begin, int64_t tokens, std::byte* to,
+                                int64_t to_stride) {
+  const Storage& s = storage.host;
+  const TileShape shape = OfRows(storage, MakeTileShape(s.row.row_bytes));
+  const int64_t parts = int64_t{shape.used_parts}, head = blockIdx.y;
+  for (int64_t i = int64_t{blockIdx.x} * kPagedThreads + threadIdx.x; i < tokens * parts;
+       i += int64_t{gridDim.x} * kPagedThreads) {
+    const int64_t token = i / parts, part = i - token * parts;
+    const std::byte* const from = RowAt(s, blocks, static_cast<int>(head), begin + token);
+    *reinterpret_cast<uint4*>(to + head * to_stride + token * s.row.row_bytes + part * 16) =
+        *reinterpret_cast<const uint4*>(from + part * 16 +
+                                        (part < shape.key_parts ? 0 : shape.gap));
+  }
+}
+
 __device__ bool IsAsked(const PagedStepParams& p, int r) {
   return p.lengths[r] != 0 && p.query_starts[r + 1] != p.query_starts[r];
 }
@@ -236,6 +253,14 @@ int WriteSlots(const DeviceStorage& storage, const WriteSlotsParams& params, con
   WriteSlotsKernel<<<static_cast<unsigned>(blocks < 4096 ? blocks : 4096), kPagedThreads, 0,
                      static_cast<cudaStream_t>(stream.handle)>>>(storage, params, hot, hot_key,
                                                                  writes);
+  return cudaGetLastError();
+}
+
+int FetchRows(const DeviceStorage& storage, const int32_t* blocks, int32_t kv_heads, int64_t begin,
+              int64_t tokens, std::byte* to, int64_t to_stride, Stream stream) {
+  FetchRowsKernel<<<dim3(64, static_cast<unsigned>(kv_heads)), kPagedThreads, 0,
+                    static_cast<cudaStream_t>(stream.handle)>>>(storage, blocks, begin, tokens, to,
+                                                                to_stride);
   return cudaGetLastError();
 }
 

@@ -65,7 +65,7 @@ struct GroupScratch {
   uint16_t* estimate = nullptr;  // [blocks][G][256] e^ over its block's largest, fp16
   float* shift = nullptr;        // [blocks][G] ln of that largest
   float* mass = nullptr;         // [blocks][G] sum of estimate
-  // [blocks][G][256] s^. Top-k policies and IndexKind::kExact only.
+  // [blocks][G][256] s^. Top-k policies and kinds of index without codes only.
   float* score = nullptr;
   // [blocks][256] tokens that may be drawn, in the low word, with their weight in the high one. A
   // segment's candidates stand from its first place on; `candidates` [kMostSegments] counts them.
@@ -185,6 +185,10 @@ struct CallArrays {
   int64_t* middle = nullptr;
   uint64_t* timeline = nullptr;
   int32_t out_dtype = 0;
+  int32_t score_heads = 0;   // the KV heads or the query heads
+  int32_t scores_dtype = 0;  // DType
+  const void* scores = nullptr;
+  int64_t scores_stride = 0;
 };
 
 // Places in CallArrays::timeline, as vattn_timeline.
@@ -210,6 +214,11 @@ struct SelectionArrays {
 
 using vattn::Task;
 
+// True if a stage of its own writes GroupScratch::score, from which the scan goes on.
+VATTN_HD inline bool ScoredBeforeScan(IndexKind index) {
+  return index == IndexKind::kExact || index == IndexKind::kExternal;
+}
+
 struct StepParams {
   Task task = Task::kDecode;
   DeviceStorage storage;
@@ -229,7 +238,7 @@ struct StepParams {
 
 // Attention of tokens [first, first + count) of one (sequence, layer) to those of one chunk [begin,
 // begin + tokens), as PrefillParams. Chunks come in order from token 0 on; sums of those before are
-// in most, mass and sum.
+// in most, mass and sum, for each part of the keys apart.
 struct PrefillChunk {
   RowLayout row;
   float scale = 1;
@@ -244,9 +253,10 @@ struct PrefillChunk {
   int64_t rows_stride = 0;          // bytes from one KV head to the next
   const void* q = nullptr;
   int64_t q_token_stride = 0, q_head_stride = 0;
-  float* most = nullptr;  // [count][q_heads] largest logit so far ...
+  int32_t splits = 1;     // parts that the keys of each chunk are split into
+  float* most = nullptr;  // [splits][count][q_heads] largest logit so far, times log2 e ...
   float* mass = nullptr;  // ... sum of weights relative to it
-  float* sum = nullptr;   // [count][q_heads][dim_v] of weight times value
+  float* sum = nullptr;   // [splits][count][q_heads][dim_v] of weight times value
   void* out = nullptr;    // [count][q_heads][dim_v]
   float* lse = nullptr;   // or null
 };

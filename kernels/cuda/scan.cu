@@ -1,8 +1,8 @@
 // Scan of the index: predicted scores of every middle token for every head of its group, as fp16
 // estimates relative to the largest of their block (kernels/cpu/scan.h has the definition). A warp
 // takes a block of 256 tokens, 32 at a time: tensor cores multiply their codes with up to 8 heads'
-// queries. For policies with a ranking the scores are left as they are; with IndexKind::kExact they
-// are there (exact.cu).
+// queries. For policies with a ranking the scores are left as they are; with IndexKind::kExact and
+// kExternal they are there (exact.cu, external.cu).
 #include <cmath>
 
 #include "kernels/cuda/stages.h"
@@ -471,7 +471,7 @@ void LaunchScan(const StepParams& p, int blocks, cudaStream_t stream) {
 template <int kHeads>
 int Launch(const StepParams& p, int multiprocessors, cudaStream_t stream) {
   const int blocks = multiprocessors * kScanBlocks;
-  if (p.promise.index == IndexKind::kExact) {
+  if (ScoredBeforeScan(p.promise.index)) {
     EstimateKernel<kHeads><<<blocks, kScanThreads, 0, stream>>>(p);
   } else if (p.promise.policy != Policy::kVerified) {
     LaunchScan<kHeads, true>(p, blocks, stream);

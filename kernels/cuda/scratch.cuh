@@ -51,9 +51,8 @@ VATTN_HD inline size_t CarveGroup(const Storage& s, const Promise& promise, int6
   c.Take(sampled * blocks * heads * kBlockTokens, w.estimate);
   c.Take(sampled * blocks * heads, w.shift);
   c.Take(sampled * blocks * heads, w.mass);
-  c.Take(
-      ranks || (sampled && promise.index == IndexKind::kExact) ? blocks * heads * kBlockTokens : 0,
-      w.score);
+  c.Take(ranks || (sampled && ScoredBeforeScan(promise.index)) ? blocks * heads * kBlockTokens : 0,
+         w.score);
   c.Take(sampled * blocks * kBlockTokens, w.candidate);
   c.Take(sampled * kMostSegments, w.candidates);
   c.Take(sampled * kMostSegments * (heads + 1), w.predicted);

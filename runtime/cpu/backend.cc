@@ -26,6 +26,14 @@ absl::Status CpuBackend::Prefill(const PrefillParams& params, cpu::Workers* work
   return absl::OkStatus();
 }
 
+absl::Status CpuBackend::OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t,
+                                std::vector<const std::byte*>& parts, std::vector<std::byte>&) {
+  parts.clear();
+  for (const int64_t offset : offsets)
+    parts.push_back(static_cast<const std::byte*>(base) + offset);
+  return absl::OkStatus();
+}
+
 absl::Status CpuBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   cpu::Write(params, workers);
   return absl::OkStatus();

@@ -23,10 +23,8 @@ class CpuBackend final : public Backend {
   absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void*) const override { return false; }
   absl::Status Write(const WriteParams& params, cpu::Workers* workers) override;
-  absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t,
-                                          std::vector<std::byte>&) override {
-    return static_cast<const std::byte*>(from);
-  }
+  absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t,
+                      std::vector<const std::byte*>& parts, std::vector<std::byte>&) override;
 
   bool copies_codes() const override { return false; }
   absl::Status HoldCodes(const BlockId*, int64_t) override { return absl::OkStatus(); }

@@ -45,7 +45,7 @@ class CpuBatch final : public BatchHalf {
   // The controller of the last query token goes on to the next step.
   void CarryStates();
 
-  void Decode();
+  void Decode(const AttendRequest& request);
   void AttendSelected(const Selection& selection);
   // FULL, and the states are as before, if `selection` is too small.
   absl::Status Select(const AttendRequest& request, const Selection& selection);
@@ -67,8 +67,8 @@ class CpuBatch final : public BatchHalf {
   std::vector<Verdict> verdicts_;
   std::vector<float> errors_;
   // [slots, KV heads, query tokens, query heads of one]
-  std::vector<HeadState> states_;         // with several query tokens
-  std::vector<const float*> score_rows_;  // with IndexKind::kExternal
+  std::vector<HeadState> states_;        // with several query tokens
+  std::vector<const void*> score_rows_;  // with IndexKind::kExternal
   VirtualRange scratch_;
 };
 

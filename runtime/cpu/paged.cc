@@ -208,14 +208,16 @@ Group CpuPaged::MakeGroup(const AttendRequest& r, const Request& of, int h, std:
   group.error = (r.error != nullptr ? r.error : errors_.data()) + head;
   if (r.scores != nullptr) {
     const bool apart = r.score_heads == o.num_q_heads;
-    const float** const rows = scores_.data() + (states - work_.data());
+    const void** const rows = scores_.data() + (states - work_.data());
     for (int i = 0; i < group.group_heads; ++i) {
       const int64_t token = of.first_query + i / group_heads;
       const int64_t place =
           apart ? token * o.num_q_heads + h * group_heads + i % group_heads : token * kv_heads + h;
-      rows[i] = r.scores + place * r.scores_stride;
+      rows[i] = static_cast<const std::byte*>(r.scores) +
+                place * r.scores_stride * ElementBytes(static_cast<DType>(r.scores_dtype));
     }
     group.external = rows;
+    group.external_dtype = static_cast<DType>(r.scores_dtype);
   }
   group.scratch = CarveScratch(s, runtime_.promise(), of.length, group.group_heads, memory);
   return group;
@@ -233,8 +235,10 @@ absl::Status CpuPaged::Attend(const AttendRequest& r, DeviceStream) {
       states += groups_.back().group_heads;
     }
   }
+  Promise promise = runtime_.promise();
+  if (r.dense) promise.policy = Policy::kDense;
   cpu::Decode({.storage = layers_[r.layer],
-               .promise = runtime_.promise(),
+               .promise = promise,
                .groups = groups_.data(),
                .num_groups = static_cast<int32_t>(groups_.size())},
               runtime_.workers());

@@ -60,7 +60,7 @@ class CpuPaged final : public PagedHalf {
   std::vector<HeadState> work_;    // states of several query tokens
   std::vector<Verdict> verdicts_;  // [query tokens, q_heads] in place of arrays that the caller ...
   std::vector<float> errors_;      // ... does not want
-  std::vector<const float*> scores_;
+  std::vector<const void*> scores_;
   VirtualRange scratch_;
 };
 

@@ -17,7 +17,10 @@ constexpr int kMostTeam = 16;     // thread blocks of a team, as working memory 
 
 template <class T>
 void CudaPaged::Staging::Add(T*& array, int64_t bytes, bool out) {
-  if (array == nullptr) return;
+  if (array == nullptr || bytes == 0) return;
+  // Memory that was pinned ends with a page, and an array may begin in it and end behind.
+  const std::byte* const first = reinterpret_cast<const std::byte*>(array);
+  if (device_->CanFollow(first) && device_->CanFollow(first + bytes - 1)) return;
   void* const place = const_cast<void*>(static_cast<const void*>(&array));
   items_.push_back({static_cast<void**>(place), const_cast<void*>(static_cast<const void*>(array)),
                     bytes, used_, out});
@@ -137,7 +140,7 @@ absl::Status CudaPaged::MapPool() {
     for (; next < spans.size() && spans[next].first <= end; ++next)
       end = std::max(end, spans[next].second);
     std::byte* const base = reinterpret_cast<std::byte*>(spans[i].first);
-    absl::StatusOr<std::byte*> there = backend_.device().Register(base, end - spans[i].first);
+    absl::StatusOr<std::byte*> there = backend_.device().Register(base, end - spans[i].first, 1);
     mapped_.emplace_back(base, end - spans[i].first);
     if (!there.ok()) return there.status();
     if (*there != base) return NotSupportedError("this device maps host memory at other addresses");
@@ -302,20 +305,17 @@ absl::Status CudaPaged::Write(const PagedRows& r, DeviceStream stream) {
   const cuda::PagedLayer& layer = layers_[r.layer];
   PagedRows rows = r;
   Staging staging(d);
-  const bool plain = !backend_.IsOnDevice(r.slots);
-  if (plain) {
-    const int64_t element = ElementBytes(row.dtype), last = r.num_tokens - 1;
-    staging.Add(rows.slots, r.num_tokens * int64_t{sizeof(int64_t)}, false);
-    staging.Add(
-        rows.k,
-        (last * r.k_token_stride + (layer.kv_heads - 1) * r.k_head_stride + row.dim_k) * element,
-        false);
-    staging.Add(
-        rows.v,
-        (last * r.v_token_stride + (layer.kv_heads - 1) * r.v_head_stride + row.dim_v) * element,
-        false);
-    VATTN_RETURN_IF_ERROR(staging.Send(used));
-  }
+  const int64_t element = ElementBytes(row.dtype), last = r.num_tokens - 1;
+  staging.Add(rows.slots, r.num_tokens * int64_t{sizeof(int64_t)}, false);
+  staging.Add(
+      rows.k,
+      (last * r.k_token_stride + (layer.kv_heads - 1) * r.k_head_stride + row.dim_k) * element,
+      false);
+  staging.Add(
+      rows.v,
+      (last * r.v_token_stride + (layer.kv_heads - 1) * r.v_head_stride + row.dim_v) * element,
+      false);
+  VATTN_RETURN_IF_ERROR(staging.Send(used));
   WriteSlotsParams p{.storage = storages_[r.layer].host,
                      .kv_heads = layer.kv_heads,
                      .num_slots = pool_.num_slots(),
@@ -334,7 +334,7 @@ absl::Status CudaPaged::Write(const PagedRows& r, DeviceStream stream) {
                                 "writing rows"));
   if (layer.index != nullptr)
     VATTN_RETURN_IF_ERROR(d.Check(cuda::EncodeSlots(storages_[r.layer], p, {used}), "coding rows"));
-  return plain || stream == nullptr ? d.Synchronize(used) : absl::OkStatus();
+  return !staging.empty() || stream == nullptr ? d.Synchronize(used) : absl::OkStatus();
 }
 
 absl::Status CudaPaged::BeginStep(const PagedStep& s, DeviceStream stream) {
@@ -342,7 +342,7 @@ absl::Status CudaPaged::BeginStep(const PagedStep& s, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(d.Activate());
   const DeviceStream used = stream != nullptr ? stream : d.stream();
   PagedStep step = s;
-  if (s.num_requests > 0 && !backend_.IsOnDevice(s.lengths)) {
+  if (s.num_requests > 0) {
     const int64_t n = s.num_requests, word = sizeof(int32_t);
     step_arrays_ = Staging(d);
     step_arrays_.Add(
@@ -375,26 +375,28 @@ absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {
   const RowLayout& row = runtime_.storage().row;
   AttendRequest request = r;
   Staging staging(d);
-  const bool plain = !backend_.IsOnDevice(r.q);
-  if (plain) {
-    const int64_t heads = step_.num_query_tokens * runtime_.options().num_q_heads,
-                  groups = int64_t{step_.num_requests} * layer.kv_heads, word = 4;
-    staging.Add(request.q, heads * row.dim_k * ElementBytes(row.dtype), false);
-    staging.Add(request.out, heads * row.dim_v * ElementBytes(static_cast<DType>(r.out_dtype)),
-                true);
-    staging.Add(request.lse, heads * word, true);
-    staging.Add(request.verdict, heads * word, true);
-    staging.Add(request.error, heads * word, true);
-    staging.Add(request.selected, groups * word, true);
-    staging.Add(request.fetched, groups * word, true);
-    staging.Add(request.looks, groups * word, true);
-    staging.Add(request.middle, groups * 2 * word, true);
-    staging.Add(request.timeline, cuda::kTimelinePoints * 2 * word, true);
-    VATTN_RETURN_IF_ERROR(staging.Send(used));
-  }
+  const int64_t heads = step_.num_query_tokens * runtime_.options().num_q_heads,
+                groups = int64_t{step_.num_requests} * layer.kv_heads, word = 4;
+  staging.Add(request.q, heads * row.dim_k * ElementBytes(row.dtype), false);
+  const int64_t score_heads = r.score_heads == 0 ? layer.kv_heads : r.score_heads;
+  staging.Add(request.scores,
+              step_.num_query_tokens * score_heads * r.scores_stride *
+                  ElementBytes(static_cast<DType>(r.scores_dtype)),
+              false);
+  staging.Add(request.out, heads * row.dim_v * ElementBytes(static_cast<DType>(r.out_dtype)), true);
+  staging.Add(request.lse, heads * word, true);
+  staging.Add(request.verdict, heads * word, true);
+  staging.Add(request.error, heads * word, true);
+  staging.Add(request.selected, groups * word, true);
+  staging.Add(request.fetched, groups * word, true);
+  staging.Add(request.looks, groups * word, true);
+  staging.Add(request.middle, groups * 2 * word, true);
+  staging.Add(request.timeline, cuda::kTimelinePoints * 2 * word, true);
+  VATTN_RETURN_IF_ERROR(staging.Send(used));
   cuda::StepParams p;
   p.storage = storages_[r.layer];
   p.promise = backend_.promise();
+  if (r.dense) p.promise.policy = Policy::kDense;
   p.hot = hot_;
   p.header = layer.header;
   p.groups = layer.groups;
@@ -414,17 +416,46 @@ absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {
             .looks = request.looks,
             .middle = request.middle,
             .timeline = request.timeline,
-            .out_dtype = request.out_dtype};
+            .out_dtype = request.out_dtype,
+            .score_heads = request.score_heads == 0 ? layer.kv_heads : request.score_heads,
+            .scores_dtype = request.scores_dtype,
+            .scores = request.scores,
+            .scores_stride = request.scores_stride};
   VATTN_RETURN_IF_ERROR(
       d.Check(cuda::Decode(p, ShapeOf(r.layer), d.facts().multiprocessors, {used}),
               "enqueueing attention"));
   runtime_.counters().steps += static_cast<uint64_t>(step_.num_requests);
-  if (plain) return staging.Receive(used);
+  if (!staging.empty()) return staging.Receive(used);
   return stream == nullptr ? d.Synchronize(used) : absl::OkStatus();
 }
 
-absl::Status CudaPaged::Prefill(const PagedPrefill&) {
-  return NotSupportedError("vattn_paged_prefill on CUDA is not there yet");
+absl::Status CudaPaged::Prefill(const PagedPrefill& r) {
+  Device& d = backend_.device();
+  VATTN_RETURN_IF_ERROR(d.Activate());
+  const int kv_heads = runtime_.kv_heads(r.layer);
+  const uint64_t bytes = static_cast<uint64_t>(pool_.BlocksOf(r.length)) * sizeof(int32_t);
+  absl::StatusOr<DeviceMemory> ids = d.Allocate(bytes);
+  if (!ids.ok()) return ids.status();
+  VATTN_RETURN_IF_ERROR(d.Copy(ids->data(), r.blocks, bytes, d.copy_stream()));
+  const auto fetch = [&](int64_t begin, int64_t tokens, std::byte* to, int64_t stride,
+                         DeviceStream stream) {
+    return d.Check(cuda::FetchRows(storages_[r.layer], ids->as<int32_t>(), kv_heads, begin, tokens,
+                                   to, stride, {stream}),
+                   "fetching a prompt's rows");
+  };
+  return backend_.PrefillBy({.storage = storages_[r.layer].host,
+                             .kv_heads = kv_heads,
+                             .group_heads = runtime_.group_heads(r.layer),
+                             .q_heads = runtime_.options().num_q_heads,
+                             .out_dtype = r.out_dtype,
+                             .first = r.length - r.num_tokens,
+                             .count = r.num_tokens,
+                             .q = r.q,
+                             .q_token_stride = r.q_token_stride,
+                             .q_head_stride = r.q_head_stride,
+                             .out = r.out,
+                             .lse = r.lse},
+                            fetch);
 }
 
 }  // namespace vattn

@@ -32,13 +32,15 @@ class CudaPaged final : public PagedHalf {
   class Staging {
    public:
     explicit Staging(Device& device) : device_(&device) {}
-    // `bytes` at *array are to travel; out: also back. Nothing for null.
+    // `bytes` at *array are to travel, unless the device can follow them; out: also back. Nothing for
+    // null.
     template <class T>
     void Add(T*& array, int64_t bytes, bool out);
     // Copies, and points the arrays to their places on the device.
     absl::Status Send(DeviceStream stream);
     // Copies back what was changed, and waits.
     absl::Status Receive(DeviceStream stream);
+    bool empty() const { return items_.empty(); }
 
    private:
     struct Item {

@@ -96,7 +96,7 @@ class AttendCall:
             out = empty_like(like, (*self.views[0].shape[:-1], shape[-1]), self._dtype)
         taken = self._take(out, "out", shape, ("f32", "f16", "bf16"), written=True)
         self.params.out = taken.pointer
-        self.params.out_dtype = next(k for k, name in DTYPE_NAMES.items() if name == taken.dtype)
+        self.params.out_dtype = dtype_number(taken)
         return out
 
     def report(self, report: Report | None) -> None:
@@ -112,7 +112,7 @@ class AttendCall:
                 setattr(self.params, name, taken.pointer)
 
     def scores(self, scores: Array | None) -> None:
-        """scores [slots, q_heads or kv_heads, stride] float32, or [slots, tokens, ...]."""
+        """scores [slots, q_heads or kv_heads, stride] of floats, or [slots, tokens, ...]."""
         if scores is None:
             return
         extents = view(scores, "scores").shape
@@ -120,8 +120,9 @@ class AttendCall:
         if heads not in (self._q_heads, self._kv_heads):
             heads = self._kv_heads
         stride = extents[-1] if extents else 0
-        taken = self._take(scores, "scores", self._by_token(heads, stride), ("f32",))
-        self.params.scores = taken.pointer
+        shape = self._by_token(heads, stride)
+        taken = self._take(scores, "scores", shape, ("f32", "f16", "bf16"))
+        self.params.scores, self.params.scores_dtype = taken.pointer, dtype_number(taken)
         self.params.scores_stride, self.params.score_heads = stride, heads
 
     def selection(self, selection: Selection, written: bool) -> c.SelectionParams:
@@ -162,6 +163,11 @@ class AttendCall:
             raise invalid(f"{name} is {place}, must be where q is")
         self.views.append(taken)
         return taken
+
+
+def dtype_number(array: View) -> int:
+    """The vattn_dtype of an array of floats."""
+    return next(number for number, name in DTYPE_NAMES.items() if name == array.dtype)
 
 
 def report_shapes(

@@ -8,7 +8,7 @@ from . import _structs as c
 from ._arguments import shown, whole
 from ._arrays import Array, empty_like, stream_handle
 from ._attend import REPORT, AttendCall, Report, Selection, report_shapes
-from ._enums import Backend
+from ._enums import Backend, Policy
 from ._errors import invalid
 from ._handle import Child
 from ._library import call
@@ -123,6 +123,7 @@ class Batch(Child):
         out: Array | None = None,
         report: Report | None = None,
         scores: Array | None = None,
+        dense: bool = False,
         stream: Any = None,
     ) -> Array:
         """Writes the new tokens' rows and attends, for every filled slot. Each layer once per step.
@@ -133,13 +134,16 @@ class Batch(Child):
         float32, float16 or bfloat16 (by default a new array of the runtime's dtype). Each may
         have a dimension of the step's query tokens after the slots, and has it if those are more
         than one. With index external, and only then, scores [slots,
-        q_heads or kv_heads, stride] float32 predict softmax_scale * q.k of every token.
+        q_heads or kv_heads, stride] float32, float16 or bfloat16 predict softmax_scale * q.k of
+        every token. With dense every row is read, whatever the runtime's policy is.
 
         On CUDA with arrays in device memory the call enqueues on `stream`, by default the one that
         the owner of q works on; the arrays must live until the stream has passed the call. With
         arrays in host memory it blocks.
         """
         given = self._begin(layer, (q, k_new, v_new), report, scores)
+        if dense:
+            given.params.policy = Policy.DENSE
         out = given.output(out, q)
         self._run("vattn_attend", given, None, stream)
         return out

@@ -164,7 +164,7 @@ class AttendParams(Struct):
         size struct_size
         int32 layer num_tokens out_dtype score_heads
         void *q *k_new *v_new
-        float *scores
+        void *scores
         int64 scores_stride
         void *out
         float *lse
@@ -172,7 +172,8 @@ class AttendParams(Struct):
         float *error
         int32 *selected *fetched *looks
         int64 *middle
-        uint64 *timeline""")
+        uint64 *timeline
+        int32 scores_dtype policy""")
 
 
 class SelectionParams(Struct):

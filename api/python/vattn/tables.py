@@ -113,7 +113,8 @@ def _load(path: pathlib.Path, dtype: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, **{**more, "dtype": None})
     if path.is_file():
         more["quantization_config"] = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(folder, **more).eval(), tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **more)
+    return model.eval(), tokenizer
 
 
 def main(arguments: list[str]) -> None:
