@@ -239,12 +239,12 @@ absl::Status Paged::Prefill(const PagedPrefill& r) {
   if (r.blocks == nullptr) return InvalidArgumentError("blocks is NULL, must be given");
   if (r.q == nullptr) return InvalidArgumentError("q is NULL, must be given");
   std::vector<std::byte> copy;
+  std::vector<const std::byte*> ids(1);
   const int64_t blocks = pool_.BlocksOf(r.length);
-  absl::StatusOr<const std::byte*> ids =
-      runtime_->backend().OnHost(r.blocks, static_cast<uint64_t>(blocks) * sizeof(int32_t), copy);
-  if (!ids.ok()) return ids.status();
+  VATTN_RETURN_IF_ERROR(runtime_->backend().OnHost(
+      r.blocks, {0}, blocks * static_cast<int64_t>(sizeof(int32_t)), ids, copy));
   PagedPrefill request = r;
-  request.blocks = reinterpret_cast<const int32_t*>(*ids);
+  request.blocks = reinterpret_cast<const int32_t*>(ids[0]);
   for (int64_t b = 0; b < blocks; ++b) {
     if (request.blocks[b] < 0 || request.blocks[b] >= pool_.options.num_blocks) {
       return OutOfRangeError(absl::StrCat("blocks[", b, "]"), request.blocks[b], 0,
