@@ -81,6 +81,9 @@ class Answers(Paged):
                 self.assertEqual(
                     set(report.verdict[:3].flat) <= {0, 1, 2}, True, report.verdict[:3]
                 )
+                exact = pool.attend(0, q, dense=True)
+                want = attend(q[0], *(array[:1428] for array in given[0]))
+                self.assertLess(relative_error(exact[0], want), 1e-5)
                 if policy == "verified":
                     self.assertGreater(runtime.stats().heads_verified, 0)
 

@@ -8,8 +8,8 @@ from typing import Any
 from . import _structs as c
 from ._arguments import shown, whole
 from ._arrays import Array, View, dense_view, empty_like, stream_handle, view
-from ._attend import REPORT, AttendCall, Report, report_shapes
-from ._enums import Backend
+from ._attend import REPORT, AttendCall, Report, dtype_number, report_shapes
+from ._enums import Backend, Policy
 from ._errors import invalid
 from ._handle import Child
 from ._library import call, made, struct
@@ -204,6 +204,7 @@ class Paged(Child):
         out: Array | None = None,
         report: Report | None = None,
         scores: Array | None = None,
+        dense: bool = False,
         stream: Any = None,
     ) -> Array:
         """Attends in a layer for all requests of the open step, whose rows have been written.
@@ -212,7 +213,8 @@ class Paged(Child):
         query tokens of all requests one after the other. Returns `out` [query tokens, q_heads,
         head_dim_v] of float32, float16 or bfloat16 (by default a new array of the runtime's dtype).
         In the report lse, verdict and error are [query tokens, q_heads], selected, fetched, looks
-        and middle [requests, kv_heads]. scores as in `Batch.attend`, [query tokens, heads, stride].
+        and middle [requests, kv_heads]. scores and dense as in `Batch.attend`, scores [query tokens,
+        q_heads or kv_heads, stride].
         """
         extents = view(q, "q").shape
         if len(extents) != 3:
@@ -230,6 +232,8 @@ class Paged(Child):
         out = given.output(out, q)
         given.report(report)
         given.scores(scores)
+        if dense:
+            given.params.policy = Policy.DENSE
         handle = self._stream(stream, given.views)
         call("vattn_paged_attend", self.handle, ctypes.byref(given.params), handle)
         return out
@@ -274,7 +278,7 @@ class Paged(Child):
             out = empty_like(q, shape, DTYPE_NAMES[options["dtype"]])
         answers = self._dense(out, "out", shape, ("f32", "f16", "bf16"), written=True)
         params.out = answers.pointer
-        params.out_dtype = next(k for k, name in DTYPE_NAMES.items() if name == answers.dtype)
+        params.out_dtype = dtype_number(answers)
         if lse is not None:
             params.lse = self._dense(lse, "lse", shape[:2], ("f32",), written=True).pointer
         torch = sys.modules.get("torch")
