@@ -1,4 +1,4 @@
-"""A pool of KV blocks of the caller's: attention by its block tables, in place, and refusals by name."""
+"""A pool of KV blocks of the caller's: attention by its block tables, and refusals by name."""
 
 import gc
 import tempfile
@@ -231,7 +231,8 @@ class Refused(Paged):
         self.refused("no step is open", pool.attend, 0, queries(1, 1))
         step = pool.begin_step
         self.refused(r"block_table has shape \[100\]", step, table[0], one, starts, row)
-        self.refused("block_table has strides", step, np.zeros((1, 200), "i4")[:, ::2], one, starts, row)
+        spread = np.zeros((1, 200), np.int32)[:, ::2]
+        self.refused("block_table has strides", step, spread, one, starts, row)
         self.refused("block_table has elements of i64", step, table.astype("i8"), one, starts, row)
         self.refused(r"query_starts has shape \[1\], must be \[2\]", step, table, one, one, row)
         self.refused("lengths has elements of f32", step, table, one.astype("f4"), starts, row)
@@ -250,9 +251,10 @@ class Refused(Paged):
     def test_chunks(self):
         self.request(self.pool, 20, 1, [0, 1])
         prefill, blocks = self.pool.prefill, np.array([0, 1], np.int32)
-        self.refused(r"blocks has shape \[1\], must be \[2\]", prefill, 0, queries(5, 1), blocks[:1], 20)
-        self.refused(r"blocks\[1\] is 200", prefill, 0, queries(5, 1), blocks * BLOCKS, 20)
-        self.refused("length is 4, must be 5", prefill, 0, queries(5, 1), blocks, 4)
+        q = queries(5, 1)
+        self.refused(r"blocks has shape \[1\], must be \[2\]", prefill, 0, q, blocks[:1], 20)
+        self.refused(r"blocks\[1\] is 200", prefill, 0, q, blocks * BLOCKS, 20)
+        self.refused("length is 4, must be 5", prefill, 0, q, blocks, 4)
         self.refused(
             "out has shape", prefill, 0, queries(5, 1), blocks, 20, out=queries(4, 1)
         )

@@ -1,4 +1,4 @@
-"""Tables learnt from a model for an engine's pool: they serve the model's rows, and no other model's."""
+"""Tables learnt from a model for an engine's pool: they serve its rows, and no other model's."""
 
 import pathlib
 import subprocess
@@ -93,7 +93,8 @@ class Tables(unittest.TestCase):
 
     def test_layers_with_a_window_are_left_out(self):
         model = make(qwen2_with_sliding_layers, CPU)
-        vattn.transformers.save_tables(model, prompts([TOKENS], CPU)["input_ids"], self.file, "mine")
+        ids = prompts([TOKENS], CPU)["input_ids"]
+        vattn.transformers.save_tables(model, ids, self.file, "mine")
         self.paged(self.runtime([KV_HEADS, 0, 0, KV_HEADS]), "mine")
         with self.assertRaises(vattn.Error):
             self.paged(self.runtime([KV_HEADS] * 4))
