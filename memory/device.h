@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -100,6 +101,9 @@ class Device {
   // take it in pieces, and no copy may cross the end of one: they end where a unit of so many bytes
   // does.
   absl::StatusOr<std::byte*> Register(std::byte* base, uint64_t bytes, uint64_t unit);
+  // Takes that back; no work that follows the memory may be under way. Without it, it lasts as long as
+  // the device's owner.
+  void Unregister(std::byte* base, uint64_t bytes);
 
   absl::StatusOr<DeviceMemory> Allocate(uint64_t bytes);
   absl::StatusOr<DeviceMemory> AllocatePinned(uint64_t bytes);
@@ -138,6 +142,7 @@ class Device {
     std::byte* begin;
     std::byte* end;
   };
+  mutable std::mutex registered_mutex_;
   std::vector<Piece> registered_;  // in the order of addresses, of each Register
   std::atomic<bool> lost_{false};
 };

@@ -156,6 +156,17 @@ absl::Status Device::Activate() {
   return Check(cudaSetDevice(ordinal_), "choosing the device");
 }
 
+void Device::Unregister(std::byte* base, uint64_t bytes) {
+  if (!Activate().ok()) return;
+  const std::lock_guard<std::mutex> lock(registered_mutex_);
+  std::erase_if(registered_, [&](const Piece& piece) {
+    if (piece.begin < base || piece.begin >= base + bytes) return false;
+    cudaHostUnregister(piece.begin);
+    return true;
+  });
+  cudaGetLastError();
+}
+
 absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes, uint64_t unit) {
   VATTN_RETURN_IF_ERROR(Activate());
   std::byte* mapped = nullptr;
@@ -167,11 +178,15 @@ absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes, uin
         cudaHostRegister(base + at, size, cudaHostRegisterMapped | cudaHostRegisterPortable);
     if (error == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      return OutOfMemoryError("host_bytes is ", bytes, ", and the system would pin only ", at,
+      return OutOfMemoryError("a host pool of ", bytes,
+                              " bytes is to be pinned, and the system would pin only ", at,
                               " bytes of them");
     }
     VATTN_RETURN_IF_ERROR(Check(error, "pinning the host pool"));
-    registered_.push_back({base + at, base + at + size});
+    {
+      const std::lock_guard<std::mutex> lock(registered_mutex_);
+      registered_.push_back({base + at, base + at + size});
+    }
     void* device = nullptr;
     VATTN_RETURN_IF_ERROR(
         Check(cudaHostGetDevicePointer(&device, base + at, 0), "mapping the host pool"));
@@ -223,6 +238,7 @@ absl::Status Device::Fill(void* to, int byte, uint64_t bytes, DeviceStream strea
 
 absl::Status Device::CopyPieces(std::byte* to, const std::byte* from, uint64_t pitch,
                                 uint64_t bytes, int64_t count, DeviceStream stream) {
+  const std::lock_guard<std::mutex> lock(registered_mutex_);
   while (count > 0) {
     const auto piece = std::find_if(registered_.begin(), registered_.end(), [&](const Piece& p) {
       return from >= p.begin && from < p.end;

@@ -34,6 +34,7 @@ absl::StatusOr<std::unique_ptr<Device>> Device::Open(int) { return NoCuda(); }
 Device::~Device() = default;
 absl::Status Device::Activate() { return NoCuda(); }
 absl::StatusOr<std::byte*> Device::Register(std::byte*, uint64_t, uint64_t) { return NoCuda(); }
+void Device::Unregister(std::byte*, uint64_t) {}
 absl::StatusOr<DeviceMemory> Device::Allocate(uint64_t) { return NoCuda(); }
 absl::StatusOr<DeviceMemory> Device::AllocatePinned(uint64_t) { return NoCuda(); }
 absl::Status Device::Copy(void*, const void*, uint64_t, DeviceStream) { return NoCuda(); }

@@ -15,6 +15,7 @@
 #include "memory/device.h"
 #include "memory/host_store.h"
 #include "runtime/attend_request.h"
+#include "runtime/paged_pool.h"
 #include "runtime/stats.h"
 
 namespace vattn {
@@ -78,6 +79,19 @@ class BatchHalf {
   virtual absl::Status LeaveAll() = 0;
 };
 
+// What a backend does for a pool of the caller's own. Arguments have been checked, but for what
+// only the backend can read. Used as the pool: by one thread at a time.
+class PagedHalf {
+ public:
+  virtual ~PagedHalf() = default;
+
+  virtual absl::Status Write(const PagedRows& rows, DeviceStream stream) = 0;
+  virtual absl::Status BeginStep(const PagedStep& step, DeviceStream stream) = 0;
+  // A layer of the open step.
+  virtual absl::Status Attend(const AttendRequest& request, DeviceStream stream) = 0;
+  virtual absl::Status Prefill(const PagedPrefill& request) = 0;
+};
+
 // What all sequences of a runtime share of a backend. Thread-safe.
 class Backend {
  public:
@@ -89,6 +103,10 @@ class Backend {
   virtual std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) = 0;
   // OUT_OF_MEMORY, NOT_SUPPORTED.
   virtual absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) = 0;
+
+  // The pool outlives it. OUT_OF_MEMORY, NOT_SUPPORTED.
+  virtual absl::StatusOr<std::unique_ptr<PagedHalf>> MakePaged(Runtime& runtime,
+                                                               const PagedPool& pool) = 0;
 
   // True for memory that work on a device fills or reads when its turn comes: the host does not
   // look into it before.

@@ -14,6 +14,7 @@ namespace vattn {
 namespace {
 
 constexpr int64_t kCalibrationTokens = 2048;  // keys that tables are learnt from, at most
+constexpr int64_t kLeastTablesTokens = 1024;  // that tables for other texts are learnt from
 constexpr int64_t kCentreTokens = 1024;       // keys that a centre is made from, at most
 
 // Keys and values that a segment is made from, in fp32: [count][dim_k] and [count][dim_v].
@@ -126,23 +127,40 @@ absl::Status Sequence::AddQueries(const AppendRequest& r,
 }
 
 int64_t Sequence::MiddleEnd(int64_t tokens) const {
-  const Options& o = runtime_->options();
-  const int64_t end = (tokens - o.window) / kCodeTokens * kCodeTokens;
-  return end - o.sinks >= o.exact_below ? end : std::min<int64_t>(o.sinks, tokens);
+  return vattn::MiddleEnd(ExactSetsOf(runtime_->options()), tokens);
 }
 
-int64_t Sequence::middle_begin_in_step() const {
-  return std::min<int64_t>(runtime_->options().sinks, tokens_in_step() - num_query_tokens() + 1);
-}
-
-int64_t Sequence::middle_end_in_step() const {
-  return std::max(middle_begin_in_step(), MiddleEnd(tokens_in_step() - num_query_tokens() + 1));
+Middle Sequence::middle_in_step() const {
+  return MiddleOfStep(ExactSetsOf(runtime_->options()), tokens_in_step(), num_query_tokens());
 }
 
 absl::Status Sequence::BuildIndex() {
   if (Seat* const sits_in = seat.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0, /*in_turn=*/false));
   return half_->Settle(*this);
+}
+
+absl::StatusOr<std::vector<std::vector<std::shared_ptr<const Index>>>> Sequence::LearnTables() {
+  VATTN_RETURN_IF_ERROR(CheckWhole());
+  const Options& o = runtime_->options();
+  if (runtime_->storage().code.kind != IndexKind::kBalanced) {
+    return NotSupportedError("index is ", static_cast<int32_t>(o.index),
+                             ", tables are learnt for balanced (0)");
+  }
+  VATTN_RETURN_IF_ERROR(ReadBackState());
+  TakeRecentQueries();
+  std::vector<std::vector<std::shared_ptr<const Index>>> tables(layers_.size());
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    if (layers_[l].kv_heads.empty()) continue;
+    const int64_t end = (layers_[l].tokens - o.window) / kCodeTokens * kCodeTokens;
+    if (end - o.sinks < kLeastTablesTokens) {
+      return InvalidArgumentError("layer ", l, " has ", std::max<int64_t>(0, end - o.sinks),
+                                  " tokens between sinks and window, must have at least ",
+                                  kLeastTablesTokens, " for tables to be learnt from");
+    }
+    tables[l] = Learn(l, o.sinks, end);
+  }
+  return tables;
 }
 
 absl::Status Sequence::OpenStep(int new_tokens) {

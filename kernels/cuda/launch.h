@@ -42,6 +42,18 @@ int Gather(const std::byte* base, const int64_t* offsets, int64_t count, int64_t
 // cpu::Write with k and v in device memory: block ids [kv_heads] in device memory.
 int Write(const WriteParams& params, Stream stream);
 
+// An engine's pool (kernels/cuda/paged.cu). Rows to slots, which leave the hot set and count a write
+// in `writes` [slots]; then their codes. Keys of hot rows are hot_key + KV head * slots + slot.
+int WriteSlots(const DeviceStorage& storage, const WriteSlotsParams& params, const HotSetRef& hot,
+               int64_t hot_key, uint32_t* writes, Stream stream);
+int EncodeSlots(const DeviceStorage& storage, const WriteSlotsParams& params, Stream stream);
+// Rows of tokens [begin, begin + tokens) of one request to `to`, [kv_heads][tokens] as they lie on the
+// device, with to_stride bytes between KV heads; block ids in device memory.
+int FetchRows(const DeviceStorage& storage, const int32_t* blocks, int32_t kv_heads, int64_t begin,
+              int64_t tokens, std::byte* to, int64_t to_stride, Stream stream);
+// Checks the requests of a step and makes its groups, for every layer.
+int BeginPagedStep(const PagedStepParams& params, Stream stream);
+
 // Bytes of working memory of a group, and its parts carved from `memory` (null: nothing is carved).
 size_t CarveScratch(const Storage& storage, const Promise& promise, int64_t tokens, int group_heads,
                     int team, std::byte* memory, GroupScratch& out);

@@ -19,6 +19,16 @@ int Gather(const std::byte*, const int64_t*, int64_t, int64_t, std::byte*, Strea
   return kNoDevice;
 }
 int Write(const WriteParams&, Stream) { return kNoDevice; }
+int WriteSlots(const DeviceStorage&, const WriteSlotsParams&, const HotSetRef&, int64_t, uint32_t*,
+               Stream) {
+  return kNoDevice;
+}
+int EncodeSlots(const DeviceStorage&, const WriteSlotsParams&, Stream) { return kNoDevice; }
+int FetchRows(const DeviceStorage&, const int32_t*, int32_t, int64_t, int64_t, std::byte*, int64_t,
+              Stream) {
+  return kNoDevice;
+}
+int BeginPagedStep(const PagedStepParams&, Stream) { return kNoDevice; }
 size_t CarveScratch(const Storage&, const Promise&, int64_t, int, int, std::byte*, GroupScratch&) {
   return 0;
 }

@@ -3,6 +3,7 @@
 #include "kernels/cpu/prefill.h"
 #include "kernels/cpu/write.h"
 #include "runtime/cpu/batch.h"
+#include "runtime/cpu/paged.h"
 #include "runtime/cpu/sequence.h"
 
 namespace vattn {
@@ -13,6 +14,11 @@ std::unique_ptr<SequenceHalf> CpuBackend::MakeSequence(const Runtime&) {
 
 absl::StatusOr<std::unique_ptr<BatchHalf>> CpuBackend::MakeBatch(Runtime& runtime, int slots) {
   return std::make_unique<CpuBatch>(runtime, slots);
+}
+
+absl::StatusOr<std::unique_ptr<PagedHalf>> CpuBackend::MakePaged(Runtime& runtime,
+                                                                 const PagedPool& pool) {
+  return CpuPaged::Create(runtime, pool);
 }
 
 absl::Status CpuBackend::Prefill(const PrefillParams& params, cpu::Workers* workers) {

@@ -16,6 +16,9 @@ class CpuBackend final : public Backend {
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  absl::StatusOr<std::unique_ptr<PagedHalf>> MakePaged(Runtime& runtime,
+                                                       const PagedPool& pool) override;
+
   absl::Status CheckPrefill() const override { return absl::OkStatus(); }
   absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void*) const override { return false; }

@@ -6,6 +6,7 @@
 #include "kernels/cuda/launch.h"
 #include "memory/status.h"
 #include "runtime/cuda/batch.h"
+#include "runtime/cuda/paged.h"
 #include "runtime/cuda/sequence_half.h"
 
 namespace vattn {
@@ -154,6 +155,11 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CudaBackend::MakeBatch(Runtime& runti
   return CudaBatch::Create(runtime, slots);
 }
 
+absl::StatusOr<std::unique_ptr<PagedHalf>> CudaBackend::MakePaged(Runtime& runtime,
+                                                                  const PagedPool& pool) {
+  return CudaPaged::Create(runtime, pool);
+}
+
 absl::Status CudaBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   if (IsOnDevice(params.k)) return WriteOnDevice(params);
   cpu::Write(params, workers);
@@ -235,6 +241,7 @@ void CudaBackend::AddTo(StatsSnapshot& s) {
   s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.host.row.row_bytes);
   s.looks = c.looks;
   s.outliers = c.outliers, s.heads_noisy = c.noisy;
+  s.requests_refused = c.refused;
   const PageCounts pages = pages_->counts();
   s.device_bytes_reserved = pages.reserved_bytes,
   s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;

@@ -4,6 +4,7 @@
 #define VATTN_RUNTIME_CUDA_BACKEND_H_
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 
@@ -42,6 +43,15 @@ class CudaBackend final : public Backend {
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  absl::StatusOr<std::unique_ptr<PagedHalf>> MakePaged(Runtime& runtime,
+                                                       const PagedPool& pool) override;
+
+  // Enqueues copies of the rows of tokens [begin, begin + tokens) to the device, [kv_heads][tokens] as
+  // they lie there, with `stride` bytes between KV heads.
+  using FetchRows = std::function<absl::Status(int64_t begin, int64_t tokens, std::byte* to,
+                                               int64_t stride, DeviceStream stream)>;
+  // Prefill of rows that come by `fetch`.
+  absl::Status PrefillBy(const PrefillParams& params, const FetchRows& fetch);
   absl::Status CheckPrefill() const override;
   absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void* pointer) const override {
@@ -93,7 +103,7 @@ class CudaBackend final : public Backend {
   void ReclaimLocked(int64_t keep);
   // Enqueues the chunks of a prompt, of so many tokens, through buffers [2] of rows.
   absl::Status AttendChunks(const PrefillParams& params, cuda::PrefillChunk chunk,
-                            int64_t chunk_tokens, std::byte* const* rows);
+                            int64_t chunk_tokens, std::byte* const* rows, const FetchRows& fetch);
   // Gives back what prefills keep, unless one is at work. False: there is nothing.
   bool DropPrefillMemory();
 

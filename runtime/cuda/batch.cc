@@ -230,6 +230,8 @@ void CudaBatch::FillGroups(int l, int steps, cuda::StepHeader& header,
                             static_cast<uint32_t>(h));
       g.slot = f.slot;
       g.kv_head = h;
+      g.first_query = int64_t{f.slot} * query_tokens_;
+      g.num_queries = query_tokens_;
       g.tokens = tokens;
       g.middle_begin = begin;
       g.middle_end = end;

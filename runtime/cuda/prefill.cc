@@ -85,7 +85,8 @@ absl::Status CudaBackend::CheckPrefill() const {
 }
 
 absl::Status CudaBackend::AttendChunks(const PrefillParams& p, cuda::PrefillChunk c,
-                                       int64_t chunk_tokens, std::byte* const* rows) {
+                                       int64_t chunk_tokens, std::byte* const* rows,
+                                       const FetchRows& fetch) {
   const int64_t all = p.first + p.count;
   const DeviceStream stream = device_->stream(), copies = device_->copy_stream();
   DeviceEvent filled[kBuffers], read[kBuffers];
@@ -95,11 +96,7 @@ absl::Status CudaBackend::AttendChunks(const PrefillParams& p, cuda::PrefillChun
     c.last = c.begin + c.tokens == all;
     c.rows = rows[turn];
     VATTN_RETURN_IF_ERROR(device_->Follow(copies, read[turn]));
-    for (int32_t h = 0; h < p.kv_heads; ++h) {
-      VATTN_RETURN_IF_ERROR(CopyBlocks(*device_, p.storage, p.blocks[h], c.begin / kBlockTokens,
-                                       BlocksFor(c.begin + c.tokens),
-                                       rows[turn] + h * c.rows_stride, copies));
-    }
+    VATTN_RETURN_IF_ERROR(fetch(c.begin, c.tokens, rows[turn], c.rows_stride, copies));
     VATTN_RETURN_IF_ERROR(device_->Record(filled[turn], copies));
     VATTN_RETURN_IF_ERROR(device_->Follow(stream, filled[turn]));
     VATTN_RETURN_IF_ERROR(device_->Check(cuda::Prefill(c, {stream}), "attending a prompt"));
@@ -109,6 +106,19 @@ absl::Status CudaBackend::AttendChunks(const PrefillParams& p, cuda::PrefillChun
 }
 
 absl::Status CudaBackend::Prefill(const PrefillParams& p, cpu::Workers*) {
+  return PrefillBy(
+      p,
+      [&](int64_t begin, int64_t tokens, std::byte* to, int64_t stride,
+          DeviceStream copies) -> absl::Status {
+        for (int32_t h = 0; h < p.kv_heads; ++h) {
+          VATTN_RETURN_IF_ERROR(CopyBlocks(*device_, p.storage, p.blocks[h], begin / kBlockTokens,
+                                           BlocksFor(begin + tokens), to + h * stride, copies));
+        }
+        return absl::OkStatus();
+      });
+}
+
+absl::Status CudaBackend::PrefillBy(const PrefillParams& p, const FetchRows& fetch) {
   VATTN_RETURN_IF_ERROR(device_->Activate());
   const RowLayout& row = p.storage.row;
   const int64_t all = p.first + p.count, heads = p.count * p.q_heads,
@@ -166,7 +176,7 @@ absl::Status CudaBackend::Prefill(const PrefillParams& p, cpu::Workers*) {
   }
   if (own_out) c.out = out;
   if (host_lse) c.lse = reinterpret_cast<float*>(lse);
-  VATTN_RETURN_IF_ERROR(AttendChunks(p, c, chunk, rows));
+  VATTN_RETURN_IF_ERROR(AttendChunks(p, c, chunk, rows, fetch));
   if (own_out)
     VATTN_RETURN_IF_ERROR(device_->Copy(p.out, out, static_cast<uint64_t>(out_bytes), stream));
   if (host_lse) {

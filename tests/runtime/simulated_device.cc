@@ -207,6 +207,10 @@ absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes, uin
   return base;
 }
 
+void Device::Unregister(std::byte* base, uint64_t) {
+  std::erase_if(registered_, [base](const Piece& piece) { return piece.begin == base; });
+}
+
 absl::StatusOr<DeviceMemory> Device::Allocate(uint64_t bytes) {
   const uint64_t room = (bytes + 255) / 256 * 256;
   std::byte* const data = static_cast<std::byte*>(std::aligned_alloc(256, room == 0 ? 256 : room));

@@ -274,6 +274,17 @@ int Write(const WriteParams& p, Stream stream) {
   });
 }
 
+// Pools of engines are not simulated.
+int WriteSlots(const DeviceStorage&, const WriteSlotsParams&, const HotSetRef&, int64_t, uint32_t*,
+               Stream) {
+  return 1;
+}
+int EncodeSlots(const DeviceStorage&, const WriteSlotsParams&, Stream) { return 1; }
+int FetchRows(const DeviceStorage&, const int32_t*, int32_t, int64_t, int64_t, std::byte*, int64_t,
+              Stream) {
+  return 1;
+}
+int BeginPagedStep(const PagedStepParams&, Stream) { return 1; }
 size_t CarveScratch(const Storage& storage, const Promise&, int64_t, int group_heads, int,
                     std::byte* memory, GroupScratch& out) {
   if (memory != nullptr) out.output = reinterpret_cast<float*>(memory);

@@ -58,13 +58,17 @@ REPORT = {
 class AttendCall:
     """The params of one call, and views of the arrays that they point into."""
 
-    def __init__(self, runtime: Runtime, slots: int, layer: int) -> None:
+    def __init__(
+        self, runtime: Runtime, slots: int, layer: int, requests: int | None = None
+    ) -> None:
+        """slots: rows of the arrays by query head; requests: of those by KV head, if others."""
         options = runtime._options
         self.params = struct(c.AttendParams, "vattn_attend_params_init")
         self.params.layer = layer
         self.views: list[View] = []
         self._runtime = runtime
         self._slots = slots
+        self._requests = slots if requests is None else requests
         self._tokens = 1
         self._dtype = DTYPE_NAMES[options["dtype"]]
         self._q_heads, self._kv_heads = options["num_q_heads"], runtime.kv_heads(layer)
@@ -100,6 +104,7 @@ class AttendCall:
         if report is not None and not isinstance(report, Report):
             raise invalid(f"report is {shown(report)}, must be a Report")
         shapes = report_shapes(self._slots, self._q_heads, self._kv_heads, self._tokens)
+        shapes["kv"] = (self._requests, self._kv_heads)
         for name, (kind, heads) in REPORT.items():
             array = getattr(report, name, None)
             if array is not None:
