@@ -91,7 +91,7 @@ class Refusals(unittest.TestCase):
             whole,
             past_key_values=wrapped.cache(),
         )
-        for device in DEVICES[1:]:  # on the CPU they are read together
+        for device in DEVICES[1:]:  # others, and float16 and bfloat16, are read together
             there, row = offload(self, make(llama, device)), ids[:1].to(device)
             cache = there.cache()
             self.refused(

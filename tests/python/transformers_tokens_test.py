@@ -146,6 +146,36 @@ class Forward(unittest.TestCase):
                     self.assertLess((got - want).abs().max(), most * want.abs().max())
                     wrapped.close()
 
+    def test_a_second_turn_in_one_call(self):
+        for device in DEVICES:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                if device.type == "cuda" and dtype == torch.float32:
+                    continue  # read one by one
+                with self.subTest(device=device.type, dtype=dtype), torch.no_grad():
+                    model, inputs = make(llama, device, dtype), prompts((300, 120), device)
+                    turns = [prompts((n, n), device, seed=n)["input_ids"] for n in (70, 2, 33)]
+                    out = []
+                    for wrapped in (model, offload(self, model, policy="dense")):
+                        stock = wrapped is model
+                        model.set_attn_implementation("sdpa" if stock else "vattn")
+                        cache = DynamicCache(config=model.config) if stock else wrapped.cache(128)
+                        wrapped(**inputs, past_key_values=cache)
+                        mask, logits = inputs["attention_mask"], []
+                        for turn in turns:
+                            mask = pad(mask, (0, turn.shape[1]), value=1)
+                            places = mask.cumsum(1)[:, -turn.shape[1] :] - 1
+                            logits.append(
+                                wrapped(
+                                    turn,
+                                    attention_mask=mask,
+                                    position_ids=places,
+                                    past_key_values=cache,
+                                ).logits
+                            )
+                        out.append(torch.cat(logits, 1).float())
+                    most = 1e-4 if dtype == torch.float32 else 0.05
+                    self.assertLess((out[1] - out[0]).abs().max(), most * out[0].abs().max())
+
     def test_cropped_and_reordered(self):
         for device in DEVICES:
             with self.subTest(device=device.type), torch.no_grad():

@@ -79,8 +79,9 @@ class VattnCache(Cache):
     """KV of one batch of prompts and what is generated from them. `OffloadedModel.cache` makes it.
 
     May be passed as the cache to `generate` and to the model itself: the prompt in one call, then
-    one token a call, or several on the CPU, which then attend exactly. A call that is interrupted or fails leaves it as it was before. `copy` and
-    `deepcopy` fork every row: copies share the pool, and the rows that they have in common, until
+    one token a call, or several, which then attend exactly (on CUDA not of float32 or with heads
+    over 256). A call that is interrupted or fails leaves it as it was before. `copy` and `deepcopy`
+    fork every row: copies share the pool, and the rows that they have in common, until
     one of them writes. `close` frees what it holds at once; collection does it too.
     """
 
@@ -149,7 +150,8 @@ class VattnCache(Cache):
             raise RuntimeError(why)
         if self._tokens and tokens > 1 and not self.store.reads_chunks():
             raise NotImplementedError(
-                f"{tokens} tokens at once after the prompt: on CUDA vattn reads one token a call "
+                f"{tokens} tokens at once after the prompt: of float32 rows, and of heads over 256, "
+                "vattn reads one token a call on CUDA "
                 "(the wrapped model's generate feeds them so)"
             )
         if self.history is not None and self.history.rows != rows:

@@ -121,7 +121,8 @@ def before_forward(
         keep = given.get("logits_to_keep")
         if not cache.last_logits_do and (isinstance(keep, torch.Tensor) or keep != 1):
             raise NotImplementedError(
-                f"{tokens} tokens at once after the prompt: on CUDA vattn reads one token a call "
+                f"{tokens} tokens at once after the prompt: of float32 rows, and of heads over 256, "
+                "vattn reads one token a call on CUDA "
                 "(logits_to_keep=1 reads them one by one and hands out the last one's logits)"
             )
         for i in range(tokens - 1):

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from .._attend import Report
 from .._batch import Batch
-from .._enums import Backend
+from .._enums import DType
 from .._runtime import Runtime, Stats
 from .._sequence import Sequence
 from .._structs import Verdict
@@ -17,6 +17,8 @@ from ._history import History
 
 _BLOCK = 256  # tokens of one KV head and layer that the pool hands out at a time
 _CALIBRATION = 512  # queries of a prompt's last tokens that calibrate the index
+_CHUNK = 65536  # tokens of one `Sequence.prefill`
+_CUDA_HEAD_DIM = 256  # the largest of it on CUDA, where rows of float32 are not served
 _HEAD_DIM = 16  # the library's head dimensions are multiples of it; zeros fill what is missing
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -122,9 +124,11 @@ class Store:
 
     def reads_chunks(self) -> bool:
         """Whether several tokens after the prompt can be read in one call, `prefill`."""
-        return self._pool is not None and (
-            self._pool.runtime.options["backend"] == Backend.CPU
-        )
+        if self._pool is None:
+            return False
+        options = self._pool.runtime.options
+        small = max(options["head_dim_k"], options["head_dim_v"]) <= _CUDA_HEAD_DIM
+        return self._device.type == "cpu" or (options["dtype"] != DType.F32 and small)
 
     def prefill(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -135,8 +139,12 @@ class Store:
         out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         for row, (sequence, tokens) in enumerate(zip(self._sequences, self.chosen)):
             q, k, v = (_padded(x[row].transpose(0, 1)[tokens]) for x in (query, key, value))
-            if q.shape[0] > 0:
-                out[row, tokens] = sequence.prefill(layer, q, k, v)[..., : value.shape[3]]
+            answers = [
+                sequence.prefill(layer, *(x[begin : begin + _CHUNK] for x in (q, k, v)))
+                for begin in range(0, q.shape[0], _CHUNK)
+            ]
+            if answers:
+                out[row, tokens] = torch.cat(answers)[..., : value.shape[3]]
         return out
 
     def scaled(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
