@@ -652,7 +652,7 @@ typedef struct vattn_attend_params {
    * of the tokens, in units of softmax_scale * q.k (their natural logarithm weights a token),
    * [slots, num_tokens, score_heads, scores_stride] in scores_dtype: an engine's own indexer, or a
    * former step's scores. Better ones save rows; any are valid, but NaN and +infinity leave a head
-   * unverified. Read for tokens of the middle only. */
+   * unverified, and come first where tokens are ranked. Read for tokens of the middle only. */
   const void* scores;
   /* Elements from one head's scores to the next one's: at least the end of the middle. A graph that
    * is replayed when the middle has outgrown it takes the tokens behind it for NaN. */

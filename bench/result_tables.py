@@ -123,8 +123,54 @@ def prefill() -> str:
     return table(["new tokens", "stored", "ours, ms", "torch flash in HBM, ms", "TFLOP/s", "torch", "GB/s of stored rows"], rows)
 
 
+def prefill_prompt() -> str:
+    of = result("h200_prefill_1m")
+    row = [tokens(of["prompt"]), number(of["tokens"]), number(of["seconds"], 1), number(of["flop"] / of["seconds"] / 1e12),
+           number(of["flop"] / of["torch_flop_per_second"], 1), number(of["bytes"] / of["copy_bytes_per_second"], 1),
+           number(1e3 * of["chunks"][-1], 0)]
+    return table(["prompt", "tokens a chunk", "s", "TFLOP/s", "its FLOP at torch flash's speed, s",
+                  "its rows at a copy's speed, s", "last chunk, ms"], [row])
+
+
 def prefill_commands() -> str:
-    return commands("h200_prefill_8k", "h200_prefill_64")
+    return commands("h200_prefill_8k", "h200_prefill_64", "h200_prefill_1m")
+
+
+SECOND_TURNS = ("cpu_second_turn",)
+
+
+def second_turn() -> str:
+    rows = []
+    for name in SECOND_TURNS:
+        of = result(name)
+        rows.append([f"{of['model']}, {of['layers']} layers, {of['dtype']}, {of['device']}", number(of["tokens"]),
+                     number(of["tokens"] / of["prompt_seconds"]), number(of["turn"]), number(of["call_seconds"], 2),
+                     number(of["turn"] / of["call_seconds"]), number(of["token_by_token_seconds"], 2),
+                     number(1 / of["step_seconds"], 1)])
+    return table(["model", "prompt", "its tokens/s", "second turn", "in one call, s", "tokens/s", "token by token, s", "tokens/s"], rows)
+
+
+def second_turn_commands() -> str:
+    return commands(*SECOND_TURNS)
+
+
+SPECULATIVE = ("cpu_speculative_01", "cpu_speculative_03", "cpu_speculative_10")
+
+
+def speculative() -> str:
+    rows = []
+    for name in SPECULATIVE:
+        of = result(name)
+        rows.append([number(of["epsilon"], 1), number(of["draft"]), percent(of["kept"] / of["drafted"], 0),
+                     percent(of["rows_of_drafts"] / of["plain_rows"]), percent(of["rows_of_checks"] / of["plain_rows"]),
+                     number(of["new_tokens"] / of["seconds"], 1), number(of["new_tokens"] / of["plain_seconds"], 1),
+                     "yes" if of["same"] else "NO"])
+    return table(["epsilon of drafts", "tokens a draft", "that stay", "rows read by drafts", "by checks", "tokens/s",
+                  "plain, tokens/s", "same text"], rows)
+
+
+def speculative_commands() -> str:
+    return commands(*SPECULATIVE)
 
 
 def follow() -> str:

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, model: models.Loaded) -> dict[str, float]:
         def seconds(some: torch.Tensor) -> tuple[float, torch.Tensor]:
             wait(args.device)
             begin = time.perf_counter()
-            logits = wrapped(some, cache=cache, logits_to_keep=1).logits
+            logits = wrapped(some, past_key_values=cache, logits_to_keep=1).logits
             wait(args.device)
             return time.perf_counter() - begin, logits.float()
 

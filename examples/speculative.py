@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import pathlib
+import shlex
 import sys
 import time
 
@@ -178,6 +179,7 @@ def main():
     text = decoder.ids[len(prompt) :]
     print(tokenizer.decode(text))
     result = {
+        "command": "python examples/speculative.py " + shlex.join(sys.argv[1:]),
         "prompt": len(prompt),
         "new_tokens": len(text),
         "draft": args.draft,

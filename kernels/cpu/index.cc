@@ -25,7 +25,9 @@ void ScoreExact(const Storage& s, const Group& group, const BlockPart& part, flo
           group.scratch.query, group.group_heads, scores + part.begin, kBlockTokens);
 }
 
-// Minus infinity would mean that a token is not in the middle, and it would never be drawn.
+// Minus infinity would mean that a token is not in the middle, and it would never be drawn. Nothing is
+// known of a token with NaN: it counts as infinity, which leaves nothing to plan with, and is first in a
+// ranking.
 void CopyExternal(const Storage&, const Group& group, const BlockPart& part, float* scores) {
   constexpr float kLeast = std::numeric_limits<float>::lowest();
   const int64_t first =
@@ -39,7 +41,8 @@ void CopyExternal(const Storage&, const Group& group, const BlockPart& part, flo
               .dim = part.end - part.begin,
               .dtype = group.external_dtype},
              to + part.begin);
-    std::replace(to + part.begin, to + part.end, -INFINITY, kLeast);
+    for (int t = part.begin; t < part.end; ++t)
+      to[t] = std::isnan(to[t]) ? INFINITY : std::max(to[t], kLeast);
   }
 }
 

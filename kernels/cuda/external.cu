@@ -11,11 +11,12 @@ namespace vattn::cuda {
 namespace {
 
 // s^ as the scan goes on with it. Minus infinity would mean that a token is not in the middle, and it
-// would never be drawn; nor would one with NaN, which therefore leaves nothing to plan with. In a
-// ranking NaN is worst, and what codes mark as outliers comes first (kernels/cpu/scan.cc).
+// would never be drawn. Nothing is known of a token with NaN: it counts as infinity, which leaves
+// nothing to plan with, and is first in a ranking; so is what codes mark as an outlier
+// (kernels/cpu/index.cc, scan.cc).
 __device__ float Usable(float score, bool ranked) {
   if (score == -INFINITY) return -FLT_MAX;
-  if (ranked) return score == kOutlierScore ? -kOutlierScore : score;
+  if (ranked && score == kOutlierScore) return -kOutlierScore;
   return score == score ? score : INFINITY;
 }
 

@@ -56,7 +56,7 @@ float Round(int32_t dtype, float value) {
 std::vector<std::byte> ToBytes(int32_t dtype, const std::vector<float>& values) {
   std::vector<std::byte> bytes(values.size() * ElementSize(dtype));
   for (size_t i = 0; i < values.size(); ++i) {
-    const uint16_t half = dtype == VATTN_F32 ? 0 : HalfBits(dtype, values[i]);
+    const uint16_t half = dtype == VATTN_F32 ? 0 : HalfBits(dtype, Round(dtype, values[i]));
     if (dtype == VATTN_F32) std::memcpy(&bytes[4 * i], &values[i], 4);
     if (dtype != VATTN_F32) std::memcpy(&bytes[2 * i], &half, 2);
   }

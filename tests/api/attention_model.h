@@ -14,6 +14,7 @@ namespace vattn::test {
 
 // Nearest value of a vattn_dtype, ties to even; f16 subnormals become 0.
 float Round(int32_t dtype, float value);
+// Rounded as by Round.
 std::vector<std::byte> ToBytes(int32_t dtype, const std::vector<float>& values);
 std::vector<float> ToFloats(int32_t dtype, const std::vector<std::byte>& bytes);
 
