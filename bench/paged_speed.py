@@ -66,12 +66,12 @@ class Model:
     def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v [count, KV heads, dim]."""
         k = torch.einsum("thj,hij->thi", torch.randn(count, KV_HEADS, DIM, device="cuda"), self.keys)
-        return k.bfloat16(), torch.randn(count, KV_HEADS, DIM, device="cuda").bfloat16()
+        return k.bfloat16().contiguous(), torch.randn(count, KV_HEADS, DIM, device="cuda").bfloat16()
 
     def query(self, count: int) -> torch.Tensor:
         """q [count, query heads, dim]."""
         q = torch.einsum("thj,hij->thi", torch.randn(count, Q_HEADS, DIM, device="cuda"), self.queries)
-        return q.bfloat16()
+        return q.bfloat16().contiguous()
 
 
 def measure(args: argparse.Namespace, tokens: int, batch: int, block: int) -> dict[str, Any]:
