@@ -46,6 +46,8 @@ inline void InitStruct(vattn_attend_params* s) { vattn_attend_params_init(s, siz
 inline void InitStruct(vattn_selection* s) { vattn_selection_init(s, sizeof(*s)); }
 // The same for this struct.
 inline void InitStruct(vattn_prefix* s) { vattn_prefix_init(s, sizeof(*s)); }
+// The same for this struct.
+inline void InitStruct(vattn_merge_params* s) { vattn_merge_params_init(s, sizeof(*s)); }
 // A struct of vattn.h as its _init function fills it: Init<vattn_options>().
 template <class Struct>
 Struct Init() {
@@ -213,6 +215,10 @@ class Batch {
   void Attend(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
     Check(vattn_attend(get(), &params, stream));
   }
+  // Goes on with a layer of which every rank has a slice.
+  void AttendMore(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
+    Check(vattn_attend_more(get(), &params, stream));
+  }
   // Attends exactly the tokens that the selection lists.
   void AttendSelected(const vattn_attend_params& params, const vattn_selection& selection,
                       CUstream_st* stream = nullptr) {
@@ -229,6 +235,12 @@ class Batch {
  private:
   std::unique_ptr<vattn_batch, Destroyer<vattn_batch, vattn_batch_destroy>> handle_;
 };
+
+// What the records of several ranks say together.
+inline void Merge(const Runtime& runtime, const vattn_merge_params& params,
+                  CUstream_st* stream = nullptr) {
+  Check(vattn_merge(runtime.get(), &params, stream));
+}
 
 // What vattn sees of the machine, as JSON.
 inline std::string DoctorJson() {

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/cuda/params.h"
+#include "kernels/merge.h"
 #include "memory/device.h"
 #include "memory/host_store.h"
 #include "runtime/attend_request.h"
@@ -104,6 +105,10 @@ class Backend {
   // `bytes` that a caller gave, where the host can read them: at `from`, or in `copy`.
   virtual absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
                                                   std::vector<std::byte>& copy) = 0;
+
+  // Merges records of several ranks; params are those of the host (Promise::quantile too). Enqueues
+  // where the records are on a device and a stream is given, else blocks.
+  virtual absl::Status Merge(const MergeParams& params, DeviceStream stream) = 0;
 
   // True if codes have a second copy on a device: block tables then list those that the host wrote.
   virtual bool copies_codes() const = 0;

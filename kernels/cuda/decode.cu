@@ -84,6 +84,10 @@ size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, in
   c.Take(heads, w.head);
   c.Take(heads, w.growth);
   c.Take(heads, w.state_of_token);
+  c.Take(1, w.slice);
+  c.Take(heads, w.outlook);
+  c.Take(heads, w.log_others);
+  c.Take(sampled * team * heads * s.row.dim_v, w.moment);
   const bool coded = s.value_bits > 0;
   const int64_t items = coded ? ValueItems(s, group_heads) : 0;
   c.Take(coded ? sampled * heads * w.capacity : 0, w.log_predicted_e);
@@ -140,6 +144,26 @@ int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, S
   if (error == cudaSuccess && sampled) error = Predict(p, stream);
   if (error == cudaSuccess) error = Answer(p, shape, stream);
   return error;
+}
+
+int Forecast(const StepParams& p, int multiprocessors, Stream stream) {
+  int error = Prepare(p, stream);
+  const bool sampled = p.promise.policy == Policy::kVerified,
+             exact = p.promise.index == IndexKind::kExact;
+  if (error == cudaSuccess && sampled && exact) error = ScoreRows(p, multiprocessors, stream);
+  if (error == cudaSuccess && sampled) error = Scan(p, multiprocessors, stream);
+  if (error == cudaSuccess) error = WriteForecasts(p, stream);
+  return error;
+}
+
+int LookOn(const StepParams& p, const AnswerShape& shape, bool first, Stream stream) {
+  int error = DecideLooks(p, first, stream);
+  const bool plans = first && p.promise.policy == Policy::kVerified;
+  if (error == cudaSuccess && plans) error = PlanDraw(p, stream);
+  if (error == cudaSuccess && plans) error = Predict(p, stream);
+  if (error != cudaSuccess) return error;
+  return DispatchDType(p.storage.host.row.dtype,
+                       [&]<DType kType>() { return LookOf<kType>::Launch(p, shape, stream); });
 }
 
 }  // namespace vattn::cuda

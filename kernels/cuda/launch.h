@@ -16,6 +16,13 @@ AnswerShape ShapeAnswer(const DeviceStorage& storage, int group_heads, int group
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
 int Decode(const StepParams& params, const AnswerShape& shape, int multiprocessors, Stream stream);
 
+// The same of a slice of a context, cut where ranks exchange records (kernels/cpu/ranks.h). LookOn counts
+// in *params.ranks.again what is open. first: the looks begin.
+int Forecast(const StepParams& params, int multiprocessors, Stream stream);
+int LookOn(const StepParams& params, const AnswerShape& shape, bool first, Stream stream);
+// As cpu::Merge; arrays and Promise::quantile in device memory.
+int Merge(const MergeParams& params, Stream stream);
+
 // Rows of tokens [begin, begin + tokens) from the host pool to `to`, [kv_heads][tokens][row_bytes] with
 // to_stride bytes between KV heads; block ids [kv_heads][blocks_stride] in device memory.
 int FetchRows(const Storage& host, const int32_t* blocks, int64_t blocks_stride, int32_t kv_heads,

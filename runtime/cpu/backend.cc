@@ -1,5 +1,6 @@
 #include "runtime/cpu/backend.h"
 
+#include "kernels/cpu/merge.h"
 #include "kernels/cpu/prefill.h"
 #include "kernels/cpu/write.h"
 #include "runtime/cpu/batch.h"
@@ -22,6 +23,11 @@ absl::Status CpuBackend::Prefill(const PrefillParams& params, cpu::Workers* work
 
 absl::Status CpuBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   cpu::Write(params, workers);
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::Merge(const MergeParams& params, DeviceStream) {
+  cpu::Merge(params);
   return absl::OkStatus();
 }
 

@@ -25,6 +25,8 @@ class CpuBackend final : public Backend {
     return static_cast<const std::byte*>(from);
   }
 
+  absl::Status Merge(const MergeParams& params, DeviceStream stream) override;
+
   bool copies_codes() const override { return false; }
   absl::Status HoldCodes(const BlockId*, int64_t) override { return absl::OkStatus(); }
   void CountReleased(int64_t) override {}

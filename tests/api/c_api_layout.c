@@ -37,7 +37,11 @@ STATIC_ASSERT_PLACE(vattn_prefill_params, q_token_stride, 48);
 STATIC_ASSERT_LAST(vattn_prefill_params, lse, 104);
 STATIC_ASSERT_PLACE(vattn_attend_params, score_heads, 20);
 STATIC_ASSERT_PLACE(vattn_attend_params, scores, 48);
-STATIC_ASSERT_LAST(vattn_attend_params, timeline, 128);
+STATIC_ASSERT_PLACE(vattn_attend_params, timeline, 128);
+STATIC_ASSERT_PLACE(vattn_attend_params, partial, 136);
+STATIC_ASSERT_LAST(vattn_attend_params, ranks, 164);
+STATIC_ASSERT_PLACE(vattn_merge_params, records, 16);
+STATIC_ASSERT_LAST(vattn_merge_params, out_dtype, 68);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 56);
 STATIC_ASSERT_PLACE(vattn_stats, device_growth_ns, 88);
@@ -53,6 +57,7 @@ STATIC_ASSERT(sequence_options_start, offsetof(vattn_sequence_options, struct_si
 STATIC_ASSERT(append_params_start, offsetof(vattn_append_params, struct_size) == 0);
 STATIC_ASSERT(prefill_params_start, offsetof(vattn_prefill_params, struct_size) == 0);
 STATIC_ASSERT(attend_params_start, offsetof(vattn_attend_params, struct_size) == 0);
+STATIC_ASSERT(merge_params_start, offsetof(vattn_merge_params, struct_size) == 0);
 STATIC_ASSERT(selection_start, offsetof(vattn_selection, struct_size) == 0);
 STATIC_ASSERT(stats_start, offsetof(vattn_stats, struct_size) == 0);
 STATIC_ASSERT(tenant_use_start, offsetof(vattn_tenant_use, struct_size) == 0);
@@ -71,6 +76,8 @@ STATIC_ASSERT(last_admission, VATTN_ADMISSION_RESERVED == 1);
 STATIC_ASSERT(last_tier, VATTN_TIER_DISK == 2);
 STATIC_ASSERT(last_target, VATTN_TARGET_DENOMINATOR == 2);
 STATIC_ASSERT(last_verdict, VATTN_VERDICT_BEST_EFFORT == 3);
+STATIC_ASSERT(partial_scalars, VATTN_PARTIAL_SCALARS == 40);
+STATIC_ASSERT(last_partial_flag, VATTN_PARTIAL_UNSURE == 8);
 STATIC_ASSERT(last_log_level, VATTN_LOG_DEBUG == 3);
 
 /* _init writes no byte past the size it is given, and fills those of a caller newer than us with 0.
@@ -97,6 +104,7 @@ void TestLayout(void) {
   CHECK_INIT(vattn_append_params, vattn_append_params_init);
   CHECK_INIT(vattn_prefill_params, vattn_prefill_params_init);
   CHECK_INIT(vattn_attend_params, vattn_attend_params_init);
+  CHECK_INIT(vattn_merge_params, vattn_merge_params_init);
   CHECK_INIT(vattn_selection, vattn_selection_init);
   CHECK_INIT(vattn_prefix, vattn_prefix_init);
 }
