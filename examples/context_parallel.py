@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import vattn
 
+BLOCK = 256  # tokens that slices are cut by
 CHUNK = 65536  # tokens that are appended at a time
 FIRST = 4096  # of them, in the first chunk, that bring their queries
 SPECTRUM = 0.18  # of the dimensions: fall of the variance of scores over them
@@ -50,11 +51,14 @@ class Rows:
         return torch.randn(*shape, generator=generator, device=self.device)
 
     def chunk(self, layer, first, count):
-        """k, v [count, kv_heads, dim] of tokens from `first` on."""
-        seed = (layer << 32) + first
-        k = self._normal(2 * seed, count, self.kv_heads, self.dim) * self.fall
-        v = self._normal(2 * seed + 1, count, self.kv_heads, self.dim) + 0.5
-        return k.to(self.dtype), v.to(self.dtype)
+        """k, v [count, kv_heads, dim] of tokens from `first` on, made block by block of 256, so that
+        slices of any length have the same ones."""
+        k, v = [], []
+        for block in range(first, first + count, BLOCK):
+            seed, tokens = (layer << 32) + block, min(BLOCK, first + count - block)
+            k.append(self._normal(2 * seed, tokens, self.kv_heads, self.dim))
+            v.append(self._normal(2 * seed + 1, tokens, self.kv_heads, self.dim))
+        return (torch.cat(k) * self.fall).to(self.dtype), (torch.cat(v) + 0.5).to(self.dtype)
 
     def queries(self, seed, count):
         """[count, q_heads, dim]"""
@@ -77,8 +81,8 @@ def gather(gathered, mine):
 
 def slice_of(tokens, rank, ranks):
     """First token and end of a rank's slice, whole chunks of 256."""
-    blocks = tokens // 256
-    return 256 * (blocks * rank // ranks), 256 * (blocks * (rank + 1) // ranks)
+    blocks = tokens // BLOCK
+    return BLOCK * (blocks * rank // ranks), BLOCK * (blocks * (rank + 1) // ranks)
 
 
 class Slice:
@@ -101,6 +105,7 @@ class Slice:
             backend=arguments.device,
             device=rows.device.index or 0,
             host_bytes=int(blocks * 256 * (row + code) * 1.02) + (64 << 20),
+            policy=arguments.policy,
             epsilon=arguments.epsilon,
             seed=arguments.seed,
         )
@@ -346,6 +351,7 @@ def run(arguments, rank, ranks):
             "q_heads": arguments.q_heads,
             "kv_heads": arguments.kv_heads,
             "head_dim": arguments.head_dim,
+            "policy": arguments.policy,
             "epsilon": arguments.epsilon,
             "results": results,
         }
@@ -390,6 +396,7 @@ def main():
     parser.add_argument("--q-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--policy", choices=("verified", "dense"), default="verified")
     parser.add_argument("--epsilon", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spawn", type=int, default=0, help="processes to start on this machine")
