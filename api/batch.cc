@@ -3,33 +3,31 @@
 
 #include "api/calls.h"
 
-namespace {
+namespace vattn::api {
 
-using vattn::InvalidArgumentError;
-using vattn::OutOfRangeError;
-using vattn::api::Guard;
-using vattn::api::InitStruct;
-using vattn::api::NotNull;
-using vattn::api::Usable;
-using vattn::api::Use;
-
-absl::Status CheckStream(const vattn_batch* batch, const CUstream_st* stream) {
-  if (stream == nullptr || batch->impl->runtime().cuda() != nullptr) return absl::OkStatus();
+absl::Status CheckStream(const Runtime& runtime, const CUstream_st* stream) {
+  if (stream == nullptr || runtime.cuda() != nullptr) return absl::OkStatus();
   return InvalidArgumentError("stream is given, must be NULL on the CPU backend");
 }
 
-absl::Status ToAttend(const vattn_attend_params* params, bool needs_out,
-                      vattn::AttendRequest& out) {
+absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, AttendRequest& out) {
   vattn_attend_params p;
   vattn_attend_params_init(&p, sizeof(p));
-  VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
-  if (p.num_tokens < 1 || p.num_tokens > vattn::kMaxQueryTokens)
-    return OutOfRangeError("num_tokens", p.num_tokens, 1, vattn::kMaxQueryTokens);
+  VATTN_RETURN_IF_ERROR(Import("params", params, p));
+  if (p.num_tokens < 1 || p.num_tokens > kMaxQueryTokens)
+    return OutOfRangeError("num_tokens", p.num_tokens, 1, kMaxQueryTokens);
   if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
+  if (p.scores_dtype < 0 || p.scores_dtype > 2)
+    return OutOfRangeError("scores_dtype", p.scores_dtype, 0, 2);
+  if (p.policy != 0 && p.policy != VATTN_POLICY_DENSE) {
+    return InvalidArgumentError("policy is ", p.policy,
+                                ", must be 0, the runtime's, or VATTN_POLICY_DENSE (3)");
+  }
   if (needs_out && (p.partial == nullptr || p.gathered != nullptr))
     VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
   out = {.layer = p.layer,
          .num_tokens = p.num_tokens,
+         .dense = p.policy == VATTN_POLICY_DENSE,
          .out_dtype = p.out_dtype,
          .q = p.q,
          .k_new = p.k_new,
@@ -45,6 +43,7 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out,
          .timeline = p.timeline,
          .scores = p.scores,
          .score_heads = p.score_heads,
+         .scores_dtype = p.scores_dtype,
          .scores_stride = p.scores_stride,
          .partial = p.partial,
          .gathered = p.gathered,
@@ -53,6 +52,20 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out,
          .ranks = p.ranks};
   return absl::OkStatus();
 }
+
+}  // namespace vattn::api
+
+namespace {
+
+using vattn::InvalidArgumentError;
+using vattn::OutOfRangeError;
+using vattn::api::CheckStream;
+using vattn::api::Guard;
+using vattn::api::InitStruct;
+using vattn::api::NotNull;
+using vattn::api::ToAttend;
+using vattn::api::Usable;
+using vattn::api::Use;
 
 absl::Status ToSelection(const vattn_selection* selection, bool needs_weights,
                          vattn::Selection& out) {
@@ -105,7 +118,7 @@ vattn_code vattn_batch_clear(vattn_batch* batch, int32_t slot) {
 vattn_code vattn_batch_begin_step(vattn_batch* batch, int32_t new_tokens, CUstream_st* stream) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
-    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch->runtime(), stream));
     return batch->impl->BeginStep(new_tokens, stream);
   });
 }
@@ -133,7 +146,7 @@ vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params,
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
-    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch->runtime(), stream));
     VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
     return batch->impl->Attend(request, stream);
   });
@@ -144,7 +157,7 @@ vattn_code vattn_attend_more(vattn_batch* batch, const vattn_attend_params* para
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
-    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch->impl->runtime(), stream));
     VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
     return batch->impl->AttendMore(request, stream);
   });
@@ -158,8 +171,7 @@ vattn_code vattn_merge(const vattn_runtime* runtime, const vattn_merge_params* p
                        CUstream_st* stream) {
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(runtime));
-    if (stream != nullptr && runtime->impl->cuda() == nullptr)
-      return InvalidArgumentError("stream is given, must be NULL on the CPU backend");
+    VATTN_RETURN_IF_ERROR(CheckStream(*runtime->impl, stream));
     vattn_merge_params p;
     vattn_merge_params_init(&p, sizeof(p));
     VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
@@ -189,7 +201,7 @@ vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_attend_params* 
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
-    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch->runtime(), stream));
     VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
     vattn::Selection list;
     VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/false, list));
@@ -202,7 +214,7 @@ vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params,
   return Guard([&]() -> absl::Status {
     VATTN_RETURN_IF_ERROR(Usable(batch));
     vattn::AttendRequest request;
-    VATTN_RETURN_IF_ERROR(CheckStream(batch, stream));
+    VATTN_RETURN_IF_ERROR(CheckStream(batch->runtime(), stream));
     VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/false, request));
     vattn::Selection list;
     VATTN_RETURN_IF_ERROR(ToSelection(selection, /*needs_weights=*/true, list));

@@ -45,6 +45,13 @@ absl::Status Usable(const vattn_batch* batch) {
   return UsableHere(batch->runtime());
 }
 
+absl::Status Usable(const vattn_paged* paged) {
+  VATTN_RETURN_IF_ERROR(NotNull("paged", paged));
+  if (paged->runtime().closed())
+    return InvalidArgumentError("paged outlived its runtime, may only be destroyed");
+  return UsableHere(paged->runtime());
+}
+
 absl::Status CheckStructSize(size_t size) {
   if (size >= sizeof(size_t) && size <= 4096) return absl::OkStatus();
   return OutOfRangeError("struct_size", size, sizeof(size_t), 4096);

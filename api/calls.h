@@ -15,6 +15,7 @@
 #include "api/vattn.h"
 #include "runtime/batch.h"
 #include "runtime/log.h"
+#include "runtime/paged.h"
 #include "runtime/runtime.h"
 #include "runtime/sequence.h"
 #include "runtime/status.h"
@@ -32,8 +33,14 @@ struct vattn_batch {
   std::unique_ptr<vattn::Batch> impl;
   const vattn::Runtime& runtime() const { return impl->runtime(); }
 };
+struct vattn_paged {
+  std::unique_ptr<vattn::Paged> impl;
+  const vattn::Runtime& runtime() const { return impl->runtime(); }
+};
 
 namespace vattn::api {
+
+inline constexpr int64_t kMostPrefill = 65536;  // tokens of a call
 
 // Keeps the text for vattn_last_error and returns the code.
 vattn_code Fail(vattn_code code, const char* text) noexcept;
@@ -66,6 +73,7 @@ absl::Status UsableHere(const Runtime& runtime);
 // CUDA works there.
 absl::Status Usable(const vattn_runtime* runtime);
 absl::Status Usable(const vattn_batch* batch);
+absl::Status Usable(const vattn_paged* paged);
 // Destroys a handle, unless its runtime's CUDA half is another process's: then its memory is left
 // to the process's end.
 template <class Handle>
@@ -76,6 +84,8 @@ void Destroy(Handle* handle) noexcept {
 }
 
 absl::Status CheckStructSize(size_t size);
+absl::Status CheckStream(const Runtime& runtime, const CUstream_st* stream);
+absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, AttendRequest& out);
 absl::Status CheckLayer(const Runtime& runtime, int32_t layer);
 
 // A sequence for the length of a call, during which it is not spilled.

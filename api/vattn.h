@@ -479,8 +479,9 @@ VATTN_EXPORT vattn_code vattn_append(vattn_sequence* sequence, const vattn_appen
  * exactly to those that the layer had before and to the new ones up to its own (FlashAttention's
  * order of sums, arXiv 2307.08691). A prompt in chunks of any size gets the answers of one in one
  * piece, but for rounding. Blocks until answered. On CUDA rows come from the host pool through device
- * memory that the call takes and gives back; the arrays may be device memory or the host's, and
- * products are those of tensor cores, with weights rounded to the rows' type. Errors as vattn_append,
+ * memory, 64 MiB and what sums and arrays of the host need, which the runtime keeps for the next
+ * call until codes need it; the arrays may be device memory or the host's, and products are those
+ * of tensor cores, with weights rounded to the rows' type. Errors as vattn_append,
  * and nothing was added; NOT_SUPPORTED on CUDA with f32 rows or head dimensions over 256. */
 VATTN_EXPORT vattn_code vattn_prefill(vattn_sequence* sequence, const vattn_prefill_params* params);
 
@@ -649,11 +650,12 @@ typedef struct vattn_attend_params {
   const void* v_new; /* [slots, num_tokens, kv_heads, head_dim_v]; NULL also with shared_kv */
   /* With VATTN_INDEX_EXTERNAL, which needs it but for policy dense; else NULL. Predicted scores
    * of the tokens, in units of softmax_scale * q.k (their natural logarithm weights a token),
-   * [slots, num_tokens, score_heads, scores_stride]: an engine's own indexer, or a former step's
-   * scores. Better ones save rows; any are valid, but NaN and +infinity leave a head unverified.
-   * Read for tokens of the middle only. */
-  const float* scores;
-  /* floats from one head's scores to the next one's: at least the end of the middle */
+   * [slots, num_tokens, score_heads, scores_stride] in scores_dtype: an engine's own indexer, or a
+   * former step's scores. Better ones save rows; any are valid, but NaN and +infinity leave a head
+   * unverified. Read for tokens of the middle only. */
+  const void* scores;
+  /* Elements from one head's scores to the next one's: at least the end of the middle. A graph that
+   * is replayed when the middle has outgrown it takes the tokens behind it for NaN. */
   int64_t scores_stride;
   void* out;  /* [slots, num_tokens, q_heads, head_dim_v] in out_dtype */
   float* lse; /* [slots, num_tokens, q_heads] ln(sum exp(s)); may be NULL */
@@ -669,6 +671,11 @@ typedef struct vattn_attend_params {
    * slot's KV head 0, in the order of vattn_timeline; may be NULL. CUDA only, on the CPU nothing is
    * written; stages that a policy does not have are not written either. */
   uint64_t* timeline;
+  int32_t scores_dtype; /* vattn_dtype of scores: VATTN_F32, the default, VATTN_F16 or VATTN_BF16 */
+  /* 0: the runtime's. VATTN_POLICY_DENSE: every row, in this call alone, as when tokens that a
+   * cheaper answer has drafted are checked (examples/speculative.py); no other policy is taken, and
+   * vattn_attend_selected does not look at it. */
+  int32_t policy;
   /* A slice of a context, "One context over several devices"; NULL: the sequences have all of
    * theirs. */
   float* partial; /* [slots, q_heads, VATTN_PARTIAL_SCALARS + 2 head_dim_v] this rank's records */
@@ -827,6 +834,170 @@ VATTN_EXPORT vattn_code vattn_attend_selected(vattn_batch* batch, const vattn_at
 VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_params* params,
                                      vattn_selection* selection, struct CUstream_st* stream);
 
+/* ---- An engine's paged KV ------------------------------------------------------------------- */
+
+/* Attention over rows in a pool of blocks that the caller allocated in host memory and fills by its
+ * own rules, as inference engines do: block tables, lengths and slot mappings are the caller's arrays,
+ * blocks may be shared by requests and used again for others at any time. A slot is a token's place in
+ * the pool: block id * block_tokens + the number of tokens before it in the block.
+ *
+ * Codes belong to slots. They are made by vattn_paged_write when a row is written, by tables that were
+ * learnt from a text of the same model before (vattn_tables_save), so that they depend on nothing but
+ * the row: blocks may be shared by prefixes of requests. A slot that is written again is coded again,
+ * and leaves the hot set.
+ *
+ * On CUDA every array of these calls but those of vattn_paged_options and vattn_paged_prefill is read
+ * on the device when its turn comes: device or pinned host memory, else INVALID_ARGUMENT. The calls
+ * then allocate nothing, wait for nothing, and may be captured into a CUDA graph, which serves other
+ * requests when the arrays have other contents. A request whose length, starts, row or block ids are
+ * out of range reads nothing: its outputs, lse and error are NaN, its verdicts BEST_EFFORT, and
+ * vattn_stats.requests_refused counts it. On the CPU such a step is INVALID_ARGUMENT. */
+typedef struct vattn_paged vattn_paged;
+
+/* Learns tables from the rows and queries of a sequence (which are those of a text, the longer the
+ * better; pass its queries with vattn_append) and writes them to a file, which appears whole or not at
+ * all. model: what the caller calls the model, say a fingerprint of its weights and position encoding;
+ * vattn_paged_create compares it; may be NULL. INVALID_ARGUMENT if a layer has fewer than 1024 tokens
+ * in its middle; NOT_SUPPORTED for an index that has no tables; IO_ERROR. */
+VATTN_EXPORT vattn_code vattn_tables_save(const vattn_sequence* sequence, const char* path,
+                                          const char* model);
+
+/* A pool, and what is set aside for the steps over it. */
+typedef struct vattn_paged_options {
+  size_t struct_size; /* bytes of the struct that the caller knows */
+  /* File of vattn_tables_save for a model of this shape, softmax_scale and index. NULL with an index
+   * external or policy dense, which need none. */
+  const char* tables;
+  const char* model; /* INVALID_ARGUMENT if the file was saved for another one; NULL: any */
+  /* [num_layers] host memory: where block 0, slot 0, KV head 0 of each layer has its K, and its V.
+   * NULL entries for layers without KV heads; v NULL with shared_kv. Rows are in the runtime's dtype,
+   * a head dimension is contiguous. K and V may lie in one array or in two. */
+  void* const* k;
+  void* const* v;       /* as k */
+  int64_t num_blocks;   /* 1 or more, of block_tokens tokens each */
+  int64_t block_stride; /* elements from a block to the next one, for K and V alike; ... */
+  int64_t token_stride; /* ... from a token to the next one */
+  int64_t head_stride;  /* ... from a KV head to the next one. On CUDA multiples of 16 bytes. */
+  /* [num_layers] memory for codes, on CUDA of the device; NULL: the library takes it. Per block
+   * code_block_stride bytes, of which kv_heads * block_tokens * index_bytes are used; contents need
+   * not be set. */
+  void* const* codes;
+  int64_t code_block_stride; /* bytes; 0: those used */
+  int64_t max_tokens;        /* most tokens of a request, 1 to 2^31 - 1 */
+  /* Most tokens of all requests of a step together, for which working memory is taken; 0: max_requests
+   * times max_tokens. A step with more of them: as lengths that are out of range. */
+  int64_t max_step_tokens;
+  uint64_t hot_bytes;       /* device memory for rows that are kept there; 0: none. CUDA only */
+  int32_t block_tokens;     /* tokens of a block, a multiple of 16 */
+  int32_t max_requests;     /* of a step, and rows of controller state; 1 to 4096 */
+  int32_t max_query_tokens; /* of a request in a step, 1 to 16 */
+  int32_t pinned;           /* CUDA: 1 if the pool is page-locked and mapped already, 0: we do it */
+} vattn_paged_options;
+
+/* Fills *options with defaults; struct_size is sizeof(*options). */
+VATTN_EXPORT void vattn_paged_options_init(vattn_paged_options* options, size_t struct_size);
+
+/* The pool and the arrays in options must outlive it; options and their lists need not. Errors name
+ * the option. NOT_FOUND, IO_ERROR, DATA_LOSS: the file of tables. OUT_OF_MEMORY. NOT_SUPPORTED: value
+ * codes, and an index other than balanced and external. */
+VATTN_EXPORT vattn_code vattn_paged_create(vattn_runtime* runtime,
+                                           const vattn_paged_options* options, vattn_paged** out);
+/* On CUDA it waits for the device; captured calls must not be replayed any more. */
+VATTN_EXPORT void vattn_paged_destroy(vattn_paged* paged);
+
+/* Rows that are written, or were. */
+typedef struct vattn_paged_rows {
+  size_t struct_size; /* bytes of the struct that the caller knows */
+  int32_t layer;      /* 0 to num_layers - 1 */
+  int32_t reserved0;  /* 0 */
+  int64_t num_tokens; /* 0 or more */
+  /* [num_tokens] slot of each; others than those of the pool, as -1 for padding, are left out. No slot
+   * twice in a call. */
+  const int64_t* slots;
+  const void* k;          /* [num_tokens, kv_heads, head_dim_k]; NULL: the rows are in the pool */
+  const void* v;          /* [num_tokens, kv_heads, head_dim_v]; NULL with k NULL or shared_kv */
+  int64_t k_token_stride; /* elements from a token of k to the next; 0: contiguous */
+  int64_t k_head_stride;  /* from a head of k to the next */
+  int64_t v_token_stride; /* from a token of v to the next */
+  int64_t v_head_stride;  /* from a head of v to the next */
+} vattn_paged_rows;
+
+/* Fills *rows with defaults; struct_size is sizeof(*rows). */
+VATTN_EXPORT void vattn_paged_rows_init(vattn_paged_rows* rows, size_t struct_size);
+
+/* Writes rows to their slots, codes them, and takes the slots out of the hot set: before the attention
+ * that is to see them, and after any write to the pool by others (k NULL). */
+VATTN_EXPORT vattn_code vattn_paged_write(vattn_paged* paged, const vattn_paged_rows* rows,
+                                          struct CUstream_st* stream);
+
+/* What a step attends for. */
+typedef struct vattn_paged_step {
+  size_t struct_size;   /* bytes of the struct that the caller knows */
+  int32_t num_requests; /* 0 to max_requests: rows of the arrays below */
+  int32_t
+      max_query_tokens; /* most query tokens of a request in this step, 1 to that of the options */
+  /* Query tokens that q, out and the other arrays of the calls have room for: starts beyond are out of
+   * range. In a CUDA graph the padded number. */
+  int64_t num_query_tokens;
+  /* [num_requests, block_table_stride] block ids of each request; those behind its length are not
+   * looked at. */
+  const int32_t* block_table;
+  int64_t block_table_stride; /* entries from a request to the next; at least
+                               * ceil(max_tokens / block_tokens) */
+  const int32_t* lengths;     /* [num_requests] tokens, the new ones included; 0: no request here */
+  /* [num_requests + 1] where each one's query tokens begin among those of the step, ascending from 0;
+   * they are its last tokens. A request without query tokens, or with length 0, is passed over: what
+   * the other arrays have of it is not looked at. */
+  const int32_t* query_starts;
+  /* [num_requests] each another number of 0 to max_requests - 1, the same in all steps of a request:
+   * where its controller state is kept. */
+  const int32_t* request_rows;
+  /* [num_requests] 1 in a request's first step in its row, also when it comes back to another row, else
+   * 0; NULL: all 0. */
+  const int32_t* resets;
+} vattn_paged_step;
+
+/* Fills *step with defaults; struct_size is sizeof(*step). */
+VATTN_EXPORT void vattn_paged_step_init(vattn_paged_step* step, size_t struct_size);
+
+/* Opens a step, whose layers vattn_paged_attend then answers. The arrays must keep their contents until
+ * the last of them has. A step may be opened before the one before has attended every layer. */
+VATTN_EXPORT vattn_code vattn_paged_begin_step(vattn_paged* paged, const vattn_paged_step* step,
+                                               struct CUstream_st* stream);
+/* Attends in a layer for all requests of the open step, whose rows have been written. Of params, k_new
+ * and v_new are NULL and num_tokens is the step's max_query_tokens. Where vattn_attend_params says
+ * [slots, num_tokens, ...], arrays are [query tokens of the step, ...], and where it says [slots, ...],
+ * [num_requests, ...]; rows of requests that were passed over are not written. Query tokens of one
+ * request share scan and draw; on CUDA a request with fewer of them than max_query_tokens costs as much
+ * as one with all. */
+VATTN_EXPORT vattn_code vattn_paged_attend(vattn_paged* paged, const vattn_attend_params* params,
+                                           struct CUstream_st* stream);
+
+/* Many query tokens of one request in one layer. */
+typedef struct vattn_paged_prefill_params {
+  size_t struct_size;     /* bytes of the struct that the caller knows */
+  int32_t layer;          /* 0 to num_layers - 1 */
+  int32_t out_dtype;      /* vattn_dtype of out */
+  int64_t num_tokens;     /* 1 to 65536: the request's last tokens, which are the queries */
+  int64_t length;         /* tokens of the request, with these; num_tokens to max_tokens */
+  const int32_t* blocks;  /* [ceil(length / block_tokens)] block ids */
+  const void* q;          /* [num_tokens, q_heads, head_dim_k], unscaled */
+  int64_t q_token_stride; /* elements from a token of q to the next; 0: contiguous */
+  int64_t q_head_stride;  /* from a head of q to the next */
+  void* out;              /* [num_tokens, q_heads, head_dim_v] in out_dtype */
+  float* lse;             /* [num_tokens, q_heads] ln(sum exp(s)); may be NULL */
+} vattn_paged_prefill_params;
+
+/* Fills *params with defaults; struct_size is sizeof(*params). */
+VATTN_EXPORT void vattn_paged_prefill_params_init(vattn_paged_prefill_params* params,
+                                                  size_t struct_size);
+
+/* Exact attention of a chunk of a prompt, each token to those up to its own, over rows that
+ * vattn_paged_write has written. Blocks until answered; needs no open step. On CUDA what wrote the rows
+ * must have ended, and arrays may be device memory or the host's. NOT_SUPPORTED as vattn_prefill. */
+VATTN_EXPORT vattn_code vattn_paged_prefill(vattn_paged* paged,
+                                            const vattn_paged_prefill_params* params);
+
 /* ---- Counters ------------------------------------------------------------------------------- */
 
 typedef struct vattn_stats {
@@ -898,6 +1069,9 @@ typedef struct vattn_stats {
   uint64_t disk_prefixes_evicted;   /* removed for room */
   uint64_t disk_prefixes_damaged;   /* failed their check and were removed */
   uint64_t disk_prefixes_unread;    /* could not be read by the system when wanted */
+
+  /* vattn_paged: requests of a step on CUDA whose arrays were out of range. */
+  uint64_t requests_refused;
 } vattn_stats;
 
 /* The counters since the runtime was made, and what is held now. */

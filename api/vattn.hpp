@@ -48,6 +48,16 @@ inline void InitStruct(vattn_selection* s) { vattn_selection_init(s, sizeof(*s))
 inline void InitStruct(vattn_prefix* s) { vattn_prefix_init(s, sizeof(*s)); }
 // The same for this struct.
 inline void InitStruct(vattn_merge_params* s) { vattn_merge_params_init(s, sizeof(*s)); }
+// The same for this struct.
+inline void InitStruct(vattn_paged_options* s) { vattn_paged_options_init(s, sizeof(*s)); }
+// The same for this struct.
+inline void InitStruct(vattn_paged_rows* s) { vattn_paged_rows_init(s, sizeof(*s)); }
+// The same for this struct.
+inline void InitStruct(vattn_paged_step* s) { vattn_paged_step_init(s, sizeof(*s)); }
+// The same for this struct.
+inline void InitStruct(vattn_paged_prefill_params* s) {
+  vattn_paged_prefill_params_init(s, sizeof(*s));
+}
 // A struct of vattn.h as its _init function fills it: Init<vattn_options>().
 template <class Struct>
 Struct Init() {
@@ -178,6 +188,11 @@ class Sequence {
   void Hibernate(const std::string& path) { Check(vattn_sequence_hibernate(get(), path.c_str())); }
   // Brings a hibernated sequence back from its file.
   void Wake() { Check(vattn_sequence_wake(get())); }
+  // Learns tables from the rows and queries for pools of pages, and writes them to a file; model is
+  // what vattn_paged_options.model is compared with.
+  void SaveTables(const std::string& path, const std::string& model = "") const {
+    Check(vattn_tables_save(get(), path.c_str(), model.c_str()));
+  }
   // Stores the first tokens of the sequence under their ids.
   void SavePrefix(const vattn_prefix& prefix) const { Check(vattn_prefix_save(get(), &prefix)); }
   // The handle, lent.
@@ -234,6 +249,40 @@ class Batch {
 
  private:
   std::unique_ptr<vattn_batch, Destroyer<vattn_batch, vattn_batch_destroy>> handle_;
+};
+
+// A pool of KV blocks that the caller owns, and steps over it; see vattn_paged. One thread may use it
+// at a time. The pool outlives it.
+class Paged {
+ public:
+  // As vattn_paged_create.
+  Paged(const Runtime& runtime, const vattn_paged_options& options) {
+    vattn_paged* made = nullptr;
+    Check(vattn_paged_create(runtime.get(), &options, &made));
+    handle_.reset(made);
+  }
+
+  // Writes rows to their slots unless they are there, and codes them.
+  void Write(const vattn_paged_rows& rows, CUstream_st* stream = nullptr) {
+    Check(vattn_paged_write(get(), &rows, stream));
+  }
+  // Opens a step: which requests attend, over which blocks.
+  void BeginStep(const vattn_paged_step& step, CUstream_st* stream = nullptr) {
+    Check(vattn_paged_begin_step(get(), &step, stream));
+  }
+  // Attends for one layer of every request of the open step.
+  void Attend(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
+    Check(vattn_paged_attend(get(), &params, stream));
+  }
+  // Exact attention of a chunk of one request's prompt.
+  void Prefill(const vattn_paged_prefill_params& params) {
+    Check(vattn_paged_prefill(get(), &params));
+  }
+  // The handle, lent.
+  vattn_paged* get() const noexcept { return handle_.get(); }
+
+ private:
+  std::unique_ptr<vattn_paged, Destroyer<vattn_paged, vattn_paged_destroy>> handle_;
 };
 
 // What the records of several ranks say together.

@@ -3,18 +3,22 @@
 
     python bench/prefill_speed.py --stored 0,8192,30000 --tokens 500 --heads 32 8 128
     python bench/prefill_speed.py --device cuda --stored 131072 --tokens 8192
+    python bench/prefill_speed.py --device cuda --prompt 1048576 --tokens 8192
 
 Both take a chunk's queries over everything stored and the chunk itself, causally. What is stored is
 in host memory for ours, and where the model is for torch (scaled_dot_product_attention: its flash
 kernel on CUDA, on the CPU the same with a mask where something is stored and K and V of the query
 heads laid out beforehand). The best of --rounds rounds, taken in turns; FLOP are those of the pairs
-that are seen.
+that are seen. --prompt N reads one prompt of N tokens in chunks of --tokens instead, beside its two
+limits on CUDA: its FLOP at the speed of torch's flash attention for the last chunk, and the rows that
+all chunks read at the speed of one large copy from pinned memory.
 """
 
 import argparse
 import json
 import platform
 import time
+from typing import Any
 
 import torch
 import vattn
@@ -35,9 +39,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, help="one prompt of so many tokens in chunks of --tokens")
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.prompt:
+        if args.device != "cuda":
+            parser.error("--prompt needs --device cuda")
+        of = measure_prompt(args)
+        print(f"{args.prompt} tokens in {of['seconds']:.1f} s: {of['flop'] / of['seconds'] / 1e12:.0f} TFLOP/s; "
+              f"torch's flash attention {of['torch_flop_per_second'] / 1e12:.0f}, one copy "
+              f"{of['copy_bytes_per_second'] / 1e9:.1f} GB/s, {of['bytes'] / 1e9:.0f} GB read")
+        if args.json:
+            write(args, f"--prompt {args.prompt}", {"prompt": args.prompt, **of})
+        return
     rows = [measure(args, stored) for stored in args.stored]
     print("| stored | ours, ms | torch, ms | torch in fp32, ms | ours, TFLOP/s | stored rows, GB/s |")
     print("|---:|---:|---:|---:|---:|---:|")
@@ -46,16 +61,92 @@ def main() -> None:
         tflops, rate = row["flop"] / row["ours"] / 1e12, row["bytes"] / row["ours"] / 1e9
         print(f"| {row['stored']} | {' | '.join(ms)} | {tflops:.2f} | {rate:.1f} |")
     if args.json:
-        with open(args.json, "w") as file:
-            command = (f"python bench/prefill_speed.py --stored {','.join(map(str, args.stored))} "
-                       f"--device {args.device} --tokens {args.tokens} --heads {' '.join(map(str, args.heads))} "
-                       f"--threads {args.threads}")
-            processor = (torch.cuda.get_device_name() if args.device == "cuda"
-                         else platform.processor() or platform.machine())
-            json.dump({"command": command, "processor": processor,
-                       "torch": torch.__version__, "threads": args.threads,
-                       "tokens": args.tokens, "heads": args.heads, "rows": rows}, file, indent=1)
-            file.write("\n")
+        write(args, f"--stored {','.join(map(str, args.stored))}", {"rows": rows})
+
+
+def write(args: argparse.Namespace, which: str, results: dict[str, Any]) -> None:
+    """The results and what they were measured with, as JSON."""
+    command = (f"python bench/prefill_speed.py {which} --device {args.device} --tokens {args.tokens} "
+               f"--heads {' '.join(map(str, args.heads))} --threads {args.threads}")
+    processor = (torch.cuda.get_device_name() if args.device == "cuda"
+                 else platform.processor() or platform.machine())
+    with open(args.json, "w") as file:
+        json.dump({"command": command, "processor": processor, "torch": torch.__version__,
+                   "threads": args.threads, "tokens": args.tokens, "heads": args.heads, **results},
+                  file, indent=1)
+        file.write("\n")
+
+
+def runtime_for(args: argparse.Namespace, tokens: int) -> vattn.Runtime:
+    """One layer with room for so many tokens in host memory."""
+    q_heads, kv_heads, dim = args.heads
+    return vattn.Runtime(
+        num_layers=1, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim_k=dim, head_dim_v=dim,
+        dtype="bf16", backend=args.device, num_threads=args.threads, hot_share=0.0,
+        host_bytes=(tokens // 256 + 2) * 256 * kv_heads * (4 * dim + 64) + (64 << 20),
+    )
+
+
+def measure_prompt(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a prompt in chunks, and what its limits are made of."""
+    q_heads, kv_heads, dim = args.heads
+    generator = torch.Generator(args.device).manual_seed(1)
+
+    def rows(tokens: int, heads: int) -> torch.Tensor:
+        return torch.randn(tokens, heads, dim, generator=generator, device=args.device,
+                           dtype=torch.bfloat16)
+
+    runtime = runtime_for(args, args.prompt)
+    warm = runtime.sequence()
+    warm.prefill(0, rows(args.tokens, q_heads), rows(args.tokens, kv_heads), rows(args.tokens, kv_heads))
+    del warm
+    sequence = runtime.sequence()
+    k, v = rows(args.prompt, kv_heads), rows(args.prompt, kv_heads)
+    chunks = []
+    for begin in range(0, args.prompt, args.tokens):
+        end = min(args.prompt, begin + args.tokens)
+        q = rows(end - begin, q_heads)
+        wait(args.device)
+        start = time.perf_counter()
+        out = sequence.prefill(0, q, k[begin:end], v[begin:end])
+        wait(args.device)
+        chunks.append(time.perf_counter() - start)
+    flop = 4 * q_heads * dim * (args.prompt * (args.prompt + 1) / 2)
+    of = {"seconds": sum(chunks), "flop": flop,
+          "bytes": sum(4 * kv_heads * dim * begin for begin in range(0, args.prompt, args.tokens)),
+          "chunks": chunks}
+    count = q.shape[0]
+    arrays = [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]
+    best = float("inf")
+    for _ in range(args.rounds):
+        wait(args.device)
+        start = time.perf_counter()
+        answer = torch.nn.functional.scaled_dot_product_attention(
+            *arrays, attn_mask=causal_lower_right(count, args.prompt), enable_gqa=True)
+        wait(args.device)
+        best = min(best, time.perf_counter() - start)
+    exact = answer[0].transpose(0, 1).float()
+    of["apart"] = float((out.float() - exact).norm() / exact.norm())
+    if of["apart"] > 0.02:
+        raise SystemExit(f"answers are {of['apart']:.2g} apart")
+    last = 4 * q_heads * dim * (count * (args.prompt - count) + count * (count + 1) / 2)
+    of["torch_flop_per_second"] = last / best
+    of["copy_bytes_per_second"] = copy_speed(args.rounds)
+    return of
+
+
+def copy_speed(rounds: int) -> float:
+    """Bytes a second of one large copy from pinned memory to the device."""
+    pinned = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(pinned, device="cuda")
+    best = float("inf")
+    for _ in range(rounds + 1):
+        wait("cuda")
+        start = time.perf_counter()
+        there.copy_(pinned, non_blocking=True)
+        wait("cuda")
+        best = min(best, time.perf_counter() - start)
+    return pinned.numel() / best
 
 
 def measure(args: argparse.Namespace, stored: int) -> dict[str, float]:
@@ -67,12 +158,7 @@ def measure(args: argparse.Namespace, stored: int) -> dict[str, float]:
         torch.randn(tokens, heads, dim, generator=generator).to(torch.bfloat16).to(args.device)
         for tokens, heads in ((args.tokens, q_heads), (total, kv_heads), (total, kv_heads))
     )
-    runtime = vattn.Runtime(
-        num_layers=1, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim_k=dim, head_dim_v=dim,
-        dtype="bf16", backend=args.device, num_threads=args.threads, hot_share=0.0,
-        host_bytes=(total // 256 + 2) * 256 * kv_heads * (4 * dim + 64) + (64 << 20),
-    )
-    sequence = runtime.sequence()
+    sequence = runtime_for(args, total).sequence()
     for begin in range(0, stored, 65536):
         sequence.append(0, k[begin : min(stored, begin + 65536)], v[begin : min(stored, begin + 65536)])
     lower_right = causal_lower_right(args.tokens, total) if stored else None

@@ -5,7 +5,8 @@
 Each recording (vattn-trace-1) ends in --steps steps whose queries and tokens it has; what comes before is cut into slices of
 even length. --forks sequences of other random numbers, all fresh (refresh 1), answer each step at a time. Counted are: answers
 flagged VERIFIED that are off by more than epsilon, with the exact 95 % bound (Clopper-Pearson) of the query head where it is
-highest; rows of the middle that are read; all-gathers and bytes of a rank's records for one layer of one sequence and step.
+highest; rows of the middle that are read; looks of a KV head; all-gathers that the slowest of all forks took; bytes of one
+rank's records of a layer of one sequence, which it sends in each.
 """
 
 import argparse
@@ -185,7 +186,7 @@ def measure(trace, ranks, references, arguments):
         "middle": middle,
         "gathers": gathers / calls,
         "looks": looks / calls,
-        "bytes": gathers / calls * world.partials[0][0].numel() * 4,
+        "bytes": world.partials[0][0].numel() * 4,
     }
 
 

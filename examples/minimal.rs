@@ -28,7 +28,7 @@ struct AttendParams {
     q: *const f32,
     k_new: *const f32,
     v_new: *const f32,
-    scores: *const f32,
+    scores: *const c_void,
     scores_stride: i64,
     out: *mut f32,
     lse: *mut f32,
@@ -39,6 +39,8 @@ struct AttendParams {
     looks: *mut i32,
     middle: *mut i64,
     timeline: *mut u64,
+    scores_dtype: i32,
+    policy: i32,
 }
 
 #[link(name = "vattn")]

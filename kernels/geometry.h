@@ -52,7 +52,7 @@ struct RowLayout {
   DType dtype = DType::kBF16;
   int32_t dim_k = 0;
   int32_t dim_v = 0;
-  int32_t v_offset = 0;   // bytes from the start of the row
+  int64_t v_offset = 0;   // bytes from the start of the row
   int32_t row_bytes = 0;  // multiple of 128
   bool shared_kv = false;
 };
@@ -107,11 +107,17 @@ constexpr int ValueCodeBytes(int bits, int dim) {
   return bits == 0 ? 0 : (dim * bits + 127) / 128 * 16;
 }
 
-// Byte offsets inside a block of one KV head.
+// Blocks of one KV head in the host pool, or of all KV heads in a pool of an engine's own.
 struct BlockLayout {
+  // Bytes from the start of a block to its codes, in the host pool.
   int64_t codes = 0;
   int64_t value_codes = 0;
+  // Bytes from a block to the next one, from a token's row to the next one's, and from a KV head's
+  // row to the next one's of the same token (0: each KV head has blocks of its own).
   int64_t bytes = 0;
+  int64_t token_bytes = 0;
+  int64_t head_bytes = 0;
+  int32_t tokens = kBlockTokens;  // multiple of 16
 };
 
 inline BlockLayout MakeBlockLayout(const RowLayout& row, int code_bytes, int value_code_bytes) {
@@ -119,6 +125,7 @@ inline BlockLayout MakeBlockLayout(const RowLayout& row, int code_bytes, int val
   b.codes = int64_t{kBlockTokens} * row.row_bytes;
   b.value_codes = b.codes + int64_t{kBlockTokens} * code_bytes;
   b.bytes = b.value_codes + int64_t{kBlockTokens} * value_code_bytes;
+  b.token_bytes = row.row_bytes;
   return b;
 }
 

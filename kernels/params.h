@@ -53,12 +53,21 @@ struct Promise {
   float normal_quantile = 0;  // Phi^-1(1 - delta / 2), for kTopKUniform
 };
 
-// How rows and codes lie in the host pool.
+// Tokens that are attended exactly (METHOD.md, "Three sets").
+struct ExactSets {
+  int32_t sinks = 0, window = 0, exact_below = 0;
+};
+
+// How rows and codes lie in the host pool, or in a pool of an engine's own.
 struct Storage {
   std::byte* base = nullptr;  // block b starts at base + b * block.bytes
   RowLayout row;
   CodeLayout code;
   BlockLayout block;
+  // Null: codes lie in the blocks. Else codes of block b and KV head h begin at
+  // codes + b * code_block_bytes + h * block.tokens * code.bytes().
+  std::byte* codes = nullptr;
+  int64_t code_block_bytes = 0;
   int32_t value_bits = 0;
   int32_t value_code_bytes = 0;  // per token
   float scale = 1;               // of q.k
@@ -206,7 +215,8 @@ struct RankStep;
 
 // One (sequence, layer, KV head) in one decode step.
 struct Group {
-  const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
+  const int32_t* blocks = nullptr;  // [tokens / block.tokens rounded up] block ids
+  int32_t kv_head = 0;
   int64_t tokens = 0;
   int64_t middle_begin = 0;  // multiple of 16; [middle_begin, middle_end) is sampled
   int64_t middle_end = 0;    // multiple of 64, or middle_begin: nothing to sample
@@ -232,7 +242,8 @@ struct Group {
   Verdict* verdict = nullptr;
   float* error = nullptr;  // bound on the relative error
   // kExternal: [G] rows of predicted scores, [tokens] each. Heads may share a row.
-  const float* const* external = nullptr;
+  const void* const* external = nullptr;
+  DType external_dtype = DType::kF32;
   // Of a slice of a context, else null (kernels/merge.h): how far it is; its records, [] in the order of
   // heads; and those of all ranks, `gathered_stride` floats apart.
   RankStep* slice = nullptr;
@@ -259,6 +270,23 @@ struct WriteParams {
   const void* v = nullptr;  // [count][kv_heads][dim_v]; null with shared_kv
   int64_t k_token_stride = 0, k_head_stride = 0;
   int64_t v_token_stride = 0, v_head_stride = 0;
+};
+
+// Rows at slots of a pool, and their codes. A slot is block * block.tokens + the number of tokens
+// before it in the block.
+struct WriteSlotsParams {
+  Storage storage;
+  int32_t kv_heads = 0;
+  int64_t num_slots = 0;               // of the pool
+  const IndexTables* index = nullptr;  // [kv_heads]; null: no codes are made
+  int64_t count = 0;
+  const int64_t* slots = nullptr;  // [count]; those out of range are left out
+  // As in WriteParams; k null: the rows are there.
+  const void* k = nullptr;
+  const void* v = nullptr;
+  int64_t k_token_stride = 0, k_head_stride = 0;
+  int64_t v_token_stride = 0, v_head_stride = 0;
+  uint64_t* outliers = nullptr;  // as in EncodeParams
 };
 
 // Exact attention of tokens [first, first + count) of one (sequence, layer), each of which sees the
@@ -332,6 +360,55 @@ struct SelectParams {
   Group* groups = nullptr;
   int32_t num_groups = 0;
 };
+
+// Where the row of a token, and the codes of the tile of 16 tokens that begins with it, are. blocks:
+// the ids of the blocks that the tokens lie in.
+struct TokenPlace {
+  uint32_t block;     // its number among the sequence's
+  uint32_t in_block;  // tokens before it there
+};
+VATTN_HD inline TokenPlace PlaceOf(const BlockLayout& block, int64_t token) {
+  const uint32_t t = static_cast<uint32_t>(token);  // a sequence has at most 2^31
+  if (block.tokens == kBlockTokens) return {t / kBlockTokens, t % kBlockTokens};
+  const uint32_t size = static_cast<uint32_t>(block.tokens), number = t / size;
+  return {number, t - number * size};
+}
+VATTN_HD inline std::byte* RowInBlock(const Storage& s, int64_t block, int64_t in_block,
+                                      int kv_head) {
+  return s.base + block * s.block.bytes + in_block * s.block.token_bytes +
+         kv_head * s.block.head_bytes;
+}
+VATTN_HD inline std::byte* RowAt(const Storage& s, const int32_t* blocks, int kv_head,
+                                 int64_t token) {
+  const TokenPlace at = PlaceOf(s.block, token);
+  return RowInBlock(s, blocks[at.block], at.in_block, kv_head);
+}
+inline std::byte* CodesInBlock(const Storage& s, int64_t block, int64_t in_block, int kv_head) {
+  const int64_t bytes = s.code.bytes();
+  return s.codes == nullptr ? s.base + block * s.block.bytes + s.block.codes + in_block * bytes
+                            : s.codes + block * s.code_block_bytes +
+                                  (int64_t{kv_head} * s.block.tokens + in_block) * bytes;
+}
+inline std::byte* CodesAt(const Storage& s, const int32_t* blocks, int kv_head, int64_t token) {
+  const TokenPlace at = PlaceOf(s.block, token);
+  return CodesInBlock(s, blocks[at.block], at.in_block, kv_head);
+}
+
+// The middle [begin, end) of a step whose last num_tokens of `tokens` tokens are its queries: that of
+// the first one. end = begin: none.
+struct Middle {
+  int64_t begin = 0, end = 0;
+};
+VATTN_HD inline int64_t MiddleEnd(const ExactSets& sets, int64_t tokens) {
+  const int64_t end = (tokens - sets.window) / kCodeTokens * kCodeTokens;
+  if (end - sets.sinks >= sets.exact_below) return end;
+  return tokens < sets.sinks ? tokens : sets.sinks;
+}
+VATTN_HD inline Middle MiddleOfStep(const ExactSets& sets, int64_t tokens, int num_tokens) {
+  const int64_t seen = tokens - num_tokens + 1, begin = seen < sets.sinks ? seen : sets.sinks,
+                end = MiddleEnd(sets, seen);
+  return {begin, end > begin ? end : begin};
+}
 
 // The place of a head among the arrays of a call, and where the tokens end that it sees.
 inline int64_t HeadPlace(const Group& g, int head) {

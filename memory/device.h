@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -90,12 +91,19 @@ class Device {
   const DeviceFacts& facts() const { return facts_; }
   // A stream of the device's own, for calls that come without one.
   DeviceStream stream() const { return stream_; }
+  // A second one, for copies beside what that one works on.
+  DeviceStream copy_stream() const { return copy_stream_; }
 
   // Makes the device the calling thread's own. First in every call that reaches CUDA.
   absl::Status Activate();
 
-  // Lets the device follow [base, base + bytes); returns its address there. Pins every page.
-  absl::StatusOr<std::byte*> Register(std::byte* base, uint64_t bytes);
+  // Lets the device follow [base, base + bytes); returns its address there. Pins every page. Drivers
+  // take it in pieces, and no copy may cross the end of one: they end where a unit of so many bytes
+  // does.
+  absl::StatusOr<std::byte*> Register(std::byte* base, uint64_t bytes, uint64_t unit);
+  // Takes that back; no work that follows the memory may be under way. Without it, it lasts as long as
+  // the device's owner.
+  void Unregister(std::byte* base, uint64_t bytes);
 
   absl::StatusOr<DeviceMemory> Allocate(uint64_t bytes);
   absl::StatusOr<DeviceMemory> AllocatePinned(uint64_t bytes);
@@ -103,10 +111,16 @@ class Device {
   // Enqueued; host memory that is not pinned is copied before the call returns.
   absl::Status Copy(void* to, const void* from, uint64_t bytes, DeviceStream stream);
   absl::Status Fill(void* to, int byte, uint64_t bytes, DeviceStream stream);
+  // Copies `count` pieces of `bytes` from registered memory, each in a unit of its own and `pitch`
+  // bytes, less than 2 GiB, behind the one before, to device memory where they follow each other.
+  absl::Status CopyPieces(std::byte* to, const std::byte* from, uint64_t pitch, uint64_t bytes,
+                          int64_t count, DeviceStream stream);
 
   absl::Status Record(DeviceEvent& event, DeviceStream stream);
   // Blocks until the device has passed the event; at once if it was never recorded.
   absl::Status Wait(const DeviceEvent& event);
+  // What is enqueued on the stream from now on begins when the device has passed the event.
+  absl::Status Follow(DeviceStream stream, const DeviceEvent& event);
   absl::Status Synchronize(DeviceStream stream);
   // Everything on the device.
   absl::Status SynchronizeAll();
@@ -123,8 +137,13 @@ class Device {
 
   int ordinal_ = 0;
   DeviceFacts facts_;
-  DeviceStream stream_ = nullptr;
-  std::vector<std::byte*> registered_;
+  DeviceStream stream_ = nullptr, copy_stream_ = nullptr;
+  struct Piece {
+    std::byte* begin;
+    std::byte* end;
+  };
+  mutable std::mutex registered_mutex_;
+  std::vector<Piece> registered_;  // in the order of addresses, of each Register
   std::atomic<bool> lost_{false};
 };
 

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "memory/device.h"
@@ -11,6 +12,7 @@ namespace {
 
 // Drivers refuse very large single registrations
 constexpr uint64_t kRegisterChunk = uint64_t{8} << 30;
+constexpr uint64_t kHostPageBytes = 4096;
 
 // Errors after which nothing works on the device until the process ends.
 bool IsFinal(cudaError_t error) {
@@ -129,17 +131,21 @@ absl::StatusOr<std::unique_ptr<Device>> Device::Open(int ordinal) {
                              ") has compute capability ", device->facts_.compute_major, ".",
                              device->facts_.compute_minor, ", must have 8.0 or more");
   }
-  cudaStream_t stream;
-  VATTN_RETURN_IF_ERROR(device->Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
-                                      "creating a stream"));
-  device->stream_ = stream;
+  for (DeviceStream* made : {&device->stream_, &device->copy_stream_}) {
+    cudaStream_t stream;
+    VATTN_RETURN_IF_ERROR(device->Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+                                        "creating a stream"));
+    *made = stream;
+  }
   return device;
 }
 
 Device::~Device() {
   cudaSetDevice(ordinal_);
-  for (std::byte* base : registered_) cudaHostUnregister(base);
-  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  for (const Piece& piece : registered_) cudaHostUnregister(piece.begin);
+  for (const DeviceStream stream : {stream_, copy_stream_}) {
+    if (stream != nullptr) cudaStreamDestroy(stream);
+  }
   cudaGetLastError();
 }
 
@@ -150,20 +156,37 @@ absl::Status Device::Activate() {
   return Check(cudaSetDevice(ordinal_), "choosing the device");
 }
 
-absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes) {
+void Device::Unregister(std::byte* base, uint64_t bytes) {
+  if (!Activate().ok()) return;
+  const std::lock_guard<std::mutex> lock(registered_mutex_);
+  std::erase_if(registered_, [&](const Piece& piece) {
+    if (piece.begin < base || piece.begin >= base + bytes) return false;
+    cudaHostUnregister(piece.begin);
+    return true;
+  });
+  cudaGetLastError();
+}
+
+absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes, uint64_t unit) {
   VATTN_RETURN_IF_ERROR(Activate());
   std::byte* mapped = nullptr;
-  for (uint64_t at = 0; at < bytes; at += kRegisterChunk) {
-    const uint64_t size = std::min(kRegisterChunk, bytes - at);
+  const uint64_t whole = std::lcm(unit, kHostPageBytes),
+                 most = std::max(kRegisterChunk / whole, uint64_t{1}) * whole;
+  for (uint64_t at = 0; at < bytes; at += most) {
+    const uint64_t size = std::min(most, bytes - at);
     const cudaError_t error =
         cudaHostRegister(base + at, size, cudaHostRegisterMapped | cudaHostRegisterPortable);
     if (error == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      return OutOfMemoryError("host_bytes is ", bytes, ", and the system would pin only ", at,
+      return OutOfMemoryError("a host pool of ", bytes,
+                              " bytes is to be pinned, and the system would pin only ", at,
                               " bytes of them");
     }
     VATTN_RETURN_IF_ERROR(Check(error, "pinning the host pool"));
-    registered_.push_back(base + at);
+    {
+      const std::lock_guard<std::mutex> lock(registered_mutex_);
+      registered_.push_back({base + at, base + at + size});
+    }
     void* device = nullptr;
     VATTN_RETURN_IF_ERROR(
         Check(cudaHostGetDevicePointer(&device, base + at, 0), "mapping the host pool"));
@@ -213,6 +236,30 @@ absl::Status Device::Fill(void* to, int byte, uint64_t bytes, DeviceStream strea
   return Check(cudaMemsetAsync(to, byte, bytes, stream), "filling memory");
 }
 
+absl::Status Device::CopyPieces(std::byte* to, const std::byte* from, uint64_t pitch,
+                                uint64_t bytes, int64_t count, DeviceStream stream) {
+  const std::lock_guard<std::mutex> lock(registered_mutex_);
+  while (count > 0) {
+    const auto piece = std::find_if(registered_.begin(), registered_.end(), [&](const Piece& p) {
+      return from >= p.begin && from < p.end;
+    });
+    // So many lie in one registration.
+    int64_t here = count;
+    if (piece != registered_.end() && pitch > 0) {
+      const uint64_t left = static_cast<uint64_t>(piece->end - from);
+      here = std::min<int64_t>(count, static_cast<int64_t>((left - 1) / pitch) + 1);
+    }
+    VATTN_RETURN_IF_ERROR(
+        Check(cudaMemcpy2DAsync(to, bytes, from, here == 1 ? bytes : pitch, bytes,
+                                static_cast<size_t>(here), cudaMemcpyDefault, stream),
+              "copying pieces"));
+    to += static_cast<uint64_t>(here) * bytes;
+    from += static_cast<uint64_t>(here) * pitch;
+    count -= here;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Device::Record(DeviceEvent& event, DeviceStream stream) {
   if (event.handle_ == nullptr) {
     cudaEvent_t made;
@@ -228,6 +275,12 @@ absl::Status Device::Wait(const DeviceEvent& event) {
   if (event.handle_ == nullptr) return absl::OkStatus();
   return Check(cudaEventSynchronize(static_cast<cudaEvent_t>(event.handle_)),
                "waiting for an event");
+}
+
+absl::Status Device::Follow(DeviceStream stream, const DeviceEvent& event) {
+  if (event.handle_ == nullptr) return absl::OkStatus();
+  return Check(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(event.handle_), 0),
+               "letting a stream wait for an event");
 }
 
 absl::Status Device::Synchronize(DeviceStream stream) {

@@ -33,13 +33,19 @@ DeviceEvent::~DeviceEvent() = default;
 absl::StatusOr<std::unique_ptr<Device>> Device::Open(int) { return NoCuda(); }
 Device::~Device() = default;
 absl::Status Device::Activate() { return NoCuda(); }
-absl::StatusOr<std::byte*> Device::Register(std::byte*, uint64_t) { return NoCuda(); }
+absl::StatusOr<std::byte*> Device::Register(std::byte*, uint64_t, uint64_t) { return NoCuda(); }
+void Device::Unregister(std::byte*, uint64_t) {}
 absl::StatusOr<DeviceMemory> Device::Allocate(uint64_t) { return NoCuda(); }
 absl::StatusOr<DeviceMemory> Device::AllocatePinned(uint64_t) { return NoCuda(); }
 absl::Status Device::Copy(void*, const void*, uint64_t, DeviceStream) { return NoCuda(); }
 absl::Status Device::Fill(void*, int, uint64_t, DeviceStream) { return NoCuda(); }
+absl::Status Device::CopyPieces(std::byte*, const std::byte*, uint64_t, uint64_t, int64_t,
+                                DeviceStream) {
+  return NoCuda();
+}
 absl::Status Device::Record(DeviceEvent&, DeviceStream) { return NoCuda(); }
 absl::Status Device::Wait(const DeviceEvent&) { return NoCuda(); }
+absl::Status Device::Follow(DeviceStream, const DeviceEvent&) { return NoCuda(); }
 absl::Status Device::Synchronize(DeviceStream) { return NoCuda(); }
 absl::Status Device::SynchronizeAll() { return NoCuda(); }
 bool Device::CanFollow(const void*) const { return false; }

@@ -12,6 +12,7 @@ namespace vattn {
 struct AttendRequest {
   int layer = 0;
   int num_tokens = 1;
+  bool dense = false;  // every row is read, whatever the runtime's policy is
   int out_dtype = 0;
   const void* q = nullptr;
   const void* k_new = nullptr;
@@ -25,8 +26,9 @@ struct AttendRequest {
   int32_t* looks = nullptr;
   int64_t* middle = nullptr;
   uint64_t* timeline = nullptr;
-  const float* scores = nullptr;
+  const void* scores = nullptr;
   int32_t score_heads = 0;
+  int32_t scores_dtype = 0;  // DType
   int64_t scores_stride = 0;
   // A slice of a context (kernels/merge.h); partial null: the sequences have their contexts whole.
   float* partial = nullptr;

@@ -16,6 +16,7 @@
 #include "memory/device.h"
 #include "memory/host_store.h"
 #include "runtime/attend_request.h"
+#include "runtime/paged_pool.h"
 #include "runtime/stats.h"
 
 namespace vattn {
@@ -79,6 +80,19 @@ class BatchHalf {
   virtual absl::Status LeaveAll() = 0;
 };
 
+// What a backend does for a pool of the caller's own. Arguments have been checked, but for what
+// only the backend can read. Used as the pool: by one thread at a time.
+class PagedHalf {
+ public:
+  virtual ~PagedHalf() = default;
+
+  virtual absl::Status Write(const PagedRows& rows, DeviceStream stream) = 0;
+  virtual absl::Status BeginStep(const PagedStep& step, DeviceStream stream) = 0;
+  // A layer of the open step.
+  virtual absl::Status Attend(const AttendRequest& request, DeviceStream stream) = 0;
+  virtual absl::Status Prefill(const PagedPrefill& request) = 0;
+};
+
 // What all sequences of a runtime share of a backend. Thread-safe.
 class Backend {
  public:
@@ -91,6 +105,10 @@ class Backend {
   // OUT_OF_MEMORY, NOT_SUPPORTED.
   virtual absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) = 0;
 
+  // The pool outlives it. OUT_OF_MEMORY, NOT_SUPPORTED.
+  virtual absl::StatusOr<std::unique_ptr<PagedHalf>> MakePaged(Runtime& runtime,
+                                                               const PagedPool& pool) = 0;
+
   // True for memory that work on a device fills or reads when its turn comes: the host does not
   // look into it before.
   virtual bool IsOnDevice(const void* pointer) const = 0;
@@ -102,9 +120,11 @@ class Backend {
   // Rows k and v of an append, wherever they are, into their blocks. params.blocks are on the host.
   // Blocks until they are written.
   virtual absl::Status Write(const WriteParams& params, cpu::Workers* workers) = 0;
-  // `bytes` that a caller gave, where the host can read them: at `from`, or in `copy`.
-  virtual absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
-                                                  std::vector<std::byte>& copy) = 0;
+  // Parts of `bytes` each that a caller gave, at `offsets` [count] from `base`, where the host can read
+  // them: parts [count] lead to them, or into `copy`.
+  virtual absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t bytes,
+                              std::vector<const std::byte*>& parts,
+                              std::vector<std::byte>& copy) = 0;
 
   // Merges records of several ranks; params are those of the host (Promise::quantile too). Enqueues
   // where the records are on a device and a stream is given, else blocks.

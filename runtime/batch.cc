@@ -215,7 +215,7 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
 
 absl::Status Batch::CheckScores(const AttendRequest& r) const {
   const bool external = runtime_->promise().index == IndexKind::kExternal;
-  const bool wanted = external && runtime_->promise().policy != Policy::kDense;
+  const bool wanted = external && !r.dense && runtime_->promise().policy != Policy::kDense;
   if (r.scores == nullptr ? wanted : !external) {
     return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
                                 external ? "given" : "NULL",
@@ -323,6 +323,10 @@ absl::Status Batch::CheckPartial(const AttendRequest& r) const {
     return NotSupportedError("partial is given with policy ", static_cast<int32_t>(promise.policy),
                              ", slices of a context need verified (0) or dense (3)");
   }
+  if (r.dense) {
+    return NotSupportedError("policy is ", static_cast<int32_t>(Policy::kDense),
+                             " with partial, slices of a context need 0, the runtime's");
+  }
   if (runtime_->options().value_bits != 0) {
     return NotSupportedError("partial is given with value_bits ", runtime_->options().value_bits,
                              ", slices of a context need 0");
@@ -346,9 +350,10 @@ absl::Status Batch::Select(const AttendRequest& r, const Selection& selection,
                            DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   VATTN_RETURN_IF_ERROR(CheckScores(r));
-  if (runtime_->promise().policy != Policy::kVerified) {
+  const Policy policy = r.dense ? Policy::kDense : runtime_->promise().policy;
+  if (policy != Policy::kVerified) {
     return NotSupportedError("vattn_select needs policy verified, policy is ",
-                             static_cast<int32_t>(runtime_->promise().policy));
+                             static_cast<int32_t>(policy));
   }
   return Call(Task::kSelect, r, selection, stream);
 }

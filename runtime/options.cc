@@ -165,6 +165,10 @@ absl::Status ResolveOptions(Options& o) {
   return CheckPromise(o);
 }
 
+ExactSets ExactSetsOf(const Options& o) {
+  return {.sinks = o.sinks, .window = o.window, .exact_below = o.exact_below};
+}
+
 Storage MakeStorage(const Options& o) {
   Storage s;
   s.row = MakeRowLayout(o.dtype, o.head_dim_k, o.head_dim_v, o.shared_kv);

@@ -61,6 +61,7 @@ struct Options {
 // INVALID_ARGUMENT with name, value and limit.
 absl::Status ResolveOptions(Options& options);
 
+ExactSets ExactSetsOf(const Options& options);
 // Rows and codes of such a runtime; base is not set.
 Storage MakeStorage(const Options& options);
 // Sampling constants; quantile is not set.

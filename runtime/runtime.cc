@@ -245,7 +245,7 @@ void Runtime::Close() {
   const int batches = batches_.load();
   if (left == 0 && batches == 0) return;
   Log(LogLevel::kError, absl::StrCat("runtime destroyed while ", left, " of its sequences and ",
-                                     batches, " of its batches are alive"));
+                                     batches, " of its batches and paged pools are alive"));
 }
 
 }  // namespace vattn

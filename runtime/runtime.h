@@ -51,7 +51,7 @@ class Runtime {
   // Null without disk_path.
   Disk* disk() const { return disk_.get(); }
   MemoryPrefixes& memory_prefixes() { return *memory_prefixes_; }
-  Backend& backend() { return *backend_; }
+  Backend& backend() const { return *backend_; }
   // The backend, if it is that of a CUDA device; else null.
   CudaBackend* cuda() const { return cuda_; }
   // Room in the host pool, also what has to be made.

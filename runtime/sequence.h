@@ -83,6 +83,9 @@ class Sequence {
   absl::Status Reserve(int64_t tokens);
   int64_t reserve_tokens() const { return blocks_.reserve_tokens(); }
   absl::Status BuildIndex();
+  // Tables [layers][KV heads] learnt from all tokens that have left the window. INVALID_ARGUMENT if
+  // these are too few.
+  absl::StatusOr<std::vector<std::vector<std::shared_ptr<const Index>>>> LearnTables();
 
   // Files: sequence_sleep.cc.
   absl::Status Save(const std::string& path);
@@ -124,8 +127,9 @@ class Sequence {
   // The query tokens of that step are its new ones, or without any the last one that is there.
   int num_query_tokens() const { return std::max(new_tokens_, 1); }
   // Where the middle of every query token of the step begins and ends: those of the first one.
-  int64_t middle_begin_in_step() const;
-  int64_t middle_end_in_step() const;
+  Middle middle_in_step() const;
+  int64_t middle_begin_in_step() const { return middle_in_step().begin; }
+  int64_t middle_end_in_step() const { return middle_in_step().end; }
   // Back to before OpenStep, but for what was coded and copied for it: tokens, step number, and on
   // the CPU the controller states. Cannot fail: a reservation gets back what the step drew from it,
   // or is ready already for the copy of a block that was shared since. On CUDA after ReadBackState.

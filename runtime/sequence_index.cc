@@ -14,6 +14,7 @@ namespace vattn {
 namespace {
 
 constexpr int64_t kCalibrationTokens = 2048;  // keys that tables are learnt from, at most
+constexpr int64_t kLeastTablesTokens = 1024;  // that tables for other texts are learnt from
 constexpr int64_t kCentreTokens = 1024;       // keys that a centre is made from, at most
 
 // Keys and values that a segment is made from, in fp32: [count][dim_k] and [count][dim_v].
@@ -94,73 +95,72 @@ absl::Status Sequence::AddQueries(const AppendRequest& r,
   const Storage& s = runtime_->storage();
   const int group_heads = runtime_->group_heads(r.layer), dim = s.row.dim_k,
             element = ElementBytes(s.row.dtype);
-  const int64_t picks = QueryMoment::NumPicks(r.num_queries, group_heads);
-  // From a token's first element to its last one. Those on the device come over token by token, or
-  // whole, where tokens do not lie apart.
-  const int64_t span = (runtime_->options().num_q_heads - 1) * r.q_head_stride + dim;
-  const bool apart = span <= r.q_token_stride;
-  std::vector<std::vector<std::byte>> copies(apart ? static_cast<size_t>(picks) : 1);
-  const auto token_of = [&](int64_t i) {
-    return QueryMoment::PickAt(i, r.num_queries, group_heads).token;
-  };
-  const auto load = [&](int64_t token, int64_t elements, std::vector<std::byte>& copy) {
-    return runtime_->backend().OnHost(
-        static_cast<const std::byte*>(r.q) + token * r.q_token_stride * element,
-        static_cast<uint64_t>(elements * element), copy);
-  };
-  std::vector<const std::byte*> tokens(static_cast<size_t>(picks));
-  if (!apart) {
-    const auto whole = load(0, (r.num_queries - 1) * r.q_token_stride + span, copies[0]);
-    if (!whole.ok()) return whole.status();
-    for (int64_t i = 0; i < picks; ++i)
-      tokens[i] = *whole + token_of(i) * r.q_token_stride * element;
-  }
-  for (int64_t i = 0; i < picks && apart; ++i) {
-    if (i > 0 && token_of(i) == token_of(i - 1)) {
-      tokens[i] = tokens[i - 1];
-      continue;
+  const int64_t picks = QueryMoment::NumPicks(r.num_queries, group_heads),
+                groups = static_cast<int64_t>(moments.size());
+  std::vector<int64_t> offsets;  // [KV heads][picks]
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < picks; ++i) {
+      const QueryMoment::Pick pick = QueryMoment::PickAt(i, r.num_queries, group_heads);
+      offsets.push_back(
+          (pick.token * r.q_token_stride + (g * group_heads + pick.head) * r.q_head_stride) *
+          element);
     }
-    const auto row = load(token_of(i), span, copies[i]);
-    if (!row.ok()) return row.status();
-    tokens[i] = *row;
   }
-  for (size_t g = 0; g < moments.size(); ++g) {
+  std::vector<const std::byte*> rows;
+  std::vector<std::byte> copy;
+  VATTN_RETURN_IF_ERROR(
+      runtime_->backend().OnHost(r.q, offsets, int64_t{dim} * element, rows, copy));
+  cpu::ParallelFor(runtime_->workers(), groups, [&](int64_t g) {
     const KvHead& kv_head = layers_[r.layer].kv_heads[g];
     moments[g] = kv_head.moment ? std::make_unique<QueryMoment>(*kv_head.moment)
                                 : std::make_unique<QueryMoment>(dim);
     std::vector<float> queries(static_cast<size_t>(picks * dim));
     for (int64_t i = 0; i < picks; ++i) {
-      const int64_t head = static_cast<int64_t>(g) * group_heads +
-                           QueryMoment::PickAt(i, r.num_queries, group_heads).head;
-      const uint8_t* row =
-          reinterpret_cast<const uint8_t*>(tokens[i]) + head * r.q_head_stride * element;
+      const uint8_t* row = reinterpret_cast<const uint8_t*>(rows[g * picks + i]);
       cpu::LoadRows({.rows = &row, .count = 1, .offset = 0, .dim = dim, .dtype = s.row.dtype},
                     queries.data() + i * dim);
     }
     for (float& x : queries) x *= s.scale;
     moments[g]->Add(queries.data(), picks, r.num_queries);
-  }
+  });
   return absl::OkStatus();
 }
 
 int64_t Sequence::MiddleEnd(int64_t tokens) const {
-  const Options& o = runtime_->options();
-  const int64_t end = (tokens - o.window) / kCodeTokens * kCodeTokens;
-  return end - o.sinks >= o.exact_below ? end : std::min<int64_t>(o.sinks, tokens);
+  return vattn::MiddleEnd(ExactSetsOf(runtime_->options()), tokens);
 }
 
-int64_t Sequence::middle_begin_in_step() const {
-  return std::min<int64_t>(runtime_->options().sinks, tokens_in_step() - num_query_tokens() + 1);
-}
-
-int64_t Sequence::middle_end_in_step() const {
-  return std::max(middle_begin_in_step(), MiddleEnd(tokens_in_step() - num_query_tokens() + 1));
+Middle Sequence::middle_in_step() const {
+  return MiddleOfStep(ExactSetsOf(runtime_->options()), tokens_in_step(), num_query_tokens());
 }
 
 absl::Status Sequence::BuildIndex() {
   if (Seat* const sits_in = seat.load()) VATTN_RETURN_IF_ERROR(sits_in->EndStep());
   VATTN_RETURN_IF_ERROR(MakeRoomAndCode(0, /*in_turn=*/false));
   return half_->Settle(*this);
+}
+
+absl::StatusOr<std::vector<std::vector<std::shared_ptr<const Index>>>> Sequence::LearnTables() {
+  VATTN_RETURN_IF_ERROR(CheckWhole());
+  const Options& o = runtime_->options();
+  if (runtime_->storage().code.kind != IndexKind::kBalanced) {
+    return NotSupportedError("index is ", static_cast<int32_t>(o.index),
+                             ", tables are learnt for balanced (0)");
+  }
+  VATTN_RETURN_IF_ERROR(ReadBackState());
+  TakeRecentQueries();
+  std::vector<std::vector<std::shared_ptr<const Index>>> tables(layers_.size());
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    if (layers_[l].kv_heads.empty()) continue;
+    const int64_t end = (layers_[l].tokens - o.window) / kCodeTokens * kCodeTokens;
+    if (end - o.sinks < kLeastTablesTokens) {
+      return InvalidArgumentError("layer ", l, " has ", std::max<int64_t>(0, end - o.sinks),
+                                  " tokens between sinks and window, must have at least ",
+                                  kLeastTablesTokens, " for tables to be learnt from");
+    }
+    tables[l] = Learn(l, o.sinks, end);
+  }
+  return tables;
 }
 
 absl::Status Sequence::OpenStep(int new_tokens) {

@@ -65,7 +65,8 @@ namespace vattn {
   X(prefix_misses, "counter", "Sequences that no stored prefix could begin")                 \
   X(disk_prefixes_damaged, "counter", "Prefixes on the disk removed because they failed their check")    \
   X(disk_prefixes_unread, "counter", "Prefixes on the disk that the system could not read when wanted")  \
-  X(prefix_mismatches, "counter", "Stored prefixes found by a digest that held other tokens")
+  X(prefix_mismatches, "counter", "Stored prefixes found by a digest that held other tokens") \
+  X(requests_refused, "counter", "Requests of steps over an engine's pool that were out of range")
 // clang-format on
 
 struct Counters {

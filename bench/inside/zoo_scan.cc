@@ -74,7 +74,7 @@ ScanFigures MeasureScan(const Trace& trace, const std::vector<int32_t>& layers,
       for (int64_t h = 0; h < trace.kv_heads; ++h) {
         Group group = view.Prepare(static_cast<int64_t>(l), h, step);
         const int heads = group.group_heads;
-        std::vector<const float*> rows;  // of scores, by head
+        std::vector<const void*> rows;  // of scores, by head
         for (int g = 0; g < heads && external != nullptr; ++g) {
           rows.push_back(external + (static_cast<int64_t>(l) * trace.q_heads + h * heads + g) *
                                         reused.stride());

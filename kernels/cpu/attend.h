@@ -15,9 +15,7 @@ void ScaleQueries(const Storage& storage, Group& group);
 
 // The row of a token.
 inline const uint8_t* RowOf(const Storage& s, const Group& group, int64_t token) {
-  return reinterpret_cast<const uint8_t*>(s.base +
-                                          group.blocks[token / kBlockTokens] * s.block.bytes) +
-         token % kBlockTokens * s.row.row_bytes;
+  return reinterpret_cast<const uint8_t*>(RowAt(s, group.blocks, group.kv_head, token));
 }
 
 // Adds `count` <= 64 rows to the states [heads][dim_v + 3] of scaled queries [heads][dim_k]. `rows`

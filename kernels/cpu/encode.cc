@@ -278,18 +278,32 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
   for (int t = 0; t < kTileTokens; ++t) {
     rows[t] = reinterpret_cast<const uint8_t*>(block) + int64_t{in + t} * s.row.row_bytes;
   }
-  uint8_t* tile = reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes();
+  if (token + kTileTokens < p.end) FetchTile(p, token + kTileTokens);
+  EncodeRows(s, p.index, rows,
+             reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes(),
+             s.value_bits == 0 ? nullptr
+                               : reinterpret_cast<uint8_t*>(block) + s.block.value_codes +
+                                     int64_t{in} * s.value_code_bytes);
+  if (s.code.kind == IndexKind::kBalanced && p.outliers != nullptr)
+    CountOutliers(s.code,
+                  reinterpret_cast<uint8_t*>(block) + s.block.codes + int64_t{in} * s.code.bytes(),
+                  p.outliers);
+}
+
+}  // namespace
+
+void EncodeRows(const Storage& s, const IndexTables& index,
+                const uint8_t* const (&rows)[kTileTokens], uint8_t* tile, uint8_t* value_codes) {
   alignas(64) float keys[kTileTokens * kMaxDim];
   LoadRows(
       {.rows = rows, .count = kTileTokens, .offset = 0, .dim = s.row.dim_k, .dtype = s.row.dtype},
       keys);
-  if (token + kTileTokens < p.end) FetchTile(p, token + kTileTokens);
   if (s.code.bytes() > 0) {
-    HWY_DYNAMIC_DISPATCH(Centre)(p.index.center, s.row.dim_k, keys);
-    FunctionsOf(s.code.kind).encode(s, p.index, keys, tile);
+    HWY_DYNAMIC_DISPATCH(Centre)(index.center, s.row.dim_k, keys);
+    FunctionsOf(s.code.kind).encode(s, index, keys, tile);
   }
   const bool has_outliers = s.code.kind == IndexKind::kBalanced;
-  if (!has_outliers && s.value_bits == 0) return;
+  if (!has_outliers && value_codes == nullptr) return;
   float* values = keys;
   LoadRows({.rows = rows,
             .count = kTileTokens,
@@ -297,15 +311,9 @@ void EncodeTile(const EncodeParams& p, int64_t token) {
             .dim = s.row.dim_v,
             .dtype = s.row.dtype},
            values);
-  if (has_outliers) SetHugeOutliers(s, p.index, values, tile);
-  if (has_outliers && p.outliers != nullptr) CountOutliers(s.code, tile, p.outliers);
-  if (s.value_bits == 0) return;
-  EncodeValues(
-      s, p.index, values, kTileTokens,
-      reinterpret_cast<uint8_t*>(block) + s.block.value_codes + int64_t{in} * s.value_code_bytes);
+  if (has_outliers) SetHugeOutliers(s, index, values, tile);
+  if (value_codes != nullptr) EncodeValues(s, index, values, kTileTokens, value_codes);
 }
-
-}  // namespace
 
 void EncodeLevels(const Storage& s, const IndexTables& index, const float* keys, uint8_t* tile) {
   Tile t;

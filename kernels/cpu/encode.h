@@ -12,6 +12,11 @@ class Workers;
 // elements in order, so that every backend gets the same bits.
 void Encode(const EncodeParams& params, Workers* workers);
 
+// The codes of 16 tokens with these rows, as a tile has them: words [words][16][4]. value_codes
+// [16][value_code_bytes]: theirs, or null for none.
+void EncodeRows(const Storage& storage, const IndexTables& index,
+                const uint8_t* const (&rows)[kTileTokens], uint8_t* tile, uint8_t* value_codes);
+
 // Codes of one tile of centred keys [16][dim_k], of a layout with levels (kernels/geometry.h).
 void EncodeLevels(const Storage& storage, const IndexTables& index, const float* keys,
                   uint8_t* tile);

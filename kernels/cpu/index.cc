@@ -1,5 +1,6 @@
 #include "kernels/cpu/index.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -27,10 +28,18 @@ void ScoreExact(const Storage& s, const Group& group, const BlockPart& part, flo
 // Minus infinity would mean that a token is not in the middle, and it would never be drawn.
 void CopyExternal(const Storage&, const Group& group, const BlockPart& part, float* scores) {
   constexpr float kLeast = std::numeric_limits<float>::lowest();
+  const int64_t first =
+      (part.block * kBlockTokens + part.begin) * ElementBytes(group.external_dtype);
   for (int g = 0; g < group.group_heads; ++g) {
-    const float* from = group.external[g] + part.block * kBlockTokens;
-    float* to = scores + int64_t{g} * kBlockTokens;
-    for (int t = part.begin; t < part.end; ++t) to[t] = from[t] == -INFINITY ? kLeast : from[t];
+    const uint8_t* const from = static_cast<const uint8_t*>(group.external[g]) + first;
+    float* const to = scores + int64_t{g} * kBlockTokens;
+    LoadRows({.rows = &from,
+              .count = 1,
+              .offset = 0,
+              .dim = part.end - part.begin,
+              .dtype = group.external_dtype},
+             to + part.begin);
+    std::replace(to + part.begin, to + part.end, -INFINITY, kLeast);
   }
 }
 

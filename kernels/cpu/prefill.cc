@@ -114,13 +114,14 @@ class Tile {
     }
   }
 
-  // The `count` tokens from `token` on, which lie in one block.
+  // The `count` tokens from `token` on, at most 256.
   void AddBlock(int64_t token, int count) {
     const Storage& s = p_.storage;
-    const uint8_t* const block = reinterpret_cast<const uint8_t*>(
-        s.base + p_.blocks[kv_head_][token / kBlockTokens] * s.block.bytes);
     const uint8_t* rows[kBlockTokens];
-    for (int t = 0; t < count; ++t) rows[t] = block + int64_t{t} * s.row.row_bytes;
+    for (int t = 0; t < count; ++t) {
+      rows[t] =
+          reinterpret_cast<const uint8_t*>(RowAt(s, p_.blocks[kv_head_], kv_head_, token + t));
+    }
     LoadRows({.rows = rows, .count = count, .offset = 0, .dim = dim_k_, .dtype = s.row.dtype},
              keys_.data());
     LoadRows({.rows = rows,

@@ -12,7 +12,7 @@ namespace vattn::cpu {
 struct RowList {
   const uint8_t* const* rows = nullptr;  // [count]
   int32_t count = 0;
-  int32_t offset = 0;  // bytes from the start of each row
+  int64_t offset = 0;  // bytes from the start of each row
   int32_t dim = 0;
   DType dtype = DType::kBF16;
   // [soon_count] rows needed next, of which the first soon_bytes

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <vector>
 
 #include "kernels/cpu/index.h"
 #include "kernels/cpu/rows.h"
@@ -288,9 +290,25 @@ void PackSigns(const CodeLayout& code, const float* y, float scale, float offset
   out.offset[lane] = offset;
 }
 
-const uint8_t* CodesOf(const Storage& s, const Group& group, int64_t block) {
-  return reinterpret_cast<const uint8_t*>(s.base + group.blocks[block] * s.block.bytes +
-                                          s.block.codes);
+const uint8_t* CodesOf(const Storage& s, const Group& group, int64_t token) {
+  return reinterpret_cast<const uint8_t*>(CodesAt(s, group.blocks, group.kv_head, token));
+}
+
+// Whether the codes of 256 tokens lie together.
+bool TogetherIn(const Storage& s) { return s.block.tokens % kBlockTokens == 0; }
+
+// The codes of 256 tokens from `token` on, of which [begin, end) count: where they are, or, if
+// they do not lie together, in `copy`.
+const uint8_t* CodesOfBlock(const Storage& s, const Group& group, int64_t token, int begin, int end,
+                            std::vector<uint8_t>& copy) {
+  if (TogetherIn(s)) return CodesOf(s, group, token);
+  const int64_t bytes = int64_t{kTileTokens} * s.code.bytes();
+  copy.resize(static_cast<size_t>(bytes * kBlockTokens / kTileTokens));
+  for (int t = begin; t < end; t += kTileTokens) {
+    std::memcpy(copy.data() + t / kTileTokens * bytes, CodesOf(s, group, token + t),
+                static_cast<size_t>(bytes));
+  }
+  return copy.data();
 }
 
 // The group with only `heads` of its query heads, from head `first` on, a multiple of 8. A scan works
@@ -360,15 +378,17 @@ void PackQueries(const Storage& s, Group& group) {
 }
 
 void ScoreLevels(const Storage& s, const Group& group, const BlockPart& part, float* scores) {
-  const uint8_t* codes = CodesOf(s, group, part.block);
+  static thread_local std::vector<uint8_t> copy;
+  const uint8_t* const codes =
+      CodesOfBlock(s, group, part.block * kBlockTokens, part.begin, part.end, copy);
   const PackedQueries* const packed =
       group.scratch.packed + int64_t{SegmentOf(group.segments, group.num_segments, part.block)} *
                                  group.scratch.packed_stride;
   for (int g = 0; g < group.group_heads; g += 8) {
-    const bool fetch = g == 0 && part.soon >= 0;
+    const bool fetch = g == 0 && part.soon >= 0 && TogetherIn(s);
     HWY_DYNAMIC_DISPATCH(ScoreCodes)
     (codes, s.code, packed[g / 8], std::min(8, group.group_heads - g), part.begin / kTileTokens,
-     part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon) : nullptr,
+     part.end / kTileTokens, fetch ? CodesOf(s, group, part.soon * kBlockTokens) : nullptr,
      scores + int64_t{g} * kBlockTokens);
   }
 }

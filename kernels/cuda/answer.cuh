@@ -67,7 +67,7 @@ template <DType kType, int kHeads>
 __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t count,
                            const float* log_weights) {
   const RowLayout& row = team.p.storage.host.row;
-  const TileShape shape = MakeTileShape(row.row_bytes);
+  const TileShape shape = OfRows(team.p.storage, MakeTileShape(row.row_bytes));
   const int64_t most = team.group.tokens;
   const int tiles = team.Tiles(count, shape.rows);
   const auto place = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
@@ -83,7 +83,7 @@ __device__ void AnswerLong(Team<kHeads>& team, const int32_t* tokens, int64_t co
           const int64_t i = place(k, r);
           if (i >= count) return 0;
           const int64_t token = tokens[i] >= 0 && tokens[i] < most ? tokens[i] : 0;
-          return reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, token));
+          return RowAddress(team.p.storage, team.group, token);
         },
         [&](int k) { return static_cast<int>(min(count - place(k, 0), int64_t{shape.rows})); },
         [&](int k, int r) {
@@ -138,8 +138,7 @@ __device__ void AnswerSelected(Team<kHeads>& team) {
       w.token[i] = token;
       if (!middle) {
         w.slot[i] = -1;
-        w.row[i] =
-            reinterpret_cast<uint64_t>(RowAddress(team.p.storage, team.group, there ? token : 0));
+        w.row[i] = RowAddress(team.p.storage, team.group, there ? token : 0);
       }
     }
     const int of_middle = __popc(__ballot_sync(kAllLanes, middle));
@@ -333,7 +332,7 @@ __device__ void AnswerGroup(const StepParams& p, const DeviceGroup& group,
   __syncthreads();
   const int heads = p.group_heads / p.num_tokens;
   for (int i = threadIdx.x; i < heads; i += kThreads)
-    group.carried[i] = group.state[p.group_heads - heads + i];
+    group.carried[i] = group.state[(group.num_queries - 1) * heads + i];
 }
 
 // Thread block b is number b % size of the team of group b / size.

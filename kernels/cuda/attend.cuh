@@ -51,7 +51,7 @@ __device__ __noinline__ void AttendList(Team<kHeads>& team, int64_t count, float
                                         const float* log_weights) {
   const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
-  const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
+  const TileShape shape = OfRows(team.p.storage, MakeTileShape(row.row_bytes, count, team.size));
   const int heads = team.heads(), tid = threadIdx.x;
   const int tiles = team.Tiles(count, shape.rows);
   const auto place = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
@@ -100,7 +100,7 @@ template <DType kType, int kHeads>
 __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
-  const TileShape shape = MakeTileShape(row.row_bytes);
+  const TileShape shape = OfRows(team.p.storage, MakeTileShape(row.row_bytes));
   const int64_t count = team.group.tokens;
   const int tiles = team.Tiles(count, shape.rows);
   const auto token = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };
@@ -112,9 +112,7 @@ __device__ __noinline__ void AttendAll(Team<kHeads>& team) {
         queries, team.memory, team.shared.rows,
         w.state + (static_cast<int64_t>(team.rank) * team.heads() + first) * StateFloats(row.dim_v),
         [&](int k, int r) -> uint64_t {
-          return token(k, r) < count ? reinterpret_cast<uint64_t>(
-                                           RowAddress(team.p.storage, team.group, token(k, r)))
-                                     : 0;
+          return token(k, r) < count ? RowAddress(team.p.storage, team.group, token(k, r)) : 0;
         },
         [&](int k) { return static_cast<int>(min(count - token(k, 0), int64_t{shape.rows})); },
         WeighOnce{},
@@ -136,9 +134,8 @@ __device__ void Publish(Team<kHeads>& team, int64_t count) {
     const int32_t slot = LoadL2(w.slot + i);
     if (slot < 0) continue;
     const uint32_t token = LoadL2(w.token + i);
-    const int64_t block = team.group.blocks[token / kBlockTokens];
     __threadfence();
-    *static_cast<volatile int32_t*>(hot.slot_of + block * kBlockTokens + token % kBlockTokens) =
+    *static_cast<volatile int32_t*>(hot.slot_of + HotKey(team.p.storage.host, team.group, token)) =
         slot;
     w.row[i] =
         reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * team.p.storage.host.row.row_bytes);

@@ -2,107 +2,16 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/rank.cuh"
+#include "kernels/cuda/scratch.cuh"
 #include "kernels/cuda/stages.h"
 #include "kernels/cuda/team.cuh"
 #include "kernels/cuda/values.h"
 
 namespace vattn::cuda {
-namespace {
-
-// Hands out pieces of memory; with a null base it only counts.
-struct Carver {
-  std::byte* base;
-  size_t used = 0;
-
-  template <class T>
-  void Take(int64_t count, T*& at) {
-    at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
-  }
-};
-
-bool Ranked(const Promise& promise) {
-  return promise.policy == Policy::kTopK || promise.policy == Policy::kTopKUniform;
-}
-
-// A draw takes more rows than the plan expects by chance: kListMargin times as many, and kListSlack
-// rows, have room (METHOD.md, "Speed"). A draw that does not fit fails its heads.
-constexpr double kListMargin = 1.1;
-constexpr int64_t kListSlack = 4096;
-
-// Rows that a draw may hold. With top-k all tokens have room.
-int64_t ListCapacity(const Promise& promise, int64_t tokens) {
-  if (Ranked(promise)) return tokens;
-  const auto share =
-      static_cast<int64_t>(kListMargin * promise.max_selected_share * static_cast<double>(tokens)) +
-      kListSlack;
-  return share < tokens ? share : tokens;
-}
-
-}  // namespace
 
 size_t CarveScratch(const Storage& s, const Promise& promise, int64_t tokens, int group_heads,
                     int team, std::byte* memory, GroupScratch& w) {
-  Carver c{memory};
-  const int64_t heads = group_heads, blocks = BlocksFor(tokens);
-  const int64_t floats = StateFloats(s.row.dim_v);
-  w.capacity = (ListCapacity(promise, tokens) + 63) / 64 * 64;
-  const bool ranks = Ranked(promise), uniform = promise.policy == Policy::kTopKUniform;
-  const int64_t sampled = promise.policy == Policy::kVerified ? 1 : 0;
-  c.Take(sampled * blocks * heads * kBlockTokens, w.estimate);
-  c.Take(sampled * blocks * heads, w.shift);
-  c.Take(sampled * blocks * heads, w.mass);
-  c.Take(
-      ranks || (sampled && promise.index == IndexKind::kExact) ? blocks * heads * kBlockTokens : 0,
-      w.score);
-  c.Take(sampled * blocks * kBlockTokens, w.candidate);
-  c.Take(sampled * kMostSegments, w.candidates);
-  c.Take(sampled * kMostSegments * (heads + 1), w.predicted);
-  c.Take(heads, w.log_gain);
-  c.Take(heads, w.floor);
-  c.Take(w.capacity, w.token);
-  c.Take(w.capacity, w.weight);
-  c.Take(w.capacity, w.row);
-  c.Take(w.capacity, w.slot);
-  c.Take(w.capacity, w.norm2);
-  c.Take(heads * w.capacity, w.logit);
-  c.Take(sampled * heads * w.capacity, w.residual);
-  c.Take(sampled * heads * w.capacity, w.term);
-  c.Take(heads * s.row.dim_k, w.query);
-  // An index has no more segments than there are blocks.
-  const bool balanced = s.code.kind == IndexKind::kBalanced;
-  const int64_t segments =
-      balanced && blocks > 1 ? (blocks < kMaxSegments ? blocks : kMaxSegments) : 1;
-  c.Take(segments * ((heads + 7) / 8), w.packed);
-  if (balanced) c.Take(segments * heads, w.noise);
-  if (balanced) c.Take(segments * heads, w.sure);
-  c.Take(kFixedParts * heads * floats, w.fixed);
-  c.Take((uniform ? kMostWalks : 1) * team * heads * floats, w.state);
-  c.Take(int64_t{2} * team * MostTotals(group_heads), w.partial);
-  c.Take(heads * s.row.dim_v, w.output);
-  c.Take(heads, w.head);
-  c.Take(heads, w.growth);
-  c.Take(heads, w.state_of_token);
-  c.Take(1, w.slice);
-  c.Take(heads, w.outlook);
-  c.Take(heads, w.log_others);
-  c.Take(sampled * team * heads * s.row.dim_v, w.moment);
-  const bool coded = s.value_bits > 0;
-  const int64_t items = coded ? ValueItems(s, group_heads) : 0;
-  c.Take(coded ? sampled * heads * w.capacity : 0, w.log_predicted_e);
-  c.Take(coded ? sampled * heads * floats : 0, w.coded);
-  c.Take(coded ? sampled * team * heads : 0, w.coded_mass);
-  c.Take(sampled * items * kMostParts, w.value_part);
-  c.Take(items, w.value_parts_done);
-  const int64_t masks = ranks ? blocks * kMaskWords : 0;
-  c.Take(heads * masks, w.top);
-  c.Take(uniform ? heads * masks : 0, w.drawn);
-  c.Take(masks, w.seen);
-  c.Take(ranks ? kDigits * heads * kDigitBins : 0, w.histogram);
-  c.Take(ranks ? team * kWarps * heads : 0, w.ties);
-  c.Take(1, w.barrier);
-  return c.used;
+  return CarveGroup(s, promise, tokens, group_heads, team, memory, w);
 }
 
 int TilesInFlight(const Storage& storage) {
@@ -130,14 +39,28 @@ int Answer(const StepParams& p, const AnswerShape& shape, Stream stream) {
                        [&]<DType kType>() { return AnswerOf<kType>::Launch(p, shape, stream); });
 }
 
+namespace {
+
+// Predicted scores or, where rows are sampled, estimates.
+int ScoreMiddle(const StepParams& p, int multiprocessors, Stream stream) {
+  const bool sampled = p.promise.policy == Policy::kVerified,
+             scored = ScoredBeforeScan(p.promise.index);
+  int error = cudaSuccess;
+  if (scored) {
+    error = p.promise.index == IndexKind::kExact ? ScoreRows(p, multiprocessors, stream)
+                                                 : TakeScores(p, multiprocessors, stream);
+  }
+  if (error == cudaSuccess && (sampled || !scored)) error = Scan(p, multiprocessors, stream);
+  return error;
+}
+
+}  // namespace
+
 int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
   int error = Prepare(p, stream);
   const bool chosen = p.promise.policy != Policy::kDense && p.task != Task::kAttendSelected;
-  const bool sampled = chosen && p.promise.policy == Policy::kVerified,
-             exact = p.promise.index == IndexKind::kExact;
-  if (error == cudaSuccess && chosen && exact) error = ScoreRows(p, multiprocessors, stream);
-  if (error == cudaSuccess && chosen && (sampled || !exact))
-    error = Scan(p, multiprocessors, stream);
+  const bool sampled = chosen && p.promise.policy == Policy::kVerified;
+  if (error == cudaSuccess && chosen) error = ScoreMiddle(p, multiprocessors, stream);
   const bool coded = sampled && p.storage.host.value_bits > 0 && p.task == Task::kDecode;
   if (error == cudaSuccess && coded) error = SumValues(p, stream);
   if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);
@@ -148,10 +71,8 @@ int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, S
 
 int Forecast(const StepParams& p, int multiprocessors, Stream stream) {
   int error = Prepare(p, stream);
-  const bool sampled = p.promise.policy == Policy::kVerified,
-             exact = p.promise.index == IndexKind::kExact;
-  if (error == cudaSuccess && sampled && exact) error = ScoreRows(p, multiprocessors, stream);
-  if (error == cudaSuccess && sampled) error = Scan(p, multiprocessors, stream);
+  if (error == cudaSuccess && p.promise.policy == Policy::kVerified)
+    error = ScoreMiddle(p, multiprocessors, stream);
   if (error == cudaSuccess) error = WriteForecasts(p, stream);
   return error;
 }

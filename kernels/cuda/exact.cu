@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(kExactThreads) ExactKernel(const __grid_consta
     for (int t = warp; t < kBlockTokens; t += kExactThreads / kWarp) {
       const int64_t token = first + t;
       if (token >= group.middle_begin && token < group.middle_end) {
-        ScoreToken<kType>(RowAddress(p.storage, group, token), group.scratch.query, heads,
-                          p.storage.host.row.dim_k, out + t);
+        ScoreToken<kType>(
+            reinterpret_cast<const std::byte*>(KeyAddress(RowAddress(p.storage, group, token))),
+            group.scratch.query, heads, p.storage.host.row.dim_k, out + t);
       } else {
         for (int h = lane; h < heads; h += kWarp) out[h * kBlockTokens + t] = -INFINITY;
       }

@@ -72,7 +72,7 @@ inline __device__ int Resolve(const StepParams& p, const DeviceGroup& group,
   int64_t key = 0;
   int32_t slot = -1;
   if (in) {
-    key = int64_t{group.blocks[token / kBlockTokens]} * kBlockTokens + token % kBlockTokens;
+    key = HotKey(p.storage.host, group, token);
     if (hot.slots > 0) slot = FindSlot(hot, call, key);
   }
   const bool miss = in && slot < 0;
@@ -81,7 +81,7 @@ inline __device__ int Resolve(const StepParams& p, const DeviceGroup& group,
   if (in) {
     w.slot[i] = claimed;
     w.row[i] =
-        miss ? reinterpret_cast<uint64_t>(HostRow(p.storage.host, group.blocks, token))
+        miss ? PoolRow(p.storage, group, token)
              : reinterpret_cast<uint64_t>(hot.rows + int64_t{slot} * p.storage.host.row.row_bytes);
   }
   return misses;

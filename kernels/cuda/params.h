@@ -29,8 +29,16 @@ constexpr int kMostWalks = 3;   // over lists of rows, with Policy::kTopKUniform
 // Where the bytes of a token are. Blocks of the host pool are as in kernels/geometry.h. Codes have a
 // copy on the device, block by block.
 struct DeviceStorage {
-  Storage host;                // base: the device's address of the mapped host pool
-  std::byte* codes = nullptr;  // [blocks of the pool][256 tokens of code, then of value code]
+  // base: the device's address of the mapped host pool. row says how rows lie on the device, and in the
+  // library's own pool.
+  Storage host;
+  // In a pool of an engine's: bytes from a row's K to its V, and whether rows lie otherwise there than
+  // on the device.
+  int64_t pool_v_offset = 0;
+  bool split = false;
+  // [blocks of the pool][256 tokens of code, then of value code]. In an engine's pool [blocks][KV
+  // heads][block.tokens] of code, and code_block_bytes from a block to the next.
+  std::byte* codes = nullptr;
   int64_t code_block_bytes = 0;
   int32_t sinks = 0;            // rows kept on the device: the first tokens ...
   int32_t ring_tokens = 0;      // ... and the last ones: token t in row sinks + t % ring_tokens
@@ -40,9 +48,11 @@ struct DeviceStorage {
 // Rows of the middle that stay on the device, shared by the groups of a batch. A clock evicts them: it
 // passes over a slot whose use mark is set once, and clears the mark.
 struct HotSetRef {
-  std::byte* rows = nullptr;   // [slots][row_bytes]
-  int32_t* slot_of = nullptr;  // [blocks of the pool * 256] slot of a token of a block, -1: none
-  int64_t* owner = nullptr;    // [slots] token of a block that it holds, -1: none
+  std::byte* rows = nullptr;  // [slots][row_bytes]
+  // [keys] slot of a row, -1: none. The key of a row is DeviceGroup::hot_key + its block's id * tokens
+  // of a block + its place in the block.
+  int32_t* slot_of = nullptr;
+  int64_t* owner = nullptr;            // [slots] key of the row that it holds, -1: none
   unsigned long long* use = nullptr;   // [slots] 2 * call of the last use + mark
   unsigned long long* hand = nullptr;  // [1] of the clock
   unsigned long long* call = nullptr;  // [1] counts attention calls
@@ -56,7 +66,7 @@ struct GroupScratch {
   uint16_t* estimate = nullptr;  // [blocks][G][256] e^ over its block's largest, fp16
   float* shift = nullptr;        // [blocks][G] ln of that largest
   float* mass = nullptr;         // [blocks][G] sum of estimate
-  // [blocks][G][256] s^. Top-k policies and IndexKind::kExact only.
+  // [blocks][G][256] s^. Top-k policies and kinds of index without codes only.
   float* score = nullptr;
   // [blocks][256] tokens that may be drawn, in the low word, with their weight in the high one. A
   // segment's candidates stand from its first place on; `candidates` [kMostSegments] counts them.
@@ -113,9 +123,13 @@ struct GroupScratch {
 
 // One (sequence, layer, KV head) of one step.
 struct DeviceGroup {
-  const int32_t* blocks = nullptr;  // [tokens / 256 rounded up] block ids
+  const int32_t* blocks = nullptr;  // [tokens / block.tokens rounded up] block ids
   std::byte* fixed = nullptr;       // [sinks + ring_tokens][row_bytes]
-  HeadState* state = nullptr;       // [G]
+  // Of an engine's pool, else null: which row each place of `fixed` holds, as FixedTag says it, and how
+  // often each slot of the pool was written.
+  unsigned long long* fixed_tag = nullptr;
+  const uint32_t* writes = nullptr;
+  HeadState* state = nullptr;  // [G]
   // With several query tokens, else null: the controller that each of them starts from, and that
   // goes on as the last one leaves it.
   HeadState* carried = nullptr;  // [G / query tokens]
@@ -126,8 +140,14 @@ struct DeviceGroup {
   // Where the last token's queries go, [][dim_k] in the row dtype; null: nowhere.
   std::byte* recent = nullptr;
   RandomKey key;
-  int32_t slot = 0, kv_head = 0;  // of the batch; says where queries and outputs are
-  int64_t tokens = 0;             // with the step's new ones; 0: nobody sits here
+  int32_t slot = 0, kv_head = 0;  // of the batch, or the number of the request
+  // Where the queries and outputs of its query tokens are: from number first_query on, in
+  // num_queries tokens. Where a step has room for more, the last one is answered again.
+  int64_t first_query = 0;
+  int32_t num_queries = 1;
+  bool refused = false;  // its arguments were out of range: outputs are NaN, and tokens is 0
+  int64_t hot_key = 0;
+  int64_t tokens = 0;  // with the step's new ones; 0: nobody sits here
   int64_t middle_begin = 0, middle_end = 0;
   int64_t ring_begin = 0;   // tokens from here on are in the ring
   int64_t first_block = 0;  // of the scan: how many blocks the groups before this one have
@@ -147,6 +167,7 @@ struct DeviceCounters {
   unsigned long long verdicts[4];
   unsigned long long middle, selected, fetched, looks;
   unsigned long long outliers, noisy;
+  unsigned long long refused;  // requests of an engine's whose arguments were out of range
 };
 
 // How the answer kernel is launched: teams of thread blocks, each at work on one group.
@@ -170,6 +191,10 @@ struct CallArrays {
   int64_t* middle = nullptr;
   uint64_t* timeline = nullptr;
   int32_t out_dtype = 0;
+  int32_t score_heads = 0;   // the KV heads or the query heads
+  int32_t scores_dtype = 0;  // DType
+  const void* scores = nullptr;
+  int64_t scores_stride = 0;
 };
 
 // Places in CallArrays::timeline, as vattn_timeline.
@@ -195,6 +220,11 @@ struct SelectionArrays {
 
 using vattn::Task;
 
+// True if a stage of its own writes GroupScratch::score, from which the scan goes on.
+VATTN_HD inline bool ScoredBeforeScan(IndexKind index) {
+  return index == IndexKind::kExact || index == IndexKind::kExternal;
+}
+
 // What a slice of a context has besides, extents as vattn_attend_params.
 struct SliceArrays {
   float* partial = nullptr;
@@ -216,6 +246,7 @@ struct StepParams {
   int32_t kv_heads = 0;
   int32_t group_heads = 0;  // G
   int32_t num_tokens = 1;   // query tokens, the sequence's last; their heads are in their order
+  bool paged = false;       // codes lie in an engine's pool
   CallArrays call;
   SelectionArrays selection;
   SliceArrays slice;
@@ -223,7 +254,7 @@ struct StepParams {
 
 // Attention of tokens [first, first + count) of one (sequence, layer) to those of one chunk [begin,
 // begin + tokens), as PrefillParams. Chunks come in order from token 0 on; sums of those before are
-// in most, mass and sum.
+// in most, mass and sum, for each part of the keys apart.
 struct PrefillChunk {
   RowLayout row;
   float scale = 1;
@@ -238,11 +269,57 @@ struct PrefillChunk {
   int64_t rows_stride = 0;          // bytes from one KV head to the next
   const void* q = nullptr;
   int64_t q_token_stride = 0, q_head_stride = 0;
-  float* most = nullptr;  // [count][q_heads] largest logit so far ...
+  int32_t splits = 1;     // parts that the keys of each chunk are split into
+  float* most = nullptr;  // [splits][count][q_heads] largest logit so far, times log2 e ...
   float* mass = nullptr;  // ... sum of weights relative to it
-  float* sum = nullptr;   // [count][q_heads][dim_v] of weight times value
+  float* sum = nullptr;   // [splits][count][q_heads][dim_v] of weight times value
   void* out = nullptr;    // [count][q_heads][dim_v]
   float* lse = nullptr;   // or null
+};
+
+// What a row of controller states knows of the request that it has (runtime/paged_pool.h).
+struct PagedRow {
+  unsigned long long requests_before = 0, step = 0;
+};
+
+// A layer of a pool of an engine's, as the groups of a step see it.
+struct PagedLayer {
+  int32_t kv_heads = 0;                     // 0: the layer is left out
+  int32_t group_heads = 0;                  // of one query token
+  int32_t team = 0;                         // thread blocks that answer a group
+  const IndexTables* index = nullptr;       // [kv_heads]; null: nothing is coded
+  HeadState* states = nullptr;              // [rows][kv_heads * group_heads]
+  std::byte* fixed = nullptr;               // [rows][kv_heads][sinks + ring_tokens][row_bytes]
+  unsigned long long* fixed_tag = nullptr;  // [rows][kv_heads][sinks + ring_tokens]
+  const uint32_t* writes = nullptr;         // [slots]
+  int64_t hot_key = 0;
+  StepHeader* header = nullptr;
+  DeviceGroup* groups = nullptr;  // [max_requests * kv_heads]
+};
+
+// A step over an engine's pool. The arrays of requests are as vattn_paged_step has them.
+struct PagedStepParams {
+  DeviceStorage storage;  // of any layer
+  Promise promise;
+  ExactSets sets;
+  uint64_t seed = 0;
+  int32_t num_layers = 0;
+  const PagedLayer* layers = nullptr;  // [num_layers] in device memory
+  int64_t num_blocks = 0, max_tokens = 0, max_step_tokens = 0;
+  int32_t max_requests = 0;
+  int32_t num_requests = 0, num_tokens = 1;  // num_tokens: most query tokens of a request
+  int64_t num_query_tokens = 0;
+  const int32_t* block_table = nullptr;
+  int64_t block_table_stride = 0;
+  const int32_t* lengths = nullptr;
+  const int32_t* query_starts = nullptr;
+  const int32_t* request_rows = nullptr;
+  const int32_t* resets = nullptr;
+  PagedRow* rows = nullptr;      // [max_requests]
+  int32_t* verdicts = nullptr;   // [max_requests] how each request of the step was found
+  std::byte* scratch = nullptr;  // of scratch_bytes, for the groups of one layer
+  int64_t scratch_bytes = 0;
+  DeviceCounters* counters = nullptr;
 };
 
 // Codes of tokens [begin, end) of groups, both multiples of 16, into the device and the host copy.

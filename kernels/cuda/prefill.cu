@@ -1,21 +1,21 @@
 // Exact attention of many query tokens at once, as kernels/cpu/prefill.cc: rows come from the host
 // pool chunk by chunk, and a tile of queries keeps its sums from one chunk to the next. Products are
 // those of the tensor cores in the type of the rows, sums are fp32 (FlashAttention-2, arXiv
-// 2307.08691).
+// 2307.08691). Few queries make few tiles: then thread blocks share the keys of a tile, each with sums
+// of its own, which are merged in the end (Flash-Decoding).
 #include <cmath>
 #include <type_traits>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/vocabulary.cuh"
+#include "kernels/sampling.h"
 
 namespace vattn::cuda {
 namespace {
 
-constexpr int kPrefillThreads = 128;
-constexpr int kPrefillWarps = kPrefillThreads / kWarp;
-constexpr int kKeys = 64;    // of a tile in shared memory
-constexpr int kPadding = 8;  // elements behind each row there, so that rows lie in other banks
-constexpr int kCopyThreads = 256;
+constexpr int kPadding =
+    8;  // elements behind each row of shared memory, so that rows lie in other banks
+constexpr float kLn2 = .69314718f;
 
 // Two elements of the type of rows from two floats, the first in the low half.
 template <class T>
@@ -27,6 +27,12 @@ __device__ uint32_t Pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
+}
+
+__device__ float PowerOf2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // c [16][8] += a [16][16] b [16][8], spread over a warp as mma.m16n8k16 has it.
@@ -47,10 +53,13 @@ __device__ void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
   }
 }
 
+__device__ uint32_t Shared(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
 // Four matrices [8][8] from shared memory, to the operand of a product; with kTurned transposed.
 template <bool kTurned>
-__device__ void LoadMatrices(uint32_t (&out)[4], const void* row) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ void LoadMatrices(uint32_t (&out)[4], uint32_t at) {
   if constexpr (kTurned) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -62,270 +71,354 @@ __device__ void LoadMatrices(uint32_t (&out)[4], const void* row) {
   }
 }
 
-__device__ void CopyAsync16(void* to, const void* from, bool there) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from),
+__device__ void CopyAsync16(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(there ? 16 : 0));
 }
 
+// Two neighbouring elements of an output, from an even place on.
+__device__ void StorePair(void* out, int64_t at, int32_t dtype, float x, float y) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kF32:
+      *reinterpret_cast<float2*>(static_cast<float*>(out) + at) = make_float2(x, y);
+      break;
+    case DType::kF16:
+      *reinterpret_cast<uint32_t*>(static_cast<__half*>(out) + at) = Pack<__half>(x, y);
+      break;
+    case DType::kBF16:
+      *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(out) + at) =
+          Pack<__nv_bfloat16>(x, y);
+      break;
+  }
+}
+
 // A warp has kTiles tiles of 16 queries; a query is a query head of a token, and those of a token
-// follow each other. Up to kDimK and kDimV elements a row.
-template <class T, int kTiles, int kDimK, int kDimV>
-struct Warp {
+// follow each other. kKeys keys are in shared memory at a time, twice. Up to kDimK and kDimV elements
+// a row.
+template <class TypeOfRows, int kWarpsOf, int kTilesOf, int kKeysOf, int kDimKOf, int kDimVOf>
+struct Plan {
+  using T = TypeOfRows;
+  static constexpr int kWarps = kWarpsOf, kTiles = kTilesOf, kKeys = kKeysOf, kDimK = kDimKOf,
+                       kDimV = kDimVOf;
+  static constexpr int kThreads = kWarps * kWarp, kQueries = kWarps * kTiles * 16;
   static constexpr int kPitchK = kDimK + kPadding, kPitchV = kDimV + kPadding;
   static constexpr int kColumns = kDimV / 8;
-  float sum[kTiles][kColumns][4];          // weight times value
-  float most[kTiles][2], mass[kTiles][2];  // of the rows lane / 4 and lane / 4 + 8
+  static constexpr int kBytes = (kQueries * kPitchK + 2 * kKeys * (kPitchK + kPitchV)) * 2;
 };
 
-// One thread block: a tile of queries of one KV head over the chunk's keys. It is kept in one piece
-// because what its steps hand on to each other are accumulators in registers.
-template <class T, int kTiles, int kDimK, int kDimV>
-__global__ void __launch_bounds__(kPrefillThreads)
+// Rows of a tile to shared memory: `there` of them, the first at `from`, `dim` elements of each, and
+// zeros for what is not there.
+template <class P, int kDim>
+__device__ void LoadRows(uint32_t to, const std::byte* from, int64_t row_bytes, int there,
+                         int dim) {
+  constexpr int kParts = kDim / 8, kStep = P::kThreads / kParts, kPitch = kDim + kPadding;
+  static_assert(P::kThreads % kParts == 0 && P::kKeys % kStep == 0);
+  const int first = threadIdx.x / kParts, c = threadIdx.x % kParts * 8;
+  const int rows = c < dim ? there : 0;
+#pragma unroll
+  for (int i = 0; i < P::kKeys / kStep; ++i) {
+    const int r = first + i * kStep;
+    CopyAsync16(to + (r * kPitch + c) * 2, r < rows ? from + r * row_bytes + c * 2 : from,
+                r < rows);
+  }
+}
+
+// One thread block: a tile of queries of one KV head over its part of the chunk's keys. It is kept in
+// one piece because what its steps hand on to each other are accumulators in registers.
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, P::kThreads <= 128 ? 2 : 1)
     PrefillKernel(const __grid_constant__ PrefillChunk p) {
-  using W = Warp<T, kTiles, kDimK, kDimV>;
-  constexpr int kQueries = kPrefillWarps * kTiles * 16;
+  using T = typename P::T;
+  constexpr int kTiles = P::kTiles, kKeys = P::kKeys;
   extern __shared__ __align__(16) std::byte memory[];
-  T* const queries = reinterpret_cast<T*>(memory);  // [kQueries][kPitchK]
-  T* const keys = queries + kQueries * W::kPitchK;  // [2][kKeys][kPitchK]
-  T* const values = keys + 2 * kKeys * W::kPitchK;  // [2][kKeys][kPitchV]
+  T* const queries = reinterpret_cast<T*>(memory);     // [kQueries][kPitchK]
+  T* const keys = queries + P::kQueries * P::kPitchK;  // [2][kKeys][kPitchK]
+  T* const values = keys + 2 * kKeys * P::kPitchK;     // [2][kKeys][kPitchV]
   const RowLayout& row = p.row;
-  const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp, kv_head = blockIdx.y;
-  const int64_t all = p.count * p.group_heads, begin = int64_t{blockIdx.x} * kQueries;
-  // Tokens of the sequence that the queries of this thread block see: those before `end`.
-  const int64_t last = min(begin + kQueries, all) - 1;
-  const int64_t end = min(p.begin + p.tokens, p.first + last / p.group_heads + 1);
-  const auto place = [&](int64_t query) {
-    return query / p.group_heads * p.q_heads + int64_t{kv_head} * p.group_heads +
+  const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
+  // Tiles with many keys, those of the last queries, come first.
+  const int tile = static_cast<int>(gridDim.x - 1 - blockIdx.x), kv_head = blockIdx.y;
+  const int all = static_cast<int>(p.count) * p.group_heads, begin = tile * P::kQueries;
+  // Of the chunk's tokens, those that the queries of this thread block see, and its part of them.
+  const int64_t last = min(begin + P::kQueries, all) - 1;
+  const int seen = static_cast<int>(
+      max(min(p.tokens, p.first + last / p.group_heads + 1 - p.begin), int64_t{0}));
+  const int key_tiles = (seen + kKeys - 1) / kKeys;
+  const int split = blockIdx.z, splits = gridDim.z;
+  const int from_tile = static_cast<int>(int64_t{key_tiles} * split / splits),
+            to_tile = static_cast<int>(int64_t{key_tiles} * (split + 1) / splits);
+  const bool fresh = p.begin == 0, done = p.last && splits == 1;
+  if (from_tile == to_tile && !fresh && !done) return;
+  const int64_t states = p.count * p.q_heads;  // of one part
+  const auto place = [&](int query) {
+    return int64_t{query / p.group_heads} * p.q_heads + kv_head * p.group_heads +
            query % p.group_heads;
   };
 
-  for (int i = tid; i < kQueries * (kDimK / 8); i += kPrefillThreads) {
-    const int r = i / (kDimK / 8), c = i % (kDimK / 8) * 8;
-    const int64_t query = begin + r;
+  for (int i = tid; i < P::kQueries * (P::kDimK / 8); i += P::kThreads) {
+    const int r = i / (P::kDimK / 8), c = i % (P::kDimK / 8) * 8, query = begin + r;
     uint4 x = make_uint4(0, 0, 0, 0);
     if (query < all && c < row.dim_k) {
       const int64_t token = query / p.group_heads,
                     head = int64_t{kv_head} * p.group_heads + query % p.group_heads;
       const T* from =
           static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride + c;
-      T one[8];
+      if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        x = *reinterpret_cast<const uint4*>(from);
+      } else {
+        T one[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) one[j] = from[j];  // strides are any number of elements
-      x = *reinterpret_cast<const uint4*>(one);
+        for (int j = 0; j < 8; ++j) one[j] = from[j];  // strides are any number of elements
+        x = *reinterpret_cast<const uint4*>(one);
+      }
     }
-    *reinterpret_cast<uint4*>(queries + r * W::kPitchK + c) = x;
+    *reinterpret_cast<uint4*>(queries + r * P::kPitchK + c) = x;
   }
 
   const std::byte* const rows =
       p.rows + int64_t{kv_head} * p.rows_stride;  // [tokens][row_bytes] of this KV head
-  const auto load = [&](int64_t token, int buffer) {
-    T* const k = keys + buffer * kKeys * W::kPitchK;
-    T* const v = values + buffer * kKeys * W::kPitchV;
-    for (int i = tid; i < kKeys * (kDimK / 8); i += kPrefillThreads) {
-      const int r = i / (kDimK / 8), c = i % (kDimK / 8) * 8;
-      const bool there = token + r < end && c < row.dim_k;
-      const std::byte* from = rows + (there ? (token + r - p.begin) * row.row_bytes + c * 2 : 0);
-      CopyAsync16(k + r * W::kPitchK + c, from, there);
-    }
-    for (int i = tid; i < kKeys * (kDimV / 8); i += kPrefillThreads) {
-      const int r = i / (kDimV / 8), c = i % (kDimV / 8) * 8;
-      const bool there = token + r < end && c < row.dim_v;
-      const std::byte* from =
-          rows + (there ? (token + r - p.begin) * row.row_bytes + row.v_offset + c * 2 : 0);
-      CopyAsync16(v + r * W::kPitchV + c, from, there);
-    }
+  const auto load = [&](int key_tile, int buffer) {
+    const std::byte* const at = rows + int64_t{key_tile} * kKeys * row.row_bytes;
+    const int there = seen - key_tile * kKeys;
+    LoadRows<P, P::kDimK>(Shared(keys + buffer * kKeys * P::kPitchK), at, row.row_bytes, there,
+                          row.dim_k);
+    LoadRows<P, P::kDimV>(Shared(values + buffer * kKeys * P::kPitchV), at + row.v_offset,
+                          row.row_bytes, there, row.dim_v);
     asm volatile("cp.async.commit_group;");
   };
 
-  W w;
-  const int64_t mine = begin + warp * kTiles * 16;  // the warp's first query
+  // Of the rows lane / 4 and lane / 4 + 8 of each tile: the largest logit, times log2 e, and the sum of
+  // weights relative to it over this thread's columns.
+  float sum[kTiles][P::kColumns][4];  // weight times value
+  float most[kTiles][2], mass[kTiles][2];
+  const float unit = p.scale * kLog2E;
+  const int mine = begin + warp * kTiles * 16;  // the warp's first query
   // What a thread has of an accumulator: rows lane / 4 and + 8, columns lane % 4 * 2 and + 1.
   const int at_row = lane / 4, at_column = lane % 4 * 2;
-  const auto query_of = [&](int tile, int half) { return mine + tile * 16 + half * 8 + at_row; };
+  const auto query_of = [&](int m, int half) { return mine + m * 16 + half * 8 + at_row; };
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t query = query_of(m, half);
-      const bool kept = p.begin > 0 && query < all;
-      w.most[m][half] = kept ? p.most[place(query)] : -FLT_MAX;
-      w.mass[m][half] = kept ? p.mass[place(query)] : 0;
+      const int query = query_of(m, half);
+      const bool kept = !fresh && query < all;
+      const int64_t at = kept ? split * states + place(query) : 0;
+      most[m][half] = kept ? p.most[at] : -FLT_MAX;
+      mass[m][half] = kept && lane % 4 == 0 ? p.mass[at] : 0;
 #pragma unroll
-      for (int n = 0; n < W::kColumns; ++n) {
+      for (int n = 0; n < P::kColumns; ++n) {
         const int c = n * 8 + at_column;
-        const bool there = kept && c < row.dim_v;
-        const float* from = p.sum + (there ? place(query) * row.dim_v + c : 0);
-        w.sum[m][n][2 * half] = there ? from[0] : 0;
-        w.sum[m][n][2 * half + 1] = there ? from[1] : 0;
+        const float2 x = kept && c < row.dim_v
+                             ? *reinterpret_cast<const float2*>(p.sum + at * row.dim_v + c)
+                             : make_float2(0, 0);
+        sum[m][n][2 * half] = x.x, sum[m][n][2 * half + 1] = x.y;
       }
     }
   }
 
-  if (p.begin < end) load(p.begin, 0);
+  // Where this lane's matrices begin. Of queries: rows, then the other 8 columns. Of keys: 8 of them,
+  // the other 8 columns, then 8 more keys. Of values: 8 keys, 8 more, then the other 8 columns.
+  const uint32_t query_at =
+      Shared(queries + (warp * kTiles * 16 + lane % 16) * P::kPitchK + lane / 16 * 8);
+  const uint32_t key_at = Shared(keys + (lane / 16 * 8 + lane % 8) * P::kPitchK + lane / 8 % 2 * 8);
+  const uint32_t value_at =
+      Shared(values + (lane / 8 % 2 * 8 + lane % 8) * P::kPitchV + lane / 16 * 8);
+
+  if (from_tile < to_tile) load(from_tile, 0);
   int buffer = 0;
-  for (int64_t token = p.begin; token < end; token += kKeys, buffer ^= 1) {
-    if (token + kKeys < end) {
-      load(token + kKeys, buffer ^ 1);
-      asm volatile("cp.async.wait_group 1;");
-    } else {
-      asm volatile("cp.async.wait_group 0;");
+#pragma unroll 1
+  for (int key_tile = from_tile; key_tile < to_tile; ++key_tile, buffer ^= 1) {
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();  // the tile is there, and the one before it is no longer read
+    if (key_tile + 1 < to_tile) load(key_tile + 1, buffer ^ 1);
+    float s[kTiles][kKeys / 8][4] = {};
+    const uint32_t k = key_at + buffer * kKeys * P::kPitchK * 2;
+#pragma unroll
+    for (int d = 0; d < P::kDimK / 16; ++d) {
+      uint32_t a[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+        LoadMatrices<false>(a[m], query_at + (m * 16 * P::kPitchK + d * 16) * 2);
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t b[4];
+        LoadMatrices<false>(b, k + (n * 16 * P::kPitchK + d * 16) * 2);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          MultiplyAdd<T>(s[m][2 * n], a[m], b[0], b[1]);
+          MultiplyAdd<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
     }
-    __syncthreads();
-    const T* const k = keys + buffer * kKeys * W::kPitchK;
-    const T* const v = values + buffer * kKeys * W::kPitchV;
     // Whether the tile has a token that not every query of the warp sees.
-    const bool hides = token + kKeys > p.first + mine / p.group_heads + 1 || token + kKeys > end;
+    const int tile_end = (key_tile + 1) * kKeys;
+    if (tile_end > seen || p.begin + tile_end > p.first + mine / p.group_heads + 1) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t sees = p.first + query_of(m, half) / p.group_heads + 1 - p.begin;
+          const int end = static_cast<int>(min(sees, int64_t{seen}));
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              if (key_tile * kKeys + n * 8 + at_column + i >= end)
+                s[m][n][2 * half + i] = -INFINITY;
+            }
+          }
+        }
+      }
+    }
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
-      float s[kKeys / 8][4] = {};
-#pragma unroll
-      for (int d = 0; d < kDimK / 16; ++d) {
-        uint32_t a[4];
-        LoadMatrices<false>(a, queries + ((warp * kTiles + m) * 16 + lane % 16) * W::kPitchK +
-                                   d * 16 + lane / 16 * 8);
-#pragma unroll
-        for (int n = 0; n < kKeys / 16; ++n) {
-          uint32_t b[4];  // keys n * 16 .. + 7, then + 8 .. + 15; of each two halves of 16 elements
-          LoadMatrices<false>(
-              b, k + (n * 16 + lane / 16 * 8 + lane % 8) * W::kPitchK + d * 16 + lane / 8 % 2 * 8);
-          MultiplyAdd<T>(s[2 * n], a, b[0], b[1]);
-          MultiplyAdd<T>(s[2 * n + 1], a, b[2], b[3]);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          s[n][i] *= p.scale;
-          if (!hides) continue;
-          const int64_t at = token + n * 8 + at_column + i % 2;
-          if (at > p.first + query_of(m, i / 2) / p.group_heads || at >= end) s[n][i] = -INFINITY;
-        }
-      }
       float fade[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float most = w.most[m][half];
+        float top = s[m][0][2 * half];
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
-          most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-        fade[half] = expf(w.most[m][half] - most);
-        w.most[m][half] = most;
-        float mass = 0;
+          top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+        top = fmaxf(most[m][half], top * unit);
+        fade[half] = PowerOf2(most[m][half] - top);
+        most[m][half] = top;
+        float more = 0;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[n][i] = __expf(s[n][i] - most);
-            mass += s[n][i];
+            s[m][n][i] = PowerOf2(fmaf(s[m][n][i], unit, -top));
+            more += s[m][n][i];
           }
         }
-        mass += __shfl_xor_sync(kAllLanes, mass, 1);
-        mass += __shfl_xor_sync(kAllLanes, mass, 2);
-        w.mass[m][half] = w.mass[m][half] * fade[half] + mass;
+        mass[m][half] = fmaf(mass[m][half], fade[half], more);
       }
+      if (__any_sync(kAllLanes, fade[0] != 1 || fade[1] != 1)) {
 #pragma unroll
-      for (int n = 0; n < W::kColumns; ++n) {
+        for (int n = 0; n < P::kColumns; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w.sum[m][n][i] *= fade[i / 2];
-      }
-#pragma unroll
-      for (int j = 0; j < kKeys / 16; ++j) {
-        const uint32_t a[4] = {Pack<T>(s[2 * j][0], s[2 * j][1]), Pack<T>(s[2 * j][2], s[2 * j][3]),
-                               Pack<T>(s[2 * j + 1][0], s[2 * j + 1][1]),
-                               Pack<T>(s[2 * j + 1][2], s[2 * j + 1][3])};
-#pragma unroll
-        for (int n = 0; n < W::kColumns / 2; ++n) {
-          uint32_t b[4];  // columns n * 16 .. + 7, then + 8 .. + 15; of each two halves of 16 keys
-          LoadMatrices<true>(
-              b, v + (j * 16 + lane / 8 % 2 * 8 + lane % 8) * W::kPitchV + n * 16 + lane / 16 * 8);
-          MultiplyAdd<T>(w.sum[m][2 * n], a, b[0], b[1]);
-          MultiplyAdd<T>(w.sum[m][2 * n + 1], a, b[2], b[3]);
+          for (int i = 0; i < 4; ++i) sum[m][n][i] *= fade[i / 2];
         }
       }
     }
-    __syncthreads();  // before the buffer is filled again
+    const uint32_t v = value_at + buffer * kKeys * P::kPitchV * 2;
+#pragma unroll
+    for (int j = 0; j < kKeys / 16; ++j) {
+      uint32_t a[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        a[m][0] = Pack<T>(s[m][2 * j][0], s[m][2 * j][1]);
+        a[m][1] = Pack<T>(s[m][2 * j][2], s[m][2 * j][3]);
+        a[m][2] = Pack<T>(s[m][2 * j + 1][0], s[m][2 * j + 1][1]);
+        a[m][3] = Pack<T>(s[m][2 * j + 1][2], s[m][2 * j + 1][3]);
+      }
+#pragma unroll
+      for (int n = 0; n < P::kColumns / 2; ++n) {
+        uint32_t b[4];
+        LoadMatrices<true>(b, v + (j * 16 * P::kPitchV + n * 16) * 2);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          MultiplyAdd<T>(sum[m][2 * n], a[m], b[0], b[1]);
+          MultiplyAdd<T>(sum[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
   }
 
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t query = query_of(m, half);
+      float whole = mass[m][half];
+      whole += __shfl_xor_sync(kAllLanes, whole, 1);
+      whole += __shfl_xor_sync(kAllLanes, whole, 2);
+      const int query = query_of(m, half);
       if (query >= all) continue;
-      const int64_t at = place(query);
-      const float mass = w.mass[m][half], scale = p.last ? 1 / mass : 1;
-      if (lane % 4 == 0 && p.last && p.lse != nullptr) p.lse[at] = w.most[m][half] + logf(mass);
-      if (lane % 4 == 0 && !p.last) p.most[at] = w.most[m][half], p.mass[at] = mass;
+      const int64_t at = done ? place(query) : split * states + place(query);
+      const float scale = done ? 1 / whole : 1;
+      if (lane % 4 == 0 && done && p.lse != nullptr) p.lse[at] = most[m][half] * kLn2 + logf(whole);
+      if (lane % 4 == 0 && !done) p.most[at] = most[m][half], p.mass[at] = whole;
 #pragma unroll
-      for (int n = 0; n < W::kColumns; ++n) {
+      for (int n = 0; n < P::kColumns; ++n) {
         const int c = n * 8 + at_column;
         if (c >= row.dim_v) continue;
-        for (int i = 0; i < 2; ++i) {
-          const float x = w.sum[m][n][2 * half + i] * scale;
-          if (p.last) {
-            StoreOutput(p.out, at * row.dim_v + c + i, p.out_dtype, x);
-          } else {
-            p.sum[at * row.dim_v + c + i] = x;
-          }
+        const float x = sum[m][n][2 * half] * scale, y = sum[m][n][2 * half + 1] * scale;
+        if (done) {
+          StorePair(p.out, at * row.dim_v + c, p.out_dtype, x, y);
+        } else {
+          *reinterpret_cast<float2*>(p.sum + at * row.dim_v + c) = make_float2(x, y);
         }
       }
     }
   }
 }
 
-// Rows of tokens [begin, begin + tokens) of every KV head from the host pool, [kv_heads][tokens].
-__global__ void FetchKernel(Storage host, const int32_t* blocks, int64_t blocks_stride,
-                            int64_t begin, int64_t tokens, std::byte* to, int64_t to_stride) {
-  const int64_t words = tokens * (host.row.row_bytes / 16);
-  const int32_t* const ids = blocks + blockIdx.y * blocks_stride;
-  for (int64_t i = int64_t{blockIdx.x} * kCopyThreads + threadIdx.x; i < words;
-       i += int64_t{gridDim.x} * kCopyThreads) {
-    const int64_t token = i / (host.row.row_bytes / 16);
-    const int part = static_cast<int>(i % (host.row.row_bytes / 16));
-    *reinterpret_cast<uint4*>(to + blockIdx.y * to_stride + token * host.row.row_bytes +
-                              part * 16) =
-        *reinterpret_cast<const uint4*>(HostRow(host, ids, begin + token) + part * 16);
+constexpr int kMergeThreads = 256;
+
+// Outputs from the sums of all parts, a warp a query.
+__global__ void __launch_bounds__(kMergeThreads)
+    MergeKernel(const __grid_constant__ PrefillChunk p) {
+  const int64_t states = p.count * p.q_heads,
+                at = int64_t{blockIdx.x} * (kMergeThreads / kWarp) + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, dim = p.row.dim_v;
+  if (at >= states) return;
+  float most = -FLT_MAX, mass = 0;
+  for (int s = 0; s < p.splits; ++s) most = fmaxf(most, p.most[s * states + at]);
+  for (int s = 0; s < p.splits; ++s)
+    mass += p.mass[s * states + at] * PowerOf2(p.most[s * states + at] - most);
+  if (lane == 0 && p.lse != nullptr) p.lse[at] = most * kLn2 + logf(mass);
+  for (int c = 2 * lane; c < dim; c += 2 * kWarp) {
+    float2 sum = make_float2(0, 0);
+    for (int s = 0; s < p.splits; ++s) {
+      const float weight = PowerOf2(p.most[s * states + at] - most);
+      const float2 part = *reinterpret_cast<const float2*>(p.sum + (s * states + at) * dim + c);
+      sum.x = fmaf(weight, part.x, sum.x), sum.y = fmaf(weight, part.y, sum.y);
+    }
+    StorePair(p.out, at * dim + c, p.out_dtype, sum.x / mass, sum.y / mass);
   }
 }
 
-template <class T, int kTiles, int kDimK, int kDimV>
+template <class P>
 int Launch(const PrefillChunk& p, cudaStream_t stream) {
-  using W = Warp<T, kTiles, kDimK, kDimV>;
-  constexpr int kQueries = kPrefillWarps * kTiles * 16;
-  constexpr int kBytes = (kQueries * W::kPitchK + 2 * kKeys * (W::kPitchK + W::kPitchV)) * 2;
-  const auto kernel = PrefillKernel<T, kTiles, kDimK, kDimV>;
+  const auto kernel = PrefillKernel<P>;
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kBytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = (p.count * p.group_heads + kQueries - 1) / kQueries;
-  kernel<<<dim3(static_cast<unsigned>(tiles), p.kv_heads), kPrefillThreads, kBytes, stream>>>(p);
+  const int64_t tiles = (p.count * p.group_heads + P::kQueries - 1) / P::kQueries;
+  const dim3 grid(static_cast<unsigned>(tiles), p.kv_heads, p.splits);
+  kernel<<<grid, P::kThreads, P::kBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
 template <class T>
 int LaunchOf(const PrefillChunk& p, cudaStream_t stream) {
   const int dim = p.row.dim_k > p.row.dim_v ? p.row.dim_k : p.row.dim_v;
-  if (dim <= 64) return Launch<T, 2, 64, 64>(p, stream);
-  if (dim <= 128) return Launch<T, 2, 128, 128>(p, stream);
-  return Launch<T, 1, 256, 256>(p, stream);
+  if (dim <= 64) return Launch<Plan<T, 4, 2, 64, 64, 64>>(p, stream);
+  if (dim <= 128) return Launch<Plan<T, 4, 2, 64, 128, 128>>(p, stream);
+  return Launch<Plan<T, 8, 1, 32, 256, 256>>(p, stream);
 }
 
 }  // namespace
 
-int FetchRows(const Storage& host, const int32_t* blocks, int64_t blocks_stride, int32_t kv_heads,
-              int64_t begin, int64_t tokens, std::byte* to, int64_t to_stride, Stream stream) {
-  FetchKernel<<<dim3(64, kv_heads), kCopyThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      host, blocks, blocks_stride, begin, tokens, to, to_stride);
-  return cudaGetLastError();
+int PrefillSplits(int64_t count, int32_t group_heads, int32_t kv_heads, int multiprocessors) {
+  constexpr int64_t kQueries = 128;  // of every Plan
+  constexpr int64_t kMostSplits = 32;
+  const int64_t blocks = (count * group_heads + kQueries - 1) / kQueries * kv_heads,
+                splits = 2 * multiprocessors / blocks;
+  return static_cast<int>(splits < 1 ? 1 : splits > kMostSplits ? kMostSplits : splits);
 }
 
 int Prefill(const PrefillChunk& p, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  return p.row.dtype == DType::kF16 ? LaunchOf<__half>(p, s) : LaunchOf<__nv_bfloat16>(p, s);
+  const int error =
+      p.row.dtype == DType::kF16 ? LaunchOf<__half>(p, s) : LaunchOf<__nv_bfloat16>(p, s);
+  if (error != cudaSuccess || !p.last || p.splits == 1) return error;
+  constexpr int64_t kAtOnce = kMergeThreads / kWarp;
+  const int64_t blocks = (p.count * p.q_heads + kAtOnce - 1) / kAtOnce;
+  MergeKernel<<<static_cast<unsigned>(blocks), kMergeThreads, 0, s>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace vattn::cuda

@@ -197,7 +197,7 @@ __device__ void WriteRow(const StepParams& p, const DeviceGroup& group, int t) {
   const RowLayout& row = p.storage.host.row;
   const int64_t token = group.tokens - p.num_tokens + t,
                 head = (int64_t{group.slot} * p.num_tokens + t) * p.kv_heads + group.kv_head;
-  std::byte* ring = const_cast<std::byte*>(RowAddress(p.storage, group, token));
+  std::byte* ring = reinterpret_cast<std::byte*>(RowAddress(p.storage, group, token));
   std::byte* host = const_cast<std::byte*>(HostRow(p.storage.host, group.blocks, token));
   const int k_bytes = row.dim_k * E::kBytes, v_bytes = row.shared_kv ? 0 : row.dim_v * E::kBytes;
   const std::byte* k = static_cast<const std::byte*>(p.call.k_new) + head * k_bytes;
@@ -210,12 +210,53 @@ __device__ void WriteRow(const StepParams& p, const DeviceGroup& group, int t) {
   }
 }
 
+// What a place of DeviceGroup::fixed holds: a row of an engine's pool, as it was written last.
+__device__ unsigned long long FixedTag(const DeviceGroup& group, int64_t slot) {
+  return static_cast<unsigned long long>(slot + 1) << 32 | group.writes[slot];
+}
+
+// Brings the row of a token of an engine's pool to its place on the device, unless it is there. By a
+// warp.
+__device__ void LoadFixedRow(const StepParams& p, const DeviceGroup& group, int64_t token,
+                             const TileShape& shape) {
+  const DeviceStorage& s = p.storage;
+  const int lane = threadIdx.x % kWarp;
+  if (token >= s.sinks && token < group.ring_begin) return;
+  const int64_t place = token < s.sinks ? token : s.sinks + token % s.ring_tokens;
+  const unsigned long long tag = FixedTag(group, SlotOf(s.host, group, token));
+  if (group.fixed_tag[place] == tag) return;
+  const std::byte* const from = RowAt(s.host, group.blocks, group.kv_head, token);
+  std::byte* const to = group.fixed + place * shape.row_bytes;
+  for (int part = lane; part < shape.used_parts; part += kWarp) {
+    const int64_t gap = part < shape.key_parts ? 0 : shape.gap;
+    *reinterpret_cast<uint4*>(to + part * 16) =
+        *reinterpret_cast<const uint4*>(from + part * 16 + gap);
+  }
+  __syncwarp();
+  if (lane == 0) group.fixed_tag[place] = tag;
+}
+
+// NaN for the query tokens of a group whose arguments were out of range.
+__device__ void RefuseHeads(const StepParams& p, const DeviceGroup& group) {
+  const int heads = group.num_queries * (p.group_heads / p.num_tokens),
+            dim = p.storage.host.row.dim_v;
+  for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
+    const int64_t place = HeadPlace(p, group, i / dim);
+    StoreOutput(p.call.out, place * dim + i % dim, p.call.out_dtype, NAN);
+    if (i % dim > 0) continue;
+    if (p.call.lse != nullptr) p.call.lse[place] = NAN;
+    if (p.call.error != nullptr) p.call.error[place] = NAN;
+    if (p.call.verdict != nullptr)
+      p.call.verdict[place] = static_cast<int32_t>(Verdict::kBestEffort);
+  }
+}
+
 template <DType kType, int kHeads>
 __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int part,
                             std::byte* memory, RowsShared<kHeads>& shared) {
   using E = Element<kType>;
   const RowLayout& row = p.storage.host.row;
-  const TileShape shape = MakeTileShape(row.row_bytes);
+  const TileShape shape = OfRows(p.storage, MakeTileShape(row.row_bytes));
   const int64_t count = group.middle_begin + group.tokens - group.middle_end;
   const int all = static_cast<int>((count + shape.rows - 1) / shape.rows);
   const int tiles = all > part ? (all - part + kFixedParts - 1) / kFixedParts : 0;
@@ -228,6 +269,15 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
   const auto token_at = [&](int64_t i) {
     return i < group.middle_begin ? i : group.middle_end + (i - group.middle_begin);
   };
+  if (group.fixed_tag != nullptr) {
+    const int warp = threadIdx.x / kWarp, rows = shape.rows;
+    for (int i = warp; i < tiles * rows; i += kThreads / kWarp) {
+      const int64_t at = int64_t{part + i / rows * kFixedParts} * rows + i % rows;
+      if (at < count) LoadFixedRow(p, group, token_at(at), shape);
+    }
+    __threadfence();
+    __syncthreads();
+  }
   float* queries =
       reinterpret_cast<float*>(memory + RowsBytes<kHeads>(row, kLeastTiles)) - kHeads * row.dim_k;
   const auto first_of = [&](int k) { return int64_t{part + k * kFixedParts} * shape.rows; };
@@ -243,7 +293,7 @@ __device__ void AttendFixed(const StepParams& p, const DeviceGroup& group, int p
         [&](int k, int r) -> uint64_t {
           const int64_t i = first_of(k) + r;
           if (i >= count) return 0;
-          return reinterpret_cast<uint64_t>(RowAddress(p.storage, group, token_at(i)));
+          return RowAddress(p.storage, group, token_at(i));
         },
         [&](int k) { return static_cast<int>(min(int64_t{shape.rows}, count - first_of(k))); },
         WeighOnce{},
@@ -265,7 +315,10 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(const __grid_constant_
   }
   if (static_cast<int>(blockIdx.x) >= NumGroups(p)) return;
   const DeviceGroup& group = p.groups[blockIdx.x];
-  if (group.tokens == 0) return;
+  if (group.tokens == 0) {
+    if (group.refused && blockIdx.y == 0) RefuseHeads(p, group);
+    return;
+  }
   if (blockIdx.y < kFixedParts) {
     AttendFixed<kType, kHeads>(p, group, blockIdx.y, memory, shared);
     return;

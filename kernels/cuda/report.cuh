@@ -18,7 +18,9 @@ __device__ void WriteHeads(Team<kHeads>& team, Write&& write, Judge&& judge) {
   const CallArrays& call = team.p.call;
   const int dim = team.p.storage.host.row.dim_v, heads = team.heads();
   for (int h = team.rank; h < heads; h += team.size) {
-    if (!write(h)) continue;
+    // Of query tokens that are answered again, one is enough.
+    if (!write(h) || h / (team.p.group_heads / team.p.num_tokens) >= team.group.num_queries)
+      continue;
     const int64_t place = HeadPlace(team.p, team.group, h);
     for (int j = threadIdx.x; j < dim; j += kThreads) {
       StoreOutput(call.out, place * dim + j, call.out_dtype,
@@ -49,7 +51,9 @@ __device__ void WriteReport(Team<kHeads>& team, const Report& report) {
   atomicAdd(&c.selected, static_cast<unsigned long long>(report.selected));
   atomicAdd(&c.fetched, static_cast<unsigned long long>(report.fetched));
   atomicAdd(&c.looks, static_cast<unsigned long long>(report.looks));
-  if (report.noisy) atomicAdd(&c.noisy, static_cast<unsigned long long>(team.heads()));
+  if (report.noisy)
+    atomicAdd(&c.noisy, static_cast<unsigned long long>(team.group.num_queries *
+                                                        (team.p.group_heads / team.p.num_tokens)));
 }
 
 }  // namespace vattn::cuda

@@ -19,20 +19,33 @@ constexpr int kRowPadding = 32;  // bytes, spreads rows over the banks
 constexpr int kLeastTiles = 2, kMostTiles = 4;  // tiles in flight
 constexpr int kTailSums = 8;                    // doubles that a thread sums for the certificate
 
-// Tile size of a row layout. Rows of a tile lie `pitch` bytes apart.
+// Tile size of a row layout. Rows of a tile lie `pitch` bytes apart. From where an address has
+// kSplitRow, parts of 16 bytes from key_parts on are brought from `gap` bytes further on, and those
+// from used_parts on not at all.
 struct TileShape {
   int rows, row_bytes, pitch;
+  int key_parts = 0, used_parts = 0;
+  int64_t gap = 0;
 };
 VATTN_HD inline TileShape MakeTileShape(int row_bytes, int most = kMostTileRows) {
   const int pitch = row_bytes + kRowPadding;
   int rows = most;
   while (rows > 8 && rows * pitch > kMostTileBytes) rows /= 2;
-  return {rows, row_bytes, pitch};
+  return {.rows = rows, .row_bytes = row_bytes, .pitch = pitch};
 }
 // For a list of `count` rows that `size` thread blocks share: small tiles rather than idle blocks.
 VATTN_HD inline TileShape MakeTileShape(int row_bytes, int64_t count, int size) {
   return MakeTileShape(
       row_bytes, count > int64_t{kMostTileRows} / 2 * size ? kMostTileRows : kMostTileRows / 2);
+}
+// The same for whole rows, wherever they are.
+VATTN_HD inline TileShape OfRows(const DeviceStorage& s, TileShape shape) {
+  const RowLayout& row = s.host.row;
+  const int element = row.dtype == DType::kF32 ? 4 : 2;
+  shape.key_parts = row.dim_k * element / 16;
+  shape.used_parts = shape.key_parts + (row.shared_kv ? 0 : row.dim_v * element / 16);
+  shape.gap = s.pool_v_offset - row.v_offset;
+  return shape;
 }
 VATTN_HD inline int TileBytes(const TileShape& t) { return t.rows * t.pitch; }
 
@@ -67,7 +80,12 @@ __device__ void WalkTiles(const TileShape& shape, int depth, int tiles,
       __syncwarp();
       for (int c = lane; c < mine * per_row; c += kWarp) {
         const int row = first + c / per_row, part = c % per_row;
-        const uint64_t from = at[stage][row];
+        uint64_t from = at[stage][row];
+        if ((from & kSplitRow) != 0) {
+          from = part >= shape.used_parts  ? 0
+                 : part >= shape.key_parts ? from - kSplitRow + shape.gap
+                                           : from - kSplitRow;
+        }
         if (from != 0) {
           __pipeline_memcpy_async(tile + row * shape.pitch + part * 16,
                                   reinterpret_cast<const std::byte*>(from) + part * 16, 16);

@@ -1,8 +1,8 @@
 // Scan of the index: predicted scores of every middle token for every head of its group, as fp16
 // estimates relative to the largest of their block (kernels/cpu/scan.h has the definition). A warp
 // takes a block of 256 tokens, 32 at a time: tensor cores multiply their codes with up to 8 heads'
-// queries. For policies with a ranking the scores are left as they are; with IndexKind::kExact they
-// are there (exact.cu).
+// queries. For policies with a ranking the scores are left as they are; with IndexKind::kExact and
+// kExternal they are there (exact.cu, external.cu).
 #include <cmath>
 
 #include "kernels/cuda/stages.h"
@@ -171,11 +171,47 @@ struct Spread {
   }
 };
 
-// Where a lane finds its four tokens' words kQuad * i + place of part `part` of a block.
-__device__ const uint4* WordsAt(const std::byte* codes, int all, int part, int i) {
-  const int lane = threadIdx.x % kWarp;
-  const int tile = 2 * part + lane / 16, word = kQuad * i + lane % kQuad;
-  return reinterpret_cast<const uint4*>(codes + (tile * all + word) * 64 + lane / kQuad % 4 * 16);
+// The codes of 256 tokens, which lie together in the library's own pool, and tile by tile in an
+// engine's.
+template <bool kPaged>
+struct BlockCodes {
+  const std::byte* codes = nullptr;
+
+  static __device__ BlockCodes At(const StepParams& p, const DeviceGroup& group, int64_t block) {
+    return {p.storage.codes + group.blocks[block] * p.storage.code_block_bytes};
+  }
+  __device__ bool there() const { return codes != nullptr; }
+  __device__ const std::byte* Tile(int tile, int all) const { return codes + tile * all * 64; }
+};
+template <>
+struct BlockCodes<true> {
+  const StepParams* p = nullptr;
+  const DeviceGroup* group = nullptr;
+  int64_t token = 0;  // the first one
+
+  static __device__ BlockCodes At(const StepParams& p, const DeviceGroup& group, int64_t block) {
+    return {&p, &group, block * kBlockTokens};
+  }
+  __device__ bool there() const { return p != nullptr; }
+  __device__ const std::byte* Tile(int tile, int all) const {
+    const DeviceStorage& s = p->storage;
+    // The table may end with the middle.
+    const TokenPlace at =
+        PlaceOf(s.host.block, min(token + tile * kTileTokens, group->middle_end - kTileTokens));
+    return s.codes + group->blocks[at.block] * s.code_block_bytes +
+           (int64_t{group->kv_head} * s.host.block.tokens + at.in_block) * (4 * all);
+  }
+};
+
+// Where a lane finds its tile of part `part` of a block, and there its four tokens' words kQuad * i +
+// place.
+template <class Codes>
+__device__ const std::byte* TileAt(const Codes& codes, int all, int part) {
+  return codes.Tile(2 * part + static_cast<int>(threadIdx.x) % kWarp / 16, all);
+}
+__device__ const uint4* WordsAt(const std::byte* tile, int i) {
+  const int lane = threadIdx.x % kWarp, word = kQuad * i + lane % kQuad;
+  return reinterpret_cast<const uint4*>(tile + word * 64 + lane / kQuad % 4 * 16);
 }
 
 // The next parts' words of a lane, on their way while it works; across blocks, so that the end of
@@ -185,12 +221,14 @@ struct WordQueue {
   static constexpr int kAhead = kHeads <= 4 ? 4 : 2;
   uint4 word[kAhead][kFours > 0 ? kFours : 1];
 
-  __device__ void Fetch(const std::byte* codes, int all, int part) {
+  template <class Codes>
+  __device__ void Fetch(const Codes& codes, int all, int part) {
+    if (!codes.there()) return;
+    const std::byte* const tile = TileAt(codes, all, part);
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
-      if (codes != nullptr && kQuad * i + static_cast<int>(threadIdx.x) % kQuad < all) {
-        word[part % kAhead][i] = __ldcs(WordsAt(codes, all, part, i));
-      }
+      if (kQuad * i + static_cast<int>(threadIdx.x) % kQuad < all)
+        word[part % kAhead][i] = __ldcs(WordsAt(tile, i));
     }
   }
 };
@@ -198,10 +236,10 @@ struct WordQueue {
 // Scores of one block of 256 tokens for up to kHeads heads, by one warp. Tokens [begin, end) of the
 // block are in the middle. kFours > 0: a token has 4 * kFours code words, `plans` says what a lane
 // does with each, and the first parts are already in `queue`; the loop then fetches the parts of
-// `following`, unless that is null. kFours == 0: any number of words, and nothing is fetched ahead. No
+// `following`, unless that is not there. kFours == 0: any number of words, and nothing is fetched ahead. No
 // word has more than kRuns runs. has_outliers: a token whose code is all 0 gets kOutlierScore.
-template <int kHeads, int kFours, int kRuns>
-__device__ void ScoreBlock(const std::byte* codes, const std::byte* following,
+template <int kHeads, int kFours, int kRuns, class Codes>
+__device__ void ScoreBlock(const Codes& codes, const Codes& following,
                            WordQueue<kHeads, kFours>& queue, const Words& words,
                            const WordPlan<kRuns>* plans, const PackedQueries& q, bool has_outliers,
                            int begin, int end, typename Spread<kHeads>::Scores& score) {
@@ -230,9 +268,10 @@ __device__ void ScoreBlock(const std::byte* codes, const std::byte* following,
       }
       queue.Fetch(part + kAhead < kParts ? codes : following, all, (part + kAhead) % kParts);
     } else {
+      const std::byte* const tile = TileAt(codes, all, part);
       for (int i = 0; i * kQuad < all; ++i) {
         const uint4 none = make_uint4(0, 0, 0, 0);
-        const uint4 word = kQuad * i + place < all ? __ldcs(WordsAt(codes, all, part, i)) : none;
+        const uint4 word = kQuad * i + place < all ? __ldcs(WordsAt(tile, i)) : none;
         note(word);
         AddWord(word, PlanWord<kRuns>(words, q, i), words.MostRuns(i), acc);
       }
@@ -323,8 +362,8 @@ __device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int 
 }
 
 // k8, k4, k2, k1 >= 0: words of each precision known at compile time. k8 < 0: none is, but for k1 =
-// 0. kRanked: scores go to scratch.score.
-template <int kHeads, int k8, int k4, int k2, int k1, bool kRanked>
+// 0. kRanked: scores go to scratch.score. kPaged: codes lie in an engine's pool.
+template <int kHeads, int k8, int k4, int k2, int k1, bool kRanked, bool kPaged>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     ScanKernel(const __grid_constant__ StepParams p) {
   constexpr int kFours = k8 < 0 ? 0 : (k8 + k4 + k2 + k1 + kQuad - 1) / kQuad;
@@ -360,9 +399,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
       WordPlan<kRuns> plans[kFours > 0 ? kFours : 1];
 #pragma unroll
       for (int i = 0; i < kFours; ++i) plans[i] = PlanWord<kRuns>(words, packed, i);
-      const auto codes = [&](int64_t item) {
-        return p.storage.codes + group.blocks[item + before] * p.storage.code_block_bytes;
-      };
+      using Codes = BlockCodes<kPaged>;
+      const auto codes = [&](int64_t item) { return Codes::At(p, group, item + before); };
 #pragma unroll
       for (int part = 0; part < queue.kAhead; ++part) queue.Fetch(codes(at), words.all(), part);
       for (int64_t item = at; item < end; ++item) {
@@ -371,7 +409,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
         const int heads = min(kHeads, p.group_heads - first);
         typename Spread<kHeads>::Scores score;
         ScoreBlock<kHeads, kFours, kRuns>(
-            codes(item), item + 1 < end ? codes(item + 1) : nullptr, queue, words, plans, packed,
+            codes(item), item + 1 < end ? codes(item + 1) : Codes{}, queue, words, plans, packed,
             code.kind == IndexKind::kBalanced,
             static_cast<int>(max(group.middle_begin - token, int64_t{0})),
             static_cast<int>(min(group.middle_end - token, int64_t{kBlockTokens})), score);
@@ -414,21 +452,26 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
 template <int kHeads, bool kRanked>
 void LaunchScan(const StepParams& p, int blocks, cudaStream_t stream) {
   const CodeLayout& c = p.storage.host.code;
-  if (c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48) {
-    ScanKernel<kHeads, 0, 5, 3, 0, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+  const bool common = c.dims8 == 0 && c.dims4 == 40 && c.dims2 == 48;  // 32 bytes, 128 dimensions
+  if (p.paged && common) {
+    ScanKernel<kHeads, 0, 5, 3, 0, kRanked, true><<<blocks, kScanThreads, 0, stream>>>(p);
+  } else if (p.paged) {
+    ScanKernel<kHeads, -1, -1, -1, 0, kRanked, true><<<blocks, kScanThreads, 0, stream>>>(p);
+  } else if (common) {
+    ScanKernel<kHeads, 0, 5, 3, 0, kRanked, false><<<blocks, kScanThreads, 0, stream>>>(p);
   } else if (c.dims1 == 256) {
-    ScanKernel<kHeads, 0, 0, 0, 8, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+    ScanKernel<kHeads, 0, 0, 0, 8, kRanked, false><<<blocks, kScanThreads, 0, stream>>>(p);
   } else if (c.dims1 > 0) {
-    ScanKernel<kHeads, -1, -1, -1, -1, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+    ScanKernel<kHeads, -1, -1, -1, -1, kRanked, false><<<blocks, kScanThreads, 0, stream>>>(p);
   } else {
-    ScanKernel<kHeads, -1, -1, -1, 0, kRanked><<<blocks, kScanThreads, 0, stream>>>(p);
+    ScanKernel<kHeads, -1, -1, -1, 0, kRanked, false><<<blocks, kScanThreads, 0, stream>>>(p);
   }
 }
 
 template <int kHeads>
 int Launch(const StepParams& p, int multiprocessors, cudaStream_t stream) {
   const int blocks = multiprocessors * kScanBlocks;
-  if (p.promise.index == IndexKind::kExact) {
+  if (ScoredBeforeScan(p.promise.index)) {
     EstimateKernel<kHeads><<<blocks, kScanThreads, 0, stream>>>(p);
   } else if (p.promise.policy != Policy::kVerified) {
     LaunchScan<kHeads, true>(p, blocks, stream);

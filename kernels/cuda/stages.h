@@ -2,6 +2,7 @@
 //
 //   Prepare     prepare.cu                     the new token's row, packed queries, sinks and window
 //   ScoreRows   exact.cu                       true scores, for IndexKind::kExact
+//   TakeScores  external.cu                    the caller's scores, for IndexKind::kExternal
 //   Scan        scan.cu                        predicted scores or estimates
 //   SumValues   values.cu                      the value codes' answer for the whole middle
 //   PlanDraw    plan.cu, plan.cuh              multipliers, by one thread block a group
@@ -67,6 +68,8 @@ extern template struct LookOf<DType::kBF16>;
 int Prepare(const StepParams& params, Stream stream);
 // True scores of the middle from its keys, for IndexKind::kExact.
 int ScoreRows(const StepParams& params, int multiprocessors, Stream stream);
+// The caller's scores of the middle, for IndexKind::kExternal.
+int TakeScores(const StepParams& params, int multiprocessors, Stream stream);
 int Scan(const StepParams& params, int multiprocessors, Stream stream);
 // Multipliers of every head, one thread block a group.
 int PlanDraw(const StepParams& params, Stream stream);

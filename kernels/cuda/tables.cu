@@ -85,6 +85,19 @@ __global__ void WriteKernel(WriteParams p) {
   }
 }
 
+// By two bytes, the least that is sure to be aligned.
+__global__ void __launch_bounds__(kTableThreads)
+    GatherKernel(const std::byte* base, const int64_t* offsets, int64_t count, int64_t bytes,
+                 std::byte* to) {
+  const int64_t words = bytes / 2;
+  for (int64_t i = int64_t{blockIdx.x} * kTableThreads + threadIdx.x; i < count * words;
+       i += int64_t{gridDim.x} * kTableThreads) {
+    const int64_t part = i / words, word = i - part * words;
+    reinterpret_cast<uint16_t*>(to)[i] =
+        *reinterpret_cast<const uint16_t*>(base + offsets[part] + 2 * word);
+  }
+}
+
 }  // namespace
 
 int LoadFixed(const DeviceStorage& storage, const FixedItem* items, int count, Stream stream) {
@@ -113,6 +126,14 @@ int ApplyPatches(const Patch* patches, int64_t count, Stream stream) {
   if (count == 0) return cudaSuccess;
   ApplyPatchesKernel<<<Grid(count), kTableThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
       patches, count);
+  return cudaGetLastError();
+}
+
+int Gather(const std::byte* base, const int64_t* offsets, int64_t count, int64_t bytes,
+           std::byte* to, Stream stream) {
+  if (count == 0) return cudaSuccess;
+  GatherKernel<<<Grid(count * bytes / 2), kTableThreads, 0,
+                 static_cast<cudaStream_t>(stream.handle)>>>(base, offsets, count, bytes, to);
   return cudaGetLastError();
 }
 

@@ -47,7 +47,7 @@ __device__ __noinline__ void AttendMasked(Team<kHeads>& team, int64_t count, con
                                           int walk, bool moments) {
   const GroupScratch& w = team.group.scratch;
   const RowLayout& row = team.p.storage.host.row;
-  const TileShape shape = MakeTileShape(row.row_bytes, count, team.size);
+  const TileShape shape = OfRows(team.p.storage, MakeTileShape(row.row_bytes, count, team.size));
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t first_block = FirstBlock(team.group);
   const auto place = [&](int k, int r) { return team.RowPlace(shape.rows, k, r); };

@@ -147,7 +147,8 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
         shape, team.p.storage.tiles_in_flight, tiles, team.shared.rows.address, team.memory,
         [&](int k, int row_of_tile) -> uint64_t {
           const int64_t i = place(k, row_of_tile);
-          return i < count && inclusion(i) < 1 ? LoadL2(w.row + i) + row.v_offset : 0;
+          return i < count && inclusion(i) < 1 ? ValueAddress(team.p.storage, LoadL2(w.row + i))
+                                               : 0;
         },
         [&](int k, const std::byte* tile) {
           const int n = static_cast<int>(min(count - place(k, 0), int64_t{shape.rows}));
@@ -248,7 +249,7 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
   __shared__ float exact[kRankDraws], predicted_e[kRankDraws], cosines[kWarps], pairs[kWarps];
   if (tid < kRankDraws) {
     const int64_t i = places[tid], at = h * w.capacity + i;
-    rows[tid] = LoadL2(w.row + i) + row.v_offset;
+    rows[tid] = ValueAddress(team.p.storage, LoadL2(w.row + i));
     if (coded) {
       exact[tid] = expf(LoadL2(w.logit + at) - team.shared.head[h].shift);
       predicted_e[tid] = expf(LoadL2(w.log_predicted_e + at) - team.shared.head[h].shift);

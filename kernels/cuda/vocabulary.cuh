@@ -111,18 +111,43 @@ __device__ T LoadL2(const T* at) {
   return __ldcg(at);
 }
 
+// The row of a token in the library's own pool.
 inline __device__ const std::byte* HostRow(const Storage& s, const int32_t* blocks, int64_t token) {
   return s.base + blocks[token / kBlockTokens] * s.block.bytes +
          token % kBlockTokens * s.row.row_bytes;
 }
 
+// The slot of a token: its place among all tokens of the pool.
+inline __device__ int64_t SlotOf(const Storage& s, const DeviceGroup& group, int64_t token) {
+  const TokenPlace at = PlaceOf(s.block, token);
+  return int64_t{group.blocks[at.block]} * s.block.tokens + at.in_block;
+}
+
+inline __device__ int64_t HotKey(const Storage& s, const DeviceGroup& group, int64_t token) {
+  return group.hot_key + SlotOf(s, group, token);
+}
+
+// An address of a row has its lowest bit set where K and V lie as in an engine's pool, which is not as
+// they lie on the device. Rows are aligned to 16 bytes.
+constexpr uint64_t kSplitRow = 1;
+inline __device__ uint64_t PoolRow(const DeviceStorage& s, const DeviceGroup& group,
+                                   int64_t token) {
+  return reinterpret_cast<uint64_t>(RowAt(s.host, group.blocks, group.kv_head, token)) +
+         (s.split ? kSplitRow : 0);
+}
+inline __device__ uint64_t KeyAddress(uint64_t row) { return row & ~kSplitRow; }
+inline __device__ uint64_t ValueAddress(const DeviceStorage& s, uint64_t row) {
+  return (row & kSplitRow) != 0 ? row - kSplitRow + s.pool_v_offset : row + s.host.row.v_offset;
+}
+
 // The row of a token that is in no list: sinks and ring on the device, the rest in the host pool.
-inline __device__ const std::byte* RowAddress(const DeviceStorage& s, const DeviceGroup& group,
-                                              int64_t token) {
+inline __device__ uint64_t RowAddress(const DeviceStorage& s, const DeviceGroup& group,
+                                      int64_t token) {
   const int64_t row_bytes = s.host.row.row_bytes;
-  if (token < s.sinks) return group.fixed + token * row_bytes;
-  if (token >= group.ring_begin) return group.fixed + (s.sinks + token % s.ring_tokens) * row_bytes;
-  return HostRow(s.host, group.blocks, token);
+  const bool ring = token >= group.ring_begin;
+  if (token >= s.sinks && !ring) return PoolRow(s, group, token);
+  const int64_t place = token < s.sinks ? token : s.sinks + token % s.ring_tokens;
+  return reinterpret_cast<uint64_t>(group.fixed + place * row_bytes);
 }
 
 // The segments of a group's index: how many there are, the tables of one, and the segment that block
@@ -155,14 +180,17 @@ inline __device__ int64_t ScanBlocks(const StepParams& p) {
   return p.header->num_tokens == p.num_tokens ? p.header->scan_blocks : 0;
 }
 
-// The place of a head among the arrays of a call, and where the tokens end that it sees.
+// The query token of a head, the place of a head among the arrays of a call, and where the tokens end
+// that it sees.
+inline __device__ int QueryToken(const StepParams& p, const DeviceGroup& g, int head) {
+  return min(head / (p.group_heads / p.num_tokens), g.num_queries - 1);
+}
 inline __device__ int64_t HeadPlace(const StepParams& p, const DeviceGroup& g, int head) {
   const int heads = p.group_heads / p.num_tokens;
-  const int64_t token = int64_t{g.slot} * p.num_tokens + head / heads;
-  return (token * p.kv_heads + g.kv_head) * heads + head % heads;
+  return ((g.first_query + QueryToken(p, g, head)) * p.kv_heads + g.kv_head) * heads + head % heads;
 }
 inline __device__ int64_t VisibleEnd(const StepParams& p, const DeviceGroup& g, int head) {
-  return g.tokens - p.num_tokens + 1 + head / (p.group_heads / p.num_tokens);
+  return g.tokens - g.num_queries + 1 + QueryToken(p, g, head);
 }
 // What logits are relative to before the first row: with several query tokens finite, because there
 // may be no row that a head sees.

@@ -16,14 +16,15 @@ class CpuBackend final : public Backend {
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  absl::StatusOr<std::unique_ptr<PagedHalf>> MakePaged(Runtime& runtime,
+                                                       const PagedPool& pool) override;
+
   absl::Status CheckPrefill() const override { return absl::OkStatus(); }
   absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void*) const override { return false; }
   absl::Status Write(const WriteParams& params, cpu::Workers* workers) override;
-  absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t,
-                                          std::vector<std::byte>&) override {
-    return static_cast<const std::byte*>(from);
-  }
+  absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t,
+                      std::vector<const std::byte*>& parts, std::vector<std::byte>&) override;
 
   absl::Status Merge(const MergeParams& params, DeviceStream stream) override;
 

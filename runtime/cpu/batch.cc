@@ -77,7 +77,7 @@ absl::Status CpuBatch::Call(Task task, const AttendRequest& r, const Selection& 
     Forecast();
     return absl::OkStatus();
   }
-  if (task == Task::kDecode) Decode();
+  if (task == Task::kDecode) Decode(r);
   if (task == Task::kAttendSelected) AttendSelected(selection);
   CarryStates();
   Account(r);
@@ -187,14 +187,16 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
   }
   if (r.scores != nullptr) {
     const bool apart = r.score_heads == o.num_q_heads;
-    const float** const rows = score_rows_.data() + together;
+    const void** const rows = score_rows_.data() + together;
     for (int i = 0; i < group.group_heads; ++i) {
       const int64_t token = int64_t{slot} * query_tokens_ + i / group_heads;
       const int64_t row =
           apart ? token * o.num_q_heads + h * group_heads + i % group_heads : token * kv_heads + h;
-      rows[i] = r.scores + row * r.scores_stride;
+      rows[i] = static_cast<const std::byte*>(r.scores) +
+                row * r.scores_stride * ElementBytes(static_cast<DType>(r.scores_dtype));
     }
     group.external = rows;
+    group.external_dtype = static_cast<DType>(r.scores_dtype);
   }
   group.scratch = CarveScratch(s, runtime_.promise(), tokens, group.group_heads, memory);
   return group;
@@ -268,9 +270,11 @@ absl::Status CpuBatch::LookOn(const AttendRequest& r) {
   return absl::OkStatus();
 }
 
-void CpuBatch::Decode() {
+void CpuBatch::Decode(const AttendRequest& r) {
+  Promise promise = runtime_.promise();
+  if (r.dense) promise.policy = Policy::kDense;
   cpu::Decode({.storage = runtime_.storage(),
-               .promise = runtime_.promise(),
+               .promise = promise,
                .groups = groups_.data(),
                .num_groups = static_cast<int32_t>(groups_.size())},
               runtime_.workers());

@@ -46,7 +46,7 @@ class CpuBatch final : public BatchHalf {
   // The controller of the last query token goes on to the next step.
   void CarryStates();
 
-  void Decode();
+  void Decode(const AttendRequest& request);
   // The first part of a step with slices of a context, and what goes on from it.
   void Forecast();
   absl::Status LookOn(const AttendRequest& request);
@@ -76,8 +76,8 @@ class CpuBatch final : public BatchHalf {
   std::vector<Verdict> verdicts_;
   std::vector<float> errors_;
   // [slots, KV heads, query tokens, query heads of one]
-  std::vector<HeadState> states_;         // with several query tokens
-  std::vector<const float*> score_rows_;  // with IndexKind::kExternal
+  std::vector<HeadState> states_;        // with several query tokens
+  std::vector<const void*> score_rows_;  // with IndexKind::kExternal
   VirtualRange scratch_;
 };
 

@@ -1,10 +1,13 @@
 #include "runtime/cuda/backend.h"
 
+#include <cstring>
+
 #include "kernels/cpu/merge.h"
 #include "kernels/cpu/write.h"
 #include "kernels/cuda/launch.h"
 #include "memory/status.h"
 #include "runtime/cuda/batch.h"
+#include "runtime/cuda/paged.h"
 #include "runtime/cuda/sequence_half.h"
 
 namespace vattn {
@@ -19,11 +22,10 @@ constexpr uint64_t kSpareBytes = uint64_t{64} << 20;
 
 absl::Status CudaBackend::CheckOptions(const Options& o) {
   const IndexKind index = o.index;
-  if (index != IndexKind::kBalanced && index != IndexKind::kExact && index != IndexKind::kSign &&
-      index != IndexKind::kHadamard2) {
-    return NotSupportedError(
-        "index is ", static_cast<int32_t>(index),
-        ", the CUDA backend has balanced (0), exact (1), sign (2) and hadamard2 (3)");
+  if (index == IndexKind::kPage || index == IndexKind::kPooled || index == IndexKind::kClusters) {
+    return NotSupportedError("index is ", static_cast<int32_t>(index),
+                             ", the CUDA backend has balanced (0), exact (1), sign (2), hadamard2 "
+                             "(3) and external (7)");
   }
   for (const int32_t heads : o.layer_kv_heads) {
     if (heads > 0 && o.num_q_heads / heads > cuda::kMaxDeviceGroup) {
@@ -56,7 +58,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Options& 
   s.ring_tokens = (options.window + kCodeTokens + kCodeTokens - 1) / kCodeTokens * kCodeTokens;
   s.tiles_in_flight = cuda::TilesInFlight(storage);
   absl::StatusOr<std::byte*> base =
-      d.Register(store.base(), static_cast<uint64_t>(store.num_blocks()) * store.block_bytes());
+      d.Register(store.base(), static_cast<uint64_t>(store.num_blocks()) * store.block_bytes(),
+                 store.block_bytes());
   if (!base.ok()) return base.status();
   s.host.base = *base;
   absl::StatusOr<std::unique_ptr<DevicePages>> pages =
@@ -105,6 +108,8 @@ absl::Status CudaBackend::HoldLocked(DeviceRange& range, const int32_t* blocks, 
   if (CodeOf(status) != Code::kOutOfMemory) return status;
   ReclaimLocked(0);
   status = range.Commit(blocks, count, fresh);
+  if (CodeOf(status) == Code::kOutOfMemory && DropPrefillMemory())
+    status = range.Commit(blocks, count, fresh);
   if (CodeOf(status) != Code::kOutOfMemory) return status;
   return OutOfMemoryError(
       status.message(), ", which ", count, " blocks of ", kBlockTokens,
@@ -151,32 +156,47 @@ absl::StatusOr<std::unique_ptr<BatchHalf>> CudaBackend::MakeBatch(Runtime& runti
   return CudaBatch::Create(runtime, slots);
 }
 
+absl::StatusOr<std::unique_ptr<PagedHalf>> CudaBackend::MakePaged(Runtime& runtime,
+                                                                  const PagedPool& pool) {
+  return CudaPaged::Create(runtime, pool);
+}
+
 absl::Status CudaBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   if (IsOnDevice(params.k)) return WriteOnDevice(params);
   cpu::Write(params, workers);
   return absl::OkStatus();
 }
 
+absl::Status CudaBackend::GrowLists(uint64_t bytes) {
+  if (bytes <= lists_.size()) return absl::OkStatus();
+  absl::StatusOr<DeviceMemory> memory = device_->Allocate(2 * bytes);
+  if (!memory.ok()) return memory.status();
+  lists_ = *std::move(memory);
+  return absl::OkStatus();
+}
+
 absl::Status CudaBackend::WriteOnDevice(const WriteParams& params) {
   VATTN_RETURN_IF_ERROR(device_->Activate());
-  const int64_t blocks = (params.first + params.count + kBlockTokens - 1) / kBlockTokens;
-  const uint64_t heads = static_cast<uint64_t>(params.kv_heads),
-                 pointers = heads * sizeof(int32_t*);
-  absl::StatusOr<DeviceMemory> memory =
-      device_->Allocate(pointers + heads * static_cast<uint64_t>(blocks) * sizeof(int32_t));
-  if (!memory.ok()) return memory.status();
-  int32_t* ids = reinterpret_cast<int32_t*>(memory->data() + pointers);
-  std::vector<const int32_t*> lists;
+  // The blocks that rows go to, behind pointers to those of each KV head.
+  const int64_t begin = params.first / kBlockTokens,
+                blocks = BlocksFor(params.first + params.count) - begin;
+  const int64_t pointers = params.kv_heads * int64_t{sizeof(int32_t*)},
+                list = blocks * int64_t{sizeof(int32_t)};
+  const std::lock_guard<std::mutex> lock(lists_mutex_);
+  std::vector<std::byte> lists(static_cast<size_t>(pointers + params.kv_heads * list));
+  VATTN_RETURN_IF_ERROR(GrowLists(lists.size()));
   for (int32_t h = 0; h < params.kv_heads; ++h) {
-    lists.push_back(ids + h * blocks);
-    VATTN_RETURN_IF_ERROR(device_->Copy(ids + h * blocks, params.blocks[h],
-                                        static_cast<uint64_t>(blocks) * sizeof(int32_t),
-                                        device_->stream()));
+    const int64_t at = pointers + h * list;
+    const std::byte* const there = lists_.data() + at;
+    std::memcpy(lists.data() + h * sizeof(there), &there, sizeof(there));
+    std::memcpy(lists.data() + at, params.blocks[h] + begin, static_cast<size_t>(list));
   }
-  VATTN_RETURN_IF_ERROR(device_->Copy(memory->data(), lists.data(), pointers, device_->stream()));
+  VATTN_RETURN_IF_ERROR(
+      device_->Copy(lists_.data(), lists.data(), lists.size(), device_->stream()));
   WriteParams there = params;
   there.storage = storage_.host;
-  there.blocks = memory->as<const int32_t* const>();
+  there.first -= begin * kBlockTokens;
+  there.blocks = lists_.as<const int32_t* const>();
   VATTN_RETURN_IF_ERROR(device_->Check(cuda::Write(there, {device_->stream()}), "writing rows"));
   return device_->Synchronize(device_->stream());
 }
@@ -200,12 +220,30 @@ absl::Status CudaBackend::Read(void* to, const void* from, uint64_t bytes) {
   return device_->Synchronize(device_->stream());
 }
 
-absl::StatusOr<const std::byte*> CudaBackend::OnHost(const void* from, uint64_t bytes,
-                                                     std::vector<std::byte>& copy) {
-  if (!IsOnDevice(from)) return static_cast<const std::byte*>(from);
-  copy.resize(static_cast<size_t>(bytes));
-  VATTN_RETURN_IF_ERROR(Read(copy.data(), from, bytes));
-  return copy.data();
+absl::Status CudaBackend::OnHost(const void* base, const std::vector<int64_t>& offsets,
+                                 int64_t bytes, std::vector<const std::byte*>& parts,
+                                 std::vector<std::byte>& copy) {
+  const std::byte* from = static_cast<const std::byte*>(base);
+  const int64_t count = static_cast<int64_t>(offsets.size());
+  const bool gathered = IsOnDevice(base);
+  if (gathered) {
+    VATTN_RETURN_IF_ERROR(device_->Activate());
+    const uint64_t all = static_cast<uint64_t>(count * bytes),
+                   list = offsets.size() * sizeof(int64_t);
+    copy.resize(static_cast<size_t>(all));
+    const std::lock_guard<std::mutex> lock(lists_mutex_);
+    VATTN_RETURN_IF_ERROR(GrowLists(list + all));
+    const DeviceStream stream = device_->stream();
+    VATTN_RETURN_IF_ERROR(device_->Copy(lists_.data(), offsets.data(), list, stream));
+    VATTN_RETURN_IF_ERROR(device_->Check(cuda::Gather(from, lists_.as<const int64_t>(), count,
+                                                      bytes, lists_.data() + list, {stream}),
+                                         "gathering queries"));
+    VATTN_RETURN_IF_ERROR(Read(copy.data(), lists_.data() + list, all));
+    from = copy.data();
+  }
+  parts.clear();
+  for (int64_t i = 0; i < count; ++i) parts.push_back(from + (gathered ? i * bytes : offsets[i]));
+  return absl::OkStatus();
 }
 
 void CudaBackend::AddTo(StatsSnapshot& s) {
@@ -217,6 +255,7 @@ void CudaBackend::AddTo(StatsSnapshot& s) {
   s.bytes_fetched = c.fetched * static_cast<uint64_t>(storage_.host.row.row_bytes);
   s.looks = c.looks;
   s.outliers = c.outliers, s.heads_noisy = c.noisy;
+  s.requests_refused = c.refused;
   const PageCounts pages = pages_->counts();
   s.device_bytes_reserved = pages.reserved_bytes,
   s.device_bytes_mapped = pages.mapped_bytes + pages.spare_bytes;

@@ -4,6 +4,7 @@
 #define VATTN_RUNTIME_CUDA_BACKEND_H_
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 
@@ -42,14 +43,23 @@ class CudaBackend final : public Backend {
   std::unique_ptr<SequenceHalf> MakeSequence(const Runtime& runtime) override;
   absl::StatusOr<std::unique_ptr<BatchHalf>> MakeBatch(Runtime& runtime, int slots) override;
 
+  absl::StatusOr<std::unique_ptr<PagedHalf>> MakePaged(Runtime& runtime,
+                                                       const PagedPool& pool) override;
+
+  // Enqueues copies of the rows of tokens [begin, begin + tokens) to the device, [kv_heads][tokens] as
+  // they lie there, with `stride` bytes between KV heads.
+  using FetchRows = std::function<absl::Status(int64_t begin, int64_t tokens, std::byte* to,
+                                               int64_t stride, DeviceStream stream)>;
+  // Prefill of rows that come by `fetch`.
+  absl::Status PrefillBy(const PrefillParams& params, const FetchRows& fetch);
   absl::Status CheckPrefill() const override;
   absl::Status Prefill(const PrefillParams& params, cpu::Workers* workers) override;
   bool IsOnDevice(const void* pointer) const override {
     return pointer != nullptr && device_->CanFollow(pointer);
   }
   absl::Status Write(const WriteParams& params, cpu::Workers* workers) override;
-  absl::StatusOr<const std::byte*> OnHost(const void* from, uint64_t bytes,
-                                          std::vector<std::byte>& copy) override;
+  absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t bytes,
+                      std::vector<const std::byte*>& parts, std::vector<std::byte>& copy) override;
 
   absl::Status Merge(const MergeParams& params, DeviceStream stream) override;
 
@@ -86,11 +96,18 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(HostStore& store) : store_(store) {}
   // Rows that the device can follow.
   absl::Status WriteOnDevice(const WriteParams& params);
+  // Makes lists_ so large at least.
+  absl::Status GrowLists(uint64_t bytes);
   // `bytes` from memory that the device can follow to the host. Blocks until done.
   absl::Status Read(void* to, const void* from, uint64_t bytes);
   absl::Status HoldLocked(DeviceRange& range, const int32_t* blocks, int64_t count,
                           DeviceRange::Stretches* fresh);
   void ReclaimLocked(int64_t keep);
+  // Enqueues the chunks of a prompt, of so many tokens, through buffers [2] of rows.
+  absl::Status AttendChunks(const PrefillParams& params, cuda::PrefillChunk chunk,
+                            int64_t chunk_tokens, std::byte* const* rows, const FetchRows& fetch);
+  // Gives back what prefills keep, unless one is at work. False: there is nothing.
+  bool DropPrefillMemory();
 
   HostStore& store_;
   std::unique_ptr<Device> device_;
@@ -104,6 +121,10 @@ class CudaBackend final : public Backend {
   Promise promise_;
   int64_t num_blocks_ = 0;
   DeviceMemory counters_, quantile_;
+  std::mutex prefill_mutex_;     // of one prefill at a time
+  DeviceMemory prefill_memory_;  // of the largest one so far
+  std::mutex lists_mutex_;       // of one user at a time
+  DeviceMemory lists_;           // block ids of rows that are written, parts of queries
   std::unique_ptr<std::atomic<uint32_t>[]> generations_;
 };
 

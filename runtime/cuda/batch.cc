@@ -230,6 +230,8 @@ void CudaBatch::FillGroups(int l, int steps, cuda::StepHeader& header,
                             static_cast<uint32_t>(h));
       g.slot = f.slot;
       g.kv_head = h;
+      g.first_query = int64_t{f.slot} * query_tokens_;
+      g.num_queries = query_tokens_;
       g.tokens = tokens;
       g.middle_begin = begin;
       g.middle_end = end;
@@ -320,6 +322,7 @@ absl::Status CudaBatch::Launch(Task task, const AttendRequest& r, const Selectio
   p.task = task;
   p.storage = backend_.storage();
   p.promise = backend_.promise();
+  if (r.dense) p.promise.policy = Policy::kDense;
   p.hot = hot_;
   const int layers = runtime_.options().num_layers, kv_heads = runtime_.kv_heads(r.layer);
   p.header = tables_.as<cuda::StepHeader>() + r.layer;
@@ -342,7 +345,11 @@ absl::Status CudaBatch::Launch(Task task, const AttendRequest& r, const Selectio
             .looks = r.looks,
             .middle = r.middle,
             .timeline = r.timeline,
-            .out_dtype = r.out_dtype};
+            .out_dtype = r.out_dtype,
+            .score_heads = r.score_heads == 0 ? kv_heads : r.score_heads,
+            .scores_dtype = r.scores_dtype,
+            .scores = r.scores,
+            .scores_stride = r.scores_stride};
   p.selection = {selection.capacity, selection.tokens, selection.log_weights, selection.counts};
   p.slice = {.partial = r.partial,
              .gathered = r.gathered,
@@ -381,6 +388,11 @@ void ForEachArray(const Runtime& runtime, Task task, AttendRequest& r, Selection
   visit(r.q, q_heads * row.dim_k * element, Way::kIn);
   visit(r.k_new, new_rows * row.dim_k * element, Way::kIn);
   visit(r.v_new, new_rows * row.dim_v * element, Way::kIn);
+  const int64_t score_heads = r.score_heads == 0 ? runtime.kv_heads(r.layer) : r.score_heads;
+  visit(r.scores,
+        r.num_tokens * score_heads * r.scores_stride *
+            ElementBytes(static_cast<DType>(r.scores_dtype)),
+        Way::kIn);
   visit(r.out, q_heads * row.dim_v * out_element, Way::kOut);
   visit(r.lse, q_heads * int64_t{sizeof(*r.lse)}, Way::kOut);
   visit(r.verdict, q_heads * int64_t{sizeof(*r.verdict)}, Way::kOut);

@@ -26,7 +26,7 @@ vattn_options Options(int32_t index) {
 }
 
 // A sequence of kTokens, its batch, and exact scores of the last call's queries with a little
-// noise.
+// noise, in `dtype`.
 struct Decoder {
   explicit Decoder(const vattn_options& options) : runtime(options) {
     rows.AddGaussian(kShape, engine, kTokens);
@@ -35,7 +35,7 @@ struct Decoder {
   }
 
   // Scores for the middle by query head, or for whole groups those of their first head.
-  void Predict(const Call& call, int heads) {
+  void Predict(const Call& call, int heads, int32_t dtype = VATTN_F32) {
     stride = rows.tokens;
     scores.assign(heads * stride, 0);
     std::normal_distribution<float> noise(0, .3f);
@@ -51,6 +51,7 @@ struct Decoder {
         scores[h * stride + t] = static_cast<float>(sum / 8) + noise(engine);
       }
     }
+    score_bytes = ToBytes(dtype, scores);
   }
 
   std::mt19937_64 engine{5};
@@ -59,6 +60,7 @@ struct Decoder {
   Sequence sequence{runtime, 3};
   Batch batch{runtime, 1};
   std::vector<float> scores;
+  std::vector<std::byte> score_bytes;
   int64_t stride = 0;
 };
 
@@ -66,6 +68,7 @@ struct Kind {
   const char* name;
   int32_t index;
   int score_heads = 0;
+  int32_t scores_dtype = VATTN_F32;
 };
 
 class ApiIndexTest : public testing::TestWithParam<Kind> {};
@@ -80,8 +83,9 @@ TEST_P(ApiIndexTest, KeepsThePromise) {
     call.Fill(decoder.engine, 1, 1.5f);
     vattn_attend_params params = call.Params();
     if (GetParam().score_heads > 0) {
-      decoder.Predict(call, GetParam().score_heads);
-      params.scores = decoder.scores.data();
+      decoder.Predict(call, GetParam().score_heads, GetParam().scores_dtype);
+      params.scores = decoder.score_bytes.data();
+      params.scores_dtype = GetParam().scores_dtype;
       params.scores_stride = decoder.stride;
       params.score_heads = GetParam().score_heads;
     }
@@ -137,7 +141,9 @@ INSTANTIATE_TEST_SUITE_P(
                     Kind{"hadamard2", VATTN_INDEX_HADAMARD2}, Kind{"page", VATTN_INDEX_PAGE},
                     Kind{"pooled", VATTN_INDEX_POOLED}, Kind{"clusters", VATTN_INDEX_CLUSTERS},
                     Kind{"external", VATTN_INDEX_EXTERNAL, 6},
-                    Kind{"external_by_group", VATTN_INDEX_EXTERNAL, 2}),
+                    Kind{"external_by_group", VATTN_INDEX_EXTERNAL, 2},
+                    Kind{"external_f16", VATTN_INDEX_EXTERNAL, 6, VATTN_F16},
+                    Kind{"external_bf16", VATTN_INDEX_EXTERNAL, 2, VATTN_BF16}),
     [](const auto& info) { return std::string(info.param.name); });
 
 // Refused with INVALID_ARGUMENT and this text; the layer can be attended afterwards.
@@ -169,7 +175,24 @@ TEST(ApiExternalTest, BadScoresAreNamed) {
   ExpectRefused(decoder.batch, params,
                 "score_heads is 3, must be 0, the 2 KV heads of the layer or the 6 query heads");
   params.score_heads = 0;
+  params.scores_dtype = 3;
+  ExpectRefused(decoder.batch, params, "scores_dtype is 3, must be 0 to 2");
+  params.scores_dtype = VATTN_F32;
+  params.policy = VATTN_POLICY_TOPK;
+  ExpectRefused(decoder.batch, params,
+                "policy is 1, must be 0, the runtime's, or VATTN_POLICY_DENSE (3)");
+  params.policy = 0;
   decoder.batch.Attend(params);
+
+  // Every row, for once: nothing has to be predicted.
+  Call whole(kShape, 1, 0);
+  whole.Fill(decoder.engine, 1);
+  vattn_attend_params exact = whole.Params();
+  exact.policy = VATTN_POLICY_DENSE;
+  decoder.batch.BeginStep(1);
+  decoder.batch.Attend(exact);
+  EXPECT_EQ(std::count(whole.verdict.begin(), whole.verdict.end(), VATTN_VERDICT_EXACT),
+            kShape.q_heads);
 
   vattn_options dense = Options(VATTN_INDEX_EXTERNAL);
   dense.policy = VATTN_POLICY_DENSE;

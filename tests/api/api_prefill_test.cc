@@ -131,6 +131,24 @@ INSTANTIATE_TEST_SUITE_P(
 // The type of rows where it is not what is tested.
 int32_t AnyType() { return OnCuda() ? VATTN_BF16 : VATTN_F32; }
 
+// Over more tokens than a device takes at a time, in blocks that lie apart: many new tokens, few, one.
+TEST(LongPrefillTest, ChunksFollowEachOther) {
+  const Shape shape = {4, 2, 64, 64, false, AnyType()};
+  const Runtime runtime(OptionsFor(shape));
+  Prompt prompt(shape, 5200), other(shape, 5200);
+  Sequence sequence(runtime), between(runtime);
+  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 2900},
+                                   {2900, 2901},
+                                   {2901, 5000},
+                                   {5000, 5040},
+                                   {5040, 5200}}) {
+    sequence.Prefill(prompt.Params(begin, end));
+    between.Prefill(other.Params(begin, end));
+  }
+  prompt.ExpectExact(61);
+  other.ExpectExact(997);
+}
+
 // What steps do after a prompt does not depend on how it was added: its queries calibrate the index.
 TEST(AfterPrefillTest, StepsAreThoseAfterAnAppend) {
   const Shape shape{8, 2, 64, 64, false, AnyType()};

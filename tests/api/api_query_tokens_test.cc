@@ -223,9 +223,8 @@ TEST(QueryTokensTest, SelectionsAreOfAllTokens) {
 }
 
 // Scores of a caller's own by query token: the exact ones, one row for all heads of a KV head or
-// one for each.
+// one for each, which is in fp16.
 TEST(QueryTokensTest, ExternalScoresAreByToken) {
-  if (OnCuda()) GTEST_SKIP() << "index external is the CPU's alone";
   const Shape shape{4, 2, 64, 64, false, VATTN_F32};
   vattn_options options = OptionsFor(shape);
   options.index = VATTN_INDEX_EXTERNAL;
@@ -255,7 +254,9 @@ TEST(QueryTokensTest, ExternalScoresAreByToken) {
       }
     }
     vattn_attend_params params = call.Params();
-    params.scores = scores.data();
+    params.scores_dtype = heads == 4 ? VATTN_F16 : VATTN_F32;
+    const std::vector<std::byte> bytes = ToBytes(params.scores_dtype, scores);
+    params.scores = bytes.data();
     params.score_heads = heads;
     params.scores_stride = stride;
     world.batch().BeginStep(kTokens);

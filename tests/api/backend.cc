@@ -31,8 +31,8 @@ std::string NoCuda() {
 }
 
 std::string NotServed(const vattn_options& options) {
-  const bool lacks = options.index != VATTN_INDEX_BALANCED && options.index != VATTN_INDEX_EXACT &&
-                     options.index != VATTN_INDEX_SIGN && options.index != VATTN_INDEX_HADAMARD2;
+  const bool lacks = options.index == VATTN_INDEX_PAGE || options.index == VATTN_INDEX_POOLED ||
+                     options.index == VATTN_INDEX_CLUSTERS;
   return OnCuda() && lacks && TryOptions(options) == VATTN_NOT_SUPPORTED ? vattn_last_error() : "";
 }
 

@@ -38,17 +38,28 @@ STATIC_ASSERT_LAST(vattn_prefill_params, lse, 104);
 STATIC_ASSERT_PLACE(vattn_attend_params, score_heads, 20);
 STATIC_ASSERT_PLACE(vattn_attend_params, scores, 48);
 STATIC_ASSERT_PLACE(vattn_attend_params, timeline, 128);
-STATIC_ASSERT_PLACE(vattn_attend_params, partial, 136);
-STATIC_ASSERT_LAST(vattn_attend_params, ranks, 164);
+STATIC_ASSERT_PLACE(vattn_attend_params, policy, 140);
+STATIC_ASSERT_PLACE(vattn_attend_params, partial, 144);
+STATIC_ASSERT_LAST(vattn_attend_params, ranks, 172);
 STATIC_ASSERT_PLACE(vattn_merge_params, records, 16);
 STATIC_ASSERT_LAST(vattn_merge_params, out_dtype, 68);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
+STATIC_ASSERT_PLACE(vattn_paged_options, num_blocks, 40);
+STATIC_ASSERT_PLACE(vattn_paged_options, max_tokens, 88);
+STATIC_ASSERT_LAST(vattn_paged_options, pinned, 124);
+STATIC_ASSERT_PLACE(vattn_paged_rows, slots, 24);
+STATIC_ASSERT_LAST(vattn_paged_rows, v_head_stride, 72);
+STATIC_ASSERT_PLACE(vattn_paged_step, num_query_tokens, 16);
+STATIC_ASSERT_LAST(vattn_paged_step, resets, 64);
+STATIC_ASSERT_PLACE(vattn_paged_prefill_params, blocks, 32);
+STATIC_ASSERT_LAST(vattn_paged_prefill_params, lse, 72);
 STATIC_ASSERT_PLACE(vattn_stats, blocks_copied, 56);
 STATIC_ASSERT_PLACE(vattn_stats, device_growth_ns, 88);
 STATIC_ASSERT_PLACE(vattn_stats, looks, 192);
 STATIC_ASSERT_PLACE(vattn_stats, outliers, 232);
 STATIC_ASSERT_PLACE(vattn_stats, io_errors, 304);
-STATIC_ASSERT_LAST(vattn_stats, disk_prefixes_unread, 400);
+STATIC_ASSERT_PLACE(vattn_stats, disk_prefixes_unread, 400);
+STATIC_ASSERT_LAST(vattn_stats, requests_refused, 408);
 STATIC_ASSERT_LAST(vattn_tenant_use, quota_refusals, 48);
 
 STATIC_ASSERT(prefix_start, offsetof(vattn_prefix, struct_size) == 0);
@@ -59,6 +70,10 @@ STATIC_ASSERT(prefill_params_start, offsetof(vattn_prefill_params, struct_size) 
 STATIC_ASSERT(attend_params_start, offsetof(vattn_attend_params, struct_size) == 0);
 STATIC_ASSERT(merge_params_start, offsetof(vattn_merge_params, struct_size) == 0);
 STATIC_ASSERT(selection_start, offsetof(vattn_selection, struct_size) == 0);
+STATIC_ASSERT(paged_options_start, offsetof(vattn_paged_options, struct_size) == 0);
+STATIC_ASSERT(paged_rows_start, offsetof(vattn_paged_rows, struct_size) == 0);
+STATIC_ASSERT(paged_step_start, offsetof(vattn_paged_step, struct_size) == 0);
+STATIC_ASSERT(paged_prefill_params_start, offsetof(vattn_paged_prefill_params, struct_size) == 0);
 STATIC_ASSERT(stats_start, offsetof(vattn_stats, struct_size) == 0);
 STATIC_ASSERT(tenant_use_start, offsetof(vattn_tenant_use, struct_size) == 0);
 
@@ -107,4 +122,8 @@ void TestLayout(void) {
   CHECK_INIT(vattn_merge_params, vattn_merge_params_init);
   CHECK_INIT(vattn_selection, vattn_selection_init);
   CHECK_INIT(vattn_prefix, vattn_prefix_init);
+  CHECK_INIT(vattn_paged_options, vattn_paged_options_init);
+  CHECK_INIT(vattn_paged_rows, vattn_paged_rows_init);
+  CHECK_INIT(vattn_paged_step, vattn_paged_step_init);
+  CHECK_INIT(vattn_paged_prefill_params, vattn_paged_prefill_params_init);
 }

@@ -243,8 +243,8 @@ TEST(ExternalTest, ScoresAreTakenAsTheyAre) {
     GroupFixture f(Shape(IndexKind::kExternal, {64, 64, false}, 70));
     std::vector<float> given(70 * 700);
     for (size_t i = 0; i < given.size(); ++i) given[i] = std::sin(static_cast<float>(i));
-    std::vector<const float*> rows(70, given.data());
-    for (int g = 0; g < 70 && apart; ++g) rows[g] += g * 700;
+    std::vector<const void*> rows(70, given.data());
+    for (int g = 0; g < 70 && apart; ++g) rows[g] = given.data() + g * 700;
     f.group.external = rows.data();
     f.Scan(IndexKind::kExternal);
     for (int g = 0; g < 70; ++g) {
@@ -262,7 +262,7 @@ TEST(ExternalTest, ScoresAreTakenAsTheyAre) {
 TEST(ExternalTest, MinusInfinityIsALowScore) {
   GroupFixture f(Shape(IndexKind::kExternal, {64, 64, false}, 1));
   const std::vector<float> given(700, -INFINITY);
-  const float* const row = given.data();
+  const void* const row = given.data();
   f.group.external = &row;
   f.Scan(IndexKind::kExternal);
   for (int64_t t = 0; t < 768; ++t)

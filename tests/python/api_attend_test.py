@@ -190,6 +190,18 @@ class Attention(Fixture):
         self.assertLess(relative_error(out[0], want), 0.15)
         self.assertTrue((report.verdict == vattn.Verdict.VERIFIED).all())
         self.assertLess(report.selected.sum(), 0.5 * report.middle.sum())
+        k, v = np.concatenate([k, k1]), np.concatenate([v, v1])
+        scores = np.concatenate([scores, scores[..., :1]], -1).astype(np.float16)
+        q, (k1, v1) = queries(1, 4), rows(1, 5)
+        batch.begin_step()
+        batch.attend(0, q, k1, v1, scores=scores, report=report)
+        self.assertTrue((report.verdict != vattn.Verdict.EXACT).all())
+        k, v = np.concatenate([k, k1]), np.concatenate([v, v1])
+        batch.begin_step()
+        out = batch.attend(0, q, k1, v1, dense=True, report=report)
+        self.assertTrue((report.verdict == vattn.Verdict.EXACT).all())
+        want = attend(q[0], np.concatenate([k, k1]), np.concatenate([v, v1]))
+        self.assertLess(relative_error(out[0], want), 1e-4)
 
     def test_selection_of_the_library_attended_by_its_list(self):
         runtime = self.runtime(policy="verified", on_unverified="best_effort", max_looks=1)

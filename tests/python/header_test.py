@@ -19,6 +19,10 @@ STRUCTS = {
     "vattn_attend_params": _structs.AttendParams,
     "vattn_merge_params": _structs.MergeParams,
     "vattn_selection": _structs.SelectionParams,
+    "vattn_paged_options": _structs.PagedOptions,
+    "vattn_paged_rows": _structs.PagedRows,
+    "vattn_paged_step": _structs.PagedStep,
+    "vattn_paged_prefill_params": _structs.PagedPrefillParams,
     "vattn_tenant_use": _structs.TenantUseStruct,
     "vattn_stats": _structs.StatsStruct,
 }
@@ -63,7 +67,7 @@ def fields_in_header(name):
         declared, names = re.fullmatch(r"(?:const )?(\w+)\s*(.+)", statement, re.S).groups()
         for field in names.split(","):
             pointer = "*" in field
-            fields.append((field.replace("*", "").strip(), c_type(declared, pointer)))
+            fields.append((re.findall(r"\w+", field)[-1], c_type(declared, pointer)))
     return fields
 
 

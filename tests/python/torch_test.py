@@ -140,6 +140,36 @@ class Tensors:
             with self.assertRaisesRegex(vattn.InvalidArgumentError, text):
                 batch.attend(0, tensor, k, v)
 
+    def paged(self):
+        """A pool of 100 blocks in host memory, where a device can read it."""
+        pool = torch.zeros(2, 100, 16, *self.k.shape[1:], pin_memory=self.device == "cuda")
+        return self.runtime.paged(
+            pool[:1], pool[1:], max_tokens=1600, max_requests=2, max_query_tokens=2
+        )
+
+    def paged_step(self, length):
+        """Arrays of begin_step: a request in blocks 99, 98, ... whose last token asks, and none."""
+        table = torch.arange(99, -1, -1, dtype=torch.int32).repeat(2, 1)
+        numbers = ([length, 0], [0, 1, 1], [1, -1])
+        arrays = [table, *(torch.tensor(n, dtype=torch.int32) for n in numbers)]
+        return [array.to(self.device) for array in arrays]
+
+    def paged_slots(self, first, end):
+        places = torch.arange(first, end)
+        return ((99 - places // 16) * 16 + places % 16).to(self.device)
+
+    def test_paged(self):
+        paged = self.paged()
+        q, *new = map(self.tensor, (self.q, self.new_k, self.new_v))
+        paged.write(0, self.paged_slots(0, 1500), *map(self.tensor, (self.k, self.v)))
+        paged.write(0, self.paged_slots(1500, 1501), *new)
+        paged.begin_step(*self.paged_step(1501), num_query_tokens=1)
+        report = paged.report(0, q)
+        out = paged.attend(0, q, report=report)
+        self.assertEqual(out.device.type, self.device)
+        self.assertLess(relative_error(out[0].cpu().numpy(), self.want), 1e-5)
+        self.assertEqual(report.verdict.tolist(), [[vattn.Verdict.EXACT] * Q_HEADS])
+
     def test_options_of_torch(self):
         for dtype, kind in (
             (torch.float32, vattn.DType.F32),
@@ -185,6 +215,27 @@ class OnCuda(Tensors, unittest.TestCase):
         with torch.cuda.stream(waiting):
             copied = out.cpu()
         self.assertLess(relative_error(copied[0].numpy(), self.want), 1e-5)
+
+    def test_a_captured_step_of_a_pool(self):
+        paged, stream = self.paged(), torch.cuda.Stream()
+        paged.write(0, self.paged_slots(0, 1500), *map(self.tensor, (self.k, self.v)))
+        q, k, v = map(self.tensor, (self.q, self.new_k, self.new_v))
+        arrays, slots, out = self.paged_step(1), self.paged_slots(0, 1) - 1600, torch.zeros_like(q)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            paged.begin_step(*arrays, num_query_tokens=1)
+            paged.write(0, slots, k, v)
+            paged.attend(0, q, out=out)
+        slots.copy_(self.paged_slots(1500, 1501))
+        for length in (700, 1501):  # the token that is written is seen by the longer one alone
+            arrays[1].copy_(torch.tensor([length, 0], dtype=torch.int32))
+            graph.replay()
+            torch.cuda.synchronize()
+            pairs = (self.k, self.new_k), (self.v, self.new_v)
+            want = attend(self.q[0], *(np.concatenate(pair)[:length] for pair in pairs))
+            self.assertLess(relative_error(out[0].cpu().numpy(), want), 1e-5)
+        paged.close()
 
     def test_host_arrays_on_a_cuda_runtime(self):
         batch = self.batch()

@@ -75,6 +75,11 @@ void Simulation::RunUntil(DeviceStream stream, uint64_t place) {
   }
 }
 
+void Simulation::Finish(DeviceStream stream, uint64_t place) {
+  const size_t at = Number(stream) - 1;
+  while (queues_.at(at).done < place) RunOne(at);
+}
+
 void Simulation::Drain(DeviceStream stream) { RunUntil(stream, Of(stream).enqueued); }
 
 void Simulation::DrainAll() {
@@ -186,19 +191,24 @@ absl::StatusOr<std::unique_ptr<Device>> Device::Open(int ordinal) {
   device->ordinal_ = ordinal;
   device->facts_ = ListDevices()[0];
   device->stream_ = Simulation::Current().NewStream();
+  device->copy_stream_ = Simulation::Current().NewStream();
   return device;
 }
 
 Device::~Device() {
-  for (std::byte* base : registered_) Simulation::Current().RemoveMemory(base);
+  for (const Piece& piece : registered_) Simulation::Current().RemoveMemory(piece.begin);
 }
 
 absl::Status Device::Activate() { return absl::OkStatus(); }
 
-absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes) {
+absl::StatusOr<std::byte*> Device::Register(std::byte* base, uint64_t bytes, uint64_t) {
   Simulation::Current().AddMemory(base, bytes);
-  registered_.push_back(base);
+  registered_.push_back({base, base + bytes});
   return base;
+}
+
+void Device::Unregister(std::byte* base, uint64_t) {
+  std::erase_if(registered_, [base](const Piece& piece) { return piece.begin == base; });
 }
 
 absl::StatusOr<DeviceMemory> Device::Allocate(uint64_t bytes) {
@@ -234,6 +244,13 @@ absl::Status Device::Fill(void* to, int byte, uint64_t bytes, DeviceStream strea
   return absl::OkStatus();
 }
 
+absl::Status Device::CopyPieces(std::byte* to, const std::byte* from, uint64_t pitch,
+                                uint64_t bytes, int64_t count, DeviceStream stream) {
+  for (int64_t i = 0; i < count; ++i, to += bytes, from += pitch)
+    VATTN_RETURN_IF_ERROR(Copy(to, from, bytes, stream));
+  return absl::OkStatus();
+}
+
 absl::Status Device::Record(DeviceEvent& event, DeviceStream stream) {
   if (event.handle_ == nullptr) event.handle_ = new Place;
   *static_cast<Place*>(event.handle_) = {stream, Simulation::Current().Enqueued(stream)};
@@ -245,6 +262,15 @@ absl::Status Device::Wait(const DeviceEvent& event) {
     return absl::OkStatus();
   const auto [stream, place] = *static_cast<Place*>(event.handle_);
   Simulation::Current().RunUntil(stream, place);
+  return absl::OkStatus();
+}
+
+absl::Status Device::Follow(DeviceStream stream, const DeviceEvent& event) {
+  if (event.handle_ == nullptr || Simulation::Current().lacks() == Lacks::kEventWaits)
+    return absl::OkStatus();
+  const auto [other, place] = *static_cast<Place*>(event.handle_);
+  Simulation::Current().Enqueue(
+      stream, [other = other, place = place] { Simulation::Current().Finish(other, place); });
   return absl::OkStatus();
 }
 

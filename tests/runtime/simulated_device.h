@@ -52,6 +52,8 @@ class Simulation {
   // A place in a stream.
   uint64_t Enqueued(DeviceStream stream) const { return Of(stream).enqueued; }
   void RunUntil(DeviceStream stream, uint64_t place);
+  // The same and nothing beside it: part of an operation of another stream, which waits for it.
+  void Finish(DeviceStream stream, uint64_t place);
 
   Lacks lacks() const { return lacks_; }
   // True for memory that an operation can use; freed memory and reserved addresses without a page

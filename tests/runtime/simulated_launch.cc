@@ -246,11 +246,16 @@ int ApplyPatches(const Patch* patches, int64_t count, Stream stream) {
 }
 
 // No world of this device prefills.
-int FetchRows(const Storage&, const int32_t*, int64_t, int32_t, int64_t, int64_t, std::byte*,
-              int64_t, Stream) {
-  return 1;
-}
+int PrefillSplits(int64_t, int32_t, int32_t, int) { return 1; }
 int Prefill(const PrefillChunk&, Stream) { return 1; }
+
+int Gather(const std::byte* base, const int64_t* offsets, int64_t count, int64_t bytes,
+           std::byte* to, Stream stream) {
+  return Enqueue(stream, [=] {
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(to + i * bytes, base + offsets[i], static_cast<size_t>(bytes));
+  });
+}
 
 int Write(const WriteParams& p, Stream stream) {
   return Enqueue(stream, [p] {
@@ -269,6 +274,17 @@ int Write(const WriteParams& p, Stream stream) {
   });
 }
 
+// Pools of engines are not simulated.
+int WriteSlots(const DeviceStorage&, const WriteSlotsParams&, const HotSetRef&, int64_t, uint32_t*,
+               Stream) {
+  return 1;
+}
+int EncodeSlots(const DeviceStorage&, const WriteSlotsParams&, Stream) { return 1; }
+int FetchRows(const DeviceStorage&, const int32_t*, int32_t, int64_t, int64_t, std::byte*, int64_t,
+              Stream) {
+  return 1;
+}
+int BeginPagedStep(const PagedStepParams&, Stream) { return 1; }
 size_t CarveScratch(const Storage& storage, const Promise&, int64_t, int group_heads, int,
                     std::byte* memory, GroupScratch& out) {
   if (memory != nullptr) out.output = reinterpret_cast<float*>(memory);

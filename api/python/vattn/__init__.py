@@ -44,6 +44,7 @@ from ._enums import (
 )
 from ._errors import Error, FullError, InvalidArgumentError, NotSupportedError, OutOfMemoryError
 from ._options import Options, ResolvedOptions
+from ._paged import Paged
 from ._runtime import Runtime, Stats, TenantUse
 from ._sequence import Sequence
 from ._version import __version__
@@ -67,6 +68,7 @@ __all__ = [
     "OnUnverified",
     "Options",
     "OutOfMemoryError",
+    "Paged",
     "Partial",
     "PartialFlag",
     "Policy",

@@ -22,6 +22,7 @@ _TORCH = {
     "torch.int32": "i32",
     "torch.int64": "i64",
     "torch.uint64": "u64",
+    "torch.uint8": "byte",
 }
 # numpy has no bfloat16 of its own: its bits travel as uint16, ml_dtypes shows them as V2.
 _TYPESTR = {
@@ -32,6 +33,7 @@ _TYPESTR = {
     "i4": "i32",
     "i8": "i64",
     "u8": "u64",
+    "u1": "byte",
 }
 _DLPACK = {
     (2, 32): "f32",
@@ -41,8 +43,9 @@ _DLPACK = {
     (0, 32): "i32",
     (0, 64): "i64",
     (1, 64): "u64",
+    (1, 8): "byte",
 }
-BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8, "u64": 8}
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8, "u64": 8, "byte": 1}
 
 
 @dataclass(slots=True)
@@ -150,7 +153,7 @@ def _view_interface(array: Any, interface: dict[str, Any], name: str, on_device:
     if dtype is None or typestr[0] == ">" or fields is not None:
         raise invalid(
             f"{name} has elements of type {fields or typestr}, must be float32, float16, bfloat16 "
-            "(or uint16 that holds it), int32, int64 or uint64 in little-endian order"
+            "(or uint16 that holds it), int32, int64, uint64 or uint8 in little-endian order"
         )
     shape = tuple(interface["shape"])
     size = BYTES[dtype]
@@ -247,7 +250,8 @@ def _view_dlpack(array: Any, name: str) -> View:
     if dtype is None:
         raise invalid(
             f"{name} has DLPack elements of code {tensor.code}, {tensor.bits} bits and "
-            f"{tensor.lanes} lanes, must be float32, float16, bfloat16, int32, int64 or uint64"
+            f"{tensor.lanes} lanes, must be float32, float16, bfloat16, int32, int64, "
+            "uint64 or uint8"
         )
     if device_type not in (1, 2, 3):  # CPU, CUDA, pinned host memory
         raise invalid(
@@ -298,7 +302,7 @@ def empty_like(array: Array, shape: tuple[int, ...], dtype: str) -> Array:
         raise invalid(f"outputs for a {type(array).__name__} cannot be made here, must be given")
     import numpy
 
-    kinds = {"f32": "f4", "f16": "f2", "bf16": "u2", "i32": "i4", "i64": "i8", "u64": "u8"}
+    kinds = {"f32": "f4", "f16": "f2", "bf16": "u2", "i32": "i4", "i64": "i8", "u64": "u8", "byte": "u1"}
     return numpy.empty(shape, kinds[dtype])
 
 

@@ -59,13 +59,17 @@ REPORT = {
 class AttendCall:
     """The params of one call, and views of the arrays that they point into."""
 
-    def __init__(self, runtime: Runtime, slots: int, layer: int) -> None:
+    def __init__(
+        self, runtime: Runtime, slots: int, layer: int, requests: int | None = None
+    ) -> None:
+        """slots: rows of the arrays by query head; requests: of those by KV head, if others."""
         options = runtime._options
         self.params = struct(c.AttendParams, "vattn_attend_params_init")
         self.params.layer = layer
         self.views: list[View] = []
         self._runtime = runtime
         self._slots = slots
+        self._requests = slots if requests is None else requests
         self._tokens = 1
         self._dtype = DTYPE_NAMES[options["dtype"]]
         self._q_heads, self._kv_heads = options["num_q_heads"], runtime.kv_heads(layer)
@@ -93,7 +97,7 @@ class AttendCall:
             out = empty_like(like, (*self.views[0].shape[:-1], shape[-1]), self._dtype)
         taken = self._take(out, "out", shape, ("f32", "f16", "bf16"), written=True)
         self.params.out = taken.pointer
-        self.params.out_dtype = next(k for k, name in DTYPE_NAMES.items() if name == taken.dtype)
+        self.params.out_dtype = dtype_number(taken)
         return out
 
     def report(self, report: Report | None) -> None:
@@ -101,6 +105,7 @@ class AttendCall:
         if report is not None and not isinstance(report, Report):
             raise invalid(f"report is {shown(report)}, must be a Report")
         shapes = report_shapes(self._slots, self._q_heads, self._kv_heads, self._tokens)
+        shapes["kv"] = (self._requests, self._kv_heads)
         for name, (kind, heads) in REPORT.items():
             array = getattr(report, name, None)
             if array is not None:
@@ -108,7 +113,7 @@ class AttendCall:
                 setattr(self.params, name, taken.pointer)
 
     def scores(self, scores: Array | None) -> None:
-        """scores [slots, q_heads or kv_heads, stride] float32, or [slots, tokens, ...]."""
+        """scores [slots, q_heads or kv_heads, stride] of floats, or [slots, tokens, ...]."""
         if scores is None:
             return
         extents = view(scores, "scores").shape
@@ -116,8 +121,9 @@ class AttendCall:
         if heads not in (self._q_heads, self._kv_heads):
             heads = self._kv_heads
         stride = extents[-1] if extents else 0
-        taken = self._take(scores, "scores", self._by_token(heads, stride), ("f32",))
-        self.params.scores = taken.pointer
+        shape = self._by_token(heads, stride)
+        taken = self._take(scores, "scores", shape, ("f32", "f16", "bf16"))
+        self.params.scores, self.params.scores_dtype = taken.pointer, dtype_number(taken)
         self.params.scores_stride, self.params.score_heads = stride, heads
 
     def slice(self, partial: Array, rank: int, ranks: int) -> None:
@@ -186,6 +192,11 @@ class AttendCall:
             raise invalid(f"{name} is {place}, must be where q is")
         self.views.append(taken)
         return taken
+
+
+def dtype_number(array: View) -> int:
+    """The vattn_dtype of an array of floats."""
+    return next(number for number, name in DTYPE_NAMES.items() if name == array.dtype)
 
 
 def record_floats(head_dim_v: int) -> int:

@@ -8,7 +8,7 @@ from . import _structs as c
 from ._arguments import shown, whole
 from ._arrays import Array, empty_like, stream_handle, view
 from ._attend import REPORT, AttendCall, Report, Selection, record_floats, report_shapes
-from ._enums import Backend
+from ._enums import Backend, Policy
 from ._errors import invalid
 from ._handle import Child
 from ._library import call
@@ -123,6 +123,7 @@ class Batch(Child):
         out: Array | None = None,
         report: Report | None = None,
         scores: Array | None = None,
+        dense: bool = False,
         partial: Array | None = None,
         rank: int = 0,
         ranks: int = 1,
@@ -136,7 +137,8 @@ class Batch(Child):
         float32, float16 or bfloat16 (by default a new array of the runtime's dtype). Each may
         have a dimension of the step's query tokens after the slots, and has it if those are more
         than one. With index external, and only then, scores [slots,
-        q_heads or kv_heads, stride] float32 predict softmax_scale * q.k of every token.
+        q_heads or kv_heads, stride] float32, float16 or bfloat16 predict softmax_scale * q.k of
+        every token. With dense every row is read, whatever the runtime's policy is.
 
         With `partial` the sequences hold slice `rank` of `ranks` of their contexts: the forecasts
         are written there and returned, nothing else is, and `attend_more` follows.
@@ -146,6 +148,8 @@ class Batch(Child):
         arrays in host memory it blocks.
         """
         given = self._begin(layer, (q, k_new, v_new), report, scores)
+        if dense:
+            given.params.policy = Policy.DENSE
         if partial is not None:
             given.slice(partial, rank, ranks)
             self._run("vattn_attend", given, None, stream)

@@ -17,6 +17,7 @@ from ._options import check_options as check_options
 
 if TYPE_CHECKING:
     from ._batch import Batch
+    from ._paged import Layers, Paged
     from ._sequence import Sequence
 
 LogFunction = Callable[[LogLevel, str], None]
@@ -80,6 +81,7 @@ class Stats:
     disk_prefixes_evicted: int  # removed for room
     disk_prefixes_damaged: int  # failed their check and were removed
     disk_prefixes_unread: int  # could not be read by the system when wanted
+    requests_refused: int  # of steps of `Paged` on CUDA whose arrays were out of range
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,54 @@ class Runtime(Handle):
         from ._batch import Batch
 
         return Batch(self, made("vattn_batch_create", self.handle, slots), int(slots))
+
+    def paged(
+        self,
+        k: "Layers",
+        v: "Layers | None" = None,
+        *,
+        max_tokens: int,
+        max_requests: int = 64,
+        max_query_tokens: int = 1,
+        max_step_tokens: int = 0,
+        tables: Path | None = None,
+        model: str | None = None,
+        codes: "Layers | None" = None,
+        hot_bytes: int = 0,
+        pinned: bool | None = None,
+    ) -> "Paged":
+        """A pool of KV blocks that the caller owns: attention by its block tables and lengths.
+
+        k [blocks, block_tokens, kv_heads, head_dim_k] and v [blocks, block_tokens, kv_heads,
+        head_dim_v] of each layer, by layer: views of any strides of arrays in host memory in the
+        runtime's dtype, say both of one packed array; the last dimension is contiguous and the
+        strides are the same for K and V and in every layer. None for layers without KV heads; v is
+        left out with shared_kv. They are kept alive, not copied.
+
+        tables: file of `Sequence.save_tables`, saved for `model` if that is given; none is needed
+        with index external or policy dense. A step has up to max_requests requests of up to
+        max_tokens tokens, max_step_tokens together (0: no other limit), with up to max_query_tokens
+        (1 to 16) query tokens each. codes: by layer, memory for codes [blocks, bytes] of uint8, on
+        CUDA of the device; the library takes it if they are left out. hot_bytes: device memory for
+        rows that are kept there. pinned: the pool is page-locked already; None asks torch's tensors.
+        See vattn_paged in vattn.h.
+        """
+        from ._paged import Paged
+
+        return Paged(
+            self,
+            k,
+            v,
+            max_tokens=max_tokens,
+            max_requests=max_requests,
+            max_query_tokens=max_query_tokens,
+            max_step_tokens=max_step_tokens,
+            tables=tables,
+            model=model,
+            codes=codes,
+            hot_bytes=hot_bytes,
+            pinned=pinned,
+        )
 
     def stats(self) -> Stats:
         """The counters now."""

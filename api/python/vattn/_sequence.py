@@ -180,6 +180,16 @@ class Sequence(Child):
         """Writes rows, codes and tables to a file that appears whole or not at all."""
         call("vattn_sequence_save", self.handle, path)
 
+    def save_tables(self, path: Path, model: str = "") -> None:
+        """Learns tables from the rows and queries, for pools of an engine's own (`Runtime.paged`).
+
+        They are those of a text, the longer the better, with the queries of all of it; every layer
+        needs 1024 tokens or more in its middle. model: what the caller calls the model, say a
+        fingerprint of its weights and position encoding; `Runtime.paged` compares it. The file
+        appears whole or not at all.
+        """
+        call("vattn_tables_save", self.handle, path, model)
+
     def save_prefix(self, salt: bytes, tokens: Array, tier: AnyTier = Tier.AUTO) -> None:
         """Stores the sequence's first tokens in the runtime's disk_path, or in the host pool.
 

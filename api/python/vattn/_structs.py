@@ -164,7 +164,7 @@ class AttendParams(Struct):
         size struct_size
         int32 layer num_tokens out_dtype score_heads
         void *q *k_new *v_new
-        float *scores
+        void *scores
         int64 scores_stride
         void *out
         float *lse
@@ -173,6 +173,7 @@ class AttendParams(Struct):
         int32 *selected *fetched *looks
         int64 *middle
         uint64 *timeline
+        int32 scores_dtype policy
         float *partial *gathered
         int32 *again
         int32 rank ranks""")
@@ -204,6 +205,58 @@ class SelectionParams(Struct):
         int32 *counts""")
 
 
+class PagedOptions(Struct):
+    """vattn_paged_options."""
+
+    _fields_ = _fields("""
+        size struct_size
+        text tables model
+        void *k *v
+        int64 num_blocks block_stride token_stride head_stride
+        void *codes
+        int64 code_block_stride max_tokens max_step_tokens
+        uint64 hot_bytes
+        int32 block_tokens max_requests max_query_tokens pinned""")
+
+
+class PagedRows(Struct):
+    """vattn_paged_rows."""
+
+    _fields_ = _fields("""
+        size struct_size
+        int32 layer reserved0
+        int64 num_tokens
+        int64 *slots
+        void *k *v
+        int64 k_token_stride k_head_stride v_token_stride v_head_stride""")
+
+
+class PagedStep(Struct):
+    """vattn_paged_step."""
+
+    _fields_ = _fields("""
+        size struct_size
+        int32 num_requests max_query_tokens
+        int64 num_query_tokens
+        int32 *block_table
+        int64 block_table_stride
+        int32 *lengths *query_starts *request_rows *resets""")
+
+
+class PagedPrefillParams(Struct):
+    """vattn_paged_prefill_params."""
+
+    _fields_ = _fields("""
+        size struct_size
+        int32 layer out_dtype
+        int64 num_tokens length
+        int32 *blocks
+        void *q
+        int64 q_token_stride q_head_stride
+        void *out
+        float *lse""")
+
+
 class TenantUseStruct(Struct):
     """vattn_tenant_use."""
 
@@ -230,7 +283,8 @@ class StatsStruct(Struct):
         uint64 prefix_hits prefix_tokens prefix_misses prefix_mismatches
         uint64 memory_prefixes memory_prefix_hits memory_prefixes_saved memory_prefixes_evicted
         uint64 disk_prefixes_saved disk_prefixes_evicted disk_prefixes_damaged
-        uint64 disk_prefixes_unread""")
+        uint64 disk_prefixes_unread
+        uint64 requests_refused""")
 
 
 _OUT = POINTER(c_void_p)
@@ -358,6 +412,41 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
             "selection": POINTER(SelectionParams),
             "stream": c_void_p,
         },
+    ),
+    "vattn_tables_save": (
+        Status,
+        {"sequence": c_void_p, "path": c_char_p, "model": c_char_p},
+    ),
+    "vattn_paged_options_init": (
+        None,
+        {"options": POINTER(PagedOptions), "struct_size": c_size_t},
+    ),
+    "vattn_paged_create": (
+        Status,
+        {"runtime": c_void_p, "options": POINTER(PagedOptions), "out": _OUT},
+    ),
+    "vattn_paged_destroy": (None, {"paged": c_void_p}),
+    "vattn_paged_rows_init": (None, {"rows": POINTER(PagedRows), "struct_size": c_size_t}),
+    "vattn_paged_write": (
+        Status,
+        {"paged": c_void_p, "rows": POINTER(PagedRows), "stream": c_void_p},
+    ),
+    "vattn_paged_step_init": (None, {"step": POINTER(PagedStep), "struct_size": c_size_t}),
+    "vattn_paged_begin_step": (
+        Status,
+        {"paged": c_void_p, "step": POINTER(PagedStep), "stream": c_void_p},
+    ),
+    "vattn_paged_attend": (
+        Status,
+        {"paged": c_void_p, "params": POINTER(AttendParams), "stream": c_void_p},
+    ),
+    "vattn_paged_prefill_params_init": (
+        None,
+        {"params": POINTER(PagedPrefillParams), "struct_size": c_size_t},
+    ),
+    "vattn_paged_prefill": (
+        Status,
+        {"paged": c_void_p, "params": POINTER(PagedPrefillParams)},
     ),
     "vattn_runtime_stats": (
         Status,

@@ -13,10 +13,20 @@ on the CPU and on one CUDA device, with batches of prompts of different lengths,
 beams. Layers that are not plain full attention (sliding windows) stay with transformers. What is
 not served is refused by its name: models by `offload`, calls before they change anything.
 Inference only.
+
+`save_tables` and `fingerprint` are for engines that keep KV of their own (`vattn.Runtime.paged`).
 """
 
 from ._cache import VattnCache
 from ._model import OffloadedModel, offload
 from ._store import LayerStats
+from ._tables import fingerprint, save_tables
 
-__all__ = ["LayerStats", "OffloadedModel", "VattnCache", "offload"]
+__all__ = [
+    "LayerStats",
+    "OffloadedModel",
+    "VattnCache",
+    "fingerprint",
+    "offload",
+    "save_tables",
+]
