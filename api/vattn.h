@@ -683,7 +683,8 @@ typedef struct vattn_attend_params {
    * order, as the calls before left them in partial; for vattn_attend_more alone */
   const float* gathered;
   /* [1] KV heads, over slots, that have yet to be answered: 0 when the answers are there, the same
-   * number on every rank; -1 on CUDA if gathered is not of one version and round; may be NULL. For
+   * number on every rank; negative on CUDA if gathered is not of one version and round, which then
+   * changes nothing; may be NULL. For
    * vattn_attend_more alone. */
   int32_t* again;
   int32_t rank;  /* with partial: which slice the sequences hold, 0 to ranks - 1 */
@@ -774,8 +775,8 @@ typedef enum vattn_partial_flag {
 
 /* Goes on with the layer that vattn_attend, with partial, was the last call for: takes a look at more
  * rows, and when every head has passed, or has been read whole, writes the answers. Of params layer,
- * num_tokens, out_dtype, partial, gathered, again, rank, ranks, out and the report are used; partial is
- * written anew, and must not lie in gathered. INVALID_ARGUMENT if the records of a rank are missing,
+ * num_tokens, out_dtype, partial, gathered, again, rank, ranks, out and the report are used. partial is
+ * that of the call before, of which records that do not change stay; it must not lie in gathered. INVALID_ARGUMENT if the records of a rank are missing,
  * of another version or another round: nothing changed. A rank that is lost ends the step of the
  * others: vattn_batch_abandon. */
 VATTN_EXPORT vattn_code vattn_attend_more(vattn_batch* batch, const vattn_attend_params* params,
@@ -791,7 +792,7 @@ typedef struct vattn_merge_params {
   float* lse;        /* [heads] ln(sum exp(s)); may be NULL, as the next three */
   int32_t* verdict;  /* [heads] vattn_verdict; BEST_EFFORT also where another look can follow */
   float* error;      /* [heads] bound on the relative error; 0 when exact */
-  int32_t* again;    /* [1] heads that are BEST_EFFORT; -1: records are forecasts, or do not fit */
+  int32_t* again;    /* [1] heads that are BEST_EFFORT or forecasts; negative: records do not fit */
   int32_t ranks;     /* 1 to 64 */
   int32_t out_dtype; /* vattn_dtype of out */
 } vattn_merge_params;
