@@ -23,7 +23,8 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, AttendR
     return InvalidArgumentError("policy is ", p.policy,
                                 ", must be 0, the runtime's, or VATTN_POLICY_DENSE (3)");
   }
-  if (needs_out) VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
+  if (needs_out && (p.partial == nullptr || p.gathered != nullptr))
+    VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
   out = {.layer = p.layer,
          .num_tokens = p.num_tokens,
          .dense = p.policy == VATTN_POLICY_DENSE,
@@ -43,7 +44,12 @@ absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, AttendR
          .scores = p.scores,
          .score_heads = p.score_heads,
          .scores_dtype = p.scores_dtype,
-         .scores_stride = p.scores_stride};
+         .scores_stride = p.scores_stride,
+         .partial = p.partial,
+         .gathered = p.gathered,
+         .again = p.again,
+         .rank = p.rank,
+         .ranks = p.ranks};
   return absl::OkStatus();
 }
 
@@ -127,6 +133,7 @@ vattn_code vattn_batch_abandon(vattn_batch* batch) {
 void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size) {
   vattn_attend_params defaults{};
   defaults.num_tokens = 1;
+  defaults.ranks = 1;
   InitStruct(params, struct_size, defaults);
 }
 
@@ -142,6 +149,50 @@ vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params,
     VATTN_RETURN_IF_ERROR(CheckStream(batch->runtime(), stream));
     VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
     return batch->impl->Attend(request, stream);
+  });
+}
+
+vattn_code vattn_attend_more(vattn_batch* batch, const vattn_attend_params* params,
+                             CUstream_st* stream) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(batch));
+    vattn::AttendRequest request;
+    VATTN_RETURN_IF_ERROR(CheckStream(batch->impl->runtime(), stream));
+    VATTN_RETURN_IF_ERROR(ToAttend(params, /*needs_out=*/true, request));
+    return batch->impl->AttendMore(request, stream);
+  });
+}
+
+void vattn_merge_params_init(vattn_merge_params* params, size_t struct_size) {
+  InitStruct(params, struct_size, vattn_merge_params{});
+}
+
+vattn_code vattn_merge(const vattn_runtime* runtime, const vattn_merge_params* params,
+                       CUstream_st* stream) {
+  return Guard([&]() -> absl::Status {
+    VATTN_RETURN_IF_ERROR(Usable(runtime));
+    VATTN_RETURN_IF_ERROR(CheckStream(*runtime->impl, stream));
+    vattn_merge_params p;
+    vattn_merge_params_init(&p, sizeof(p));
+    VATTN_RETURN_IF_ERROR(vattn::api::Import("params", params, p));
+    if (p.ranks < 1 || p.ranks > vattn::kMostRanks)
+      return OutOfRangeError("ranks", p.ranks, 1, vattn::kMostRanks);
+    const int64_t most = int64_t{1} << 31;
+    if (p.heads < 1 || p.heads > most) return OutOfRangeError("heads", p.heads, 1, most);
+    if (p.out_dtype < 0 || p.out_dtype > 2) return OutOfRangeError("out_dtype", p.out_dtype, 0, 2);
+    VATTN_RETURN_IF_ERROR(NotNull("records", p.records));
+    VATTN_RETURN_IF_ERROR(NotNull("out", p.out));
+    vattn::MergeParams merge;
+    merge.ranks = p.ranks;
+    merge.heads = p.heads;
+    merge.records = p.records;
+    merge.out_dtype = p.out_dtype;
+    merge.out = p.out;
+    merge.lse = p.lse;
+    merge.verdict = p.verdict;
+    merge.error = p.error;
+    merge.again = p.again;
+    return runtime->impl->Merge(merge, stream);
   });
 }
 

@@ -676,6 +676,19 @@ typedef struct vattn_attend_params {
    * cheaper answer has drafted are checked (examples/speculative.py); no other policy is taken, and
    * vattn_attend_selected does not look at it. */
   int32_t policy;
+  /* A slice of a context, "One context over several devices"; NULL: the sequences have all of
+   * theirs. */
+  float* partial; /* [slots, q_heads, VATTN_PARTIAL_SCALARS + 2 head_dim_v] this rank's records */
+  /* [ranks, slots, q_heads, VATTN_PARTIAL_SCALARS + 2 head_dim_v] those of all ranks, in their
+   * order, as the calls before left them in partial; for vattn_attend_more alone */
+  const float* gathered;
+  /* [1] KV heads, over slots, that have yet to be answered: 0 when the answers are there, the same
+   * number on every rank; negative on CUDA if gathered is not of one version and round, which then
+   * changes nothing; may be NULL. For
+   * vattn_attend_more alone. */
+  int32_t* again;
+  int32_t rank;  /* with partial: which slice the sequences hold, 0 to ranks - 1 */
+  int32_t ranks; /* slices of each context, 1 to 64 */
 } vattn_attend_params;
 
 /* Places in vattn_attend_params.timeline: when a stage of the call ended. */
@@ -695,13 +708,105 @@ typedef enum vattn_timeline {
 /* Fills *params with defaults; struct_size is sizeof(*params). */
 VATTN_EXPORT void vattn_attend_params_init(vattn_attend_params* params, size_t struct_size);
 
-/* Writes the new tokens' rows and attends, for every filled slot. Each layer once per step. On
+/* Writes the new tokens' rows and attends, for every filled slot. Each layer once per step. With
+ * partial it writes that alone, and vattn_attend_more follows. On
  * CUDA the arrays are device memory (or pinned host memory), the call enqueues on stream,
  * allocates nothing and waits for nothing, and may be captured into a graph. With q in plain
  * host memory every array is taken to be there; then, and without a stream, the call blocks
  * until they are filled. */
 VATTN_EXPORT vattn_code vattn_attend(vattn_batch* batch, const vattn_attend_params* params,
                                      struct CUstream_st* stream);
+
+/* ---- One context over several devices -------------------------------------------------------
+ *
+ * Each of `ranks` runtimes holds a slice of every context as a sequence of its own, in the order of
+ * the tokens: the last rank takes the new tokens of a step, the others begin it with new_tokens 0.
+ * All have the same options and are asked the same queries. A step of one layer is
+ *
+ *   vattn_attend(..., partial)                                       rank's forecast -> partial
+ *   do { all-gather partial -> gathered;
+ *        vattn_attend_more(..., partial, gathered, again) } while (again > 0);
+ *
+ * after which out, lse, verdict and error are those of the whole context on every rank, with one joint
+ * certificate. All ranks decide the same from the same records, and take the calls together. A
+ * record is one query head's; its floats are in vattn_partial. Policies verified and dense,
+ * value_bits 0 and one query token a step, else NOT_SUPPORTED. */
+
+/* Places in a record of vattn_attend_params.partial. Sums are over the rank's slice, and "the output"
+ * is that of attention over the slice alone, estimated. A term c_i |v_i - output|^2 is what drawn
+ * token i adds to the variance of the output, relative to the unit. */
+typedef enum vattn_partial {
+  VATTN_PARTIAL_IS_VERSION = 0, /* VATTN_PARTIAL_VERSION */
+  VATTN_PARTIAL_RANK = 1,       /* whose record it is */
+  VATTN_PARTIAL_ROUND = 2,      /* calls of vattn_attend_more so far */
+  VATTN_PARTIAL_FLAGS = 3,      /* sum of vattn_partial_flag */
+  VATTN_PARTIAL_TOKENS = 4,     /* tokens in the middle */
+  VATTN_PARTIAL_COUNT = 5,      /* ... of them read */
+  VATTN_PARTIAL_TAIL = 6,       /* ... of those, with a probability below 1 */
+  VATTN_PARTIAL_LSE = 7,        /* ln(sum exp(s)), of a forecast as predicted */
+  VATTN_PARTIAL_NORM2 = 8,      /* mean |v|^2, weighted by attention */
+  VATTN_PARTIAL_MIDDLE = 9,     /* forecast: share of exp(lse) that is the middle's */
+  VATTN_PARTIAL_LIGHT = 10,     /* ... without the largest token of each block of 256 */
+  VATTN_PARTIAL_LOG_UNIT = 11,  /* natural logarithm of the unit of the sums below */
+  VATTN_PARTIAL_VARIANCE = 12,  /* sum of the terms */
+  VATTN_PARTIAL_SQUARES = 13,   /* sum of their squares */
+  VATTN_PARTIAL_OWN = 14,       /* ... times the probability of each */
+  VATTN_PARTIAL_MASS = 15,      /* share of exp(lse) that the tail stands for */
+  VATTN_PARTIAL_SPREAD = 16,    /* ... times |v - output|^2 */
+  VATTN_PARTIAL_WEIGHT = 17,    /* sum of c_i */
+  VATTN_PARTIAL_COS2 = 18,      /* mean squared cosine of two residuals, -1: there are no two */
+  VATTN_PARTIAL_PREDICTED = 19, /* variance that was planned */
+  VATTN_PARTIAL_MEMORY = 20,    /* mean squared cosine of the steps before, -1: none */
+  VATTN_PARTIAL_LOOK = 21,      /* looks taken, 0: a forecast */
+  /* [12] sum of the terms once all probabilities grow, in even ratios, by 1.05 to 64 */
+  VATTN_PARTIAL_GROWTH = 24,
+  /* from here on: the output [head_dim_v], sum of c_i (v_i - output) [head_dim_v] */
+  VATTN_PARTIAL_SCALARS = 40
+} vattn_partial;
+#define VATTN_PARTIAL_VERSION 1 /* of the records: goes up when a place gets another meaning */
+
+/* VATTN_PARTIAL_FLAGS is a sum of these. */
+typedef enum vattn_partial_flag {
+  VATTN_PARTIAL_WHOLE = 1,   /* the slice was read whole: its part is exact */
+  VATTN_PARTIAL_NOTHING = 2, /* ... by policy, or because it is too short for a middle */
+  VATTN_PARTIAL_STUCK = 4,   /* the rank cannot draw more */
+  VATTN_PARTIAL_UNSURE = 8   /* nothing can be verified with this slice */
+} vattn_partial_flag;
+
+/* Goes on with the layer that vattn_attend, with partial, was the last call for: takes a look at more
+ * rows, and when every head has passed, or has been read whole, writes the answers. Of params layer,
+ * num_tokens, out_dtype, partial, gathered, again, rank, ranks, out and the report are used. partial is
+ * that of the call before, of which records that do not change stay; it must not lie in gathered. INVALID_ARGUMENT if the records of a rank are missing,
+ * of another version or another round: nothing changed. A rank that is lost ends the step of the
+ * others: vattn_batch_abandon. */
+VATTN_EXPORT vattn_code vattn_attend_more(vattn_batch* batch, const vattn_attend_params* params,
+                                          struct CUstream_st* stream);
+
+/* What the records of all ranks say together. */
+typedef struct vattn_merge_params {
+  size_t struct_size; /* bytes of the struct that the caller knows */
+  int64_t heads;      /* records of each rank, at least 1 */
+  /* [ranks, heads, VATTN_PARTIAL_SCALARS + 2 head_dim_v], as gathered */
+  const float* records;
+  void* out;         /* [heads, head_dim_v] in out_dtype */
+  float* lse;        /* [heads] ln(sum exp(s)); may be NULL, as the next three */
+  int32_t* verdict;  /* [heads] vattn_verdict; BEST_EFFORT also where another look can follow */
+  float* error;      /* [heads] bound on the relative error; 0 when exact */
+  int32_t* again;    /* [1] heads that are BEST_EFFORT or forecasts; negative: records do not fit */
+  int32_t ranks;     /* 1 to 64 */
+  int32_t out_dtype; /* vattn_dtype of out */
+} vattn_merge_params;
+
+/* Fills *params with defaults; struct_size is sizeof(*params). */
+VATTN_EXPORT void vattn_merge_params_init(vattn_merge_params* params, size_t struct_size);
+
+/* Merges records by the options of `runtime`: output, lse, verdict and error as vattn_attend_more
+ * would judge them, for who exchanges records in another way. Changes nothing. On CUDA as
+ * vattn_attend: arrays of the device, or all of the host; with a stream it enqueues. */
+VATTN_EXPORT vattn_code vattn_merge(const vattn_runtime* runtime, const vattn_merge_params* params,
+                                    struct CUstream_st* stream);
+
+/* ---- Other ways to attend ------------------------------------------------------------------- */
 
 /* As vattn_attend, over the caller's tokens in place of ours: DSA-like indexers, MLA top-k. */
 typedef struct vattn_selection {

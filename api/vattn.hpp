@@ -47,6 +47,8 @@ inline void InitStruct(vattn_selection* s) { vattn_selection_init(s, sizeof(*s))
 // The same for this struct.
 inline void InitStruct(vattn_prefix* s) { vattn_prefix_init(s, sizeof(*s)); }
 // The same for this struct.
+inline void InitStruct(vattn_merge_params* s) { vattn_merge_params_init(s, sizeof(*s)); }
+// The same for this struct.
 inline void InitStruct(vattn_paged_options* s) { vattn_paged_options_init(s, sizeof(*s)); }
 // The same for this struct.
 inline void InitStruct(vattn_paged_rows* s) { vattn_paged_rows_init(s, sizeof(*s)); }
@@ -228,6 +230,10 @@ class Batch {
   void Attend(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
     Check(vattn_attend(get(), &params, stream));
   }
+  // Goes on with a layer of which every rank has a slice.
+  void AttendMore(const vattn_attend_params& params, CUstream_st* stream = nullptr) {
+    Check(vattn_attend_more(get(), &params, stream));
+  }
   // Attends exactly the tokens that the selection lists.
   void AttendSelected(const vattn_attend_params& params, const vattn_selection& selection,
                       CUstream_st* stream = nullptr) {
@@ -278,6 +284,12 @@ class Paged {
  private:
   std::unique_ptr<vattn_paged, Destroyer<vattn_paged, vattn_paged_destroy>> handle_;
 };
+
+// What the records of several ranks say together.
+inline void Merge(const Runtime& runtime, const vattn_merge_params& params,
+                  CUstream_st* stream = nullptr) {
+  Check(vattn_merge(runtime.get(), &params, stream));
+}
 
 // What vattn sees of the machine, as JSON.
 inline std::string DoctorJson() {

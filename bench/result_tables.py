@@ -1,6 +1,6 @@
 """Tables of the pages, made from the files in bench/results.
 
-    python bench/result_tables.py            # writes them into README.md and bench/RESULTS.md
+    python bench/result_tables.py            # writes them into README.md, bench/RESULTS.md, bench/PROMISE.md
     python bench/result_tables.py --check    # says which one is not as the files have it
 
 A table stands between two lines, <!-- begin table NAME --> and <!-- end table NAME -->. NAME is a function below.
@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "bench/RESULTS.md")
+PAGES = ("README.md", "bench/RESULTS.md", "bench/PROMISE.md")
 STEP_FILES = ("h100_step_b1", "h100_step_b16", "h100_step_b16_1m")
 Row = dict[str, Any]
 
@@ -182,6 +182,24 @@ def follow() -> str:
     once = result("cpu_follow_code16_early_2048")["all"]["kept_at_once"]
     rows.append(["of all tokens at once", percent(once["share"]), percent(once["dense"] / once["answers"])])
     return table(["index made", "rows selected", "heads read whole"], rows)
+
+
+RECORDED = {"code16": "Qwen 16K code, layer 16", "qwen_chat20_l5kv1": "Qwen 20K conversation, layer 5, one KV head",
+            "qwen_turns16k": "Qwen 16K turns, layers 5 11 16", "gemma_turns18k": "Gemma 3 18K turns, layers 5 11 17",
+            "smol_turns7k": "SmolLM2 7K turns, layers 3 11 18 26"}
+
+
+def ranks_coverage() -> str:
+    of = result("cpu_ranks_coverage")["rows"]
+    alone = {row["recording"]: row for row in of if row["ranks"] == 1}
+    rows = []
+    for row in of:
+        one = alone[row["recording"]]
+        rows.append([RECORDED[row["recording"]], str(row["ranks"]), number(row["answers"]), number(row["answers"] - row["verified"]),
+                     number(row["wrong"]), f"{row['worst_head_bound']:.3f}".lstrip("0"), percent(row["rows"] / one["middle"], 2),
+                     number(row["rows"] / one["rows"], 2), number(row["looks"], 2), number(row["bytes"])])
+    return table(["recording", "ranks", "answers", "read whole", "VERIFIED and off", "highest bound", "rows of the middle",
+                  "times those of one", "looks", "bytes of a gather"], rows)
 
 
 def kl(of: Row, policy: str) -> float:

@@ -4,6 +4,7 @@
 #ifndef VATTN_KERNELS_PARAMS_H_
 #define VATTN_KERNELS_PARAMS_H_
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -19,7 +20,8 @@ enum class Bound : int32_t { kSharp = 0, kSafe = 1 };
 enum class Target : int32_t { kSdpa = 0, kNumerator = 1, kDenominator = 2 };
 // What a call is for: kDecode answers by the policy, kSelect lists the rows that the first look would
 // read, kAttendSelected attends the rows that the caller lists.
-enum class Task : int32_t { kDecode, kSelect, kAttendSelected };
+// kForecast and kMore answer a slice of a context (kernels/merge.h).
+enum class Task : int32_t { kDecode, kSelect, kAttendSelected, kForecast, kMore };
 enum class Verdict : int32_t { kExact = 0, kVerified = 1, kDense = 2, kBestEffort = 3 };
 
 constexpr int kMaxLooks = 8;
@@ -147,14 +149,18 @@ struct HeadWork {
   float predicted = 0;  // variance expected of the draw
   float variance = 0;   // variance estimated from the draw: V of METHOD.md, "Certificate"
   float denominator = 0;
+  // Where the sequence holds a slice of a context: ln of what the others add to the denominator.
+  float log_others = -HUGE_VALF;
   float unseen = 0;       // with value codes: e^ over the middle less the draw's estimate of it
   float fixed_norm2 = 0;  // sum of e |v|^2 over the exact sets
+  float value_norm2 = 0;  // mean |v|^2, weighted by attention
   float least_ref = 0;    // what the error is relative to, at least: norm_floor rms|v|, or 0
   float ref = 0;
   float cos2 = 0;  // 1 / effective rank
   float few = 1;   // sum t^2 / (sum t)^2 over the terms t of the variance
   float z = 0;
-  float bound = 0;  // z sqrt(V) / ref
+  float bound = 0;    // z sqrt(V) / ref
+  float settled = 0;  // with several ranks, 1: the answer is written
 };
 
 // The int8 queries of eight query heads, in the order of the code runs.
@@ -205,6 +211,8 @@ struct Scratch {
   int64_t stride = 0;         // n
 };
 
+struct RankStep;
+
 // One (sequence, layer, KV head) in one decode step.
 struct Group {
   const int32_t* blocks = nullptr;  // [tokens / block.tokens rounded up] block ids
@@ -236,6 +244,12 @@ struct Group {
   // kExternal: [G] rows of predicted scores, [tokens] each. Heads may share a row.
   const void* const* external = nullptr;
   DType external_dtype = DType::kF32;
+  // Of a slice of a context, else null (kernels/merge.h): how far it is; its records, [] in the order of
+  // heads; and those of all ranks, `gathered_stride` floats apart.
+  RankStep* slice = nullptr;
+  float* partial = nullptr;
+  const float* gathered = nullptr;
+  int64_t gathered_stride = 0;
   // Filled by cpu::Decode.
   int64_t selected = 0;   // middle rows read: scratch.token[0..selected), unless all_read
   bool all_read = false;  // the whole middle was read
@@ -308,6 +322,24 @@ struct DecodeParams {
   Promise promise;
   Group* groups = nullptr;  // [num_groups]
   int32_t num_groups = 0;
+};
+
+// Answers from the records of several ranks (kernels/merge.h).
+struct MergeParams {
+  Promise promise;
+  int32_t dim_v = 0;
+  int32_t ranks = 0;
+  int64_t heads = 0;
+  const float* records = nullptr;  // [ranks][heads][PartialFloats(dim_v)]
+  int64_t stride = 0;              // floats from one rank to the next
+  int32_t out_dtype = 0;           // DType
+  void* out = nullptr;             // [heads][dim_v]
+  float* lse = nullptr;            // [heads], as the next two, or null
+  int32_t* verdict = nullptr;
+  float* error = nullptr;
+  // Heads that are not verified yet or have no look yet, -1: records that do not fit each other; or
+  // null.
+  int32_t* again = nullptr;
 };
 
 // Attention over listed tokens and nothing else.

@@ -67,11 +67,12 @@ VATTN_HD inline uint32_t Epoch(uint32_t counter, uint64_t step, uint32_t refresh
 struct Randomness {
   uint32_t refresh = 1;
   uint32_t redraw = 0;
+  uint32_t rank = 0;  // of those that hold slices of a context, whose numbers are independent
 
   VATTN_HD uint32_t renewal() const { return redraw > 0 ? 1 : refresh; }
   VATTN_HD uint32_t use() const {
-    return redraw > 0 ? static_cast<uint32_t>(RandomUse::kRedraw) + redraw - 1
-                      : static_cast<uint32_t>(RandomUse::kSelect);
+    const RandomUse first = redraw > 0 ? RandomUse::kRedraw : RandomUse::kSelect;
+    return (rank << 16) + static_cast<uint32_t>(first) + (redraw > 0 ? redraw - 1 : 0);
   }
 };
 

@@ -119,14 +119,31 @@ VATTN_HD inline float QuantileAt(const Promise& promise, int look, float cos2) {
   return z[bin] + (at - static_cast<float>(bin)) * (z[bin + 1] - z[bin]);
 }
 
+// What is known of a head before the draw, from the exact sets and the predicted middle: of the whole
+// context, of which a sequence of one rank among several holds a slice (kernels/merge.h).
+struct Outlook {
+  float unit = 0;         // logarithm of the unit of the next three
+  float denominator = 0;  // sum of e, predicted
+  float mass = 0;         // of them, of the middle
+  float norm2 = 0;        // sum of e |v|^2, with the mean |v|^2 of all tokens in the middle
+  float tokens = 0;       // of the middle
+  float share = 1;        // of the variance that is allowed, what is allowed to this slice
+};
+VATTN_HD inline Outlook OutlookOf(const IndexTables& index, float n, const HeadWork& work) {
+  return {.unit = work.shift,
+          .denominator = work.denominator,
+          .mass = work.mass,
+          .norm2 = work.fixed_norm2 + work.mass * ValueUnit(index),
+          .tokens = n};
+}
+
 // rms|v| of this step as far as it is known before the draw, from the exact sets, the predicted mass
 // of the middle and the mean |v|^2 of all tokens. What errors are relative to is at most about this.
 // It can be far less than in the last step, where a sink without a value has taken the attention
 // since.
-VATTN_HD inline float PredictedScale(const IndexTables& index, const HeadWork& work) {
-  const float unit = ValueUnit(index);
-  const float scale = std::sqrt((work.fixed_norm2 + work.mass * unit) / work.denominator);
-  return IsFinite(scale) ? scale : std::sqrt(unit);
+VATTN_HD inline float PredictedScale(const IndexTables& index, const Outlook& outlook) {
+  const float scale = std::sqrt(outlook.norm2 / outlook.denominator);
+  return IsFinite(scale) ? scale : std::sqrt(ValueUnit(index));
 }
 
 // A head without a history starts from the value statistics of its index and the scale of this
@@ -142,10 +159,10 @@ VATTN_HD inline void StartHead(const Promise& promise, const IndexTables& index,
   state.z = QuantileAt(promise, 1, .25f);
 }
 
-// Target and gains of one head in this step, for a middle of n tokens.
+// Target and gains of one head in this step.
 VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const IndexTables& index,
-                              float n, HeadState& state, HeadWork& work) {
-  const float scale = PredictedScale(index, work);
+                              const Outlook& outlook, HeadState& state, HeadWork& work) {
+  const float scale = PredictedScale(index, outlook);
   if (state.started == 0) StartHead(promise, index, scale, state);
   state.ref = Min(state.ref, kLikelyRef * Max(promise.norm_floor, 1.f) * scale);
   const float bracket = value_codes
@@ -153,9 +170,9 @@ VATTN_HD inline void PlanHead(bool value_codes, const Promise& promise, const In
                             : state.spread;
   const float root =
       (promise.pilot ? kPilotMargin : kMargin) * promise.epsilon * state.ref / state.z;
-  work.log_norm = .5f * std::log(bracket) - std::log(work.denominator) - work.shift;
-  work.floor = kDefensive * std::exp(work.log_norm + work.shift) * work.mass / n;
-  work.target = Max(root * root / state.rho, FLT_MIN);
+  work.log_norm = .5f * std::log(bracket) - std::log(outlook.denominator) - outlook.unit;
+  work.floor = kDefensive * std::exp(work.log_norm + outlook.unit) * outlook.mass / outlook.tokens;
+  work.target = Max(root * root / state.rho * outlook.share, FLT_MIN);
   if (state.started == 0) state.log_multiplier = -std::log(work.target);
   state.started = 1;
 }
@@ -254,6 +271,14 @@ VATTN_HD inline int64_t SampleBudget(Target target, float epsilon, float z, int6
   return Max(base, static_cast<int64_t>(rows));
 }
 
+// The denominator that a term of the variance is relative to: that of the whole context, of which
+// `work` may have a slice.
+constexpr float kMostDenominator = 1e18f;  // its square stays within fp32
+VATTN_HD inline float WholeDenominator(const HeadWork& work) {
+  if (work.log_others == -HUGE_VALF) return work.denominator;
+  return Min(work.denominator + std::exp(work.log_others - work.shift), kMostDenominator);
+}
+
 // One token of the tail for one head.
 struct TailToken {
   float e = 0;          // exp(s - shift)
@@ -275,6 +300,13 @@ VATTN_HD inline TailTerm MakeTailTerm(const TailToken& t, float denominator) {
   term.residual = t.error2 / (denominator * denominator) / (t.pi * others * others);
   term.variance = term.residual * (1 - t.pi) / t.pi;
   return term;
+}
+
+// The variance of a term for each squared unit of v - o, without value codes: c of kernels/merge.h.
+VATTN_HD inline float TailWeight(const TailToken& t, float denominator) {
+  const float others = Max(1 - t.e / (t.pi * denominator), kLeastOthers);
+  const float share = t.e / (t.pi * denominator * others);
+  return share * share * (1 - t.pi);
 }
 
 // Sums over the tail of one head.

@@ -297,7 +297,20 @@ bool Device::CanFollow(const void* pointer) const {
     cudaGetLastError();
     return false;
   }
-  return attributes.type != cudaMemoryTypeUnregistered;
+  if (attributes.type != cudaMemoryTypeHost) return attributes.type != cudaMemoryTypeUnregistered;
+  // Pages are pinned whole. What else lies in the first or last page of memory that we pinned is no
+  // array that a kernel can follow to its end.
+  const std::byte* const at = static_cast<const std::byte*>(pointer);
+  const auto page_of = [](const std::byte* address) {
+    return reinterpret_cast<uintptr_t>(address) / kHostPageBytes;
+  };
+  const std::lock_guard<std::mutex> lock(registered_mutex_);
+  bool beside = false;
+  for (const Piece& piece : registered_) {
+    if (at >= piece.begin && at < piece.end) return true;
+    beside |= page_of(at) == page_of(piece.begin) || page_of(at) == page_of(piece.end - 1);
+  }
+  return !beside;
 }
 
 absl::Status Device::Check(int error, const char* what) {

@@ -30,6 +30,11 @@ struct AttendRequest {
   int32_t score_heads = 0;
   int32_t scores_dtype = 0;  // DType
   int64_t scores_stride = 0;
+  // A slice of a context (kernels/merge.h); partial null: the sequences have their contexts whole.
+  float* partial = nullptr;
+  const float* gathered = nullptr;
+  int32_t* again = nullptr;
+  int32_t rank = 0, ranks = 1;
 };
 
 // As vattn_selection.

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/cuda/params.h"
+#include "kernels/merge.h"
 #include "memory/device.h"
 #include "memory/host_store.h"
 #include "runtime/attend_request.h"
@@ -124,6 +125,10 @@ class Backend {
   virtual absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t bytes,
                               std::vector<const std::byte*>& parts,
                               std::vector<std::byte>& copy) = 0;
+
+  // Merges records of several ranks; params are those of the host (Promise::quantile too). Enqueues
+  // where the records are on a device and a stream is given, else blocks.
+  virtual absl::Status Merge(const MergeParams& params, DeviceStream stream) = 0;
 
   // True if codes have a second copy on a device: block tables then list those that the host wrote.
   virtual bool copies_codes() const = 0;

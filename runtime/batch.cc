@@ -1,9 +1,11 @@
 #include "runtime/batch.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "kernels/merge.h"
 #include "memory/status.h"
 #include "runtime/sequence.h"
 
@@ -166,6 +168,7 @@ absl::Status Batch::BeginStep(int new_tokens, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(half_->BeginStep(slots_, stream));
   std::move(undo).Cancel();
   std::fill(attended_.begin(), attended_.end(), 0);
+  partial_layer_ = -1;
   open_ = true;
   for (Sequence* sequence : slots_) {
     if (sequence != nullptr) sequence->CountStep();
@@ -274,7 +277,13 @@ void Batch::CountNewTokens(int layer) {
 
 absl::Status Batch::Call(Task task, const AttendRequest& r, const Selection& selection,
                          DeviceStream stream) {
+  partial_layer_ = -1;
   VATTN_RETURN_IF_ERROR(half_->Call(task, r, selection, stream));
+  if (task == Task::kForecast) {
+    partial_layer_ = r.layer;
+    partial_ranks_ = r.ranks;
+    partial_rank_ = r.rank;
+  }
   if (!half_->sees_every_call()) return absl::OkStatus();
   attended_[r.layer] = 1;
   CountNewTokens(r.layer);
@@ -284,7 +293,49 @@ absl::Status Batch::Call(Task task, const AttendRequest& r, const Selection& sel
 absl::Status Batch::Attend(const AttendRequest& r, DeviceStream stream) {
   VATTN_RETURN_IF_ERROR(CheckRequest(r));
   VATTN_RETURN_IF_ERROR(CheckScores(r));
-  return Call(Task::kDecode, r, {}, stream);
+  if (r.partial == nullptr) return Call(Task::kDecode, r, {}, stream);
+  VATTN_RETURN_IF_ERROR(CheckPartial(r));
+  return Call(Task::kForecast, r, {}, stream);
+}
+
+absl::Status Batch::AttendMore(const AttendRequest& r, DeviceStream stream) {
+  if (!open_ || partial_layer_ < 0 || r.layer != partial_layer_) {
+    return InvalidArgumentError("layer is ", r.layer,
+                                ", must be that of the call before, which is to be vattn_attend ",
+                                "with partial in an open step", partial_layer_ < 0 ? "" : ": ",
+                                partial_layer_ < 0 ? "" : std::to_string(partial_layer_));
+  }
+  VATTN_RETURN_IF_ERROR(CheckPartial(r));
+  if (r.rank != partial_rank_ || r.ranks != partial_ranks_) {
+    return InvalidArgumentError("rank is ", r.rank, " of ", r.ranks, ", must be as in the call ",
+                                "before: ", partial_rank_, " of ", partial_ranks_);
+  }
+  if (r.gathered == nullptr) return InvalidArgumentError("gathered is NULL, must be given");
+  return half_->Call(Task::kMore, r, {}, stream);
+}
+
+absl::Status Batch::CheckPartial(const AttendRequest& r) const {
+  if (r.partial == nullptr) return InvalidArgumentError("partial is NULL, must be given");
+  if (r.ranks < 1 || r.ranks > kMostRanks) return OutOfRangeError("ranks", r.ranks, 1, kMostRanks);
+  if (r.rank < 0 || r.rank >= r.ranks) return OutOfRangeError("rank", r.rank, 0, r.ranks - 1);
+  const Promise& promise = runtime_->promise();
+  if (promise.policy != Policy::kVerified && promise.policy != Policy::kDense) {
+    return NotSupportedError("partial is given with policy ", static_cast<int32_t>(promise.policy),
+                             ", slices of a context need verified (0) or dense (3)");
+  }
+  if (r.dense) {
+    return NotSupportedError("policy is ", static_cast<int32_t>(Policy::kDense),
+                             " with partial, slices of a context need 0, the runtime's");
+  }
+  if (runtime_->options().value_bits != 0) {
+    return NotSupportedError("partial is given with value_bits ", runtime_->options().value_bits,
+                             ", slices of a context need 0");
+  }
+  if (r.num_tokens != 1) {
+    return NotSupportedError("partial is given with num_tokens ", r.num_tokens,
+                             ", slices of a context answer 1 query token a step");
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Batch::AttendSelected(const AttendRequest& r, const Selection& selection,

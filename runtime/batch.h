@@ -34,6 +34,8 @@ class Batch final : public Seat {
   // step.
   absl::Status Abandon();
   absl::Status Attend(const AttendRequest& request, DeviceStream stream = nullptr);
+  // Goes on with the layer that Attend was last called for, with AttendRequest::partial.
+  absl::Status AttendMore(const AttendRequest& request, DeviceStream stream = nullptr);
   absl::Status AttendSelected(const AttendRequest& request, const Selection& selection,
                               DeviceStream stream = nullptr);
   absl::Status Select(const AttendRequest& request, const Selection& selection,
@@ -52,6 +54,8 @@ class Batch final : public Seat {
   absl::Status CheckRequest(const AttendRequest& request) const;
   // Checks scores, scores_stride and score_heads, for Attend and Select.
   absl::Status CheckScores(const AttendRequest& request) const;
+  // Checks what a slice of a context takes.
+  absl::Status CheckPartial(const AttendRequest& request) const;
   absl::Status CheckSelection(const AttendRequest& request, const Selection& selection) const;
   // The first layer that the open step with a new token has yet to attend; -1: none.
   int LayerToAttend() const;
@@ -69,6 +73,9 @@ class Batch final : public Seat {
   int new_tokens_ = 0;               // of the last step
   bool open_ = false;                // a step is open
   std::vector<char> attended_;       // [layers] in this step
+  int partial_layer_ = -1;           // that AttendMore may go on with
+  int partial_ranks_ = 0;            // among so many, of which it is
+  int partial_rank_ = 0;             // ... this one
 };
 
 }  // namespace vattn

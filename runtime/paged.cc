@@ -208,6 +208,10 @@ absl::Status Paged::CheckScores(const AttendRequest& r) const {
 }
 
 absl::Status Paged::Attend(const AttendRequest& r, DeviceStream stream) {
+  if (r.partial != nullptr) {
+    return NotSupportedError(
+        "partial is given, slices of a context are sequences: must be NULL over an engine's pool");
+  }
   if (!open_)
     return InvalidArgumentError("no step is open, vattn_paged_begin_step must come first");
   VATTN_RETURN_IF_ERROR(CheckLayer(r.layer));
@@ -222,6 +226,10 @@ absl::Status Paged::Attend(const AttendRequest& r, DeviceStream stream) {
   if (r.v_new != nullptr) {
     return InvalidArgumentError(
         "v_new is given, must be NULL: vattn_paged_write writes rows before");
+  }
+  if (r.partial != nullptr || r.gathered != nullptr) {
+    return NotSupportedError(
+        "partial or gathered is given: a pool holds whole contexts, must be NULL with vattn_paged");
   }
   VATTN_RETURN_IF_ERROR(CheckScores(r));
   if (step_.num_requests == 0) return absl::OkStatus();

@@ -188,6 +188,13 @@ SignMap Runtime::LearnedMap(int layer, int kv_head) const {
   return sign_maps_ ? sign_maps_->Map(layer, kv_head) : SignMap{};
 }
 
+absl::Status Runtime::Merge(MergeParams params, DeviceStream stream) const {
+  params.promise = promise_;
+  params.dim_v = storage_.row.dim_v;
+  params.stride = params.heads * PartialFloats(params.dim_v);
+  return backend_->Merge(params, stream);
+}
+
 StatsSnapshot Runtime::Stats() const {
   StatsSnapshot s = Snapshot(counters_);
   backend_->AddTo(s);

@@ -59,6 +59,9 @@ class Runtime {
   // Sequences alive, for table_bytes and to be spilled.
   SequenceList& sequences() { return sequences_; }
   Counters& counters() { return counters_; }
+  // Merges records of several ranks. Of params heads, records, ranks, out_dtype and the arrays of
+  // answers are the caller's.
+  absl::Status Merge(MergeParams params, DeviceStream stream) const;
   StatsSnapshot Stats() const;
   TenantSnapshot StatsOf(uint64_t tenant) const;
   // Of all tenants that are known, but 0.

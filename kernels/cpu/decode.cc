@@ -12,7 +12,6 @@
 #include "kernels/cpu/scan.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/topk.h"
-#include "kernels/cpu/values.h"
 #include "kernels/cpu/verify.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/sampling.h"
@@ -34,24 +33,7 @@ bool Verify(const Storage& s, const Promise& promise, const Group& group, const 
             int64_t tail, int look, const float* outputs) {
   const Scratch& w = group.scratch;
   const int dim = s.row.dim_v;
-  const uint8_t* rows[kTileRows];
-  for (int64_t t = 0; t < tail; t += kTileRows) {
-    const int count = static_cast<int>(std::min<int64_t>(kTileRows, tail - t));
-    for (int i = 0; i < count; ++i) rows[i] = w.row[w.tail[t + i]];
-    DotRows(
-        {.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype},
-        outputs, group.group_heads, w.dot + t, w.stride);
-    if (s.value_bits == 0) continue;
-    float decoded[kTileRows * kMaxDim];
-    const uint8_t* codes[kTileRows];
-    for (int i = 0; i < count; ++i) {
-      codes[i] = ValueCodeOf(s, group, w.token[w.tail[t + i]]);
-      rows[i] = reinterpret_cast<const uint8_t*>(decoded + i * dim);
-    }
-    DecodeValues(s, group.index, codes, count, decoded);
-    DotRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, outputs,
-            group.group_heads, w.code_dot + t, w.stride);
-  }
+  DotTail(s, group, tail, outputs);
   bool all = true;
   for (int g = 0; g < group.group_heads; ++g) {
     VerifyHead(s, promise, group, draw, tail, look, g, outputs + g * dim, w.dot + g * w.stride);
@@ -172,11 +154,10 @@ void AttendFixed(const Storage& s, const Group& group, float* states, Workers* w
                 workers);
 }
 
-void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads,
-                 Verdict verdict, Workers* workers) {
+void AttendWhole(const Storage& s, const Group& group, const int32_t* heads, int num_heads,
+                 float* states, Workers* workers, bool value_norms) {
   const int64_t floats = StateFloats(s.row.dim_v);
   float* queries = group.scratch.query;  // the chosen heads' queries move to the front
-  float* states = group.scratch.work;
   for (int i = 0; i < num_heads; ++i) {
     if (heads[i] != i) {
       std::copy_n(queries + int64_t{heads[i]} * s.row.dim_k, s.row.dim_k,
@@ -184,10 +165,20 @@ void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int
     }
     ResetState({states + i * floats, s.row.dim_v}, s.row.dim_v);
   }
-  AttendVisible(s, group, 0, heads, num_heads, queries, states, workers, /*value_norms=*/false);
+  AttendVisible(s, group, 0, heads, num_heads, queries, states, workers, value_norms);
   for (int i = 0; i < num_heads; ++i) {
     const SoftmaxState state(states + i * floats, s.row.dim_v);
     for (int j = 0; j < s.row.dim_v; ++j) state.numerator[j] /= state.denominator();
+  }
+}
+
+void DecodeDense(const Storage& s, const Group& group, const int32_t* heads, int num_heads,
+                 Verdict verdict, Workers* workers) {
+  const int64_t floats = StateFloats(s.row.dim_v);
+  float* states = group.scratch.work;
+  AttendWhole(s, group, heads, num_heads, states, workers, /*value_norms=*/false);
+  for (int i = 0; i < num_heads; ++i) {
+    const SoftmaxState state(states + i * floats, s.row.dim_v);
     WriteHead(s, group, heads[i], state.numerator, std::log(state.denominator()) + state.max());
     SetVerdict(group, heads[i], verdict, 0);
   }

@@ -11,6 +11,10 @@ class Workers;
 void Decode(const DecodeParams& params, Workers* workers);
 void Select(const SelectParams& params, Workers* workers);
 
+// Attention over all rows for the listed heads of a group, ascending: states [num_heads][dim_v + 3] whose
+// numerators are divided. scratch.query is used up.
+void AttendWhole(const Storage& storage, const Group& group, const int32_t* heads, int num_heads,
+                 float* states, Workers* workers, bool value_norms);
 // Attention over all rows for the listed heads of a group, exact, written out with `verdict`.
 void DecodeDense(const Storage& storage, const Group& group, const int32_t* heads, int num_heads,
                  Verdict verdict, Workers* workers);

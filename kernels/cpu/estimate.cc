@@ -201,13 +201,12 @@ void Estimate(const Storage& s, const Promise& promise, const Group& group, cons
     if (s.value_bits > 0) state.denominator() += head.unseen - head.mass;
     head.denominator = std::max(state.denominator(), kLeastDivisor);
     for (int j = 0; j < dim; ++j) outputs[g * dim + j] = state.numerator[j] / head.denominator;
-    head.least_ref = 0;
-    if (promise.norm == Norm::kValue) {
-      // |v|^2 is summed over rows alone, also with value codes, so it has a denominator of its own.
-      const ConstSoftmaxState before(base + g * floats, dim);
-      const float mass = before.denominator() - (s.value_bits > 0 ? head.mass : 0) + masses[g];
-      head.least_ref = promise.norm_floor * std::sqrt(std::max(state.value_norm2() / mass, 0.f));
-    }
+    // |v|^2 is summed over rows alone, also with value codes, so it has a denominator of its own.
+    const ConstSoftmaxState before(base + g * floats, dim);
+    const float mass = before.denominator() - (s.value_bits > 0 ? head.mass : 0) + masses[g];
+    head.value_norm2 = std::max(state.value_norm2() / mass, 0.f);
+    head.least_ref =
+        promise.norm == Norm::kValue ? promise.norm_floor * std::sqrt(head.value_norm2) : 0;
   }
 }
 

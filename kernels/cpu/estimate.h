@@ -22,7 +22,7 @@ void RaiseShift(const Group& group, const Draw& draw);
 void MakeBase(const Storage& storage, const Group& group, const float* states, float* base);
 
 // The outputs [G][dim_v] of base plus the draw with weights 1 / pi (METHOD.md, "Estimator"). Fills
-// head.denominator, unseen and least_ref.
+// head.denominator, unseen, value_norm2 and least_ref.
 void Estimate(const Storage& storage, const Promise& promise, const Group& group, const Draw& draw,
               const float* base, float* outputs);
 

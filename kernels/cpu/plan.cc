@@ -95,12 +95,15 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
   }
 }
 
-Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Workers* workers) {
+Plan MakePlan(const Storage& s, const Promise& promise, const Group& group, Workers* workers,
+              const Outlook* outlooks) {
   const Scratch& w = group.scratch;
   const int heads = group.group_heads;
   const float n = static_cast<float>(group.middle_end - group.middle_begin);
   for (int g = 0; g < heads; ++g) {
-    PlanHead(s.value_bits > 0, promise, group.index, n, group.state[g], w.head[g]);
+    const Outlook outlook =
+        outlooks != nullptr ? outlooks[g] : OutlookOf(group.index, n, w.head[g]);
+    PlanHead(s.value_bits > 0, promise, group.index, outlook, group.state[g], w.head[g]);
   }
   CountTops(group);
   Plan plan{.inclusion = {.log_gain = w.log_gain, .floor = w.floor, .scale = 1}};

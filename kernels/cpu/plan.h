@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/sample.h"
 #include "kernels/params.h"
+#include "kernels/sampling.h"
 
 namespace vattn::cpu {
 
@@ -22,8 +23,10 @@ struct Plan {
 // [G][dim_v + 3] are those of sinks and window.
 void SumEstimates(const Storage& storage, const Group& group, const float* states);
 
-// Renews the multipliers in group.state and returns what to draw with.
-Plan MakePlan(const Storage& storage, const Promise& promise, const Group& group, Workers* workers);
+// Renews the multipliers in group.state and returns what to draw with. outlooks [G]: of the whole
+// context, of which the group has a slice; null: the group has it whole.
+Plan MakePlan(const Storage& storage, const Promise& promise, const Group& group, Workers* workers,
+              const Outlook* outlooks = nullptr);
 
 // Learns rho and z from the planned draw. Call it after the certificate of the first look.
 void Learn(const Promise& promise, const Group& group);

@@ -86,12 +86,34 @@ int64_t ListTail(const Group& group, const Draw& draw) {
   return tail;
 }
 
-void VerifyHead(const Storage& s, const Promise& promise, const Group& group, const Draw& draw,
-                int64_t tail, int look, int head, const float* output, const float* dots) {
+void DotTail(const Storage& s, const Group& group, int64_t tail, const float* outputs) {
   const Scratch& w = group.scratch;
-  HeadWork& work = w.head[head];
-  HeadState& state = group.state[head];
-  const float norm2 = Dot(output, output, s.row.dim_v);
+  const int dim = s.row.dim_v;
+  const uint8_t* rows[kTileRows];
+  for (int64_t t = 0; t < tail; t += kTileRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kTileRows, tail - t));
+    for (int i = 0; i < count; ++i) rows[i] = w.row[w.tail[t + i]];
+    DotRows(
+        {.rows = rows, .count = count, .offset = s.row.v_offset, .dim = dim, .dtype = s.row.dtype},
+        outputs, group.group_heads, w.dot + t, w.stride);
+    if (s.value_bits == 0) continue;
+    float decoded[kTileRows * kMaxDim];
+    const uint8_t* codes[kTileRows];
+    for (int i = 0; i < count; ++i) {
+      codes[i] = ValueCodeOf(s, group, w.token[w.tail[t + i]]);
+      rows[i] = reinterpret_cast<const uint8_t*>(decoded + i * dim);
+    }
+    DecodeValues(s, group.index, codes, count, decoded);
+    DotRows({.rows = rows, .count = count, .offset = 0, .dim = dim, .dtype = DType::kF32}, outputs,
+            group.group_heads, w.code_dot + t, w.stride);
+  }
+}
+
+TailSums SumTail(const Storage& s, const Group& group, const Draw& draw, int64_t tail, int head,
+                 const float* output, const float* dots, float* cos2, float* weights) {
+  const Scratch& w = group.scratch;
+  const HeadWork& work = w.head[head];
+  const float norm2 = Dot(output, output, s.row.dim_v), denominator = WholeDenominator(work);
   const float* logit = w.logit + head * w.stride;
   const float* predicted_e = s.value_bits > 0 ? w.predicted_e + head * w.stride : nullptr;
   float* term = w.scaled + head * w.stride;        // c |a - b o|^2 / D^2, for the rank draws
@@ -117,7 +139,8 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
       sums.relative += (token.e - predicted_e[i]) * (token.e - predicted_e[i]) / token.pi;
       sums.estimate += predicted_e[i] * predicted_e[i] / token.pi;
     }
-    const TailTerm made = MakeTailTerm(token, work.denominator);
+    const TailTerm made = MakeTailTerm(token, denominator);
+    if (weights != nullptr) weights[t] = TailWeight(token, denominator);
     residual[t] = made.residual;
     term[t] = made.variance;
     sums.variance += made.variance;
@@ -127,7 +150,7 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
     sums.mass += token.e / token.pi;
     sums.spread += token.e / token.pi * token.distance2;
   }
-  float cos2 = -1;
+  *cos2 = -1;
   if (tail > 1 && sums.variance > 0) {
     uint32_t places[kRankDraws];
     double sum = 0;
@@ -138,10 +161,29 @@ void VerifyHead(const Storage& s, const Promise& promise, const Group& group, co
         places[next++] = w.tail[t];
     }
     while (next < kRankDraws) places[next++] = w.tail[tail - 1];
-    cos2 = MeanCos2(s, group, places, head, output);
+    *cos2 = MeanCos2(s, group, places, head, output);
   }
+  return sums;
+}
+
+void VerifyHead(const Storage& s, const Promise& promise, const Group& group, const Draw& draw,
+                int64_t tail, int look, int head, const float* output, const float* dots) {
+  float cos2 = -1;
+  const TailSums sums = SumTail(s, group, draw, tail, head, output, dots, &cos2);
   const bool exact = tail == 0 && draw.count == group.middle_end - group.middle_begin;
-  JudgeHead(promise, look, sums, cos2, tail, exact, norm2, state, work);
+  JudgeHead(promise, look, sums, cos2, tail, exact, Dot(output, output, s.row.dim_v),
+            group.state[head], group.scratch.head[head]);
+}
+
+float GrownVariance(const Group& group, const Draw& draw, int64_t tail, int head, float by) {
+  const Scratch& w = group.scratch;
+  const float* residual = w.residual + head * w.stride;
+  float variance = 0;
+  for (int64_t t = 0; t < tail; ++t) {
+    const float pi = std::min(1.f, by * draw.scale * w.weight[w.tail[t]]);
+    variance += residual[t] * (1 - pi) / pi;
+  }
+  return variance;
 }
 
 float Growth(const Promise& promise, const Group& group, const Draw& draw, int64_t tail, int look) {
@@ -149,14 +191,8 @@ float Growth(const Promise& promise, const Group& group, const Draw& draw, int64
   float factor = tail < kLeastTail ? kTailGrowth : kLeastGrowth;
   for (int g = 0; g < group.group_heads; ++g) {
     const float root = GrowthRoot(promise, look, w.head[g]);
-    const float* residual = w.residual + g * w.stride;
     const auto enough = [&](float by) {
-      float variance = 0;
-      for (int64_t t = 0; t < tail; ++t) {
-        const float pi = std::min(1.f, by * draw.scale * w.weight[w.tail[t]]);
-        variance += residual[t] * (1 - pi) / pi;
-      }
-      return variance <= root * root;
+      return GrownVariance(group, draw, tail, g, by) <= root * root;
     };
     if (enough(factor)) continue;
     float low = factor, high = kLargestGrowth;

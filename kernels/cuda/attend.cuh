@@ -218,10 +218,9 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       work.shift = most;
       work.denominator = denominator;
       work.unseen = coded_mass;
+      work.value_norm2 = Max(mass2 / fmaxf(mass, kLeastDivisor), 0.f);
       work.least_ref =
-          promise.norm == Norm::kValue
-              ? promise.norm_floor * sqrtf(Max(mass2 / fmaxf(mass, kLeastDivisor), 0.f))
-              : 0;
+          promise.norm == Norm::kValue ? promise.norm_floor * sqrtf(work.value_norm2) : 0;
       w.head[h] = work;
     }
     __syncthreads();

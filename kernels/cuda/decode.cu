@@ -39,23 +39,52 @@ int Answer(const StepParams& p, const AnswerShape& shape, Stream stream) {
                        [&]<DType kType>() { return AnswerOf<kType>::Launch(p, shape, stream); });
 }
 
-int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
-  int error = Prepare(p, stream);
-  const bool chosen = p.promise.policy != Policy::kDense && p.task != Task::kAttendSelected;
-  const bool sampled = chosen && p.promise.policy == Policy::kVerified,
+namespace {
+
+// Predicted scores or, where rows are sampled, estimates.
+int ScoreMiddle(const StepParams& p, int multiprocessors, Stream stream) {
+  const bool sampled = p.promise.policy == Policy::kVerified,
              scored = ScoredBeforeScan(p.promise.index);
-  if (error == cudaSuccess && chosen && scored) {
+  int error = cudaSuccess;
+  if (scored) {
     error = p.promise.index == IndexKind::kExact ? ScoreRows(p, multiprocessors, stream)
                                                  : TakeScores(p, multiprocessors, stream);
   }
-  if (error == cudaSuccess && chosen && (sampled || !scored))
-    error = Scan(p, multiprocessors, stream);
+  if (error == cudaSuccess && (sampled || !scored)) error = Scan(p, multiprocessors, stream);
+  return error;
+}
+
+}  // namespace
+
+int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, Stream stream) {
+  int error = Prepare(p, stream);
+  const bool chosen = p.promise.policy != Policy::kDense && p.task != Task::kAttendSelected;
+  const bool sampled = chosen && p.promise.policy == Policy::kVerified;
+  if (error == cudaSuccess && chosen) error = ScoreMiddle(p, multiprocessors, stream);
   const bool coded = sampled && p.storage.host.value_bits > 0 && p.task == Task::kDecode;
   if (error == cudaSuccess && coded) error = SumValues(p, stream);
   if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);
   if (error == cudaSuccess && sampled) error = Predict(p, stream);
   if (error == cudaSuccess) error = Answer(p, shape, stream);
   return error;
+}
+
+int Forecast(const StepParams& p, int multiprocessors, Stream stream) {
+  int error = Prepare(p, stream);
+  if (error == cudaSuccess && p.promise.policy == Policy::kVerified)
+    error = ScoreMiddle(p, multiprocessors, stream);
+  if (error == cudaSuccess) error = WriteForecasts(p, stream);
+  return error;
+}
+
+int LookOn(const StepParams& p, const AnswerShape& shape, bool first, Stream stream) {
+  int error = DecideLooks(p, first, stream);
+  const bool plans = first && p.promise.policy == Policy::kVerified;
+  if (error == cudaSuccess && plans) error = PlanDraw(p, stream);
+  if (error == cudaSuccess && plans) error = Predict(p, stream);
+  if (error != cudaSuccess) return error;
+  return DispatchDType(p.storage.host.row.dtype,
+                       [&]<DType kType>() { return LookOf<kType>::Launch(p, shape, stream); });
 }
 
 }  // namespace vattn::cuda

@@ -16,6 +16,13 @@ AnswerShape ShapeAnswer(const DeviceStorage& storage, int group_heads, int group
 // One decode step of one layer for every group: new rows, scan, plan, draws, certificate, outputs.
 int Decode(const StepParams& params, const AnswerShape& shape, int multiprocessors, Stream stream);
 
+// The same of a slice of a context, cut where ranks exchange records (kernels/cpu/ranks.h). LookOn counts
+// in *params.slice.again what is open. first: the looks begin.
+int Forecast(const StepParams& params, int multiprocessors, Stream stream);
+int LookOn(const StepParams& params, const AnswerShape& shape, bool first, Stream stream);
+// As cpu::Merge; arrays and Promise::quantile in device memory.
+int Merge(const MergeParams& params, Stream stream);
+
 // PrefillChunk::splits that fill a device with so many query tokens.
 int PrefillSplits(int64_t count, int32_t group_heads, int32_t kv_heads, int multiprocessors);
 // Rows in fp16 or bf16 with at most kMaxPrefillDim elements of K and of V.

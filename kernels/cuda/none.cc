@@ -8,6 +8,9 @@ constexpr int kNoDevice = 100;  // cudaErrorNoDevice
 int TilesInFlight(const Storage&) { return 0; }
 AnswerShape ShapeAnswer(const DeviceStorage&, int, int) { return {}; }
 int Decode(const StepParams&, const AnswerShape&, int, Stream) { return kNoDevice; }
+int Forecast(const StepParams&, int, Stream) { return kNoDevice; }
+int LookOn(const StepParams&, const AnswerShape&, bool, Stream) { return kNoDevice; }
+int Merge(const MergeParams&, Stream) { return kNoDevice; }
 int PrefillSplits(int64_t, int32_t, int32_t, int) { return 1; }
 int Prefill(const PrefillChunk&, Stream) { return kNoDevice; }
 int Encode(const DeviceStorage&, const EncodeItem*, int, int64_t, Stream) { return kNoDevice; }

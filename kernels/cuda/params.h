@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/merge.h"
 #include "kernels/params.h"
 #include "kernels/softmax.h"
 
@@ -95,6 +96,11 @@ struct GroupScratch {
   HeadWork* head = nullptr;             // [G]
   float* growth = nullptr;              // [G]
   HeadState* state_of_token = nullptr;  // [G], with several query tokens
+  // The next four with a slice of a context (kernels/merge.h).
+  RankStep* slice = nullptr;    // [1]
+  Outlook* outlook = nullptr;   // [G] of the whole context
+  float* log_others = nullptr;  // [G] for HeadWork
+  float* moment = nullptr;      // [team][G][dim_v] sum of c v over the tail
   // The next six only with value codes. What codes had said of rows that were read is taken back from
   // the numerators in `state`, and its mass is kept in coded_mass.
   float* log_predicted_e = nullptr;  // [G][capacity] ln e^ of selected tokens
@@ -219,6 +225,15 @@ VATTN_HD inline bool ScoredBeforeScan(IndexKind index) {
   return index == IndexKind::kExact || index == IndexKind::kExternal;
 }
 
+// What a slice of a context has besides, extents as vattn_attend_params.
+struct SliceArrays {
+  float* partial = nullptr;
+  const float* gathered = nullptr;
+  int64_t gathered_stride = 0;  // floats from one rank to the next
+  int32_t* again = nullptr;
+  int32_t rank = 0, ranks = 1;
+};
+
 struct StepParams {
   Task task = Task::kDecode;
   DeviceStorage storage;
@@ -234,6 +249,7 @@ struct StepParams {
   bool paged = false;       // codes lie in an engine's pool
   CallArrays call;
   SelectionArrays selection;
+  SliceArrays slice;
 };
 
 // Attention of tokens [first, first + count) of one (sequence, layer) to those of one chunk [begin,

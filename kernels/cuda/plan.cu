@@ -21,9 +21,15 @@ __device__ void FindPlan(Team<kHeads>& team, int* tops) {
   __syncthreads();
   team.StampTime(TimelinePoint::kScanned);
   SumEstimates(team);
+  const bool slice = team.p.task == Task::kMore;
   for (int h = tid; h < heads; h += kThreads) {
-    PlanHead(team.p.storage.host.value_bits > 0, team.p.promise, team.group.index,
-             static_cast<float>(team.middle()), team.shared.state[h], team.shared.head[h]);
+    HeadWork& work = team.shared.head[h];
+    if (slice) work.log_others = team.group.scratch.log_others[h];
+    const Outlook outlook =
+        slice ? team.group.scratch.outlook[h]
+              : OutlookOf(team.group.index, static_cast<float>(team.middle()), work);
+    PlanHead(team.p.storage.host.value_bits > 0, team.p.promise, team.group.index, outlook,
+             team.shared.state[h], work);
   }
   __syncthreads();
   FindSure(team);
@@ -69,9 +75,10 @@ __global__ void __launch_bounds__(kPredictThreads, 4)
     const DeviceGroup& group = p.groups[i / kMostSegments];
     const int segment = static_cast<int>(i % kMostSegments);
     if (group.tokens == 0 || segment >= NumSegments(NumBlocks(group))) continue;
-    PredictSegment<kHeads>(group, p.group_heads, segment, group.scratch.log_gain,
-                           group.scratch.floor, 1.f, kCandidateScale,
-                           {.refresh = p.promise.refresh});
+    PredictSegment<kHeads>(
+        group, p.group_heads, segment, group.scratch.log_gain, group.scratch.floor, 1.f,
+        kCandidateScale,
+        {.refresh = p.promise.refresh, .rank = static_cast<uint32_t>(p.slice.rank)});
   }
 }
 

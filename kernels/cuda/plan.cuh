@@ -276,7 +276,7 @@ __device__ void FindMultipliers(Team<kHeads>& team, const int* tops, Predict&& p
 // True if heads that are not verified are answered by reading everything.
 template <int kHeads>
 __device__ bool ReadsWhole(const Team<kHeads>& team) {
-  return team.p.promise.on_unverified == OnUnverified::kDense && team.p.task == Task::kDecode;
+  return team.p.promise.on_unverified == OnUnverified::kDense && team.p.task != Task::kSelect;
 }
 
 // The number of tokens that are drawn with probability 1 whatever the multipliers are. Candidates
@@ -311,7 +311,8 @@ __device__ Plan FinishPlan(Team<kHeads>& team) {
   const Promise& promise = team.p.promise;
   const int heads = team.heads();
   const float n = static_cast<float>(team.middle());
-  const Randomness randomness{.refresh = promise.refresh};
+  const Randomness randomness{.refresh = promise.refresh,
+                              .rank = static_cast<uint32_t>(team.p.slice.rank)};
   Plan plan;
   plan.bound = kCandidateScale;
   SumPredicted(team);

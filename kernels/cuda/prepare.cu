@@ -161,7 +161,9 @@ template <class E>
 __device__ void PackQueries(const StepParams& p, const DeviceGroup& group, int part,
                             float* memory) {
   const int dim = p.storage.host.row.dim_k;
-  const int segments = group.middle_end > group.middle_begin ? IndexSegments(group) : 0;
+  // A pool of an engine's may have no tables.
+  const bool coded = group.num_segments > 0 || group.index.center != nullptr;
+  const int segments = coded && group.middle_end > group.middle_begin ? IndexSegments(group) : 0;
   if (part > 0 && part >= segments) return;
   float* q = memory;                     // [kPackHeads][dim]
   float* y = memory + kPackHeads * dim;  // [kPackHeads][PackRows]

@@ -81,6 +81,10 @@ VATTN_HD inline size_t CarveGroup(const Storage& s, const Promise& promise, int6
   c.Take(heads, w.head);
   c.Take(heads, w.growth);
   c.Take(heads, w.state_of_token);
+  c.Take(1, w.slice);
+  c.Take(heads, w.outlook);
+  c.Take(heads, w.log_others);
+  c.Take(sampled * team * heads * s.row.dim_v, w.moment);
   const bool coded = s.value_bits > 0;
   const int64_t items = coded ? ValueItems(s, group_heads) : 0;
   c.Take(coded ? sampled * heads * w.capacity : 0, w.log_predicted_e);

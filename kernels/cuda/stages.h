@@ -14,6 +14,10 @@
 //                 verify.cuh                     certificate, growth (kernels/cpu/verify)
 //                 topk.cuh, rank.cuh             top-k policies      (kernels/cpu/topk)
 //                 report.cuh                     outputs and counts
+//
+// A slice of a context goes through Forecast and LookOn of decode.cu in place of it: Prepare, Scan and
+// WriteForecasts (ranks.cu); then, each time that ranks have exchanged their records, DecideLooks
+// (ranks.cu, merge.cuh), the first time PlanDraw and Predict, and a look (ranks.cuh).
 #ifndef VATTN_KERNELS_CUDA_STAGES_H_
 #define VATTN_KERNELS_CUDA_STAGES_H_
 
@@ -52,6 +56,15 @@ extern template struct AnswerOf<DType::kF32>;
 extern template struct AnswerOf<DType::kF16>;
 extern template struct AnswerOf<DType::kBF16>;
 
+// The kernels that take a look at a slice of a context, the same way.
+template <DType kType>
+struct LookOf {
+  static int Launch(const StepParams& params, const AnswerShape& shape, Stream stream);
+};
+extern template struct LookOf<DType::kF32>;
+extern template struct LookOf<DType::kF16>;
+extern template struct LookOf<DType::kBF16>;
+
 int Prepare(const StepParams& params, Stream stream);
 // True scores of the middle from its keys, for IndexKind::kExact.
 int ScoreRows(const StepParams& params, int multiprocessors, Stream stream);
@@ -62,6 +75,10 @@ int Scan(const StepParams& params, int multiprocessors, Stream stream);
 int PlanDraw(const StepParams& params, Stream stream);
 // Predicted variance and candidates of the whole middle under the plan.
 int Predict(const StepParams& params, Stream stream);
+// Of a slice of a context: what it expects, to its records; and what the records of all ranks lead to,
+// with the answers that are there.
+int WriteForecasts(const StepParams& params, Stream stream);
+int DecideLooks(const StepParams& params, bool first, Stream stream);
 int Answer(const StepParams& params, const AnswerShape& shape, Stream stream);
 
 }  // namespace vattn::cuda

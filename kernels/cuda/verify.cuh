@@ -59,10 +59,55 @@ __device__ TailTotals TailTotalsOf(Team<kHeads>& team) {
   return {team.shared.total, team.heads()};
 }
 
-// Residuals and terms of the list for outputs in scratch.output, and their sums over the tail of every
-// head as TailTotals. The function is long because it is one walk over the rows, whose sums stay in
-// the registers of a thread until the end.
+// Sum c v over this thread block's rows of the tail; without kMoments nothing.
+template <DType kType, int kHeads, bool kMoments>
+struct TailMoment {
+  __device__ explicit TailMoment(int) {}
+  __device__ void Add(Team<kHeads>&, const TileShape&, const std::byte*, int, int, int, int,
+                      float) {}
+  __device__ void Finish(Team<kHeads>&, int, int) {}
+};
 template <DType kType, int kHeads>
+struct TailMoment<kType, kHeads, true> {
+  ValueSum<kType, kHeads> values;
+
+  __device__ explicit TailMoment(int dim) : values(dim) {}
+
+  // Row r of tile k counts with `weight` for head h; all threads call it. Rows that were not fetched
+  // hold anything.
+  __device__ void Add(Team<kHeads>& team, const TileShape& shape, const std::byte* tile, int k,
+                      int count, int h, int r, float weight) {
+    RowsShared<kHeads>& rows = team.shared.rows;
+    if (h < kHeads && r < count) rows.p[r * kHeads + h] = weight;
+    __syncthreads();
+    if (values.group >= values.groups) return;
+    const uint64_t* address = rows.address[k % team.p.storage.tiles_in_flight];
+    const std::byte* at = tile + values.pair * 2 * Element<kType>::kBytes;
+    for (int i = values.group; i < count; i += values.groups) {
+      if (address[i] == 0) continue;
+      const float2 v = Element<kType>::Pair(at + i * shape.pitch);
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+        values.sum[head][0] = fmaf(rows.p[i * kHeads + head], v.x, values.sum[head][0]);
+        values.sum[head][1] = fmaf(rows.p[i * kHeads + head], v.y, values.sum[head][1]);
+      }
+    }
+  }
+  __device__ void Finish(Team<kHeads>& team, int first, int heads) {
+    const int dim = 2 * values.pairs;
+    float* out =
+        team.group.scratch.moment + (static_cast<int64_t>(team.rank) * team.heads() + first) * dim;
+    values.Finish(reinterpret_cast<float*>(team.memory), heads,
+                  [&](int h, int j, float x) { out[h * dim + j] = x; });
+  }
+};
+
+// Residuals and terms of the list for outputs in scratch.output, and their sums over the tail of every
+// head as TailTotals. With kMoments, for a slice of a context (kernels/merge.h) and without value codes,
+// also sum c v of this thread block to scratch.moment, and sum c in place of `relative`. The function
+// is long because it is one walk over the rows, whose sums stay in
+// the registers of a thread until the end.
+template <DType kType, int kHeads, bool kMoments = false>
 __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float scale) {
   const GroupScratch& w = team.group.scratch;
   RowLayout row = team.p.storage.host.row;
@@ -75,7 +120,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
                        team.memory + RowsBytes<kHeads>(row, team.p.storage.tiles_in_flight)) -
                    kHeads * row.dim_v;
   double* sums = reinterpret_cast<double*>(team.memory);
-  const bool coded = team.p.storage.host.value_bits > 0;
+  const bool coded = !kMoments && team.p.storage.host.value_bits > 0, more = kMoments || coded;
   const int r = tid % shape.rows, h = tid / shape.rows;
   for (int first = 0; first < heads; first += kHeads) {
     const int now = min(kHeads, heads - first);
@@ -90,8 +135,10 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
       for (int j = 0; j < row.dim_v; ++j)
         norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
     }
+    const float denominator = h < now ? WholeDenominator(team.shared.head[first + h]) : 1;
     double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0, relative = 0,
            estimate = 0;
+    TailMoment<kType, kHeads, kMoments> moment(row.dim_v);
     const auto inclusion = [&](int64_t i) { return Min(1.f, scale * LoadL2(w.weight + i)); };
     const auto place = [&](int k, int row_of_tile) {
       return team.RowPlace(shape.rows, k, row_of_tile);
@@ -112,42 +159,48 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
                 [&](int row_of_tile) { return LoadL2(w.token + place(k, row_of_tile)); }, outputs);
           }
           __syncthreads();
-          if (h >= now || r >= n) return;
-          const int64_t i = place(k, r), at = (first + h) * w.capacity + i;
-          const HeadWork& work = team.shared.head[first + h];
-          TailToken token;
-          token.pi = inclusion(i);
-          TailTerm term;
-          if (token.pi < 1) {
-            token.e = expf(LoadL2(w.logit + at) - work.shift);
-            token.distance2 =
-                Max(LoadL2(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
-            token.error2 = token.e * token.e * token.distance2;
-            if (coded) {
-              // |e (v - o) - e^ (v^ - o)|^2 from dot products.
-              const CodedDots<kHeads>& dots = DotsOf(team);
-              const float predicted_e = expf(LoadL2(w.log_predicted_e + at) - work.shift);
-              const float code_dot = dots.dot[r * kHeads + h];
-              const float code_distance2 = dots.norm2[r] - 2 * code_dot + norm2;
-              const float inner =
-                  dots.cross[r] - team.shared.rows.p[r * kHeads + h] - code_dot + norm2;
-              token.error2 = Max(0.f, token.error2 + predicted_e * predicted_e * code_distance2 -
-                                          2 * token.e * predicted_e * inner);
-              relative += (token.e - predicted_e) * (token.e - predicted_e) / token.pi;
-              estimate += predicted_e * predicted_e / token.pi;
+          float weight = 0;
+          if (h < now && r < n) {
+            const int64_t i = place(k, r), at = (first + h) * w.capacity + i;
+            const HeadWork& work = team.shared.head[first + h];
+            TailToken token;
+            token.pi = inclusion(i);
+            TailTerm term;
+            if (token.pi < 1) {
+              token.e = expf(LoadL2(w.logit + at) - work.shift);
+              token.distance2 =
+                  Max(LoadL2(w.norm2 + i) - 2 * team.shared.rows.p[r * kHeads + h] + norm2, 0.f);
+              token.error2 = token.e * token.e * token.distance2;
+              if (coded) {
+                // |e (v - o) - e^ (v^ - o)|^2 from dot products.
+                const CodedDots<kHeads>& dots = DotsOf(team);
+                const float predicted_e = expf(LoadL2(w.log_predicted_e + at) - work.shift);
+                const float code_dot = dots.dot[r * kHeads + h];
+                const float code_distance2 = dots.norm2[r] - 2 * code_dot + norm2;
+                const float inner =
+                    dots.cross[r] - team.shared.rows.p[r * kHeads + h] - code_dot + norm2;
+                token.error2 = Max(0.f, token.error2 + predicted_e * predicted_e * code_distance2 -
+                                            2 * token.e * predicted_e * inner);
+                relative += (token.e - predicted_e) * (token.e - predicted_e) / token.pi;
+                estimate += predicted_e * predicted_e / token.pi;
+              }
+              term = MakeTailTerm(token, denominator);
+              variance += term.variance;
+              const double square = static_cast<double>(term.variance) * term.variance;
+              squares += square;
+              own += square * token.pi;
+              mass += token.e / token.pi;
+              spread += token.e / token.pi * token.distance2;
+              tail += first + h == 0;
             }
-            term = MakeTailTerm(token, work.denominator);
-            variance += term.variance;
-            const double square = static_cast<double>(term.variance) * term.variance;
-            squares += square;
-            own += square * token.pi;
-            mass += token.e / token.pi;
-            spread += token.e / token.pi * token.distance2;
-            tail += first + h == 0;
+            w.residual[at] = term.residual;
+            w.term[at] = term.variance;
+            if (kMoments && token.pi < 1) weight = TailWeight(token, denominator);
+            if (kMoments) relative += weight;
           }
-          w.residual[at] = term.residual;
-          w.term[at] = term.variance;
+          moment.Add(team, shape, tile, k, n, h, r, weight);
         });
+    moment.Finish(team, first, now);
     // The rows' parts of each head, one warp a head.
     __syncthreads();
     double* mine = sums + static_cast<int64_t>(tid) * kTailSums;
@@ -162,22 +215,22 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
       for (int i = lane; i < shape.rows; i += kWarp) {
         const double* row_sums = sums + static_cast<int64_t>(warp * shape.rows + i) * kTailSums;
         for (int c = 0; c < TailTotals::kRelative; ++c) part[c] += row_sums[c];
-        for (int c = TailTotals::kRelative; coded && c < kTailSums; ++c) part[c] += row_sums[c];
+        for (int c = TailTotals::kRelative; more && c < kTailSums; ++c) part[c] += row_sums[c];
       }
       for (int c = 0; c < TailTotals::kRelative; ++c) part[c] = WarpSum(part[c]);
-      for (int c = TailTotals::kRelative; coded && c < kTailSums; ++c) part[c] = WarpSum(part[c]);
+      for (int c = TailTotals::kRelative; more && c < kTailSums; ++c) part[c] = WarpSum(part[c]);
       if (lane == 0) {
         const TailTotals totals = TailTotalsOf(team);
         for (int c = 0; c < TailTotals::kEach; ++c) totals.Head(first + warp)[c] = part[c];
         if (first + warp == 0) totals.Tail() = part[TailTotals::kTail];
-        if (coded) {
+        if (more) {
           double* rest = totals.Coded(first + warp);
           rest[0] = part[TailTotals::kRelative], rest[1] = part[TailTotals::kEstimate];
         }
       }
     }
   }
-  team.Add(TailTotalsOf(team).Count(coded));
+  team.Add(TailTotalsOf(team).Count(more));
 }
 
 // Mean squared cosine between the residuals v - o, or e (v - o) - e^ (v^ - o) with value codes, of
@@ -253,16 +306,56 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
   return count > 0 ? sum / count : -1;
 }
 
+// The mean squared cosine of the residuals of head h, between places that are drawn in proportion to
+// their terms of V; -1 if there are no two. memory [dim_v]: the output, and behind it room for
+// MeanCos2.
+template <DType kType, int kHeads>
+__device__ float TailCos2(Team<kHeads>& team, int64_t count, int64_t tail, double variance, int h,
+                          float* memory) {
+  const GroupScratch& w = team.group.scratch;
+  const int tid = threadIdx.x;
+  __shared__ double scratch[kWarps];
+  __shared__ int64_t places[kRankDraws];
+  const float* output = memory;
+  float* residuals = memory + team.p.storage.host.row.dim_v;  // [kRankDraws][dim + 4]
+  float cos2 = -1;
+  if (tid < kRankDraws) places[tid] = 0;
+  if (tail > 1 && variance > 0) {
+    // Places drawn systematically in proportion to their terms of V.
+    const int64_t per = (count + kThreads - 1) / kThreads, from = min(per * tid, count),
+                  to = min(from + per, count);
+    const float* term = w.term + h * w.capacity;
+    double own = 0;
+#pragma unroll 4
+    for (int64_t i = from; i < to; ++i) own += LoadL2(term + i);
+    const double until = BlockScan(own, scratch);
+    double before = until - own;
+    __syncthreads();
+    if (tid == kThreads - 1) scratch[0] = until;
+    __syncthreads();
+    const double all = scratch[0];
+    const auto target = [&](int k) { return (k + .5) / kRankDraws * all; };
+    int next = 0;
+    while (next < kRankDraws && target(next) <= before) ++next;
+    for (int64_t i = from; i < to && next < kRankDraws && target(next) <= until; ++i) {
+      before += LoadL2(term + i);
+      const bool last = i == to - 1;  // rounding of the sums must leave no place open
+      while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until)))
+        places[next++] = i;
+    }
+    __syncthreads();
+    cos2 = MeanCos2<kType, kHeads>(team, places, h, output, residuals);
+  }
+  return cos2;
+}
+
 // Certificates of this block's heads at a look, after SumTail: to scratch.head and group.state.
 template <DType kType, int kHeads>
 __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int look) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
-  __shared__ double scratch[kWarps];
   __shared__ float norms[kWarps];
-  __shared__ int64_t places[kRankDraws];
-  float* output = reinterpret_cast<float*>(team.memory);  // [dim]
-  float* residuals = output + dim;                        // [kRankDraws][dim + 4]
+  float* output = reinterpret_cast<float*>(team.memory);  // [dim], and behind it room for TailCos2
   const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
   const bool coded = team.p.storage.host.value_bits > 0;
   for (int h = team.rank; h < heads; h += team.size) {
@@ -283,34 +376,7 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
       norm2 = fmaf(output[j], output[j], norm2);
     }
     norm2 = BlockSum(norm2, norms);
-    float cos2 = -1;
-    if (tid < kRankDraws) places[tid] = 0;
-    if (tail > 1 && sums.variance > 0) {
-      // Places drawn systematically in proportion to their terms of V.
-      const int64_t per = (count + kThreads - 1) / kThreads, from = min(per * tid, count),
-                    to = min(from + per, count);
-      const float* term = w.term + h * w.capacity;
-      double own = 0;
-#pragma unroll 4
-      for (int64_t i = from; i < to; ++i) own += LoadL2(term + i);
-      const double until = BlockScan(own, scratch);
-      double before = until - own;
-      __syncthreads();
-      if (tid == kThreads - 1) scratch[0] = until;
-      __syncthreads();
-      const double all = scratch[0];
-      const auto target = [&](int k) { return (k + .5) / kRankDraws * all; };
-      int next = 0;
-      while (next < kRankDraws && target(next) <= before) ++next;
-      for (int64_t i = from; i < to && next < kRankDraws && target(next) <= until; ++i) {
-        before += LoadL2(term + i);
-        const bool last = i == to - 1;  // rounding of the sums must leave no place open
-        while (next < kRankDraws && (target(next) <= before || (last && target(next) <= until)))
-          places[next++] = i;
-      }
-      __syncthreads();
-      cos2 = MeanCos2<kType, kHeads>(team, places, h, output, residuals);
-    }
+    const float cos2 = TailCos2<kType, kHeads>(team, count, tail, sums.variance, h, output);
     if (tid == 0) {
       HeadState state = team.shared.state[h];
       HeadWork work = team.shared.head[h];

@@ -1,5 +1,6 @@
 #include "runtime/cpu/backend.h"
 
+#include "kernels/cpu/merge.h"
 #include "kernels/cpu/prefill.h"
 #include "kernels/cpu/write.h"
 #include "runtime/cpu/batch.h"
@@ -36,6 +37,11 @@ absl::Status CpuBackend::OnHost(const void* base, const std::vector<int64_t>& of
 
 absl::Status CpuBackend::Write(const WriteParams& params, cpu::Workers* workers) {
   cpu::Write(params, workers);
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::Merge(const MergeParams& params, DeviceStream) {
+  cpu::Merge(params);
   return absl::OkStatus();
 }
 

@@ -26,6 +26,8 @@ class CpuBackend final : public Backend {
   absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t,
                       std::vector<const std::byte*>& parts, std::vector<std::byte>&) override;
 
+  absl::Status Merge(const MergeParams& params, DeviceStream stream) override;
+
   bool copies_codes() const override { return false; }
   absl::Status HoldCodes(const BlockId*, int64_t) override { return absl::OkStatus(); }
   void CountReleased(int64_t) override {}

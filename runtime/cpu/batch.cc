@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/decode.h"
+#include "kernels/cpu/ranks.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/write.h"
 #include "memory/status.h"
@@ -51,6 +52,7 @@ absl::Status CpuBatch::BeginStep(const std::vector<Sequence*>& slots, DeviceStre
   blocks_.reserve(runtime_.options().num_q_heads);
   groups_.reserve(most_groups);
   owners_.reserve(most_groups);
+  slices_.resize(most_groups);
   if (most <= scratch_.size()) return absl::OkStatus();
   absl::StatusOr<VirtualRange> range =
       VirtualRange::Reserve(most + most / 8, {.ops = runtime_.io().memory_ops});
@@ -63,11 +65,16 @@ void CpuBatch::Leave(const Sequence& sequence) { slots_[sequence.slot] = nullptr
 
 absl::Status CpuBatch::Call(Task task, const AttendRequest& r, const Selection& selection,
                             DeviceStream) {
+  if (task == Task::kMore) return LookOn(r);
   if (r.k_new != nullptr) WriteRows(r);
   PrepareGroups(r);
   if (task == Task::kSelect) {
     VATTN_RETURN_IF_ERROR(Select(r, selection));
     CarryStates();
+    return absl::OkStatus();
+  }
+  if (task == Task::kForecast) {
+    Forecast();
     return absl::OkStatus();
   }
   if (task == Task::kDecode) Decode(r);
@@ -140,8 +147,7 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
   const Options& o = runtime_.options();
   const Storage& s = runtime_.storage();
   const int kv_heads = runtime_.kv_heads(r.layer), group_heads = runtime_.group_heads(r.layer);
-  const int element = ElementBytes(s.row.dtype),
-            out_element = ElementBytes(static_cast<DType>(r.out_dtype));
+  const int element = ElementBytes(s.row.dtype);
   Sequence& sequence = *slots_[slot];
   KvHead& kv_head = sequence.layer(r.layer).kv_heads[h];
   const int64_t tokens = sequence.tokens_in_step();
@@ -155,7 +161,6 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
   group.group_heads = query_tokens_ * group_heads;
   group.num_tokens = query_tokens_;
   group.token_stride = o.num_q_heads;
-  group.out_dtype = r.out_dtype;
   group.segments = kv_head.segments.data();
   group.num_segments = static_cast<int32_t>(kv_head.segments.size());
   if (group.num_segments > 0) group.index = kv_head.segments[0].tables;
@@ -173,12 +178,13 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
                             static_cast<uint32_t>(h));
   group.step = sequence.step();
   group.q = static_cast<const std::byte*>(r.q) + head * s.row.dim_k * element;
-  if (r.out != nullptr)
-    group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;
-  if (r.lse != nullptr) group.lse = r.lse + head;
-  Verdict* const verdicts = reinterpret_cast<Verdict*>(r.verdict);  // same values, both 32 bits
-  group.verdict = (verdicts != nullptr ? verdicts : verdicts_.data()) + head;
-  group.error = (r.error != nullptr ? r.error : errors_.data()) + head;
+  PointTo(r, head, group);
+  if (r.partial != nullptr) {
+    RankStep& slice = slices_[groups_.size()];
+    slice = {.rank = r.rank, .ranks = r.ranks};
+    group.slice = &slice;
+    group.partial = r.partial + head * PartialFloats(s.row.dim_v);
+  }
   if (r.scores != nullptr) {
     const bool apart = r.score_heads == o.num_q_heads;
     const void** const rows = score_rows_.data() + together;
@@ -194,6 +200,74 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
   }
   group.scratch = CarveScratch(s, runtime_.promise(), tokens, group.group_heads, memory);
   return group;
+}
+
+void CpuBatch::PointTo(const AttendRequest& r, int64_t head, Group& group) {
+  const RowLayout& row = runtime_.storage().row;
+  group.out_dtype = r.out_dtype;
+  if (r.out != nullptr) {
+    group.out = static_cast<std::byte*>(r.out) +
+                head * row.dim_v * ElementBytes(static_cast<DType>(r.out_dtype));
+  }
+  group.lse = r.lse != nullptr ? r.lse + head : nullptr;
+  Verdict* const verdicts = reinterpret_cast<Verdict*>(r.verdict);  // same values, both 32 bits
+  group.verdict = (verdicts != nullptr ? verdicts : verdicts_.data()) + head;
+  group.error = (r.error != nullptr ? r.error : errors_.data()) + head;
+}
+
+void CpuBatch::Forecast() {
+  cpu::Forecast({.storage = runtime_.storage(),
+                 .promise = runtime_.promise(),
+                 .groups = groups_.data(),
+                 .num_groups = static_cast<int32_t>(groups_.size())},
+                runtime_.workers());
+}
+
+absl::Status CpuBatch::CheckGathered(const AttendRequest& r) const {
+  const int64_t floats = PartialFloats(runtime_.storage().row.dim_v);
+  const int q_heads = runtime_.options().num_q_heads;
+  const int64_t stride = static_cast<int64_t>(slots_.size()) * q_heads * floats;
+  const float round = static_cast<float>(groups_.empty() ? 0 : groups_[0].slice->round);
+  for (int rank = 0; rank < r.ranks; ++rank) {
+    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+      for (int h = 0; slots_[slot] != nullptr && h < q_heads; ++h) {
+        const float* at =
+            r.gathered + rank * stride + (static_cast<int64_t>(slot) * q_heads + h) * floats;
+        if (Fits(at, rank, round)) continue;
+        return InvalidArgumentError("gathered[", rank, "][", slot, "][", h, "] is of version ",
+                                    at[kPartialIsVersion], ", rank ", at[kPartialRank],
+                                    " and round ", at[kPartialRound], ", must be of version ",
+                                    kPartialVersion, ", rank ", rank, " and round ", round);
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CpuBatch::LookOn(const AttendRequest& r) {
+  VATTN_RETURN_IF_ERROR(CheckGathered(r));
+  const int64_t floats = PartialFloats(runtime_.storage().row.dim_v);
+  const int q_heads = runtime_.options().num_q_heads, kv_heads = runtime_.kv_heads(r.layer);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    Group& group = groups_[i];
+    const int64_t slot = owners_[i].place / kv_heads, kv_head = owners_[i].place % kv_heads,
+                  head = slot * q_heads + kv_head * group.group_heads;
+    PointTo(r, head, group);
+    group.partial = r.partial + head * floats;
+    group.gathered = r.gathered + head * floats;
+    group.gathered_stride = static_cast<int64_t>(slots_.size()) * q_heads * floats;
+  }
+  cpu::LookOn({.storage = runtime_.storage(),
+               .promise = runtime_.promise(),
+               .groups = groups_.data(),
+               .num_groups = static_cast<int32_t>(groups_.size())},
+              runtime_.workers());
+  const int64_t open = std::count_if(groups_.begin(), groups_.end(), [](const Group& group) {
+    return group.slice->next != NextLook::kDone;
+  });
+  if (r.again != nullptr) *r.again = static_cast<int32_t>(open);
+  if (open == 0) Account(r);
+  return absl::OkStatus();
 }
 
 void CpuBatch::Decode(const AttendRequest& r) {

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "kernels/merge.h"
 #include "kernels/params.h"
 #include "memory/virtual_range.h"
 #include "runtime/backend.h"
@@ -46,6 +47,13 @@ class CpuBatch final : public BatchHalf {
   void CarryStates();
 
   void Decode(const AttendRequest& request);
+  // The first part of a step with slices of a context, and what goes on from it.
+  void Forecast();
+  absl::Status LookOn(const AttendRequest& request);
+  // INVALID_ARGUMENT if the records of all ranks are not those of one round.
+  absl::Status CheckGathered(const AttendRequest& request) const;
+  // Where the answers of a call go.
+  void PointTo(const AttendRequest& request, int64_t head, Group& group);
   void AttendSelected(const Selection& selection);
   // FULL, and the states are as before, if `selection` is too small.
   absl::Status Select(const AttendRequest& request, const Selection& selection);
@@ -62,6 +70,7 @@ class CpuBatch final : public BatchHalf {
   std::vector<const int32_t*> blocks_;  // [KV heads] of the sequence whose rows are written
   std::vector<Group> groups_;           // of the call: filled slots x KV heads
   std::vector<Owner> owners_;           // beside groups_
+  std::vector<RankStep> slices_;        // beside groups_, with slices of a context
   int query_tokens_ = 1;                // of every sequence in the step
   // [slots, query tokens, q_heads] in place of arrays that the caller does not want
   std::vector<Verdict> verdicts_;

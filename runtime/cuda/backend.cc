@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "kernels/cpu/merge.h"
 #include "kernels/cpu/write.h"
 #include "kernels/cuda/launch.h"
 #include "memory/status.h"
@@ -198,6 +199,19 @@ absl::Status CudaBackend::WriteOnDevice(const WriteParams& params) {
   there.blocks = lists_.as<const int32_t* const>();
   VATTN_RETURN_IF_ERROR(device_->Check(cuda::Write(there, {device_->stream()}), "writing rows"));
   return device_->Synchronize(device_->stream());
+}
+
+absl::Status CudaBackend::Merge(const MergeParams& params, DeviceStream stream) {
+  if (!IsOnDevice(params.records)) {
+    cpu::Merge(params);
+    return absl::OkStatus();
+  }
+  VATTN_RETURN_IF_ERROR(device_->Activate());
+  MergeParams there = params;
+  there.promise = promise_;
+  const DeviceStream used = stream != nullptr ? stream : device_->stream();
+  VATTN_RETURN_IF_ERROR(device_->Check(cuda::Merge(there, {used}), "merging records"));
+  return stream != nullptr ? absl::OkStatus() : device_->Synchronize(used);
 }
 
 absl::Status CudaBackend::Read(void* to, const void* from, uint64_t bytes) {

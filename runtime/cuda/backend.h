@@ -61,6 +61,8 @@ class CudaBackend final : public Backend {
   absl::Status OnHost(const void* base, const std::vector<int64_t>& offsets, int64_t bytes,
                       std::vector<const std::byte*>& parts, std::vector<std::byte>& copy) override;
 
+  absl::Status Merge(const MergeParams& params, DeviceStream stream) override;
+
   bool copies_codes() const override { return true; }
   // Device memory for the codes of blocks that a sequence has come to hold, before the device is
   // told of them. Memory of blocks that nobody holds any more is taken first.

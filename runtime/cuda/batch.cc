@@ -351,13 +351,30 @@ absl::Status CudaBatch::Launch(Task task, const AttendRequest& r, const Selectio
             .scores = r.scores,
             .scores_stride = r.scores_stride};
   p.selection = {selection.capacity, selection.tokens, selection.log_weights, selection.counts};
+  p.slice = {.partial = r.partial,
+             .gathered = r.gathered,
+             .gathered_stride = int64_t{slots_} * runtime_.options().num_q_heads *
+                                PartialFloats(runtime_.storage().row.dim_v),
+             .again = r.again,
+             .rank = r.rank,
+             .ranks = r.ranks};
+  if (task == Task::kForecast) {
+    looked_on_ = false;
+    return d.Check(cuda::Forecast(p, d.facts().multiprocessors, {stream}), "enqueueing a forecast");
+  }
+  if (task == Task::kMore) {
+    const bool first = !looked_on_;
+    looked_on_ = true;
+    return d.Check(cuda::LookOn(p, shape(r.layer), first, {stream}), "enqueueing a look");
+  }
   return d.Check(cuda::Decode(p, shape(r.layer), d.facts().multiprocessors, {stream}),
                  "enqueueing attention");
 }
 
 namespace {
 
-enum class Way { kIn, kOut };
+// kBoth: what the call does not write stays. kAllIn and kAllOut have no slots.
+enum class Way { kIn, kOut, kBoth, kAllIn, kAllOut };
 
 // visit(array, bytes a slot, way) for every array of a call; the one list of them.
 template <class Visit>
@@ -384,7 +401,11 @@ void ForEachArray(const Runtime& runtime, Task task, AttendRequest& r, Selection
   visit(r.fetched, kv_heads * int64_t{sizeof(*r.fetched)}, Way::kOut);
   visit(r.looks, kv_heads * int64_t{sizeof(*r.looks)}, Way::kOut);
   visit(r.middle, kv_heads * int64_t{sizeof(*r.middle)}, Way::kOut);
-  if (task == Task::kDecode) return;
+  const int64_t record_bytes = q_heads * PartialFloats(row.dim_v) * int64_t{sizeof(*r.partial)};
+  visit(r.partial, record_bytes, Way::kBoth);
+  visit(r.gathered, record_bytes * r.ranks, Way::kAllIn);
+  visit(r.again, int64_t{sizeof(*r.again)}, Way::kAllOut);
+  if (task != Task::kSelect && task != Task::kAttendSelected) return;
   const Way way = task == Task::kSelect ? Way::kOut : Way::kIn;
   visit(list.tokens, kv_heads * list.capacity * int64_t{sizeof(*list.tokens)}, way);
   visit(list.log_weights, kv_heads * list.capacity * int64_t{sizeof(*list.log_weights)}, way);
@@ -434,9 +455,16 @@ absl::Status CudaBatch::CallFromHost(Task task, const AttendRequest& r, const Se
   if (r.timeline != nullptr)
     request.timeline = reinterpret_cast<uint64_t*>(staging_.data() + bytes);
   const auto copy_filled = [&](Way way) {
+    for (const Staged& a : arrays) {
+      const bool in = a.way == Way::kAllIn;
+      if (!in && a.way != Way::kAllOut) continue;
+      if (in != (way == Way::kIn)) continue;
+      const uint64_t all = static_cast<uint64_t>(a.slot_bytes * (in ? slots_ : 1));
+      VATTN_RETURN_IF_ERROR(d.Copy(in ? a.there : a.host, in ? a.host : a.there, all, stream));
+    }
     for (const Filled& f : filled_) {
       for (const Staged& a : arrays) {
-        if (a.way != way) continue;
+        if (a.way != way && a.way != Way::kBoth) continue;
         std::byte* const host = a.host + f.slot * a.slot_bytes;
         std::byte* const there = a.there + f.slot * a.slot_bytes;
         VATTN_RETURN_IF_ERROR(d.Copy(way == Way::kIn ? there : host, way == Way::kIn ? host : there,
@@ -469,7 +497,8 @@ absl::Status CudaBatch::Call(Task task, const AttendRequest& r, const Selection&
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
   const DeviceStream used = stream != nullptr ? stream : stream_;
-  if (!d.CanFollow(r.q)) return CallFromHost(task, r, selection, used);
+  const void* const given = task == Task::kMore ? static_cast<const void*>(r.gathered) : r.q;
+  if (!d.CanFollow(given)) return CallFromHost(task, r, selection, used);
   VATTN_RETURN_IF_ERROR(Launch(task, r, selection, used));
   return stream != nullptr ? absl::OkStatus() : d.Synchronize(used);
 }

@@ -76,8 +76,9 @@ class CudaBatch final : public BatchHalf {
   int64_t most_groups_ = 0;           // of all layers
   // [layers] of one query token, and of so many that a thread block takes its most heads at a time.
   std::vector<cuda::AnswerShape> answer_, answer_wide_;
-  int query_tokens_ = 1;  // of the step
-  DeviceMemory tables_;   // StepHeader [layers], then DeviceGroup [most_groups]
+  int query_tokens_ = 1;    // of the step
+  bool looked_on_ = false;  // since the last forecast
+  DeviceMemory tables_;     // StepHeader [layers], then DeviceGroup [most_groups]
   DeviceMemory scratch_;
   DeviceMemory forget_;  // block ids
   DeviceMemory staging_;

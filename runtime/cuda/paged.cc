@@ -122,7 +122,8 @@ absl::Status CudaPaged::MapPool() {
   const PagedOptions& p = pool_.options;
   if (p.pinned) return absl::OkStatus();
   const RowLayout& row = runtime_.storage().row;
-  const int64_t element = ElementBytes(row.dtype), page = static_cast<int64_t>(PageBytes());
+  const int64_t element = ElementBytes(row.dtype);
+  const uintptr_t page = static_cast<uintptr_t>(PageBytes());
   std::vector<std::pair<uintptr_t, uintptr_t>> spans;
   const auto add = [&](void* base, int layer, int dim) {
     const Storage& s = pool_.layers[layer];
@@ -130,7 +131,7 @@ absl::Status CudaPaged::MapPool() {
                           (p.block_tokens - 1) * s.block.token_bytes +
                           (runtime_.kv_heads(layer) - 1) * s.block.head_bytes + dim * element;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(base);
-    spans.emplace_back(begin / page * page, (begin + bytes + page - 1) / page * page);
+    spans.emplace_back(begin, begin + static_cast<uintptr_t>(bytes));
   };
   for (int l = 0; l < runtime_.options().num_layers; ++l) {
     if (runtime_.kv_heads(l) == 0) continue;
@@ -141,7 +142,8 @@ absl::Status CudaPaged::MapPool() {
   for (size_t i = 0; i < spans.size();) {
     uintptr_t end = spans[i].second;
     size_t next = i + 1;
-    for (; next < spans.size() && spans[next].first <= end; ++next)
+    // A page is pinned once.
+    for (; next < spans.size() && spans[next].first / page <= (end - 1) / page; ++next)
       end = std::max(end, spans[next].second);
     std::byte* const base = reinterpret_cast<std::byte*>(spans[i].first);
     absl::StatusOr<std::byte*> there = backend_.device().Register(base, end - spans[i].first, 1);

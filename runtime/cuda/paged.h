@@ -26,7 +26,7 @@ class CudaPaged final : public PagedHalf {
   absl::Status Prefill(const PagedPrefill& request) override;
 
  private:
-  // Bytes of host memory, whole pages.
+  // Bytes of host memory.
   using Range = std::pair<std::byte*, uint64_t>;
   // Plain host arrays of a call and where they are on the device meanwhile.
   class Staging {

@@ -128,7 +128,7 @@ static void TestFields(vattn_batch* batch) {
   }
   longer.params.struct_size = sizeof(longer);
   CHECK_INVALID(vattn_attend(batch, &longer.params, NULL),
-                "params.struct_size is 152 with byte 144 set");
+                "params.struct_size is 184 with byte 176 set");
 #define CHECK_ATTEND(field, value_, text) \
   CHECK_FIELD(vattn_attend(batch, &params, NULL), field, value_, text)
   CHECK_ATTEND(struct_size, 1, "params.struct_size is 1, must be 8 to 4096");

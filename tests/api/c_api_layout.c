@@ -38,7 +38,11 @@ STATIC_ASSERT_LAST(vattn_prefill_params, lse, 104);
 STATIC_ASSERT_PLACE(vattn_attend_params, score_heads, 20);
 STATIC_ASSERT_PLACE(vattn_attend_params, scores, 48);
 STATIC_ASSERT_PLACE(vattn_attend_params, timeline, 128);
-STATIC_ASSERT_LAST(vattn_attend_params, policy, 140);
+STATIC_ASSERT_PLACE(vattn_attend_params, policy, 140);
+STATIC_ASSERT_PLACE(vattn_attend_params, partial, 144);
+STATIC_ASSERT_LAST(vattn_attend_params, ranks, 172);
+STATIC_ASSERT_PLACE(vattn_merge_params, records, 16);
+STATIC_ASSERT_LAST(vattn_merge_params, out_dtype, 68);
 STATIC_ASSERT_LAST(vattn_selection, counts, 32);
 STATIC_ASSERT_PLACE(vattn_paged_options, num_blocks, 40);
 STATIC_ASSERT_PLACE(vattn_paged_options, max_tokens, 88);
@@ -64,6 +68,7 @@ STATIC_ASSERT(sequence_options_start, offsetof(vattn_sequence_options, struct_si
 STATIC_ASSERT(append_params_start, offsetof(vattn_append_params, struct_size) == 0);
 STATIC_ASSERT(prefill_params_start, offsetof(vattn_prefill_params, struct_size) == 0);
 STATIC_ASSERT(attend_params_start, offsetof(vattn_attend_params, struct_size) == 0);
+STATIC_ASSERT(merge_params_start, offsetof(vattn_merge_params, struct_size) == 0);
 STATIC_ASSERT(selection_start, offsetof(vattn_selection, struct_size) == 0);
 STATIC_ASSERT(paged_options_start, offsetof(vattn_paged_options, struct_size) == 0);
 STATIC_ASSERT(paged_rows_start, offsetof(vattn_paged_rows, struct_size) == 0);
@@ -86,6 +91,8 @@ STATIC_ASSERT(last_admission, VATTN_ADMISSION_RESERVED == 1);
 STATIC_ASSERT(last_tier, VATTN_TIER_DISK == 2);
 STATIC_ASSERT(last_target, VATTN_TARGET_DENOMINATOR == 2);
 STATIC_ASSERT(last_verdict, VATTN_VERDICT_BEST_EFFORT == 3);
+STATIC_ASSERT(partial_scalars, VATTN_PARTIAL_SCALARS == 40);
+STATIC_ASSERT(last_partial_flag, VATTN_PARTIAL_UNSURE == 8);
 STATIC_ASSERT(last_log_level, VATTN_LOG_DEBUG == 3);
 
 /* _init writes no byte past the size it is given, and fills those of a caller newer than us with 0.
@@ -112,6 +119,7 @@ void TestLayout(void) {
   CHECK_INIT(vattn_append_params, vattn_append_params_init);
   CHECK_INIT(vattn_prefill_params, vattn_prefill_params_init);
   CHECK_INIT(vattn_attend_params, vattn_attend_params_init);
+  CHECK_INIT(vattn_merge_params, vattn_merge_params_init);
   CHECK_INIT(vattn_selection, vattn_selection_init);
   CHECK_INIT(vattn_prefix, vattn_prefix_init);
   CHECK_INIT(vattn_paged_options, vattn_paged_options_init);

@@ -270,7 +270,7 @@ TEST(PlanTest, ASinkWithoutAValueLowersTheTarget) {
     HeadWork work;
     work.mass = .02f, work.denominator = 1, work.fixed_norm2 = fixed_norm2;
     if (started) state = {.rho = 1, .spread = 4, .ref = 1, .cos2 = .1f, .z = 1.5f, .started = 1};
-    PlanHead(/*value_codes=*/false, promise, index, 1000, state, work);
+    PlanHead(/*value_codes=*/false, promise, index, OutlookOf(index, 1000, work), state, work);
     return work.target;
   };
   const auto expected = [&](float ref) {

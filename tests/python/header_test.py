@@ -17,6 +17,7 @@ STRUCTS = {
     "vattn_prefill_params": _structs.PrefillParams,
     "vattn_prefix": _structs.Prefix,
     "vattn_attend_params": _structs.AttendParams,
+    "vattn_merge_params": _structs.MergeParams,
     "vattn_selection": _structs.SelectionParams,
     "vattn_paged_options": _structs.PagedOptions,
     "vattn_paged_rows": _structs.PagedRows,
@@ -38,6 +39,8 @@ ENUMS = {
     "vattn_io": _enums.Io,
     "vattn_admission": _enums.Admission,
     "vattn_tier": _enums.Tier,
+    "vattn_partial": _enums.Partial,
+    "vattn_partial_flag": _enums.PartialFlag,
     "vattn_verdict": _enums.Verdict,
     "vattn_log_level": _enums.LogLevel,
 }

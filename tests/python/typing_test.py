@@ -49,6 +49,13 @@ runtime.restore_prefix(b"salt", numpy.zeros(3, numpy.int32), tier="memory")
 runtime.restore_prefix(b"salt", numpy.zeros(3, numpy.int32), tier="tape")  # wrong
 batch: vattn.Batch = runtime.batch(1)
 batch.set(0, runtime)  # wrong
+pool = numpy.zeros((2, 10, 16, 2, 64))
+paged: vattn.Paged = runtime.paged(pool, [pool[0], None], max_tokens=64, tables="file")
+runtime.paged(pool, max_tokens="64")  # wrong
+runtime.paged(pool)  # wrong
+sequence.save_tables("file", model=3)  # wrong
+paged.attend(0, pool, dense=True, report=paged.report(0, pool))
+paged.attend(0, pool, report=pool is None)  # wrong
 version: str = vattn.__version__
 """
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from . import _structs as c
 from ._arguments import shown, whole
 from ._arrays import Array, View, dense_view, empty_like, view
+from ._enums import Partial
 from ._errors import invalid
 from ._library import struct
 from ._runtime import DTYPE_NAMES, Runtime
@@ -125,6 +126,34 @@ class AttendCall:
         self.params.scores, self.params.scores_dtype = taken.pointer, dtype_number(taken)
         self.params.scores_stride, self.params.score_heads = stride, heads
 
+    def slice(self, partial: Array, rank: int, ranks: int) -> None:
+        """Records of a slice of a context, [slots, q_heads, floats], to be written."""
+        taken = self._take(partial, "partial", self._records(), ("f32",), written=True)
+        self.params.partial = taken.pointer
+        self.params.rank, self.params.ranks = rank, ranks
+
+    def gathered(self, gathered: Array, again: Array | None) -> None:
+        """Records of all ranks, [ranks, slots, q_heads, floats], and again [1] int32."""
+        ranks = view(gathered, "gathered").shape[:1]
+        taken = self._take(gathered, "gathered", (*ranks, *self._records()), ("f32",))
+        self.params.gathered = taken.pointer
+        if again is not None:
+            taken = self._take(again, "again", (1,), ("i32",), written=True)
+            self.params.again = taken.pointer
+
+    def answer(self, out: Array | None, like: Array) -> Array:
+        """out [slots, q_heads, head_dim_v], for a call without q; made if None."""
+        shape = (self._slots, self._q_heads, self._dims[1])
+        if out is None:
+            out = empty_like(like, shape, self._dtype)
+        taken = self._take(out, "out", shape, ("f32", "f16", "bf16"), written=True)
+        self.params.out = taken.pointer
+        self.params.out_dtype = next(k for k, name in DTYPE_NAMES.items() if name == taken.dtype)
+        return out
+
+    def _records(self) -> tuple[int, ...]:
+        return (self._slots, self._q_heads, record_floats(self._dims[1]))
+
     def selection(self, selection: Selection, written: bool) -> c.SelectionParams:
         """The lists, read or to be written."""
         if not isinstance(selection, Selection):
@@ -168,6 +197,11 @@ class AttendCall:
 def dtype_number(array: View) -> int:
     """The vattn_dtype of an array of floats."""
     return next(number for number, name in DTYPE_NAMES.items() if name == array.dtype)
+
+
+def record_floats(head_dim_v: int) -> int:
+    """Floats of a record of one query head (vattn_partial of vattn.h)."""
+    return int(Partial.SCALARS) + 2 * head_dim_v
 
 
 def report_shapes(

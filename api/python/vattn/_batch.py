@@ -6,8 +6,8 @@ from typing import Any
 
 from . import _structs as c
 from ._arguments import shown, whole
-from ._arrays import Array, empty_like, stream_handle
-from ._attend import REPORT, AttendCall, Report, Selection, report_shapes
+from ._arrays import Array, empty_like, stream_handle, view
+from ._attend import REPORT, AttendCall, Report, Selection, record_floats, report_shapes
 from ._enums import Backend, Policy
 from ._errors import invalid
 from ._handle import Child
@@ -124,6 +124,9 @@ class Batch(Child):
         report: Report | None = None,
         scores: Array | None = None,
         dense: bool = False,
+        partial: Array | None = None,
+        rank: int = 0,
+        ranks: int = 1,
         stream: Any = None,
     ) -> Array:
         """Writes the new tokens' rows and attends, for every filled slot. Each layer once per step.
@@ -137,6 +140,9 @@ class Batch(Child):
         q_heads or kv_heads, stride] float32, float16 or bfloat16 predict softmax_scale * q.k of
         every token. With dense every row is read, whatever the runtime's policy is.
 
+        With `partial` the sequences hold slice `rank` of `ranks` of their contexts: the forecasts
+        are written there and returned, nothing else is, and `attend_more` follows.
+
         On CUDA with arrays in device memory the call enqueues on `stream`, by default the one that
         the owner of q works on; the arrays must live until the stream has passed the call. With
         arrays in host memory it blocks.
@@ -144,8 +150,46 @@ class Batch(Child):
         given = self._begin(layer, (q, k_new, v_new), report, scores)
         if dense:
             given.params.policy = Policy.DENSE
+        if partial is not None:
+            given.slice(partial, rank, ranks)
+            self._run("vattn_attend", given, None, stream)
+            return partial
         out = given.output(out, q)
         self._run("vattn_attend", given, None, stream)
+        return out
+
+    def partial(self, layer: int, like: Array) -> Array:
+        """An array [slots, q_heads, floats] for the records of a slice, where `like` lies."""
+        options = self.runtime._options
+        floats = record_floats(options["head_dim_v"])
+        return empty_like(like, (self.slots, options["num_q_heads"], floats), "f32")
+
+    def attend_more(
+        self,
+        layer: int,
+        gathered: Array,
+        partial: Array,
+        *,
+        rank: int,
+        again: Array | None = None,
+        out: Array | None = None,
+        report: Report | None = None,
+        stream: Any = None,
+    ) -> Array:
+        """Goes on with the layer that `attend` was the last call for, with `partial`.
+
+        gathered [ranks, slots, q_heads, floats] float32: what all ranks had in `partial`. Takes a
+        look at more rows and writes the records of `partial` anew; once all heads have passed,
+        writes `out`, which is returned, and the report. again [1] int32
+        gets the KV heads that have yet to be answered: with any, the ranks exchange records once
+        more and call again. All ranks get the same numbers and answers.
+        """
+        given = AttendCall(self.runtime, self.slots, layer)
+        given.gathered(gathered, again)
+        given.slice(partial, rank, view(gathered, "gathered").shape[0])
+        out = given.answer(out, partial)
+        given.report(report)
+        self._run("vattn_attend_more", given, None, stream)
         return out
 
     def attend_selected(

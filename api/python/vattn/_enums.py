@@ -118,6 +118,44 @@ class Verdict(enum.IntEnum):
     BEST_EFFORT = 3
 
 
+class Partial(enum.IntEnum):
+    """Places in a record of one query head, with one context over several ranks."""
+
+    IS_VERSION = 0
+    RANK = 1
+    ROUND = 2
+    FLAGS = 3
+    TOKENS = 4
+    COUNT = 5
+    TAIL = 6
+    LSE = 7
+    NORM2 = 8
+    MIDDLE = 9
+    LIGHT = 10
+    LOG_UNIT = 11
+    VARIANCE = 12
+    SQUARES = 13
+    OWN = 14
+    MASS = 15
+    SPREAD = 16
+    WEIGHT = 17
+    COS2 = 18
+    PREDICTED = 19
+    MEMORY = 20
+    LOOK = 21
+    GROWTH = 24
+    SCALARS = 40
+
+
+class PartialFlag(enum.IntFlag):
+    """What Partial.FLAGS is a sum of."""
+
+    WHOLE = 1
+    NOTHING = 2
+    STUCK = 4
+    UNSURE = 8
+
+
 class LogLevel(enum.IntEnum):
     """Severity of a log line."""
 

@@ -16,7 +16,8 @@ from ._library import call, made, struct
 from ._options import Path
 from ._runtime import DTYPE_NAMES, Runtime
 
-Layers = Listed[Array | None]  # an array of each layer, or one array with the layers in front
+# An array of each layer, or one array with the layers in front.
+Layers = Listed[Array | None] | Array
 
 
 class Paged(Child):

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from . import _structs as c
 from ._arguments import choice, salt_bytes, shown, whole
@@ -16,6 +16,7 @@ from ._options import Options, Path, ResolvedOptions, resolved
 from ._options import check_options as check_options
 
 if TYPE_CHECKING:
+    from ._attend import Report
     from ._batch import Batch
     from ._paged import Layers, Paged
     from ._sequence import Sequence
@@ -301,6 +302,24 @@ class Runtime(Handle):
             hot_bytes=hot_bytes,
             pinned=pinned,
         )
+
+    def merge(
+        self,
+        records: Array,
+        *,
+        out: Array | None = None,
+        report: "Report | None" = None,
+        stream: Any = None,
+    ) -> Array:
+        """What the records of all ranks say together, for who exchanges them in another way.
+
+        records [ranks, ..., floats] float32, as `Batch.attend_more` takes them. Returns out
+        [..., head_dim_v]; of the report lse, verdict and error [...] are written. A verdict is
+        BEST_EFFORT also where another look can follow.
+        """
+        from ._merge import merge_records
+
+        return merge_records(self, records, out, report, stream)
 
     def stats(self) -> Stats:
         """The counters now."""

@@ -173,7 +173,25 @@ class AttendParams(Struct):
         int32 *selected *fetched *looks
         int64 *middle
         uint64 *timeline
-        int32 scores_dtype policy""")
+        int32 scores_dtype policy
+        float *partial *gathered
+        int32 *again
+        int32 rank ranks""")
+
+
+class MergeParams(Struct):
+    """vattn_merge_params."""
+
+    _fields_ = _fields("""
+        size struct_size
+        int64 heads
+        float *records
+        void *out
+        float *lse
+        int32 *verdict
+        float *error
+        int32 *again
+        int32 ranks out_dtype""")
 
 
 class SelectionParams(Struct):
@@ -363,6 +381,15 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vattn_attend": (
         Status,
         {"batch": c_void_p, "params": POINTER(AttendParams), "stream": c_void_p},
+    ),
+    "vattn_attend_more": (
+        Status,
+        {"batch": c_void_p, "params": POINTER(AttendParams), "stream": c_void_p},
+    ),
+    "vattn_merge_params_init": (None, {"params": POINTER(MergeParams), "struct_size": c_size_t}),
+    "vattn_merge": (
+        Status,
+        {"runtime": c_void_p, "params": POINTER(MergeParams), "stream": c_void_p},
     ),
     "vattn_selection_init": (
         None,
