@@ -136,7 +136,7 @@ def prefill_commands() -> str:
     return commands("h200_prefill_8k", "h200_prefill_64", "h200_prefill_1m")
 
 
-SECOND_TURNS = ("cpu_second_turn",)
+SECOND_TURNS = ("h200_second_turn", "cpu_second_turn")
 
 
 def second_turn() -> str:
