@@ -7,7 +7,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/bench"
 cp "$source/README.md" "$work"
-cp -r "$source/bench/results" "$source/bench/RESULTS.md" "$source/bench/result_tables.py" "$work/bench"
+cp -r "$source/bench/results" "$source"/bench/*.md "$source/bench/result_tables.py" "$work/bench"
 cd "$work"
 tables() { python3 bench/result_tables.py "$@"; }
 tables --check || { echo "above: found in pages that are right"; exit 1; }
