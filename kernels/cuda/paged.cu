@@ -265,14 +265,14 @@ int FetchRows(const DeviceStorage& storage, const int32_t* blocks, int32_t kv_he
 }
 
 int BeginPagedStep(const PagedStepParams& p, Stream stream) {
-  const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
+  const cudaStream_t on_stream = static_cast<cudaStream_t>(stream.handle);
   if (p.num_requests == 0) {
-    EmptyStepKernel<<<p.num_layers, 1, 0, s>>>(p.layers, p.num_tokens);
+    EmptyStepKernel<<<p.num_layers, 1, 0, on_stream>>>(p.layers, p.num_tokens);
     return cudaGetLastError();
   }
-  CheckRequestsKernel<<<p.num_requests, kPagedThreads, 0, s>>>(p);
-  FitRequestsKernel<<<1, kWarp, 0, s>>>(p);
-  MakeGroupsKernel<<<dim3(p.num_requests, p.num_layers), kPagedThreads, 0, s>>>(p);
+  CheckRequestsKernel<<<p.num_requests, kPagedThreads, 0, on_stream>>>(p);
+  FitRequestsKernel<<<1, kWarp, 0, on_stream>>>(p);
+  MakeGroupsKernel<<<dim3(p.num_requests, p.num_layers), kPagedThreads, 0, on_stream>>>(p);
   return cudaGetLastError();
 }
 

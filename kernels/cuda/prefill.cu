@@ -411,13 +411,13 @@ int PrefillSplits(int64_t count, int32_t group_heads, int32_t kv_heads, int mult
 }
 
 int Prefill(const PrefillChunk& p, Stream stream) {
-  const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  const int error =
-      p.row.dtype == DType::kF16 ? LaunchOf<__half>(p, s) : LaunchOf<__nv_bfloat16>(p, s);
+  const cudaStream_t on_stream = static_cast<cudaStream_t>(stream.handle);
+  const int error = p.row.dtype == DType::kF16 ? LaunchOf<__half>(p, on_stream)
+                                               : LaunchOf<__nv_bfloat16>(p, on_stream);
   if (error != cudaSuccess || !p.last || p.splits == 1) return error;
   constexpr int64_t kAtOnce = kMergeThreads / kWarp;
   const int64_t blocks = (p.count * p.q_heads + kAtOnce - 1) / kAtOnce;
-  MergeKernel<<<static_cast<unsigned>(blocks), kMergeThreads, 0, s>>>(p);
+  MergeKernel<<<static_cast<unsigned>(blocks), kMergeThreads, 0, on_stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -245,9 +245,12 @@ int ApplyPatches(const Patch* patches, int64_t count, Stream stream) {
   });
 }
 
-// No world of this device prefills.
+// No world of this device prefills, or has slices of a context.
 int PrefillSplits(int64_t, int32_t, int32_t, int) { return 1; }
 int Prefill(const PrefillChunk&, Stream) { return 1; }
+int Forecast(const StepParams&, int, Stream) { return 1; }
+int LookOn(const StepParams&, const AnswerShape&, bool, Stream) { return 1; }
+int Merge(const MergeParams&, Stream) { return 1; }
 
 int Gather(const std::byte* base, const int64_t* offsets, int64_t count, int64_t bytes,
            std::byte* to, Stream stream) {
