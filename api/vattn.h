@@ -683,8 +683,8 @@ typedef struct vattn_attend_params {
    * order, as the calls before left them in partial; for vattn_attend_more alone */
   const float* gathered;
   /* [1] KV heads, over slots, that have yet to be answered: 0 when the answers are there, the same
-   * number on every rank; negative on CUDA if gathered is not of one version and round, which then
-   * changes nothing; may be NULL. For
+   * number on every rank; negative if gathered, in device memory, is not of one version and round: the
+   * step is to be given up then (vattn_batch_abandon); may be NULL. For
    * vattn_attend_more alone. */
   int32_t* again;
   int32_t rank;  /* with partial: which slice the sequences hold, 0 to ranks - 1 */

@@ -283,6 +283,7 @@ absl::Status Batch::Call(Task task, const AttendRequest& r, const Selection& sel
     partial_layer_ = r.layer;
     partial_ranks_ = r.ranks;
     partial_rank_ = r.rank;
+    partial_round_ = 0;
   }
   if (!half_->sees_every_call()) return absl::OkStatus();
   attended_[r.layer] = 1;
@@ -311,7 +312,29 @@ absl::Status Batch::AttendMore(const AttendRequest& r, DeviceStream stream) {
                                 "before: ", partial_rank_, " of ", partial_ranks_);
   }
   if (r.gathered == nullptr) return InvalidArgumentError("gathered is NULL, must be given");
-  return half_->Call(Task::kMore, r, {}, stream);
+  if (!runtime_->backend().IsOnDevice(r.gathered)) VATTN_RETURN_IF_ERROR(CheckGathered(r));
+  VATTN_RETURN_IF_ERROR(half_->Call(Task::kMore, r, {}, stream));
+  ++partial_round_;
+  return absl::OkStatus();
+}
+
+absl::Status Batch::CheckGathered(const AttendRequest& r) const {
+  const int64_t floats = PartialFloats(runtime_->storage().row.dim_v);
+  const int q_heads = runtime_->options().num_q_heads;
+  const int64_t stride = int64_t{slots()} * q_heads * floats;
+  for (int rank = 0; rank < r.ranks; ++rank) {
+    for (int slot = 0; slot < slots(); ++slot) {
+      for (int h = 0; slots_[slot] != nullptr && h < q_heads; ++h) {
+        const float* at = r.gathered + rank * stride + (int64_t{slot} * q_heads + h) * floats;
+        if (Fits(at, rank, static_cast<float>(partial_round_))) continue;
+        return InvalidArgumentError(
+            "gathered[", rank, "][", slot, "][", h, "] is of version ", at[kPartialIsVersion],
+            ", rank ", at[kPartialRank], " and round ", at[kPartialRound], ", must be of version ",
+            kPartialVersion, ", rank ", rank, " and round ", partial_round_);
+      }
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Batch::CheckPartial(const AttendRequest& r) const {

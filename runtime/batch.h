@@ -56,6 +56,8 @@ class Batch final : public Seat {
   absl::Status CheckScores(const AttendRequest& request) const;
   // Checks what a slice of a context takes.
   absl::Status CheckPartial(const AttendRequest& request) const;
+  // INVALID_ARGUMENT if the records of all ranks, which the host can read, are not of this round.
+  absl::Status CheckGathered(const AttendRequest& request) const;
   absl::Status CheckSelection(const AttendRequest& request, const Selection& selection) const;
   // The first layer that the open step with a new token has yet to attend; -1: none.
   int LayerToAttend() const;
@@ -76,6 +78,7 @@ class Batch final : public Seat {
   int partial_layer_ = -1;           // that AttendMore may go on with
   int partial_ranks_ = 0;            // among so many, of which it is
   int partial_rank_ = 0;             // ... this one
+  int partial_round_ = 0;            // calls of AttendMore since
 };
 
 }  // namespace vattn

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     *group.scratch.barrier = 0;
   }
   __syncthreads();
-  bool fit = true;
+  bool fit = first || step.round > 0;
   for (int i = threadIdx.x; i < p.group_heads * p.slice.ranks; i += kThreads) {
     const int r = i / p.group_heads;
     fit = fit && Fits(p.slice.gathered + r * p.slice.gathered_stride +

@@ -65,7 +65,10 @@ void CpuBatch::Leave(const Sequence& sequence) { slots_[sequence.slot] = nullptr
 
 absl::Status CpuBatch::Call(Task task, const AttendRequest& r, const Selection& selection,
                             DeviceStream) {
-  if (task == Task::kMore) return LookOn(r);
+  if (task == Task::kMore) {
+    LookOn(r);
+    return absl::OkStatus();
+  }
   if (r.k_new != nullptr) WriteRows(r);
   PrepareGroups(r);
   if (task == Task::kSelect) {
@@ -223,29 +226,7 @@ void CpuBatch::Forecast() {
                 runtime_.workers());
 }
 
-absl::Status CpuBatch::CheckGathered(const AttendRequest& r) const {
-  const int64_t floats = PartialFloats(runtime_.storage().row.dim_v);
-  const int q_heads = runtime_.options().num_q_heads;
-  const int64_t stride = static_cast<int64_t>(slots_.size()) * q_heads * floats;
-  const float round = static_cast<float>(groups_.empty() ? 0 : groups_[0].slice->round);
-  for (int rank = 0; rank < r.ranks; ++rank) {
-    for (size_t slot = 0; slot < slots_.size(); ++slot) {
-      for (int h = 0; slots_[slot] != nullptr && h < q_heads; ++h) {
-        const float* at =
-            r.gathered + rank * stride + (static_cast<int64_t>(slot) * q_heads + h) * floats;
-        if (Fits(at, rank, round)) continue;
-        return InvalidArgumentError("gathered[", rank, "][", slot, "][", h, "] is of version ",
-                                    at[kPartialIsVersion], ", rank ", at[kPartialRank],
-                                    " and round ", at[kPartialRound], ", must be of version ",
-                                    kPartialVersion, ", rank ", rank, " and round ", round);
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CpuBatch::LookOn(const AttendRequest& r) {
-  VATTN_RETURN_IF_ERROR(CheckGathered(r));
+void CpuBatch::LookOn(const AttendRequest& r) {
   const int64_t floats = PartialFloats(runtime_.storage().row.dim_v);
   const int q_heads = runtime_.options().num_q_heads, kv_heads = runtime_.kv_heads(r.layer);
   for (size_t i = 0; i < groups_.size(); ++i) {
@@ -267,7 +248,6 @@ absl::Status CpuBatch::LookOn(const AttendRequest& r) {
   });
   if (r.again != nullptr) *r.again = static_cast<int32_t>(open);
   if (open == 0) Account(r);
-  return absl::OkStatus();
 }
 
 void CpuBatch::Decode(const AttendRequest& r) {

@@ -49,9 +49,7 @@ class CpuBatch final : public BatchHalf {
   void Decode(const AttendRequest& request);
   // The first part of a step with slices of a context, and what goes on from it.
   void Forecast();
-  absl::Status LookOn(const AttendRequest& request);
-  // INVALID_ARGUMENT if the records of all ranks are not those of one round.
-  absl::Status CheckGathered(const AttendRequest& request) const;
+  void LookOn(const AttendRequest& request);
   // Where the answers of a call go.
   void PointTo(const AttendRequest& request, int64_t head, Group& group);
   void AttendSelected(const Selection& selection);

@@ -66,6 +66,7 @@ DeviceCall::DeviceCall(const Call& call, int new_tokens) : params_(Init<vattn_at
   CheckCuda(cudaMalloc(&memory, all), "allocating the arrays of a call");
   memory_.reset(static_cast<std::byte*>(memory));
   CheckCuda(cudaMemset(memory, 0x7b, all), "filling the arrays of a call");
+  CheckCuda(cudaDeviceSynchronize(), "waiting for filled arrays");
   CheckCuda(cudaStreamSynchronize(nullptr), "filling the arrays of a call");
   void* at[std::size(sizes)];
   size_t used = 0;

@@ -32,6 +32,8 @@ class CudaDevice : public EngineDevice {
       CheckCuda(cudaMalloc(&at, whole), "taking device memory");
       device_.push_back(at);
       CheckCuda(cudaMemset(at, 0, whole), "clearing device memory");
+      // Streams of the library's do not wait for it.
+      CheckCuda(cudaDeviceSynchronize(), "waiting for cleared memory");
     }
     return {static_cast<std::byte*>(host), static_cast<std::byte*>(at), size};
   }
