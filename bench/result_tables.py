@@ -154,6 +154,36 @@ def second_turn_commands() -> str:
     return commands(*SECOND_TURNS)
 
 
+def paged() -> str:
+    rows = [[f"{tokens(of['tokens'])} x {of['batch']}", number(of["block_tokens"]), number(of["own_us"]), number(of["pool_us"]),
+             number(of["own_rows"]), number(of["pool_rows"])] for of in result("h200_paged")["rows"]]
+    return table(["tokens x batch", "tokens of a block", "own sequences, us", "an engine's pool, us", "rows per KV head, own", "pool"],
+                 rows)
+
+
+def paged_commands() -> str:
+    return commands("h200_paged")
+
+
+TABLES_COST = ("cpu_tables_qwen_turns", "cpu_tables_qwen_answer", "cpu_tables_smol_turns")
+
+
+def tables_cost() -> str:
+    rows = []
+    for name in TABLES_COST:
+        of = result(name)
+        row = [f"{of['model']}, {name.rsplit('_', 1)[1]}"]
+        for which in ("own index", "tables of the text", "tables of the other text"):
+            row.append(percent(of["rows"][which]["selected"], 2))
+        other = of["rows"]["tables of the other text"]
+        rows.append([*row, f"{other['off']} of {other['verified']}", percent(other["whole"] / other["heads"], 2)])
+    return table(["recording", "rows, own index", "rows, tables of the same text", "rows, of the other text", "off", "whole"], rows)
+
+
+def tables_cost_commands() -> str:
+    return commands(*TABLES_COST)
+
+
 SPECULATIVE = ("cpu_speculative_01", "cpu_speculative_03", "cpu_speculative_10")
 
 
