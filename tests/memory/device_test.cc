@@ -217,14 +217,14 @@ TEST_F(DeviceTest, RegisteredMemoryIsFollowed) {
   EXPECT_TRUE(device_->CanFollow(there->data()));
   EXPECT_TRUE(device_->CanFollow(pinned->data()));
   EXPECT_FALSE(device_->CanFollow(base));
-  const absl::StatusOr<std::byte*> mapped = device_->Register(base, kBytes);
+  const absl::StatusOr<std::byte*> mapped = device_->Register(base, kBytes, 1);
   ASSERT_TRUE(mapped.ok()) << mapped.status();
   EXPECT_TRUE(device_->CanFollow(base));
   EXPECT_TRUE(device_->Copy(there->data(), *mapped + kBytes - 256, 256, device_->stream()).ok());
   EXPECT_TRUE(device_->Copy(pinned->data(), there->data(), 256, device_->stream()).ok());
   EXPECT_TRUE(device_->Synchronize(device_->stream()).ok());
   EXPECT_EQ(pinned->data()[255], std::byte{3});
-  EXPECT_FALSE(device_->Register(base, kBytes).ok());  // twice
+  EXPECT_FALSE(device_->Register(base, kBytes, 1).ok());  // twice
   EXPECT_FALSE(device_->lost());
   device_.reset();
   std::free(base);
