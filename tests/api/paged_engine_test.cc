@@ -8,7 +8,7 @@
 namespace vattn::test {
 namespace {
 
-constexpr int64_t kSteps = 200;
+constexpr int64_t kSteps = 60;
 
 class PagedEngineTest : public testing::TestWithParam<PagedCase> {
  protected:
@@ -17,7 +17,7 @@ class PagedEngineTest : public testing::TestWithParam<PagedCase> {
     EXPECT_GT(run.engine.finished, 64);
     EXPECT_GT(run.engine.preempted, 5);
     EXPECT_GT(run.engine.shared_blocks, 0);
-    EXPECT_GT(run.engine.reused_blocks, 50);
+    EXPECT_GT(run.engine.reused_blocks, 30);
     EXPECT_GT(run.engine.second_turns, 5);
     EXPECT_GT(run.engine.rejected_tokens, 100);
     EXPECT_GT(run.engine.chunks, 100);
