@@ -232,6 +232,21 @@ def ranks_coverage() -> str:
                   "times those of one", "looks", "bytes of a gather"], rows)
 
 
+def ranks_step() -> str:
+    rows = []
+    for name in ("h200x2_ranks_1", "h200x2_ranks_28"):
+        for row in result(name)["results"]:
+            rows.append([tokens(row["tokens"]), str(row["layers"]), str(row["ranks"]), number(row["step_ms"], 2),
+                         number(row["gathers_a_step"]), number(row["bytes_sent_a_step"] / 1024), percent(row["rows_share"], 2),
+                         f"{number(row['heads_wrong'])} of {number(row['heads_verified'])}", number(row["heads_whole"])])
+    return table(["tokens", "layers", "GPUs", "step, ms", "all-gathers", "KiB that a GPU sends", "rows of the context",
+                  "VERIFIED and off", "read whole"], rows)
+
+
+def ranks_commands() -> str:
+    return commands("h200x2_ranks_1", "h200x2_ranks_28")
+
+
 def kl(of: Row, policy: str) -> float:
     return 1000 * statistics.mean(x for text in of["texts"] for x in text["policies"][policy]["kl"])
 

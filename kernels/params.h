@@ -149,8 +149,10 @@ struct HeadWork {
   float predicted = 0;  // variance expected of the draw
   float variance = 0;   // variance estimated from the draw: V of METHOD.md, "Certificate"
   float denominator = 0;
-  // Where the sequence holds a slice of a context: ln of what the others add to the denominator.
-  float log_others = -HUGE_VALF;
+  // 1: the sequence holds a slice of a context, and log_others is ln of what the other slices add to
+  // the denominator.
+  float sliced = 0;
+  float log_others = 0;
   float unseen = 0;       // with value codes: e^ over the middle less the draw's estimate of it
   float fixed_norm2 = 0;  // sum of e |v|^2 over the exact sets
   float value_norm2 = 0;  // mean |v|^2, weighted by attention

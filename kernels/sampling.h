@@ -275,7 +275,7 @@ VATTN_HD inline int64_t SampleBudget(Target target, float epsilon, float z, int6
 // `work` may have a slice.
 constexpr float kMostDenominator = 1e18f;  // its square stays within fp32
 VATTN_HD inline float WholeDenominator(const HeadWork& work) {
-  if (work.log_others == -HUGE_VALF) return work.denominator;
+  if (work.sliced == 0) return work.denominator;
   return Min(work.denominator + std::exp(work.log_others - work.shift), kMostDenominator);
 }
 

@@ -55,6 +55,8 @@ void DecodeVerified(const Storage& s, const Promise& promise, Group& group, Work
   float* base = states + floats;
   float* outputs = base + 2 * floats;
   const int64_t n = group.middle_end - group.middle_begin;
+  // Working memory holds what the call before left there.
+  std::fill_n(group.scratch.head, group.group_heads, HeadWork{});
   AttendFixed(s, group, states, workers);
   const Plan plan = Prepare(s, promise, group, states, workers);
   group.noisy = plan.noisy;

@@ -224,6 +224,7 @@ void StartLooks(const Storage& s, const Promise& promise, Group& group, Workers*
   for (int g = 0; g < group.group_heads; ++g) {
     const float* records = GatheredOf(s, group, g);
     outlooks[g] = MergeOutlook(records, group.gathered_stride, step.ranks, step.rank);
+    w.head[g].sliced = 1;
     w.head[g].log_others = OthersLse(records, group.gathered_stride, step.ranks, step.rank);
   }
   const Plan plan = MakePlan(s, promise, group, workers, outlooks);

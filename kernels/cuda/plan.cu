@@ -24,7 +24,10 @@ __device__ void FindPlan(Team<kHeads>& team, int* tops) {
   const bool slice = team.p.task == Task::kMore;
   for (int h = tid; h < heads; h += kThreads) {
     HeadWork& work = team.shared.head[h];
-    if (slice) work.log_others = team.group.scratch.log_others[h];
+    if (slice) {
+      work.sliced = 1;
+      work.log_others = team.group.scratch.log_others[h];
+    }
     const Outlook outlook =
         slice ? team.group.scratch.outlook[h]
               : OutlookOf(team.group.index, static_cast<float>(team.middle()), work);

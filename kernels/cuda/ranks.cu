@@ -95,7 +95,6 @@ __device__ void TakeForecasts(const StepParams& p, const DeviceGroup& group) {
     const float others = OthersLse(records, stride, p.slice.ranks, p.slice.rank);
     group.scratch.outlook[h] = MergeOutlook(records, stride, p.slice.ranks, p.slice.rank);
     group.scratch.log_others[h] = others;
-    group.scratch.head[h].log_others = others;
   }
 }
 
