@@ -86,8 +86,6 @@ void SumEstimates(const Storage& s, const Group& group, const float* states) {
       mass += static_cast<double>(w.mass[at]) * std::exp(w.shift[at] - shift);
     }
     HeadWork& work = w.head[g];
-    // What another step has left, or zeros of fresh memory, are no other ranks.
-    if (group.slice == nullptr) work.log_others = -HUGE_VALF;
     work.shift = shift;
     work.mass = static_cast<float>(mass);
     work.top = top - shift;
