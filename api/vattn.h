@@ -847,10 +847,11 @@ VATTN_EXPORT vattn_code vattn_select(vattn_batch* batch, const vattn_attend_para
  * the row: blocks may be shared by prefixes of requests. A slot that is written again is coded again,
  * and leaves the hot set.
  *
- * On CUDA every array of these calls but those of vattn_paged_options and vattn_paged_prefill is read
- * on the device when its turn comes: device or pinned host memory, else INVALID_ARGUMENT. The calls
- * then allocate nothing, wait for nothing, and may be captured into a CUDA graph, which serves other
- * requests when the arrays have other contents. A request whose length, starts, row or block ids are
+ * On CUDA the arrays of vattn_paged_write, vattn_paged_begin_step and vattn_paged_attend are read on the
+ * device when their turn comes, from device or pinned host memory. The calls then allocate nothing, wait
+ * for nothing, and may be captured into a CUDA graph, which serves other requests when the arrays have
+ * other contents. Arrays in plain host memory travel with the call, which takes memory for them and
+ * blocks until it is done. A request whose length, starts, row or block ids are
  * out of range reads nothing: its outputs, lse and error are NaN, its verdicts BEST_EFFORT, and
  * vattn_stats.requests_refused counts it. On the CPU such a step is INVALID_ARGUMENT. */
 typedef struct vattn_paged vattn_paged;
@@ -892,7 +893,9 @@ typedef struct vattn_paged_options {
   int32_t block_tokens;     /* tokens of a block, a multiple of 16 */
   int32_t max_requests;     /* of a step, and rows of controller state; 1 to 4096 */
   int32_t max_query_tokens; /* of a request in a step, 1 to 16 */
-  int32_t pinned;           /* CUDA: 1 if the pool is page-locked and mapped already, 0: we do it */
+  /* CUDA: 1 if the pool is page-locked and mapped already; 0: that is done here, until
+   * vattn_paged_destroy, and no two pools may share a page. */
+  int32_t pinned;
 } vattn_paged_options;
 
 /* Fills *options with defaults; struct_size is sizeof(*options). */
