@@ -12,7 +12,6 @@ namespace vattn::test {
 namespace {
 
 constexpr Shape kShape = {8, 2, 64, 64, false, VATTN_BF16};
-constexpr int kGroup = 4;
 constexpr int64_t kStride = 6000;
 
 struct Case {
