@@ -224,6 +224,10 @@ void CpuBatch::Forecast() {
                  .groups = groups_.data(),
                  .num_groups = static_cast<int32_t>(groups_.size())},
                 runtime_.workers());
+  // The calls that follow do not have the queries.
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    if (RecentPlace(groups_[i].step) >= 0) KeepQueries(groups_[i], *owners_[i].kv_head);
+  }
 }
 
 void CpuBatch::LookOn(const AttendRequest& r) {
@@ -363,7 +367,7 @@ void CpuBatch::Account(const AttendRequest& r) {
     if (r.fetched != nullptr) r.fetched[place] = static_cast<int32_t>(misses);
     if (r.looks != nullptr) r.looks[place] = group.looks;
     if (r.middle != nullptr) r.middle[place] = n;
-    if (RecentPlace(group.step) >= 0) KeepQueries(group, kv_head);
+    if (group.slice == nullptr && RecentPlace(group.step) >= 0) KeepQueries(group, kv_head);
     if (group.noisy) noisy += static_cast<uint64_t>(group.group_heads);
     for (int g = 0; g < group.group_heads; ++g)
       ++verdicts[static_cast<int>(group.verdict[HeadPlace(group, g)])];
