@@ -77,6 +77,21 @@ VATTN_HD inline bool Fits(const float* record, int rank, float round) {
          record[kPartialRank] == static_cast<float>(rank) && record[kPartialRound] == round;
 }
 
+// What the records of one head, `stride` floats apart, say of whether they can be merged now: they
+// fit each other, and none is still a forecast.
+struct RecordsState {
+  bool fit = true, forecast = false;
+};
+VATTN_HD inline RecordsState StateOfRecords(const float* records, int64_t stride, int ranks) {
+  RecordsState state;
+  for (int r = 0; r < ranks; ++r) {
+    const float* at = records + r * stride;
+    state.fit = state.fit && Fits(at, r, records[kPartialRound]);
+    state.forecast = state.forecast || at[kPartialLook] == 0;
+  }
+  return state;
+}
+
 // ln(exp(a) + exp(b)), for values that may be -inf.
 VATTN_HD inline float AddLogs(float a, float b) {
   const float most = Max(a, b), least = Min(a, b);

@@ -38,12 +38,7 @@ void Merge(const MergeParams& p) {
   int32_t again = 0;
   for (int64_t i = 0; i < p.heads; ++i) {
     const float* records = p.records + i * PartialFloats(p.dim_v);
-    bool fit = true, forecast = false;
-    for (int r = 0; r < p.ranks; ++r) {
-      const float* at = records + r * p.stride;
-      fit = fit && Fits(at, r, records[kPartialRound]);
-      forecast = forecast || at[kPartialLook] == 0;
-    }
+    const auto [fit, forecast] = StateOfRecords(records, p.stride, p.ranks);
     if (!fit || forecast) {
       again = fit && again >= 0 ? again + 1 : -1;
       continue;

@@ -15,12 +15,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   for (int64_t i = int64_t{blockIdx.x} * kMergeWarps + warp; i < p.heads;
        i += int64_t{gridDim.x} * kMergeWarps) {
     const float* records = p.records + i * PartialFloats(p.dim_v);
-    bool fit = true, forecast = false;
-    for (int r = 0; r < p.ranks; ++r) {
-      const float* at = records + r * p.stride;
-      fit = fit && Fits(at, r, records[kPartialRound]);
-      forecast = forecast || at[kPartialLook] == 0;
-    }
+    const auto [fit, forecast] = StateOfRecords(records, p.stride, p.ranks);
     if (!fit || forecast) {
       if (lane == 0 && p.again != nullptr) atomicAdd(p.again, fit ? 1 : -(1 << 24));
       continue;

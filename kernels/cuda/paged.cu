@@ -46,13 +46,7 @@ __global__ void WriteSlotsKernel(const __grid_constant__ DeviceStorage storage,
     std::byte* const to =
         RowInBlock(s, slot / s.block.tokens, slot % s.block.tokens, static_cast<int>(h)) +
         (key ? part * 16 : storage.pool_v_offset + (part - k_parts) * 16);
-    // Strides are the caller's: only whole elements are sure to be aligned.
-    if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int b = 0; b < 16; b += 2)
-        *reinterpret_cast<uint16_t*>(to + b) = *reinterpret_cast<const uint16_t*>(from + b);
-    }
+    CopyGiven(to, from);
   }
 }
 

@@ -74,14 +74,7 @@ __global__ void WriteKernel(WriteParams p) {
                   (t * p.v_token_stride + h * p.v_head_stride) * element + (part - k_parts) * 16;
     std::byte* to =
         const_cast<std::byte*>(HostRow(p.storage, p.blocks[h], p.first + t)) + part * 16;
-    // Strides are the caller's: only whole elements are sure to be aligned.
-    if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int b = 0; b < 16; b += 2) {
-        *reinterpret_cast<uint16_t*>(to + b) = *reinterpret_cast<const uint16_t*>(from + b);
-      }
-    }
+    CopyGiven(to, from);
   }
 }
 

@@ -111,6 +111,17 @@ __device__ T LoadL2(const T* at) {
   return __ldcg(at);
 }
 
+// 16 bytes of a caller's rows to an aligned place. Their strides are the caller's: only whole elements
+// are sure to be aligned.
+inline __device__ void CopyGiven(std::byte* to, const std::byte* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    return;
+  }
+  for (int b = 0; b < 16; b += 2)
+    *reinterpret_cast<uint16_t*>(to + b) = *reinterpret_cast<const uint16_t*>(from + b);
+}
+
 // The row of a token in the library's own pool.
 inline __device__ const std::byte* HostRow(const Storage& s, const int32_t* blocks, int64_t token) {
   return s.base + blocks[token / kBlockTokens] * s.block.bytes +
