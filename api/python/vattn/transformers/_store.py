@@ -160,20 +160,13 @@ class Store:
                 f"query, key and value are of {query.dtype}, {key.dtype} and {value.dtype}, must "
                 "be of one type: float32, float16 or bfloat16"
             )
-        kv_heads, on_cuda = key.shape[1], key.device.type == "cuda"
-        dims = [-(-x.shape[3] // _HEAD_DIM) * _HEAD_DIM for x in (key, value)]
-        options: dict[str, Any] = {
-            "num_layers": len(self.layers),
-            "num_q_heads": query.shape[1],
-            "num_kv_heads": kv_heads,
-            "layer_kv_heads": [kv_heads * offloaded for offloaded in self.layers],
-            "head_dim_k": dims[0],
-            "head_dim_v": dims[1],
-            "dtype": _DTYPES[key.dtype],
-            "softmax_scale": scale,
+        on_cuda = key.device.type == "cuda"
+        options = _shape_options(self.layers, query, key, value, scale)
+        dims = [options["head_dim_k"], options["head_dim_v"]]
+        options |= {
             "backend": "cuda" if on_cuda else "cpu",
             "device": (key.device.index or 0) if on_cuda else 0,
-            "host_bytes": self._pool_bytes(kv_heads, dims, key.element_size()),
+            "host_bytes": self._pool_bytes(key.shape[1], dims, key.element_size()),
         }
         self._pool = _Pool(Runtime(**options | self._options))
         self._pool.stores.add(self)
@@ -359,6 +352,24 @@ def _chosen(marks: torch.Tensor) -> slice | torch.Tensor:
     if bool(marks[tokens - count :].all()):
         return slice(tokens - count, tokens)
     return marks.nonzero().flatten()
+
+
+def _shape_options(
+    layers: list[bool], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> dict[str, Any]:
+    """Options of a runtime that follow from one layer's call; `layers` marks those with rows."""
+    heads = key.shape[1]
+    dims = [-(-x.shape[3] // _HEAD_DIM) * _HEAD_DIM for x in (key, value)]
+    return {
+        "num_layers": len(layers),
+        "num_q_heads": query.shape[1],
+        "num_kv_heads": heads,
+        "layer_kv_heads": [heads * kept for kept in layers],
+        "head_dim_k": dims[0],
+        "head_dim_v": dims[1],
+        "dtype": _DTYPES[key.dtype],
+        "softmax_scale": scale,
+    }
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:

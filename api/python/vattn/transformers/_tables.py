@@ -16,7 +16,7 @@ from ._attention import NAME as OFFLOADED
 from ._attention import Result
 from ._attentions import _configs, _set
 from ._served import endless_window, offloaded, refuse_unserved
-from ._store import _BLOCK, _DTYPES, _HEAD_DIM, _padded, _scale
+from ._store import _BLOCK, _padded, _scale, _shape_options
 
 _NAME = "vattn_record"
 _here = threading.local()  # recorder: that of the thread's call
@@ -125,22 +125,11 @@ class _Recorder:
     def _open(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> None:
-        heads = key.shape[1]
-        dims = [-(-x.shape[3] // _HEAD_DIM) * _HEAD_DIM for x in (key, value)]
+        own = _shape_options(self.layers, query, key, value, scale)
+        dims = [own["head_dim_k"], own["head_dim_v"]]
         row = -(-sum(dims) * key.element_size() // 128) * 128 + dims[0] + 64  # with its code
-        blocks = (-(-self._tokens // _BLOCK) + 2) * sum(self.layers) * heads
-        own: dict[str, Any] = {
-            "num_layers": len(self.layers),
-            "num_q_heads": query.shape[1],
-            "num_kv_heads": heads,
-            "layer_kv_heads": [heads * full for full in self.layers],
-            "head_dim_k": dims[0],
-            "head_dim_v": dims[1],
-            "dtype": _DTYPES[key.dtype],
-            "softmax_scale": scale,
-            "backend": "cpu",
-            "host_bytes": blocks * _BLOCK * row + (1 << 20),
-        }
+        blocks = (-(-self._tokens // _BLOCK) + 2) * sum(self.layers) * key.shape[1]
+        own |= {"backend": "cpu", "host_bytes": blocks * _BLOCK * row + (1 << 20)}
         self._runtime = Runtime(**own | self._options)
         self._sequence = self._runtime.sequence()
         self._scale = scale
