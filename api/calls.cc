@@ -57,16 +57,6 @@ absl::Status CheckStructSize(size_t size) {
   return OutOfRangeError("struct_size", size, sizeof(size_t), 4096);
 }
 
-absl::Status CheckLayer(const Runtime& runtime, int32_t layer) {
-  const int32_t layers = runtime.options().num_layers;
-  if (layer < 0 || layer >= layers) return OutOfRangeError("layer", layer, 0, layers - 1);
-  if (runtime.kv_heads(layer) == 0) {
-    return InvalidArgumentError("layer is ", layer,
-                                ", which layer_kv_heads leaves out, must be one that it keeps");
-  }
-  return absl::OkStatus();
-}
-
 Use::Use(const vattn_sequence* sequence) {
   status_ = NotNull("sequence", sequence);
   if (!status_.ok()) return;

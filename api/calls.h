@@ -86,7 +86,6 @@ void Destroy(Handle* handle) noexcept {
 absl::Status CheckStructSize(size_t size);
 absl::Status CheckStream(const Runtime& runtime, const CUstream_st* stream);
 absl::Status ToAttend(const vattn_attend_params* params, bool needs_out, AttendRequest& out);
-absl::Status CheckLayer(const Runtime& runtime, int32_t layer);
 
 // A sequence for the length of a call, during which it is not spilled.
 class Use {

@@ -10,9 +10,9 @@
 
 namespace {
 
+using vattn::CheckLayer;
 using vattn::InvalidArgumentError;
 using vattn::OutOfRangeError;
-using vattn::api::CheckLayer;
 using vattn::api::CheckStream;
 using vattn::api::Guard;
 using vattn::api::Import;

@@ -9,9 +9,9 @@
 
 namespace {
 
+using vattn::CheckLayer;
 using vattn::InvalidArgumentError;
 using vattn::OutOfRangeError;
-using vattn::api::CheckLayer;
 using vattn::api::Give;
 using vattn::api::Guard;
 using vattn::api::InitStruct;

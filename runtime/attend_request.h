@@ -52,6 +52,17 @@ inline absl::Status CheckCapacity(int64_t need, const Selection& selection) {
                    " entries; counts has them");
 }
 
+class Runtime;
+
+// INVALID_ARGUMENT unless the runtime has the layer and keeps it.
+absl::Status CheckLayer(const Runtime& runtime, int32_t layer);
+// INVALID_ARGUMENT unless the caller's scores are given where they are wanted, by heads of the layer,
+// which has been checked. What their stride must be at least is left to who knows the lengths.
+absl::Status CheckScores(const Runtime& runtime, const AttendRequest& request);
+// The most that the stride of scores may be: more than a context has tokens, so that the place of a
+// score does not wrap around.
+inline constexpr int64_t kMostScoresStride = int64_t{1} << 32;
+
 }  // namespace vattn
 
 #endif  // VATTN_RUNTIME_ATTEND_REQUEST_H_

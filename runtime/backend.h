@@ -90,7 +90,9 @@ class PagedHalf {
   virtual absl::Status BeginStep(const PagedStep& step, DeviceStream stream) = 0;
   // A layer of the open step.
   virtual absl::Status Attend(const AttendRequest& request, DeviceStream stream) = 0;
-  virtual absl::Status Prefill(const PagedPrefill& request) = 0;
+  // Attention of a request's last tokens over rows that are there; params has the pool as the host
+  // finds it, the arrays of the caller, and the host's block ids.
+  virtual absl::Status Prefill(int layer, const PrefillParams& params) = 0;
 };
 
 // What all sequences of a runtime share of a backend. Thread-safe.

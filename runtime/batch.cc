@@ -183,12 +183,7 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
   const Options& o = runtime_->options();
   if (!open_)
     return InvalidArgumentError("no step is open, vattn_batch_begin_step must come first");
-  if (r.layer < 0 || r.layer >= o.num_layers)
-    return OutOfRangeError("layer", r.layer, 0, o.num_layers - 1);
-  if (runtime_->kv_heads(r.layer) == 0) {
-    return InvalidArgumentError("layer is ", r.layer,
-                                ", which layer_kv_heads leaves out, must be one that it keeps");
-  }
+  VATTN_RETURN_IF_ERROR(CheckLayer(*runtime_, r.layer));
   if (attended_[r.layer]) {
     return InvalidArgumentError("layer is ", r.layer,
                                 ", which was attended in this step, must be attended once");
@@ -214,23 +209,10 @@ absl::Status Batch::CheckRequest(const AttendRequest& r) const {
 }
 
 absl::Status Batch::CheckScores(const AttendRequest& r) const {
-  const bool external = runtime_->promise().index == IndexKind::kExternal;
-  const bool wanted = external && !r.dense && runtime_->promise().policy != Policy::kDense;
-  if (r.scores == nullptr ? wanted : !external) {
-    return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
-                                external ? "given" : "NULL",
-                                " with index = ", static_cast<int32_t>(runtime_->promise().index));
-  }
+  VATTN_RETURN_IF_ERROR(vattn::CheckScores(*runtime_, r));
   if (r.scores == nullptr) return absl::OkStatus();
-  const int32_t q_heads = runtime_->options().num_q_heads, kv_heads = runtime_->kv_heads(r.layer);
-  if (r.score_heads != 0 && r.score_heads != kv_heads && r.score_heads != q_heads) {
-    return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,
-                                " KV heads of the layer or the ", q_heads, " query heads");
-  }
-  // More than a sequence has tokens: the place of a score does not wrap around.
-  constexpr int64_t kMostStride = int64_t{1} << 32;
-  if (r.scores_stride > kMostStride)
-    return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostStride);
+  if (r.scores_stride > kMostScoresStride)
+    return OutOfRangeError("scores_stride", r.scores_stride, 0, kMostScoresStride);
   for (const Sequence* sequence : slots_) {
     if (sequence == nullptr) continue;
     const int64_t end = sequence->middle_end_in_step();

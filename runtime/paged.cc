@@ -139,16 +139,7 @@ Paged::Paged(std::shared_ptr<Runtime> runtime, PagedPool pool)
 
 Paged::~Paged() { runtime_->CountBatches(-1); }
 
-absl::Status Paged::CheckLayer(int layer) const {
-  VATTN_RETURN_IF_ERROR(InRange("layer", layer, 0, runtime_->options().num_layers - 1));
-  if (runtime_->kv_heads(layer) > 0) return absl::OkStatus();
-  return InvalidArgumentError("layer is ", layer,
-                              ", which layer_kv_heads leaves out, must be one that it keeps");
-}
-
 absl::Status Paged::Write(const PagedRows& r, DeviceStream stream) {
-  VATTN_RETURN_IF_ERROR(CheckLayer(r.layer));
-  VATTN_RETURN_IF_ERROR(InRange("num_tokens", r.num_tokens, 0, INT32_MAX));
   if (r.num_tokens == 0) return absl::OkStatus();
   if (r.slots == nullptr) return InvalidArgumentError("slots is NULL, must be given");
   const bool want_v = r.k != nullptr && !runtime_->options().shared_kv;
@@ -157,12 +148,6 @@ absl::Status Paged::Write(const PagedRows& r, DeviceStream stream) {
                                 want_v ? "given" : "NULL", " with k ",
                                 r.k == nullptr ? "NULL" : "given",
                                 " and shared_kv = ", runtime_->options().shared_kv);
-  }
-  for (const auto& [name, stride] :
-       {std::pair{"k_token_stride", r.k_token_stride}, std::pair{"k_head_stride", r.k_head_stride},
-        std::pair{"v_token_stride", r.v_token_stride},
-        std::pair{"v_head_stride", r.v_head_stride}}) {
-    VATTN_RETURN_IF_ERROR(InRange(name, stride, 0, kMostStride));
   }
   return half_->Write(r, stream);
 }
@@ -190,31 +175,15 @@ absl::Status Paged::BeginStep(const PagedStep& s, DeviceStream stream) {
   return absl::OkStatus();
 }
 
-absl::Status Paged::CheckScores(const AttendRequest& r) const {
-  const bool external = runtime_->promise().index == IndexKind::kExternal;
-  const bool wanted = external && !r.dense && runtime_->promise().policy != Policy::kDense;
-  if (r.scores == nullptr ? wanted : !external) {
-    return InvalidArgumentError("scores is ", r.scores == nullptr ? "NULL" : "given", ", must be ",
-                                external ? "given" : "NULL",
-                                " with index = ", static_cast<int32_t>(runtime_->promise().index));
-  }
-  if (r.scores == nullptr) return absl::OkStatus();
-  const int32_t q_heads = runtime_->options().num_q_heads, kv_heads = runtime_->kv_heads(r.layer);
-  if (r.score_heads != 0 && r.score_heads != kv_heads && r.score_heads != q_heads) {
-    return InvalidArgumentError("score_heads is ", r.score_heads, ", must be 0, the ", kv_heads,
-                                " KV heads of the layer or the ", q_heads, " query heads");
-  }
-  return InRange("scores_stride", r.scores_stride, pool_.options.max_tokens, int64_t{1} << 32);
-}
-
 absl::Status Paged::Attend(const AttendRequest& r, DeviceStream stream) {
-  if (r.partial != nullptr) {
+  if (r.partial != nullptr || r.gathered != nullptr) {
     return NotSupportedError(
-        "partial is given, slices of a context are sequences: must be NULL over an engine's pool");
+        r.partial != nullptr ? "partial" : "gathered",
+        " is given, slices of a context are sequences: must be NULL over an engine's pool");
   }
   if (!open_)
     return InvalidArgumentError("no step is open, vattn_paged_begin_step must come first");
-  VATTN_RETURN_IF_ERROR(CheckLayer(r.layer));
+  VATTN_RETURN_IF_ERROR(CheckLayer(*runtime_, r.layer));
   if (r.num_tokens != step_.max_query_tokens) {
     return InvalidArgumentError("num_tokens is ", r.num_tokens,
                                 ", must be max_query_tokens of the step: ", step_.max_query_tokens);
@@ -227,23 +196,18 @@ absl::Status Paged::Attend(const AttendRequest& r, DeviceStream stream) {
     return InvalidArgumentError(
         "v_new is given, must be NULL: vattn_paged_write writes rows before");
   }
-  if (r.partial != nullptr || r.gathered != nullptr) {
-    return NotSupportedError(
-        "partial or gathered is given: a pool holds whole contexts, must be NULL with vattn_paged");
-  }
-  VATTN_RETURN_IF_ERROR(CheckScores(r));
+  VATTN_RETURN_IF_ERROR(CheckScores(*runtime_, r));
+  if (r.scores != nullptr)
+    VATTN_RETURN_IF_ERROR(
+        InRange("scores_stride", r.scores_stride, pool_.options.max_tokens, kMostScoresStride));
   if (step_.num_requests == 0) return absl::OkStatus();
   if (r.q == nullptr) return InvalidArgumentError("q is NULL, must be given");
   return half_->Attend(r, stream);
 }
 
 absl::Status Paged::Prefill(const PagedPrefill& r) {
-  VATTN_RETURN_IF_ERROR(CheckLayer(r.layer));
   VATTN_RETURN_IF_ERROR(runtime_->backend().CheckPrefill());
-  VATTN_RETURN_IF_ERROR(InRange("num_tokens", r.num_tokens, 1, 65536));
   VATTN_RETURN_IF_ERROR(InRange("length", r.length, r.num_tokens, pool_.options.max_tokens));
-  VATTN_RETURN_IF_ERROR(InRange("q_token_stride", r.q_token_stride, 0, kMostStride));
-  VATTN_RETURN_IF_ERROR(InRange("q_head_stride", r.q_head_stride, 0, kMostStride));
   if (r.blocks == nullptr) return InvalidArgumentError("blocks is NULL, must be given");
   if (r.q == nullptr) return InvalidArgumentError("q is NULL, must be given");
   std::vector<std::byte> copy;
@@ -251,15 +215,29 @@ absl::Status Paged::Prefill(const PagedPrefill& r) {
   const int64_t blocks = pool_.BlocksOf(r.length);
   VATTN_RETURN_IF_ERROR(runtime_->backend().OnHost(
       r.blocks, {0}, blocks * static_cast<int64_t>(sizeof(int32_t)), ids, copy));
-  PagedPrefill request = r;
-  request.blocks = reinterpret_cast<const int32_t*>(ids[0]);
+  const int32_t* const on_host = reinterpret_cast<const int32_t*>(ids[0]);
   for (int64_t b = 0; b < blocks; ++b) {
-    if (request.blocks[b] < 0 || request.blocks[b] >= pool_.options.num_blocks) {
-      return OutOfRangeError(absl::StrCat("blocks[", b, "]"), request.blocks[b], 0,
+    if (on_host[b] < 0 || on_host[b] >= pool_.options.num_blocks) {
+      return OutOfRangeError(absl::StrCat("blocks[", b, "]"), on_host[b], 0,
                              pool_.options.num_blocks - 1);
     }
   }
-  return half_->Prefill(request);
+  // All KV heads have the same blocks.
+  const std::vector<const int32_t*> by_head(static_cast<size_t>(runtime_->kv_heads(r.layer)),
+                                            on_host);
+  return half_->Prefill(r.layer, {.storage = pool_.layers[r.layer],
+                                  .blocks = by_head.data(),
+                                  .kv_heads = runtime_->kv_heads(r.layer),
+                                  .group_heads = runtime_->group_heads(r.layer),
+                                  .q_heads = runtime_->options().num_q_heads,
+                                  .out_dtype = r.out_dtype,
+                                  .first = r.length - r.num_tokens,
+                                  .count = r.num_tokens,
+                                  .q = r.q,
+                                  .q_token_stride = r.q_token_stride,
+                                  .q_head_stride = r.q_head_stride,
+                                  .out = r.out,
+                                  .lse = r.lse});
 }
 
 }  // namespace vattn

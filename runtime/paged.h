@@ -37,9 +37,6 @@ class Paged {
  private:
   Paged(std::shared_ptr<Runtime> runtime, PagedPool pool);
 
-  absl::Status CheckLayer(int layer) const;
-  absl::Status CheckScores(const AttendRequest& request) const;
-
   const std::shared_ptr<Runtime> runtime_;
   const PagedPool pool_;
   std::unique_ptr<PagedHalf> half_;

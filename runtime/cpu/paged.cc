@@ -281,23 +281,8 @@ void CpuPaged::Account(const AttendRequest& r) {
   c.looks += looks;
 }
 
-absl::Status CpuPaged::Prefill(const PagedPrefill& r) {
-  const int kv_heads = runtime_.kv_heads(r.layer);
-  const std::vector<const int32_t*> blocks(static_cast<size_t>(kv_heads), r.blocks);
-  return runtime_.backend().Prefill({.storage = layers_[r.layer],
-                                     .blocks = blocks.data(),
-                                     .kv_heads = kv_heads,
-                                     .group_heads = runtime_.group_heads(r.layer),
-                                     .q_heads = runtime_.options().num_q_heads,
-                                     .out_dtype = r.out_dtype,
-                                     .first = r.length - r.num_tokens,
-                                     .count = r.num_tokens,
-                                     .q = r.q,
-                                     .q_token_stride = r.q_token_stride,
-                                     .q_head_stride = r.q_head_stride,
-                                     .out = r.out,
-                                     .lse = r.lse},
-                                    runtime_.workers());
+absl::Status CpuPaged::Prefill(int, const PrefillParams& params) {
+  return runtime_.backend().Prefill(params, runtime_.workers());
 }
 
 }  // namespace vattn

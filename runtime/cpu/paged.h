@@ -19,7 +19,7 @@ class CpuPaged final : public PagedHalf {
   absl::Status Write(const PagedRows& rows, DeviceStream stream) override;
   absl::Status BeginStep(const PagedStep& step, DeviceStream stream) override;
   absl::Status Attend(const AttendRequest& request, DeviceStream stream) override;
-  absl::Status Prefill(const PagedPrefill& request) override;
+  absl::Status Prefill(int layer, const PrefillParams& params) override;
 
  private:
   // A request of the open step.

@@ -435,33 +435,23 @@ absl::Status CudaPaged::Attend(const AttendRequest& r, DeviceStream stream) {
   return stream == nullptr ? d.Synchronize(used) : absl::OkStatus();
 }
 
-absl::Status CudaPaged::Prefill(const PagedPrefill& r) {
+absl::Status CudaPaged::Prefill(int layer, const PrefillParams& params) {
   Device& d = backend_.device();
   VATTN_RETURN_IF_ERROR(d.Activate());
-  const int kv_heads = runtime_.kv_heads(r.layer);
-  const uint64_t bytes = static_cast<uint64_t>(pool_.BlocksOf(r.length)) * sizeof(int32_t);
+  const uint64_t bytes =
+      static_cast<uint64_t>(pool_.BlocksOf(params.first + params.count)) * sizeof(int32_t);
   absl::StatusOr<DeviceMemory> ids = d.Allocate(bytes);
   if (!ids.ok()) return ids.status();
-  VATTN_RETURN_IF_ERROR(d.Copy(ids->data(), r.blocks, bytes, d.copy_stream()));
+  VATTN_RETURN_IF_ERROR(d.Copy(ids->data(), params.blocks[0], bytes, d.copy_stream()));
   const auto fetch = [&](int64_t begin, int64_t tokens, std::byte* to, int64_t stride,
                          DeviceStream stream) {
-    return d.Check(cuda::FetchRows(storages_[r.layer], ids->as<int32_t>(), kv_heads, begin, tokens,
-                                   to, stride, {stream}),
+    return d.Check(cuda::FetchRows(storages_[layer], ids->as<int32_t>(), params.kv_heads, begin,
+                                   tokens, to, stride, {stream}),
                    "fetching a prompt's rows");
   };
-  return backend_.PrefillBy({.storage = storages_[r.layer].host,
-                             .kv_heads = kv_heads,
-                             .group_heads = runtime_.group_heads(r.layer),
-                             .q_heads = runtime_.options().num_q_heads,
-                             .out_dtype = r.out_dtype,
-                             .first = r.length - r.num_tokens,
-                             .count = r.num_tokens,
-                             .q = r.q,
-                             .q_token_stride = r.q_token_stride,
-                             .q_head_stride = r.q_head_stride,
-                             .out = r.out,
-                             .lse = r.lse},
-                            fetch);
+  PrefillParams there = params;
+  there.storage = storages_[layer].host;  // rows as they lie once they are fetched
+  return backend_.PrefillBy(there, fetch);
 }
 
 }  // namespace vattn

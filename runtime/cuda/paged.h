@@ -23,7 +23,7 @@ class CudaPaged final : public PagedHalf {
   absl::Status Write(const PagedRows& rows, DeviceStream stream) override;
   absl::Status BeginStep(const PagedStep& step, DeviceStream stream) override;
   absl::Status Attend(const AttendRequest& request, DeviceStream stream) override;
-  absl::Status Prefill(const PagedPrefill& request) override;
+  absl::Status Prefill(int layer, const PrefillParams& params) override;
 
  private:
   // Bytes of host memory.
