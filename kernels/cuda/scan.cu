@@ -237,9 +237,11 @@ struct WordQueue {
 // block are in the middle. kFours > 0: a token has 4 * kFours code words, `plans` says what a lane
 // does with each, and the first parts are already in `queue`; the loop then fetches the parts of
 // `following`, unless that is not there. kFours == 0: any number of words, and nothing is fetched ahead. No
-// word has more than kRuns runs. has_outliers: a token whose code is all 0 gets kOutlierScore.
+// word has more than kRuns runs. has_outliers: a token whose code is all 0 gets kOutlierScore. Returns
+// whether there may be such tokens, NaN, or tokens outside of the middle, whose score is -inf; the same in
+// all lanes.
 template <int kHeads, int kFours, int kRuns, class Codes>
-__device__ void ScoreBlock(const Codes& codes, const Codes& following,
+__device__ bool ScoreBlock(const Codes& codes, const Codes& following,
                            WordQueue<kHeads, kFours>& queue, const Words& words,
                            const WordPlan<kRuns>* plans, const PackedQueries& q, bool has_outliers,
                            int begin, int end, typename Spread<kHeads>::Scores& score) {
@@ -252,12 +254,13 @@ __device__ void ScoreBlock(const Codes& codes, const Codes& following,
     scale[h] = q.scale[Lanes::FirstHead() + h];
     offset[h] = q.offset[Lanes::FirstHead() + h];
   }
+  unsigned outliers = 0;  // bit 4 part + t: of the row's t-th token in a part
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     int acc[2][4] = {};
-    unsigned present = 0;  // bit t: token t of the row has a bit set
+    uint4 bits = make_uint4(0, 0, 0, 0);  // of the row's four tokens
     const auto note = [&](const uint4& w) {
-      present |= (w.x != 0 ? 1 : 0) | (w.y != 0 ? 2 : 0) | (w.z != 0 ? 4 : 0) | (w.w != 0 ? 8 : 0);
+      bits.x |= w.x, bits.y |= w.y, bits.z |= w.z, bits.w |= w.w;
     };
     if constexpr (kFours > 0) {
       constexpr int kAhead = WordQueue<kHeads, kFours>::kAhead;
@@ -278,20 +281,40 @@ __device__ void ScoreBlock(const Codes& codes, const Codes& following,
     }
     int sum[kTokens][kOwn];
     Lanes::Share(acc, sum);
-    present |= __shfl_xor_sync(kAllLanes, present, 1);
-    present |= __shfl_xor_sync(kAllLanes, present, 2);
-    if (!has_outliers) present = 0xf;
+    // A lane has seen a quarter of its row's words. Few parts have a quarter without a bit.
+    const bool none = bits.x == 0 || bits.y == 0 || bits.z == 0 || bits.w == 0;
+    if (has_outliers && __any_sync(kAllLanes, none)) {
+      unsigned present = (bits.x != 0 ? 1 : 0) | (bits.y != 0 ? 2 : 0) | (bits.z != 0 ? 4 : 0) |
+                         (bits.w != 0 ? 8 : 0);
+      present |= __shfl_xor_sync(kAllLanes, present, 1);
+      present |= __shfl_xor_sync(kAllLanes, present, 2);
+      outliers |= (present ^ 0xfu) << (4 * part);
+    }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      const int token = part * kPartTokens + Lanes::FirstToken() + t;
 #pragma unroll
-      for (int h = 0; h < kOwn; ++h) {
-        const float dot = fmaf(static_cast<float>(sum[t][h]), scale[h], offset[h]);
-        const float s = (present >> token % 4 & 1) != 0 ? dot : kOutlierScore;
-        score[part][t][h] = token >= begin && token < end ? s : -INFINITY;
-      }
+      for (int h = 0; h < kOwn; ++h)
+        score[part][t][h] = fmaf(static_cast<float>(sum[t][h]), scale[h], offset[h]);
     }
   }
+  bool mixed = outliers != 0;
+#pragma unroll
+  for (int h = 0; h < kOwn; ++h) mixed = mixed || !IsFinite(scale[h] + offset[h]);
+  if (!__any_sync(kAllLanes, mixed) && begin == 0 && end == kBlockTokens) return false;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int in_row = Lanes::FirstToken() % 4 + t;
+      const int token = part * kPartTokens + Lanes::FirstToken() + t;
+      const bool outlier = (outliers >> (4 * part + in_row) & 1) != 0,
+                 there = token >= begin && token < end;
+#pragma unroll
+      for (int h = 0; h < kOwn; ++h)
+        score[part][t][h] = !there ? -INFINITY : outlier ? kOutlierScore : score[part][t][h];
+    }
+  }
+  return true;
 }
 
 // Calls f(score, place in [heads][256]) for the scores of a lane.
@@ -312,9 +335,10 @@ __device__ void ForEachScore(typename Spread<kHeads>::Scores& score, int heads, 
   }
 }
 
-// Estimates of a block from its scores, by the same warp.
+// Estimates of a block from its scores, by the same warp. mixed: some scores may be
+// -inf, NaN or kOutlierScore.
 template <int kHeads>
-__device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int heads,
+__device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, bool mixed, int heads,
                               uint16_t* estimate, float* shift, float* mass) {
   using Lanes = Spread<kHeads>;
   constexpr int kOwn = Lanes::kOwn, kTokens = Lanes::kTokens;
@@ -335,11 +359,19 @@ __device__ void EstimateBlock(const typename Spread<kHeads>::Scores& score, int 
       alignas(8) __half rounded[kTokens];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const float s = score[part][t][h];
-        const float e = s > -INFINITY ? fmaxf(ExpNegative(__fsub_rn(s, most)), kLeastEstimate) : 0;
-        const bool outlier = s == kOutlierScore;
-        rounded[t] = __float2half_rn(outlier ? kOutlierEstimate : e);
-        sum += outlier ? 0 : static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
+        const float e = fmaxf(ExpNegative(__fsub_rn(score[part][t][h], most)), kLeastEstimate);
+        rounded[t] = __float2half_rn(e);
+        sum += static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
+      }
+      if (mixed) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          const float s = score[part][t][h];
+          const bool there = s > -INFINITY, outlier = s == kOutlierScore;
+          if (there && !outlier) continue;
+          sum -= static_cast<unsigned>(__half2float(rounded[t]) * 0x1p24f);
+          rounded[t] = __float2half_rn(outlier ? kOutlierEstimate : 0);
+        }
       }
       if (head >= heads) continue;
       uint16_t* out = estimate + head * kBlockTokens + part * kPartTokens + Lanes::FirstToken();
@@ -408,7 +440,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
         const int64_t out = b * p.group_heads + first;
         const int heads = min(kHeads, p.group_heads - first);
         typename Spread<kHeads>::Scores score;
-        ScoreBlock<kHeads, kFours, kRuns>(
+        const bool mixed = ScoreBlock<kHeads, kFours, kRuns>(
             codes(item), item + 1 < end ? codes(item + 1) : Codes{}, queue, words, plans, packed,
             code.kind == IndexKind::kBalanced,
             static_cast<int>(max(group.middle_begin - token, int64_t{0})),
@@ -420,7 +452,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
             to_score[i] = s == kOutlierScore ? -kOutlierScore : s;
           });
         } else {
-          EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens,
+          EstimateBlock<kHeads>(score, mixed, heads, group.scratch.estimate + out * kBlockTokens,
                                 group.scratch.shift + out, group.scratch.mass + out);
         }
       }
@@ -443,7 +475,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
       const float* from = group.scratch.score + out * kBlockTokens;
       typename Spread<kHeads>::Scores score = {};
       ForEachScore<kHeads>(score, heads, [&](float& s, int i) { s = from[i]; });
-      EstimateBlock<kHeads>(score, heads, group.scratch.estimate + out * kBlockTokens,
+      EstimateBlock<kHeads>(score, true, heads, group.scratch.estimate + out * kBlockTokens,
                             group.scratch.shift + out, group.scratch.mass + out);
     }
   }
