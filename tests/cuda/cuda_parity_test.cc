@@ -216,21 +216,25 @@ TEST_P(CudaParityTest, GrowsAsTheCpu) {
   CompareRestored(twins, folder_, call);
 }
 
-// Several query tokens in a step draw, answer and leave behind the same; then one again.
+// Several query tokens in a step draw, answer and leave behind the same; then one again. Each number of
+// tokens has sequences of its own: once a group is read otherwise on one side, its controller goes on
+// from there, and its draws are not alike any more.
 TEST_P(CudaParityTest, AnswersSeveralTokensAsTheCpu) {
   SKIP_WITHOUT_DEVICE();
   const Case& c = GetParam();
   const int group = c.shape.q_heads / c.shape.kv_heads;
-  Twins twins(OptionsOf(c), {c.shape}, {0, 1, -1, 1150, 1215, 6000});
-  Lists lists(c.shape, twins.slots(), 8000);
-  for (const int tokens : {2, 16, 5, 1}) {
+  for (const int tokens : {2, 16, 5}) {
     if (tokens * group > 128) continue;
     SCOPED_TRACE(std::to_string(tokens) + " tokens");
+    Twins twins(OptionsOf(c), {c.shape}, {0, 1, -1, 1150, 1215, 6000});
+    Lists lists(c.shape, twins.slots(), 8000);
     twins.query_tokens = tokens;
     CompareSelect(twins, c.query_sigma, lists);
     CompareSteps(twins, c.query_sigma, std::min(c.steps, 6));
     CompareSelected(twins, lists, c.query_sigma, true);
     CompareSelected(twins, lists, c.query_sigma, false);
+    twins.query_tokens = 1;
+    CompareSteps(twins, c.query_sigma, 2);
     if (HasFailure()) return;
   }
 }

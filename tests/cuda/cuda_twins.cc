@@ -15,10 +15,11 @@ namespace {
 constexpr double kBorder = 1e-3;   // relative distance of u from pi that rounding may bridge
 constexpr double kMostMoved = .1;  // the same where a query's level rounded the other way
 constexpr double kMostLoose = .1;  // share of lists that this may happen to
-// Share of heads whose outputs part ways in later steps: the order of sums moves the controller's
-// state by an ulp, that moves one token over the border now and then, and a token moves all heads
-// of its group. Measured 0.26 at most; the verdicts stay the same.
-constexpr double kMostApart = .35;
+// Share of heads that part ways in a step: the order of sums moves the controller's state by an ulp,
+// that moves one token over the border now and then, and a token moves all heads of its group. From
+// then on the controllers differ, so that the group is not compared any more; the verdicts stay the
+// same.
+constexpr double kMostApart = .1;
 constexpr double kMostDiffer = .005;  // share of drawn tokens that only one backend drew
 // Share of drawn tokens that only one backend was sure of: an estimate that is rounded the other
 // way, in fp16, can be on the other side of the score from which on tokens are drawn whatever their
@@ -186,11 +187,13 @@ double Norm(const std::vector<float>& a, const std::vector<float>& b) {
   return std::sqrt(sum);
 }
 
-void CompareAnswers(const Twins& twins, const Call& a, const Call& b, AnswerTally& tally) {
+void CompareAnswers(Twins& twins, const Call& a, const Call& b, AnswerTally& tally) {
   const Shape& shape = a.shape;
   const int group = shape.q_heads / shape.kv_heads;
   EXPECT_EQ(a.middle, b.middle);
   const double rms = std::sqrt(shape.dim_v);
+  tally.most_heads = std::max(tally.most_heads, int64_t{a.tokens} * group);
+  std::set<Twins::Place> parted;
   for (int s = 0; s < twins.slots(); ++s) {
     for (int i = 0; i < a.tokens * shape.q_heads; ++i) {
       const int t = i / shape.q_heads, h = i % shape.q_heads;
@@ -214,8 +217,9 @@ void CompareAnswers(const Twins& twins, const Call& a, const Call& b, AnswerTall
         EXPECT_EQ(b.selected[kv], a.selected[kv]);
         continue;
       }
-      ++tally.sampled;
-      tally.verdicts_differ += a.verdict[q] != b.verdict[q];
+      const Twins::Place place{a.layer, s, h / group};
+      const bool compared = twins.apart.count(place) == 0;
+      tally.verdicts_differ += compared && a.verdict[q] != b.verdict[q];
       const double ref = std::max(Norm(mine), .5 * rms);
       EXPECT_LE(apart, 4 * double{twins.options().epsilon} * ref);
       const bool same = a.verdict[q] == b.verdict[q] && a.selected[kv] == b.selected[kv] &&
@@ -223,18 +227,30 @@ void CompareAnswers(const Twins& twins, const Call& a, const Call& b, AnswerTall
       const bool close = same && apart <= 1e-3 * ref &&
                          std::abs(a.lse[q] - b.lse[q]) <= 1e-3 * (1 + std::abs(a.lse[q])) &&
                          std::abs(a.error[q] - b.error[q]) <= 2e-2 * a.error[q];
+      if (!compared) {
+        ++tally.left_out;
+        continue;
+      }
+      ++tally.sampled;
       tally.loose += !close;
+      if (!close) parted.insert(place);
     }
   }
+  twins.apart.merge(parted);
 }
 
 void ExpectAlike(const AnswerTally& tally) {
-  std::printf("%d exact heads; of %d sampled ones %d are not alike and %d verdicts differ\n",
-              static_cast<int>(tally.exact), static_cast<int>(tally.sampled),
-              static_cast<int>(tally.loose), static_cast<int>(tally.verdicts_differ));
+  std::printf(
+      "%d exact heads; of %d sampled ones %d are not alike and %d verdicts differ; %d more had "
+      "been "
+      "apart before\n",
+      static_cast<int>(tally.exact), static_cast<int>(tally.sampled), static_cast<int>(tally.loose),
+      static_cast<int>(tally.verdicts_differ), static_cast<int>(tally.left_out));
   EXPECT_GT(tally.exact, 0);
   EXPECT_GT(tally.sampled, 0);
-  EXPECT_LE(static_cast<double>(tally.loose), kMostApart * static_cast<double>(tally.sampled));
+  // Two groups may be apart whatever the number of steps.
+  EXPECT_LE(static_cast<double>(tally.loose),
+            2 * tally.most_heads + kMostApart * static_cast<double>(tally.sampled));
   EXPECT_LE(static_cast<double>(tally.verdicts_differ),
             1 + .02 * static_cast<double>(tally.sampled));
 }
