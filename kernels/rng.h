@@ -56,10 +56,21 @@ VATTN_HD inline uint32_t TokenCounter(uint32_t token) { return (token >> 6) * 16
 
 // The renewal number of a counter at a step. It rises by one every `refresh` steps, each counter at
 // another phase, so that one number in `refresh` is renewed in each step.
+struct Epochs {
+  uint32_t refresh, whole, rest;
+
+  VATTN_HD Epochs(uint64_t step, uint32_t every)
+      : refresh(every),
+        whole(static_cast<uint32_t>(step / every)),
+        rest(static_cast<uint32_t>(step % every)) {}
+  VATTN_HD uint32_t Of(uint32_t counter) const {
+    const uint32_t phase =
+        static_cast<uint32_t>((uint64_t{counter * 0x9E3779B1u} * refresh) >> 32);  // [0, refresh)
+    return whole + (uint64_t{phase} + rest >= refresh ? 1 : 0);
+  }
+};
 VATTN_HD inline uint32_t Epoch(uint32_t counter, uint64_t step, uint32_t refresh) {
-  const uint32_t phase =
-      static_cast<uint32_t>((uint64_t{counter * 0x9E3779B1u} * refresh) >> 32);  // [0, refresh)
-  return static_cast<uint32_t>(step / refresh) + (phase + step % refresh >= refresh ? 1 : 0);
+  return Epochs(step, refresh).Of(counter);
 }
 
 // Which random numbers a draw takes: the permanent ones, of which one in `refresh` is renewed in each
@@ -77,14 +88,15 @@ struct Randomness {
 };
 
 // The random number u of a token (METHOD.md, "Random numbers").
+VATTN_HD inline float TokenUniform(const RandomKey& key, uint32_t token, const Epochs& epochs,
+                                   uint32_t use) {
+  const uint32_t counter = TokenCounter(token);
+  const Philox4 r = Philox({{counter, epochs.Of(counter), key.stream, use}}, key.key0, key.key1);
+  return UnitFloat(r.word[(token >> 4) & 3]);
+}
 VATTN_HD inline float TokenUniform(const RandomKey& key, uint32_t token, uint64_t step,
                                    const Randomness& randomness) {
-  const uint32_t counter = TokenCounter(token);
-  const uint32_t refresh = randomness.renewal();
-  const uint32_t use = randomness.use();
-  const Philox4 r =
-      Philox({{counter, Epoch(counter, step, refresh), key.stream, use}}, key.key0, key.key1);
-  return UnitFloat(r.word[(token >> 4) & 3]);
+  return TokenUniform(key, token, Epochs(step, randomness.renewal()), randomness.use());
 }
 // The permanent one.
 VATTN_HD inline float TokenUniform(const RandomKey& key, uint32_t token, uint64_t step,

@@ -239,6 +239,7 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     LoadHeads(team, true);
     if (look == 1) team.StampTime(TimelinePoint::kJudged);
     report.looks = look;
+    report.fetched = static_cast<int64_t>(TailTotalsOf(team).Fetched(coded));
     bool passed = true;
     for (int h = 0; h < heads; ++h) passed = passed && team.shared.head[h].bound <= promise.epsilon;
     if (passed || look == promise.max_looks || !plan.feasible) break;
@@ -265,7 +266,6 @@ __device__ void AnswerVerified(Team<kHeads>& team) {
     }
   }
   report.selected = count;
-  report.fetched = SumFetched(team);
   for (int h = threadIdx.x; h < heads; h += kThreads) {
     if (report.looks == 0) team.shared.head[h].bound = INFINITY;
     CloseHead(sampled && report.looks > 0, team.shared.head[h], team.shared.state[h]);
@@ -311,8 +311,13 @@ __device__ void AnswerGroup(const StepParams& p, const DeviceGroup& group,
   Team<kHeads> team{p, group, shared, memory, rank, size};
   __syncthreads();
   if (threadIdx.x == 0) shared.fetched = shared.count = 0;
-  for (int i = threadIdx.x; i < kMaxDeviceGroup; i += kThreads)
+  for (int i = threadIdx.x; i < p.group_heads; i += kThreads)
     shared.head[i] = HeadWork{.shift = -INFINITY};
+  // On its way until a draw waits for its first rows.
+  for (int i = threadIdx.x; p.promise.policy == Policy::kVerified && i <= kQuantileBins;
+       i += kThreads)
+    __pipeline_memcpy_async(shared.quantile[0] + i, p.promise.quantile[0] + i, sizeof(float));
+  __pipeline_commit();
   __syncthreads();
   if (p.task == Task::kAttendSelected) {
     AnswerSelected<kType, kHeads>(team);

@@ -35,6 +35,7 @@ __device__ void KeepRows(Team<kHeads>& team, const TileShape& shape, const std::
   if (hot.slots == 0) return;
   __syncthreads();  // shared.slot is there
   const int per_row = shape.row_bytes / 16;
+#pragma unroll 1
   for (int c = threadIdx.x; c < count * per_row; c += kThreads) {
     const int r = c / per_row, part = c - r * per_row;
     const int32_t slot = team.shared.slot[r];
@@ -156,7 +157,9 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
       fixed && team.p.storage.host.value_bits > 0 && promise.policy == Policy::kVerified;
   const int walked = walks * team.size, rows = walked + (fixed ? kFixedParts : 0),
             parts = rows + (coded ? 1 : 0);
-  __shared__ float norms[kWarps];
+  constexpr int kEach = 2;  // parts of a lane
+  static_assert(kMostWalks * kMostTeam + kFixedParts + 1 <= kEach * kWarp);
+  __shared__ float whole, norms[kWarps];                  // the denominator
   float* factor = reinterpret_cast<float*>(team.memory);  // [parts]
   const auto state = [&](int r, int h) {
     const float* from = r < walked ? w.state + static_cast<int64_t>(r) * heads * StateFloats(dim)
@@ -165,66 +168,95 @@ __device__ __noinline__ void Combine(Team<kHeads>& team, bool fixed, int64_t cou
                             : w.coded;
     return ConstSoftmaxState(from + static_cast<int64_t>(h) * StateFloats(dim), dim);
   };
+  // Several threads share an element. The first parts of each are on their way while factors are made.
+  const int shares = Max(kThreads / dim, 1), own_share = tid / dim,
+            own_place = tid - own_share * dim;
+  constexpr int kHeld = 5;
   team.Sync();
-  Publish(team, count);
+#pragma unroll 1
   for (int h = team.rank; h < heads; h += team.size) {
-    float most = -INFINITY;
-    for (int r = tid; r < parts; r += kThreads) most = fmaxf(most, LoadL2(&state(r, h).max()));
-    most = WarpMax(most);
-    __syncthreads();
-    if (tid % kWarp == 0) norms[tid / kWarp] = most;
-    __syncthreads();
-    for (int i = 0; i < kWarps; ++i) most = fmaxf(most, norms[i]);
-    float mass = 0, mass2 = 0, coded_mass = 0;  // |v|^2 is summed over rows alone
-    for (int r = tid; r < parts; r += kThreads) {
-      const ConstSoftmaxState at = state(r, h);
-      const float own = r < rows ? LoadL2(&at.denominator()) : 0;
-      const float of_codes = r >= rows                ? LoadL2(&at.denominator())
-                             : coded && r < team.size ? LoadL2(w.coded_mass + r * heads + h)
-                                                      : 0;
-      const float f = MergeFactor(LoadL2(&at.max()), own + of_codes, most);
-      factor[r] = f;
-      mass += f * own;
-      coded_mass += f * of_codes;
-      mass2 += f * LoadL2(&at.value_norm2());
+    float held[kHeld];
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int r = own_share + k * shares;
+      held[k] = own_share < shares && r < parts ? LoadL2(state(r, h).numerator + own_place) : 0;
     }
-    mass = BlockSum(mass, norms);
-    mass2 = BlockSum(mass2, norms);
-    if (coded) coded_mass = BlockSum(coded_mass, norms);
-    const float denominator = fmaxf(mass + coded_mass, kLeastDivisor);
-    // Several threads share an element, so that its parts are loaded at a time.
-    const int shares = Max(kThreads / dim, 1);
+    HeadWork work = team.shared.head[h];
+    if (tid < kWarp) {
+      float most[kEach], own[kEach], of_codes[kEach], norm2[kEach], all = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int r = tid + i * kWarp;
+        const bool in = r < parts;
+        const ConstSoftmaxState at = state(in ? r : 0, h);
+        most[i] = in ? LoadL2(&at.max()) : -INFINITY;
+        own[i] = r < rows ? LoadL2(&at.denominator()) : 0;  // |v|^2 is summed over rows alone
+        norm2[i] = in ? LoadL2(&at.value_norm2()) : 0;
+        of_codes[i] = in && r >= rows          ? LoadL2(&at.denominator())
+                      : coded && r < team.size ? LoadL2(w.coded_mass + r * heads + h)
+                                               : 0;
+        all = fmaxf(all, most[i]);
+      }
+      all = WarpMax(all);
+      float mass = 0, coded_mass = 0, mass2 = 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int r = tid + i * kWarp;
+        const float f = MergeFactor(most[i], own[i] + of_codes[i], all);
+        if (r < parts) factor[r] = f;
+        mass += f * own[i];
+        coded_mass += f * of_codes[i];
+        mass2 += f * norm2[i];
+      }
+      mass = WarpSum(mass), mass2 = WarpSum(mass2);
+      if (coded) coded_mass = WarpSum(coded_mass);
+      if (tid == 0) {
+        const float denominator = fmaxf(mass + coded_mass, kLeastDivisor);
+        whole = denominator;
+        if (all > work.shift) work.mass *= expf(work.shift - all);
+        work.shift = all;
+        work.denominator = denominator;
+        work.unseen = coded_mass;
+        work.value_norm2 = Max(mass2 / fmaxf(mass, kLeastDivisor), 0.f);
+        work.least_ref =
+            promise.norm == Norm::kValue ? promise.norm_floor * sqrtf(work.value_norm2) : 0;
+      }
+    }
+    __syncthreads();
     float* share = factor + parts;  // [shares][dim]
+#pragma unroll 1
     for (int i = tid; i < shares * dim; i += kThreads) {
+      const int first = i / dim;
       float sum = 0;
-#pragma unroll 8
-      for (int r = i / dim; r < parts; r += shares)
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        const int r = first + k * shares;
+        if (r >= parts) break;
+        sum = fmaf(factor[r], i == tid ? held[k] : LoadL2(state(r, h).numerator + i % dim), sum);
+      }
+#pragma unroll 1
+      for (int r = first + kHeld * shares; r < parts; r += shares)
         sum = fmaf(factor[r], LoadL2(state(r, h).numerator + i % dim), sum);
       share[i] = sum;
     }
     __syncthreads();
     float norm2 = 0;
+#pragma unroll 1
     for (int j = tid; j < dim; j += kThreads) {
       float sum = 0;
+#pragma unroll 4
       for (int i = 0; i < shares; ++i) sum += share[i * dim + j];
-      const float o = sum / denominator;
+      const float o = sum / whole;
       w.output[static_cast<int64_t>(h) * dim + j] = o;
       norm2 = fmaf(o, o, norm2);
     }
     norm2 = BlockSum(norm2, norms);
     if (tid == 0) {
-      HeadWork work = team.shared.head[h];
-      if (most > work.shift) work.mass *= expf(work.shift - most);
-      work.shift = most;
-      work.denominator = denominator;
-      work.unseen = coded_mass;
-      work.value_norm2 = Max(mass2 / fmaxf(mass, kLeastDivisor), 0.f);
-      work.least_ref =
-          promise.norm == Norm::kValue ? promise.norm_floor * sqrtf(work.value_norm2) : 0;
+      work.output_norm2 = norm2;
       w.head[h] = work;
     }
-    __syncthreads();
   }
+  Publish(team, count);
   team.Sync();
 }
 

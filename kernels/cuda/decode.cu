@@ -63,7 +63,7 @@ int Decode(const StepParams& p, const AnswerShape& shape, int multiprocessors, S
   if (error == cudaSuccess && chosen) error = ScoreMiddle(p, multiprocessors, stream);
   const bool coded = sampled && p.storage.host.value_bits > 0 && p.task == Task::kDecode;
   if (error == cudaSuccess && coded) error = SumValues(p, stream);
-  if (error == cudaSuccess && sampled) error = PlanDraw(p, stream);
+  if (error == cudaSuccess && sampled) error = PlanDraw(p, shape.team, stream);
   if (error == cudaSuccess && sampled) error = Predict(p, stream);
   if (error == cudaSuccess) error = Answer(p, shape, stream);
   return error;
@@ -80,7 +80,7 @@ int Forecast(const StepParams& p, int multiprocessors, Stream stream) {
 int LookOn(const StepParams& p, const AnswerShape& shape, bool first, Stream stream) {
   int error = DecideLooks(p, first, stream);
   const bool plans = first && p.promise.policy == Policy::kVerified;
-  if (error == cudaSuccess && plans) error = PlanDraw(p, stream);
+  if (error == cudaSuccess && plans) error = PlanDraw(p, shape.team, stream);
   if (error == cudaSuccess && plans) error = Predict(p, stream);
   if (error != cudaSuccess) return error;
   return DispatchDType(p.storage.host.row.dtype,

@@ -29,6 +29,7 @@ inline __device__ int32_t ClaimSlot(const HotSetRef& hot, unsigned long long cal
                                     int64_t key) {
   const int lane = threadIdx.x % kWarp;
   int32_t mine = -1;
+#pragma unroll 1
   for (int round = 0; round < kClaimRounds; ++round) {
     const unsigned wanting = __ballot_sync(kAllLanes, want && mine < 0);
     if (wanting == 0) break;
@@ -94,6 +95,7 @@ __device__ void ResolveListed(Team<kHeads>& team, int64_t first, int64_t count) 
   const int lane = threadIdx.x % kWarp;
   const unsigned long long call = *team.p.hot.call;
   __syncthreads();
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i - lane < count; i += kThreads) {
     const bool in = i < count;
     const uint32_t token = in ? team.group.scratch.token[first + i] : 0;

@@ -33,6 +33,19 @@ inline __device__ void MergeOverWarp(float& most, float& sum) {
   most = all;
 }
 
+// Which head a thread looks at in a pass over numbers [][G]: thread t has head t % G, and starts with
+// its t / G-th number. The last threads have none where G does not divide their number.
+struct HeadShare {
+  int head, first, step;
+
+  __device__ explicit HeadShare(int heads) {
+    step = kThreads / heads;
+    first = static_cast<int>(threadIdx.x) / heads;
+    head = static_cast<int>(threadIdx.x) - first * heads;
+  }
+  __device__ bool idle() const { return first >= step; }
+};
+
 // shared.head[h].shift, mass and denominator.
 template <int kHeads>
 __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
@@ -40,92 +53,84 @@ __device__ __noinline__ void SumEstimates(Team<kHeads>& team) {
   const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int stride = MostTotals(heads), dim = team.p.storage.host.row.dim_v,
             floats = StateFloats(dim);
-  const int64_t begin = team.BlocksBegin(), end = team.BlocksEnd();
-  const float* const shifts = w.shift;
-  const float* const masses = w.mass;
+  const HeadShare share(heads);
+  float most = -INFINITY, mass = 0;
+  if (!share.idle()) {
+    const int end = static_cast<int>(team.BlocksEnd());
+#pragma unroll 4
+    for (int b = static_cast<int>(team.BlocksBegin()) + share.first; b < end; b += share.step)
+      MergeSum(most, mass, w.shift[b * heads + share.head], w.mass[b * heads + share.head]);
+  }
+  // The threads' parts of each head, one warp a head.
+  static_assert(sizeof(team.shared.sums) >= 2 * kThreads * sizeof(float));
+  float* const sums = &team.shared.sums[0][0];
   double* parts = w.partial + static_cast<int64_t>(team.parity) * team.size * stride;
-  for (int first = 0; first < heads; first += kHeads) {
-    float most[kHeads], mass[kHeads];
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) most[h] = -INFINITY, mass[h] = 0;
-#pragma unroll 2
-    for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (first + h < heads)
-          MergeSum(most[h], mass[h], shifts[b * heads + first + h], masses[b * heads + first + h]);
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      MergeOverWarp(most[h], mass[h]);
-      if (lane == 0)
-        team.shared.sums[warp][2 * h] = most[h], team.shared.sums[warp][2 * h + 1] = mass[h];
-    }
-    __syncthreads();
-    if (warp < kHeads && first + warp < heads) {
-      float all = lane < kWarps ? team.shared.sums[lane][2 * warp] : -INFINITY;
-      float sum = lane < kWarps ? team.shared.sums[lane][2 * warp + 1] : 0;
-      MergeOverWarp(all, sum);
-      if (lane == 0) {
-        parts[team.rank * stride + 2 * (first + warp)] = all;
-        parts[team.rank * stride + 2 * (first + warp) + 1] = sum;
-      }
+  __syncthreads();
+  sums[threadIdx.x] = most, sums[kThreads + threadIdx.x] = mass;
+  __syncthreads();
+#pragma unroll 1
+  for (int h = warp; h < heads; h += kWarps) {
+    most = -INFINITY, mass = 0;
+#pragma unroll 1
+    for (int i = lane; i < share.step; i += kWarp)
+      MergeSum(most, mass, sums[i * heads + h], sums[kThreads + i * heads + h]);
+    MergeOverWarp(most, mass);
+    if (lane == 0) {
+      parts[team.rank * stride + 2 * h] = most;
+      parts[team.rank * stride + 2 * h + 1] = mass;
     }
   }
   team.Sync();
-  for (int h = threadIdx.x; h < heads; h += kThreads) {
-    const float* const first = w.fixed + static_cast<int64_t>(h) * floats;
-    const auto fixed = [&](int part) {
-      return ConstSoftmaxState(first + static_cast<int64_t>(part) * heads * floats, dim);
-    };
-    float top = -INFINITY;
-    for (int r = 0; r < team.size; ++r)
-      top = fmaxf(top, static_cast<float>(LoadL2(parts + r * stride + 2 * h)));
-    float shift = top;
-    for (int part = 0; part < kFixedParts; ++part) shift = fmaxf(shift, fixed(part).max());
-    double mass = 0, sum = 0, norm2 = 0;
-    for (int r = 0; r < team.size; ++r) {
-      mass += LoadL2(parts + r * stride + 2 * h + 1) *
-              expf(static_cast<float>(LoadL2(parts + r * stride + 2 * h)) - shift);
-    }
-    for (int part = 0; part < kFixedParts; ++part) {
-      const ConstSoftmaxState at = fixed(part);
-      if (!(at.denominator() > 0)) continue;
-      sum += at.denominator() * expf(at.max() - shift);
-      norm2 += at.value_norm2() * expf(at.max() - shift);
-    }
+  static_assert(kMostTeam <= kWarp && kFixedParts <= kWarp);
+#pragma unroll 1
+  for (int h = warp; h < heads; h += kWarps) {
+    const ConstSoftmaxState fixed(
+        w.fixed + (static_cast<int64_t>(lane % kFixedParts) * heads + h) * floats, dim);
+    const bool has = lane < team.size;
+    const double* part = parts + (has ? lane : 0) * stride + 2 * h;
+    const float own_top = has ? static_cast<float>(LoadL2(part)) : -INFINITY,
+                own_mass = has ? static_cast<float>(LoadL2(part + 1)) : 0, max = fixed.max(),
+                denominator = fixed.denominator(), value_norm2 = fixed.value_norm2();
+    const float top = WarpMax(own_top), shift = fmaxf(top, WarpMax(max));
+    const double all = WarpSum(static_cast<double>(own_mass) * expf(own_top - shift));
+    const bool counts = lane < kFixedParts && denominator > 0;
+    const float factor = counts ? expf(max - shift) : 0;
+    const double sum = WarpSum(static_cast<double>(counts ? denominator * factor : 0)),
+                 norm2 = WarpSum(static_cast<double>(counts ? value_norm2 * factor : 0));
+    if (lane > 0) continue;
     HeadWork& work = team.shared.head[h];
     work.shift = shift;
-    work.mass = static_cast<float>(mass);
+    work.mass = static_cast<float>(all);
     work.top = top - shift;
-    work.denominator = static_cast<float>(mass + sum);
+    work.denominator = static_cast<float>(all + sum);
     work.fixed_norm2 = static_cast<float>(norm2);
   }
   team.parity ^= 1;
   __syncthreads();
 }
 
-// Blocks by their largest e^, to tops [G][kTopBins] in shared memory. By a team of one thread
-// block, after SumEstimates.
+// Blocks by their largest e^, to tops [G][kTopBins] in shared memory, after SumEstimates. Every block
+// of a team counts them all.
 template <int kHeads>
 __device__ void CountTops(Team<kHeads>& team, int* tops) {
   const int heads = team.heads();
-  const float* const shifts = team.group.scratch.shift;
   for (int i = threadIdx.x; i < heads * kTopBins; i += kThreads) tops[i] = 0;
   __syncthreads();
-  const int all = static_cast<int>(NumBlocks(team.group)) * heads;
+  const HeadShare share(heads);
+  if (!share.idle()) {
+    const float* const shifts = team.group.scratch.shift;
+    const int blocks = static_cast<int>(NumBlocks(team.group));
 #pragma unroll 4
-  for (int i = threadIdx.x; i < all; i += kThreads) {
-    const int h = i % heads, bin = TopBin(team.shared.head[h], shifts[i]);
-    if (bin < kTopBins) atomicAdd(tops + h * kTopBins + bin, 1);
+    for (int b = share.first; b < blocks; b += share.step) {
+      const int bin = TopBin(team.shared.head[share.head], shifts[b * heads + share.head]);
+      if (bin < kTopBins) atomicAdd(tops + share.head * kTopBins + bin, 1);
+    }
   }
   __syncthreads();
 }
 
-// scratch.sure of every segment of the index and head. By a team of one thread block, after
-// PlanHead.
+// scratch.sure of every segment of the index and head, after PlanHead. Every block of a team writes the
+// same.
 template <int kHeads>
 __device__ void FindSure(Team<kHeads>& team) {
   const GroupScratch& w = team.group.scratch;
@@ -161,87 +166,136 @@ __device__ float TakePrediction(Team<kHeads>& team) {
   return expected;
 }
 
-// One thread block's copy of the sample that multipliers are sought on, in registers: its estimates
-// in the unit of head.shift. Every block of a team holds the same, so that rounds need no barrier.
-template <int kHeads>
+// A thread block's part of the sample that multipliers are sought on, in shared memory. Bring and Settle
+// fill it; what lies between them is done while it is on its way.
 struct Sample {
-  // A thread's tokens: a sample may be up to two blocks over kPlanTokens.
-  static constexpr int kTokens = static_cast<int>(kPlanTokens / kThreads) + 2;
-  float e[kHeads][kTokens];
-  int stride;
+  static constexpr int kMostTiles =
+      static_cast<int>(kPlanTokens / kTileTokens) + 2 * kTilesPerBlock;
+  __half* estimate;  // [G][tiles * 16] e^ over its block's largest, as the scan left it
+  float* unit;       // [G][tiles] what e^ is in the unit of HeadWork::shift
+  float* excess;     // [tiles * 16] 1 / pi - 1
+  int first, tiles, tokens, heads, stride, phase;
 
-  __device__ void Load(const Team<kHeads>& team, int phase) {
-    const GroupScratch& w = team.group.scratch;
-    const int heads = team.heads();
-    const int64_t blocks = NumBlocks(team.group), items = SampledTiles(stride, blocks);
-#pragma unroll
-    for (int i = 0; i < kTokens; i += 2) {
-      // Lanes of 8 take a tile, two tokens each.
-      const int64_t item = (int64_t{i} / 2 * kThreads + threadIdx.x) / (kTileTokens / 2);
-      const auto [b, tile] = SampledTile(stride, phase, item);
-      const bool in = item < items && b < blocks;
-      const float* const sure =
-          SureScores(w, SegmentAt(team.group, FirstBlock(team.group) + b), heads);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        float2 pair = make_float2(0, 0);
-        if (in && h < heads) {
-          const float shift = w.shift[b * heads + h], limit = SureEstimate(sure, h, shift);
-          const uint16_t* at = w.estimate + (b * heads + h) * kBlockTokens + tile * kTileTokens +
-                               threadIdx.x % 8 * 2;
-          pair = __half22float2(*reinterpret_cast<const __half2*>(at));
-          const float unit = expf(shift - team.shared.head[h].shift);
-          // What underflows here still has its floor. A sure token's estimate counts no more than an
-          // outlier's.
-          if (pair.x > 0)
-            pair.x = pair.x >= limit ? kOutlierEstimate : fmaxf(pair.x * unit, 1e-37f);
-          if (pair.y > 0)
-            pair.y = pair.y >= limit ? kOutlierEstimate : fmaxf(pair.y * unit, 1e-37f);
-        }
-        e[h][i] = pair.x, e[h][i + 1] = pair.y;
-      }
-    }
+  // Bytes of shared memory that a thread block takes, for so many heads and a team of this size.
+  static VATTN_HD int Bytes(int heads, int size) {
+    return (kMostTiles / size + 1) * (heads * (kTileTokens * 2 + 4) + kTileTokens * 4) + 16;
   }
 
-  // As PredictSample, without a barrier of the team.
-  __device__ void Predict(Team<kHeads>& team) const {
-    const int heads = team.heads(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    float gain[kHeads], floor[kHeads], variance[kHeads] = {}, expected = 0;
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      gain[h] = h < heads ? expf(team.shared.log_gain[h] + team.shared.head[h].shift) : 0;
-      floor[h] = h < heads ? team.shared.floor[h] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      float weight2 = 0;
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) AddWeight(e[h][i], gain[h], floor[h], HUGE_VALF, weight2);
-      if (e[0][i] == 0) continue;
-      const float excess = Excess(weight2, 1.f, expected);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        const float x = e[h][i] * gain[h];
-        variance[h] = fmaf(x * x, excess, variance[h]);
+  template <int kHeads>
+  __device__ Sample(const Team<kHeads>& team, int plan_stride, std::byte* memory) {
+    heads = team.heads(), stride = plan_stride;
+    phase = static_cast<int>(team.group.step % static_cast<uint64_t>(stride));
+    const int all = SampledTiles(stride, static_cast<int>(NumBlocks(team.group)));
+    first = all * team.rank / team.size;
+    tiles = all * (team.rank + 1) / team.size - first;
+    tokens = tiles * kTileTokens;
+    excess = reinterpret_cast<float*>(memory);
+    unit = excess + tokens;
+    estimate = reinterpret_cast<__half*>(unit + (heads * tiles + 3) / 4 * 4);
+  }
+
+  // Starts to copy estimates, and the shifts of their blocks to `unit`.
+  __device__ void Bring(const DeviceGroup& group) {
+    const int blocks = static_cast<int>(NumBlocks(group));
+    const GroupScratch& w = group.scratch;
+    const int all = 2 * tiles * heads;  // halves of tiles
+#pragma unroll 1
+    for (int i = threadIdx.x; i < all; i += kThreads) {
+      const int h = i / (2 * tiles), t = i / 2 - h * tiles, half = i % 2;
+      const auto [b, tile] = SampledTile(stride, phase, first + t);
+      __half* to = estimate + h * tokens + t * kTileTokens + half * 8;
+      if (b < blocks) {
+        __pipeline_memcpy_async(
+            to,
+            w.estimate + (int64_t{b} * heads + h) * kBlockTokens + tile * kTileTokens + half * 8,
+            16);
+        if (half == 0) __pipeline_memcpy_async(unit + h * tiles + t, w.shift + b * heads + h, 4);
+      } else {
+        *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+        if (half == 0) unit[h * tiles + t] = 0;
       }
     }
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) variance[h] = WarpSum(variance[h]);
-    expected = WarpSum(expected);
-    if (lane == 0) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) team.shared.sums[warp][h] = variance[h];
-      team.shared.sums[warp][kHeads] = expected;
+    __pipeline_commit();
+  }
+
+  // Brings all heads to one unit. The estimate of a sure token counts no more than an outlier's. Call
+  // it when HeadWork::shift and scratch.sure are there.
+  template <int kHeads>
+  __device__ void Settle(const Team<kHeads>& team) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    const GroupScratch& w = team.group.scratch;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tiles * heads; i += kThreads) {
+      const int h = i / tiles, t = i - h * tiles;
+      const float shift = unit[i];
+      unit[i] = expf(shift - team.shared.head[h].shift);
+      if (w.sure == nullptr) continue;
+      const int64_t block = FirstBlock(team.group) + SampledTile(stride, phase, first + t).block;
+      const float limit =
+          SureEstimate(SureScores(w, SegmentAt(team.group, block), heads), h, shift);
+      __half* const e = estimate + h * tokens + t * kTileTokens;
+#pragma unroll 1
+      for (int j = 0; j < kTileTokens; ++j) {
+        if (__half2float(e[j]) >= limit) e[j] = __float2half_rn(kOutlierEstimate);
+      }
     }
     __syncthreads();
-    if (threadIdx.x <= heads) {
-      const int from = threadIdx.x < heads ? threadIdx.x : kHeads;
+  }
+
+  // e^ of two tokens in the unit of HeadWork::shift. What underflows still has its floor.
+  __device__ float2 At(int h, int pair) const {
+    float2 e = __half22float2(*reinterpret_cast<const __half2*>(estimate + h * tokens + 2 * pair));
+    const float u = unit[h * tiles + pair / (kTileTokens / 2)];
+    if (e.x > 0) e.x = fmaxf(e.x * u, 1e-37f);
+    if (e.y > 0) e.y = fmaxf(e.y * u, 1e-37f);
+    return e;
+  }
+
+  // As PredictSample, without the expected draws: into shared.total [0, G), over the team.
+  template <int kHeads>
+  __device__ void Predict(Team<kHeads>& team) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    float* const gains = &team.shared.sums[kWarps / 2][0];  // [G]
+    for (int h = threadIdx.x; h < heads; h += kThreads)
+      gains[h] = expf(team.shared.log_gain[h] + team.shared.head[h].shift);
+    __syncthreads();
+#pragma unroll 1
+    for (int pair = threadIdx.x; pair < tokens / 2; pair += kThreads) {
+      float weight2[2] = {}, none = 0;
+      float2 e = {};
+#pragma unroll 2
+      for (int h = 0; h < heads; ++h) {
+        e = At(h, pair);
+        AddWeight(e.x, gains[h], team.shared.floor[h], HUGE_VALF, weight2[0]);
+        AddWeight(e.y, gains[h], team.shared.floor[h], HUGE_VALF, weight2[1]);
+      }
+      excess[2 * pair] = e.x == 0 ? 0 : Excess(weight2[0], 1.f, none);
+      excess[2 * pair + 1] = e.y == 0 ? 0 : Excess(weight2[1], 1.f, none);
+    }
+    __syncthreads();
+    // A head has as many warps as there are for it; sums [warps of a head][G].
+    const int warps = heads < kWarps ? kWarps / heads : 1, part = warp / heads;
+    float* const sums = &team.shared.sums[0][0];
+#pragma unroll 1
+    for (int h = warp - part * heads; part < warps && h < heads; h += kWarps) {
       float sum = 0;
-#pragma unroll
-      for (int j = 0; j < kWarps; ++j) sum += team.shared.sums[j][from];
-      team.shared.total[threadIdx.x] = static_cast<double>(sum) * stride;
+#pragma unroll 4
+      for (int pair = part * kWarp + lane; pair < tokens / 2; pair += warps * kWarp) {
+        const float2 e = At(h, pair), x = *reinterpret_cast<const float2*>(excess + 2 * pair);
+        sum = fmaf(e.x * e.x, x.x, sum);
+        sum = fmaf(e.y * e.y, x.y, sum);
+      }
+      sum = WarpSum(sum);
+      if (lane == 0) sums[part * heads + h] = sum * gains[h] * gains[h];
     }
     __syncthreads();
+    for (int h = threadIdx.x; h < heads; h += kThreads) {
+      float sum = 0;
+      for (int i = 0; i < warps; ++i) sum += sums[i * heads + h];
+      team.shared.total[h] = static_cast<double>(sum) * stride;
+    }
+    team.Add(heads);
   }
 };
 

@@ -78,8 +78,11 @@ __device__ void WalkTiles(const TileShape& shape, int depth, int tiles,
     if (k < tiles && mine > 0) {
       if (lane < mine) at[stage][first + lane] = address(k, first + lane);
       __syncwarp();
-      for (int c = lane; c < mine * per_row; c += kWarp) {
-        const int row = first + c / per_row, part = c % per_row;
+      int row = first + lane / per_row, part = lane % per_row;
+#pragma unroll 2
+      for (; row < first + mine; part += kWarp) {
+        while (part >= per_row) part -= per_row, ++row;
+        if (row >= first + mine) break;
         uint64_t from = at[stage][row];
         if ((from & kSplitRow) != 0) {
           from = part >= shape.used_parts  ? 0
@@ -96,9 +99,10 @@ __device__ void WalkTiles(const TileShape& shape, int depth, int tiles,
     __pipeline_commit();
   };
   __syncthreads();
-  for (int k = 0; k < depth - 1; ++k) fetch(k);
-  for (int k = 0; k < tiles; ++k) {
+#pragma unroll 1
+  for (int k = 1 - depth; k < tiles; ++k) {
     fetch(k + depth - 1);
+    if (k < 0) continue;
     if (depth == kMostTiles) {
       __pipeline_wait_prior(kMostTiles - 1);
     } else if (depth == 3) {
@@ -123,12 +127,14 @@ __device__ void DotTile(const TileShape& shape, const std::byte* tile, int count
   int lanes = 1;
   while (lanes < 8 && pairs * lanes * 2 <= kThreads) lanes *= 2;
   const int sub = threadIdx.x % lanes;
+#pragma unroll 1
   for (int pair = threadIdx.x / lanes; pair < pairs; pair += kThreads / lanes) {
     const int head = pair / shape.rows, row = pair - head * shape.rows;
     float sum = 0;
     if (row < count) {
       const uint4* from = reinterpret_cast<const uint4*>(tile + row * shape.pitch + offset);
       const float4* vector = reinterpret_cast<const float4*>(vectors + head * dim);
+#pragma unroll 2
       for (int c = sub; c < dim / E::kPer16; c += lanes) {
         float x[E::kPer16];
         E::Unpack(from[c], x);
@@ -142,6 +148,7 @@ __device__ void DotTile(const TileShape& shape, const std::byte* tile, int count
         }
       }
     }
+#pragma unroll 1
     for (int o = lanes / 2; o > 0; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
     if (sub == 0) out[row * kHeads + head] = sum;
   }
@@ -157,6 +164,7 @@ __device__ void NormTile(const TileShape& shape, const std::byte* tile, int coun
   float sum = 0;
   if (row < count) {
     const uint4* from = reinterpret_cast<const uint4*>(tile + row * shape.pitch + offset);
+#pragma unroll 2
     for (int c = sub; c < dim / E::kPer16; c += kLanes) {
       float x[E::kPer16];
       E::Unpack(from[c], x);
@@ -192,6 +200,7 @@ struct ValueSum {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) sum[h][0] *= scale[h], sum[h][1] *= scale[h];
     const std::byte* at = tile + offset + pair * 2 * Element<kType>::kBytes;
+#pragma unroll 2
     for (int r = group; r < count; r += groups) {
       const float2 v = Element<kType>::Pair(at + r * shape.pitch);
 #pragma unroll
@@ -216,8 +225,10 @@ struct ValueSum {
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
       float total = 0;
+#pragma unroll 4
       for (int g = 0; g < groups; ++g) total += memory[g * kHeads * dim + i];
       out(i / dim, i % dim, total);
     }
@@ -270,6 +281,7 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int de
               if (warp < kHeads) {
                 const int h = warp;
                 float most = shared.most[h];
+#pragma unroll 1
                 for (int r = lane; r < n; r += kWarp) {
                   float& s = shared.p[r * kHeads + h];
                   if (h < heads) note(k, r, h, s);
@@ -278,6 +290,7 @@ __device__ void AttendTiles(const RowLayout& row, const TileShape& shape, int de
                 most = WarpMax(most);
                 const float scale = most == shared.most[h] ? 1 : expf(shared.most[h] - most);
                 float mass = 0, mass2 = 0;
+#pragma unroll 1
                 for (int r = lane; r < n; r += kWarp) {
                   float& p = shared.p[r * kHeads + h];
                   p = expf(p + shared.log_weight[r] - most) * shared.factor[r];

@@ -46,20 +46,19 @@ inline __device__ float Excess(float weight2, float scale, float& expected) {
 // modulo stride. SampledTiles says how many these are in `blocks` blocks, SampledTile where the item-th
 // of them lies.
 constexpr int kTilesPerBlock = kBlockTokens / kTileTokens;
-inline __device__ int64_t SampledTiles(int stride, int64_t blocks) {
+inline __device__ int SampledTiles(int stride, int blocks) {
   if (stride <= kTilesPerBlock) return blocks * (kTilesPerBlock / stride);
   return (blocks + stride - 1) / stride * kTilesPerBlock;
 }
 struct TilePlace {
-  int64_t block;
-  int tile;
+  int block, tile;
 };
-inline __device__ TilePlace SampledTile(int stride, int phase, int64_t item) {
+inline __device__ TilePlace SampledTile(int stride, int phase, int item) {
   if (stride <= kTilesPerBlock) {
-    const int64_t per_block = kTilesPerBlock / stride, b = item / per_block;
-    return {b, static_cast<int>((phase + b) % stride + item % per_block * stride)};
+    const int per_block = kTilesPerBlock / stride, b = item / per_block;
+    return {b, (phase + b) % stride + item % per_block * stride};
   }
-  const int tile = static_cast<int>(item % kTilesPerBlock);
+  const int tile = item % kTilesPerBlock;
   return {item / kTilesPerBlock * stride + (tile - phase % stride + stride) % stride, tile};
 }
 
@@ -69,18 +68,17 @@ template <int kHeads>
 __device__ __noinline__ void PredictSample(Team<kHeads>& team, float scale, int stride, int phase) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
-  const int64_t blocks = NumBlocks(team.group);
+  const int blocks = static_cast<int>(NumBlocks(team.group));
   constexpr int kLanes = kTileTokens / 2;  // a lane takes two tokens
   for (int i = tid; i < kWarps * (kMaxDeviceGroup + 1); i += kThreads)
     (&team.shared.sums[0][0])[i] = 0;
   __syncthreads();
-  const int64_t items = SampledTiles(stride, blocks);
-  const int64_t step = static_cast<int64_t>(team.size) * (kThreads / kLanes);
-  const int64_t rounds = (items + step - 1) / step;
+  const int items = SampledTiles(stride, blocks), step = team.size * (kThreads / kLanes),
+            rounds = (items + step - 1) / step;
   float expected = 0;
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t item =
-        round * step + static_cast<int64_t>(team.rank) * (kThreads / kLanes) + tid / kLanes;
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const int item = round * step + team.rank * (kThreads / kLanes) + tid / kLanes;
     const auto [b0, tile0] = SampledTile(stride, phase, item);
     int64_t b = b0;
     int tile = tile0;
@@ -163,16 +161,17 @@ inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane,
 // segment's first place in scratch.candidate on.
 //
 // The function is long because it is one loop over registers: up to kHeads heads stay in registers
-// over the segment, and with kAhead the next block is loaded meanwhile; more heads go in rounds.
-template <int kHeads>
+// over the segment, and with kAhead the next block is loaded meanwhile; more heads go in rounds, unless
+// kFew says that there are none. part [G], in shared memory, is this warp's; without kFew.
+template <int kHeads, bool kFew>
 __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
                                const float* log_gain, const float* floors, float scale, float bound,
-                               Randomness randomness) {
+                               Randomness randomness, float* part) {
   const GroupScratch& w = group.scratch;
   const int lane = threadIdx.x % kWarp;
-  const uint32_t refresh = randomness.renewal(), use = randomness.use();
+  const uint32_t use = randomness.use();
+  const Epochs epochs(group.step, randomness.renewal());
   const RandomKey key = group.key;
-  const uint64_t step = group.step;
   const uint16_t* const estimates = w.estimate;
   const float* const shifts = w.shift;
   const float inverse_scale = 1 / scale;
@@ -183,8 +182,9 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
   float expected = 0, variance[kHeads] = {}, floor[kHeads];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) floor[h] = h < heads ? floors[h] : 0;
-  if (heads > kHeads) {
-    for (int h = lane; h < heads; h += kWarp) sums[h] = 0;
+  const bool few = kFew || heads <= kHeads;
+  if (!few) {
+    for (int h = lane; h < heads; h += kWarp) part[h] = 0;
     __syncwarp();
   }
   int candidates = 0;
@@ -208,7 +208,7 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
     }
   };
   if constexpr (kAhead) {
-    if (heads <= kHeads && begin < end) load(begin, 0, next, next_shift);
+    if (few && begin < end) load(begin, 0, next, next_shift);
   }
   int index_segment = SegmentAt(group, first_block + begin);
   int64_t index_end = SegmentEnd(group, index_segment, first_block + end);
@@ -218,11 +218,14 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
     const float* const sure = SureScores(w, index_segment, heads);
     const uint16_t* estimate = estimates + b * heads * kBlockTokens;
     float weight2[kDrawTokens] = {};
+    // Of pairs of tokens, which are drawn for sure, and which are not there: 16 bits each.
+    unsigned always[kDrawTokens / 2] = {}, absent[kDrawTokens / 2] = {};
     float own = 0;  // gain of head lane % kHeads
-    for (int first = 0; first < heads; first += kHeads) {
+#pragma unroll 1
+    for (int first = 0; first < (kFew ? 1 : heads); first += kHeads) {
       bool loaded = false;
       if constexpr (kAhead) {
-        if (heads <= kHeads) {
+        if (few) {
 #pragma unroll
           for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
@@ -236,19 +239,36 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
       if (!loaded) load(b, first, held, shift);
       const int mine = first + lane % kHeads;
       own = mine < heads ? expf(log_gain[mine] + shift) : 0;
-      const float own_limit = SureEstimate(mine < heads ? sure : nullptr, mine, shift);
+      // No estimate lies between the limit and the next fp16 from it on.
+      const __half2 own_limit =
+          __half2half2(__float2half_ru(SureEstimate(mine < heads ? sure : nullptr, mine, shift)));
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        const float gain = __shfl_sync(kAllLanes, own, h),
-                    limit = __shfl_sync(kAllLanes, own_limit, h);
-        const float least = heads <= kHeads ? floor[h] : first + h < heads ? floors[first + h] : 0;
+        const float gain = __shfl_sync(kAllLanes, own, h);
+        const __half2 limit = __shfl_sync(kAllLanes, own_limit, h);
+        const float least = few ? floor[h] : first + h < heads ? floors[first + h] : 0;
 #pragma unroll
         for (int k = 0; k < kDrawTokens / 2; ++k) {
           const float2 e = __half22float2(held[h][k]);
-          AddWeight(e.x, gain, least, limit, weight2[2 * k]);
-          AddWeight(e.y, gain, least, limit, weight2[2 * k + 1]);
+          const float x = fmaf(e.x, gain, least), y = fmaf(e.y, gain, least);
+          weight2[2 * k] = fmaf(x, x, weight2[2 * k]);
+          weight2[2 * k + 1] = fmaf(y, y, weight2[2 * k + 1]);
+          always[k] |= __hge2_mask(held[h][k], limit);
         }
       }
+      if (first > 0) continue;
+        // Outliers and tokens that are not there are so for every head.
+#pragma unroll
+      for (int k = 0; k < kDrawTokens / 2; ++k) {
+        always[k] |= __hlt2_mask(held[0][k], __half2{});
+        absent[k] = __heq2_mask(held[0][k], __half2{});
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kDrawTokens; ++i) {
+      const unsigned bit = i % 2 == 0 ? 1u : 0x10000u;
+      if ((always[i / 2] & bit) != 0) weight2[i] = kAlwaysWeight2;
+      if ((absent[i / 2] & bit) != 0) weight2[i] = 0;
     }
     const uint32_t first_token = static_cast<uint32_t>((first_block + b) * kBlockTokens);
     float excess[kDrawTokens];
@@ -258,7 +278,7 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
     for (int j = 0; j < 2; ++j) {
       const uint32_t counter = TokenCounter(first_token + DrawToken(lane, j));
       const Philox4 r =
-          Philox({{counter, Epoch(counter, step, refresh), key.stream, use}}, key.key0, key.key1);
+          Philox({{counter, epochs.Of(counter), key.stream, use}}, key.key0, key.key1);
 #pragma unroll
       for (int k = 0; k < kDrawTokens / 2; ++k) {
         const int i = 2 * k + j;
@@ -272,7 +292,7 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
         any |= kept[i];
       }
     }
-    if (heads <= kHeads) {
+    if (few) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float sum = 0;  // of e^2 (1 / pi - 1), in the unit of the gain
@@ -286,6 +306,7 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
         variance[h] = fmaf(sum, gain * gain, variance[h]);
       }
     } else {
+#pragma unroll 2
       for (int h = 0; h < heads; ++h) {
         const float gain = expf(log_gain[h] + shifts[b * heads + h]);
         float sum = 0;
@@ -298,17 +319,20 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
           sum = fmaf(x1 * x1, excess[2 * k + 1], sum);
         }
         sum = WarpSum(sum);
-        if (lane == 0) sums[h] += sum;
+        if (lane == 0) part[h] += sum;
       }
     }
     if (any != 0) candidates += WriteCandidates(out + candidates, first_token, lane, kept, weight2);
   }
-  if (heads <= kHeads) {
+  if (few) {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       const float sum = WarpSum(variance[h]);
       if (lane == 0 && h < heads) sums[h] = sum;
     }
+  } else {
+    __syncwarp();
+    for (int h = lane; h < heads; h += kWarp) sums[h] = part[h];
   }
   expected = WarpSum(expected);
   if (lane == 0) {
@@ -344,8 +368,9 @@ __device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float b
   __syncthreads();
   for (int s = team.SegmentBegin(threadIdx.x / kWarp);
        s < team.SegmentBegin(threadIdx.x / kWarp + 1); ++s) {
-    PredictSegment<kHeads>(team.group, team.heads(), s, team.shared.log_gain, team.shared.floor,
-                           scale, bound, randomness);
+    PredictSegment<kHeads, false>(team.group, team.heads(), s, team.shared.log_gain,
+                                  team.shared.floor, scale, bound, randomness,
+                                  team.shared.sums[threadIdx.x / kWarp]);
   }
   team.Sync();
   SumPredicted(team);
@@ -359,38 +384,43 @@ __device__ __noinline__ int64_t DrawTokens(Team<kHeads>& team, float low, float 
                                            Randomness randomness, int64_t count) {
   const GroupScratch& w = team.group.scratch;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t segment_tokens = SegmentBlocks(NumBlocks(team.group)) * kBlockTokens;
+  const int segment_tokens = static_cast<int>(SegmentBlocks(NumBlocks(team.group))) * kBlockTokens;
   const int segment_begin = team.SegmentBegin(warp), segment_end = team.SegmentBegin(warp + 1);
-  const auto drawn = [&](uint64_t c) {
-    const float u =
-        TokenUniform(team.group.key, static_cast<uint32_t>(c), team.group.step, randomness);
-    const float weight = __uint_as_float(static_cast<uint32_t>(c >> 32));
-    return u < high * weight && u >= low * weight;
-  };
+  const Epochs epochs(team.group.step, randomness.renewal());
+  // The first pass counts, the second one writes.
   int kept = 0;
-  for (int segment = segment_begin; segment < segment_end; ++segment) {
-    const uint64_t* candidate = w.candidate + segment * segment_tokens;
-    const int candidates = static_cast<int>(w.candidates[segment]);
-    for (int i = lane; i - lane < candidates; i += kWarp) {
-      kept += __popc(__ballot_sync(kAllLanes, i < candidates && drawn(candidate[i])));
+  ListPlace place;
+  int64_t to = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass == 1) {
+      place = team.PlaceOnList(count, kept);
+      if (place.end > w.capacity) return -1;
+      to = place.warp;
     }
-  }
-  const ListPlace place = team.PlaceOnList(count, kept);
-  if (place.end > w.capacity) return -1;
-  int64_t to = place.warp;
-  for (int segment = segment_begin; segment < segment_end; ++segment) {
-    const uint64_t* candidate = w.candidate + segment * segment_tokens;
-    const int candidates = static_cast<int>(w.candidates[segment]);
-    for (int i = lane; i - lane < candidates; i += kWarp) {
-      const uint64_t c = i < candidates ? candidate[i] : 0;
-      const bool in = i < candidates && drawn(c);
-      const unsigned ballot = __ballot_sync(kAllLanes, in);
-      if (in) {
-        const int64_t at = to + __popc(ballot & ((1u << lane) - 1));
-        w.token[at] = static_cast<uint32_t>(c);
-        w.weight[at] = __uint_as_float(static_cast<uint32_t>(c >> 32));
+#pragma unroll 1
+    for (int segment = segment_begin; segment < segment_end; ++segment) {
+      const uint64_t* candidate = w.candidate + int64_t{segment} * segment_tokens;
+      const int candidates = static_cast<int>(w.candidates[segment]);
+#pragma unroll 1
+      for (int i = lane; i - lane < candidates; i += kWarp) {
+        const uint64_t c = i < candidates ? candidate[i] : 0;
+        const uint32_t token = static_cast<uint32_t>(c);
+        const float weight = __uint_as_float(static_cast<uint32_t>(c >> 32));
+        const float u = TokenUniform(team.group.key, token, epochs, randomness.use());
+        const bool in = i < candidates && u < high * weight && u >= low * weight;
+        const unsigned ballot = __ballot_sync(kAllLanes, in);
+        if (pass == 0) {
+          kept += __popc(ballot);
+          continue;
+        }
+        if (in) {
+          const int64_t at = to + __popc(ballot & ((1u << lane) - 1));
+          w.token[at] = token;
+          w.weight[at] = weight;
+        }
+        to += __popc(ballot);
       }
-      to += __popc(ballot);
     }
   }
   ResolveListed(team, place.block, place.in_block);

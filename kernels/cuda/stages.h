@@ -5,7 +5,7 @@
 //   TakeScores  external.cu                    the caller's scores, for IndexKind::kExternal
 //   Scan        scan.cu                        predicted scores or estimates
 //   SumValues   values.cu                      the value codes' answer for the whole middle
-//   PlanDraw    plan.cu, plan.cuh              multipliers, by one thread block a group
+//   PlanDraw    plan.cu, plan.cuh              multipliers, by a team of thread blocks a group
 //   Predict     plan.cu, sample.cuh            variance and candidates under the plan
 //   Answer      answer.cuh                     a team of thread blocks a group:
 //                 plan.cuh, sample.cuh           scale and draw      (kernels/cpu/plan, sample)
@@ -71,8 +71,9 @@ int ScoreRows(const StepParams& params, int multiprocessors, Stream stream);
 // The caller's scores of the middle, for IndexKind::kExternal.
 int TakeScores(const StepParams& params, int multiprocessors, Stream stream);
 int Scan(const StepParams& params, int multiprocessors, Stream stream);
-// Multipliers of every head, one thread block a group.
-int PlanDraw(const StepParams& params, Stream stream);
+// Multipliers of every head, by up to `team` thread blocks a group: not more than it has room for in
+// GroupScratch::partial.
+int PlanDraw(const StepParams& params, int team, Stream stream);
 // Predicted variance and candidates of the whole middle under the plan.
 int Predict(const StepParams& params, Stream stream);
 // Of a slice of a context: what it expects, to its records; and what the records of all ranks lead to,

@@ -1,5 +1,5 @@
-// A team: the thread blocks that answer one group together, all resident at a time (cooperative
-// launch).
+// A team: the thread blocks that answer one group together, all resident at a time (a cluster, or a
+// cooperative launch).
 #ifndef VATTN_KERNELS_CUDA_TEAM_CUH_
 #define VATTN_KERNELS_CUDA_TEAM_CUH_
 
@@ -29,6 +29,7 @@ struct TeamShared {
   RowsShared<kHeads> rows;
   HeadWork head[kMaxDeviceGroup];
   HeadState state[kMaxDeviceGroup];
+  float quantile[1][kQuantileBins + 1];  // of the first look
   // Inclusion weights while rows are drawn (kernels/cpu/sample.h). What comes after the draw, and
   // the top-k policies, which have none, use the same places for other things.
   union {
@@ -63,8 +64,9 @@ struct Team {
   TeamShared<kHeads>& shared;
   std::byte* memory;  // dynamic shared memory
   int rank, size;
-  uint32_t phase = 0;   // barriers passed
-  uint32_t parity = 0;  // of the partial sums in use
+  bool clustered = false;  // the team is a cluster, for which the hardware has barriers
+  uint32_t phase = 0;      // barriers passed
+  uint32_t parity = 0;     // of the partial sums in use
 
   __device__ int heads() const { return p.group_heads; }
   __device__ int64_t middle() const { return group.middle_end - group.middle_begin; }
@@ -76,6 +78,12 @@ struct Team {
   // All threads of the team. What was written to global memory before is seen after it, past the
   // L1.
   __device__ void Sync() {
+#if __CUDA_ARCH__ >= 900
+    if (clustered) {
+      asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+      return;
+    }
+#endif
     __syncthreads();
     if (size == 1) return;
     if (threadIdx.x == 0) {

@@ -36,7 +36,7 @@ inline __device__ double BlockScan(double x, double* scratch) {
 }
 
 // The sums of the certificate in TeamShared::total, by name: five of each head, how many tokens the
-// tail has, and with value codes two more of each head. A thread's own sums, before they are added,
+// tail has, with value codes two more of each head, and the misses of the team. A thread's own sums, before they are added,
 // are in the order of Place.
 struct TailTotals {
   enum Place { kVariance, kSquares, kOwn, kMass, kSpread, kTail, kRelative, kEstimate };
@@ -50,9 +50,11 @@ struct TailTotals {
   __device__ double* Coded(int h) const {  // relative, estimate
     return total + kEach * heads + 1 + kEachCoded * h;
   }
-  __device__ int Count(bool coded) const {
-    return (coded ? kEach + kEachCoded : kEach) * heads + 1;
+  // Misses of all draws so far.
+  __device__ double& Fetched(bool more) const {
+    return total[(more ? kEach + kEachCoded : kEach) * heads + 1];
   }
+  __device__ int Count(bool more) const { return (more ? kEach + kEachCoded : kEach) * heads + 2; }
 };
 template <int kHeads>
 __device__ TailTotals TailTotalsOf(Team<kHeads>& team) {
@@ -130,11 +132,7 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
           i < now * row.dim_v ? LoadL2(w.output + static_cast<int64_t>(first) * row.dim_v + i) : 0;
     }
     __syncthreads();
-    float norm2 = 0;
-    if (h < now) {
-      for (int j = 0; j < row.dim_v; ++j)
-        norm2 = fmaf(outputs[h * row.dim_v + j], outputs[h * row.dim_v + j], norm2);
-    }
+    const float norm2 = h < now ? team.shared.head[first + h].output_norm2 : 0;
     const float denominator = h < now ? WholeDenominator(team.shared.head[first + h]) : 1;
     double variance = 0, squares = 0, own = 0, mass = 0, spread = 0, tail = 0, relative = 0,
            estimate = 0;
@@ -201,35 +199,33 @@ __device__ __noinline__ void SumTail(Team<kHeads>& team, int64_t count, float sc
           moment.Add(team, shape, tile, k, n, h, r, weight);
         });
     moment.Finish(team, first, now);
-    // The rows' parts of each head, one warp a head.
+    // The rows' parts of each head: several lanes add one of its sums.
     __syncthreads();
-    double* mine = sums + static_cast<int64_t>(tid) * kTailSums;
-    mine[TailTotals::kVariance] = variance, mine[TailTotals::kSquares] = squares;
-    mine[TailTotals::kOwn] = own, mine[TailTotals::kMass] = mass;
-    mine[TailTotals::kSpread] = spread, mine[TailTotals::kTail] = tail;
-    mine[TailTotals::kRelative] = relative, mine[TailTotals::kEstimate] = estimate;
+    const double mine[kTailSums] = {variance, squares, own, mass, spread, tail, relative, estimate};
+#pragma unroll
+    for (int c = 0; c < kTailSums; ++c) sums[c * kThreads + tid] = mine[c];
     __syncthreads();
-    const int warp = tid / kWarp, lane = tid % kWarp;
-    if (warp < now) {
-      double part[kTailSums] = {};
-      for (int i = lane; i < shape.rows; i += kWarp) {
-        const double* row_sums = sums + static_cast<int64_t>(warp * shape.rows + i) * kTailSums;
-        for (int c = 0; c < TailTotals::kRelative; ++c) part[c] += row_sums[c];
-        for (int c = TailTotals::kRelative; more && c < kTailSums; ++c) part[c] += row_sums[c];
-      }
-      for (int c = 0; c < TailTotals::kRelative; ++c) part[c] = WarpSum(part[c]);
-      for (int c = TailTotals::kRelative; more && c < kTailSums; ++c) part[c] = WarpSum(part[c]);
-      if (lane == 0) {
-        const TailTotals totals = TailTotalsOf(team);
-        for (int c = 0; c < TailTotals::kEach; ++c) totals.Head(first + warp)[c] = part[c];
-        if (first + warp == 0) totals.Tail() = part[TailTotals::kTail];
-        if (more) {
-          double* rest = totals.Coded(first + warp);
-          rest[0] = part[TailTotals::kRelative], rest[1] = part[TailTotals::kEstimate];
-        }
+    constexpr int kLanes = kThreads / (kHeads * kTailSums);
+    static_assert(kLanes <= kWarp);
+    const int which = tid / kLanes % kTailSums, head = tid / kLanes / kTailSums;
+    double sum = 0;
+#pragma unroll 1
+    for (int i = tid % kLanes; i < shape.rows; i += kLanes)
+      sum += sums[which * kThreads + head * shape.rows + i];
+#pragma unroll 1
+    for (int o = kLanes / 2; o > 0; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    if (tid % kLanes == 0 && head < now) {
+      const TailTotals totals = TailTotalsOf(team);
+      if (which < TailTotals::kEach) {
+        totals.Head(first + head)[which] = sum;
+      } else if (which == TailTotals::kTail) {
+        if (first + head == 0) totals.Tail() = sum;
+      } else if (more) {
+        totals.Coded(first + head)[which - TailTotals::kRelative] = sum;
       }
     }
   }
+  if (tid == 0) TailTotalsOf(team).Fetched(more) = team.shared.fetched;
   team.Add(TailTotalsOf(team).Count(more));
 }
 
@@ -257,22 +253,23 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = tid; i < kRankDraws * chunks; i += kThreads) {
-    const int draw = i / chunks, at = i % chunks * E::kPer16;
+    const int draw = i / chunks, at = (i - draw * chunks) * E::kPer16;
     float x[E::kPer16];
-    E::Unpack(reinterpret_cast<const uint4*>(rows[draw])[i % chunks], x);
+    E::Unpack(reinterpret_cast<const uint4*>(rows[draw])[i - draw * chunks], x);
 #pragma unroll
-    for (int j = 0; j < E::kPer16; ++j) {
-      float residual = x[j] - output[at + j];
-      if (coded) {
-        const float predicted =
-            CodedValue(team.p.storage.host, team.group.index, codes[draw], at + j);
-        residual = exact[draw] * residual - predicted_e[draw] * (predicted - output[at + j]);
-      }
-      memory[draw * pitch + at + j] = residual;
-    }
+    for (int j = 0; j < E::kPer16; ++j) memory[draw * pitch + at + j] = x[j] - output[at + j];
   }
   __syncthreads();
+#pragma unroll 1
+  for (int i = tid; coded && i < kRankDraws * dim; i += kThreads) {
+    const int draw = i / dim, j = i - draw * dim;
+    const float predicted = CodedValue(team.p.storage.host, team.group.index, codes[draw], j);
+    float& residual = memory[draw * pitch + j];
+    residual = exact[draw] * residual - predicted_e[draw] * (predicted - output[j]);
+  }
+  if (coded) __syncthreads();
   // A pair of draws is for kShare lanes, with the norms of both on the way.
   constexpr int kPairs = kRankDraws * (kRankDraws - 1) / 2, kShare = 4;
   static_assert(kPairs * kShare <= kThreads);
@@ -282,6 +279,7 @@ __device__ float MeanCos2(Team<kHeads>& team, const int64_t* places, int h, cons
   const int b = pair - a * (a - 1) / 2;
   float dot = 0, norm_a = 0, norm_b = 0;
   if (pair < kPairs) {
+#pragma unroll 2
     for (int j = tid % kShare * 4; j < dim; j += kShare * 4) {
       const float4 x = *reinterpret_cast<const float4*>(memory + a * pitch + j);
       const float4 y = *reinterpret_cast<const float4*>(memory + b * pitch + j);
@@ -326,7 +324,7 @@ __device__ float TailCos2(Team<kHeads>& team, int64_t count, int64_t tail, doubl
                   to = min(from + per, count);
     const float* term = w.term + h * w.capacity;
     double own = 0;
-#pragma unroll 4
+#pragma unroll 1
     for (int64_t i = from; i < to; ++i) own += LoadL2(term + i);
     const double until = BlockScan(own, scratch);
     double before = until - own;
@@ -337,6 +335,7 @@ __device__ float TailCos2(Team<kHeads>& team, int64_t count, int64_t tail, doubl
     const auto target = [&](int k) { return (k + .5) / kRankDraws * all; };
     int next = 0;
     while (next < kRankDraws && target(next) <= before) ++next;
+#pragma unroll 1
     for (int64_t i = from; i < to && next < kRankDraws && target(next) <= until; ++i) {
       before += LoadL2(term + i);
       const bool last = i == to - 1;  // rounding of the sums must leave no place open
@@ -354,7 +353,6 @@ template <DType kType, int kHeads>
 __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int look) {
   const GroupScratch& w = team.group.scratch;
   const int heads = team.heads(), dim = team.p.storage.host.row.dim_v, tid = threadIdx.x;
-  __shared__ float norms[kWarps];
   float* output = reinterpret_cast<float*>(team.memory);  // [dim], and behind it room for TailCos2
   const int64_t tail = static_cast<int64_t>(TailTotalsOf(team).Tail());
   const bool coded = team.p.storage.host.value_bits > 0;
@@ -370,19 +368,19 @@ __device__ __noinline__ void JudgeHeads(Team<kHeads>& team, int64_t count, int l
                         .estimate = coded ? rest[1] : 0,
                         .coded = coded ? team.shared.head[h].mass : 0};
     __syncthreads();
-    float norm2 = 0;
-    for (int j = tid; j < dim; j += kThreads) {
+#pragma unroll 1
+    for (int j = tid; j < dim; j += kThreads)
       output[j] = LoadL2(w.output + static_cast<int64_t>(h) * dim + j);
-      norm2 = fmaf(output[j], output[j], norm2);
-    }
-    norm2 = BlockSum(norm2, norms);
+    const float norm2 = team.shared.head[h].output_norm2;
     const float cos2 = TailCos2<kType, kHeads>(team, count, tail, sums.variance, h, output);
     if (tid == 0) {
       HeadState state = team.shared.state[h];
       HeadWork work = team.shared.head[h];
       const bool exact = tail == 0 && count == team.middle();
-      JudgeHead(team.p.promise, look, sums, cos2, tail, exact, norm2, state, work);
-      if (look == 1) LearnHead(team.p.promise, team.group.index, work, state);
+      Promise promise = team.p.promise;
+      if (look == 1) promise.quantile = team.shared.quantile;
+      JudgeHead(promise, look, sums, cos2, tail, exact, norm2, state, work);
+      if (look == 1) LearnHead(promise, team.group.index, work, state);
       w.head[h] = work;
       team.group.state[h] = state;
     }
