@@ -24,7 +24,7 @@ using Json = nlohmann::json;
   X(norm) X(on_unverified) X(bound) X(epsilon) X(delta) X(norm_floor) X(max_looks) X(seed)          \
   X(refresh) X(min_selected) X(max_selected_share) X(topk_share) X(base_share) X(target) X(hot_share) \
   X(disk_bytes) X(spill) X(io_engine) X(io_depth) X(io_block_bytes) X(io_buffered) X(io_timeout_ms) \
-  X(pilot) X(admission) X(tenant_bytes)
+  X(pilot) X(admission) X(tenant_bytes) X(first_kv_head)
 // clang-format on
 
 const std::map<std::string, std::vector<std::string>>& EnumNames() {

@@ -338,6 +338,14 @@ typedef struct vattn_options {
   /* Logger; NULL keeps the library silent. */
   vattn_log_function log;
   void* log_user; /* first argument of log */
+
+  /* Tensor parallelism. */
+  /* 0: with one runtime for each rank, the number among the model's KV heads of this rank's first
+   * one; 0 to 64512. Random numbers and tables (vattn_tables_save) are
+   * those of the model's heads, so that a head draws the same rows and answers with the same bits as
+   * in one runtime with all heads: over a pool always, over sequences as long as no new segment of
+   * the index is due to another head (kernels/METHOD.md, "Segments"). */
+  uint64_t first_kv_head;
 } vattn_options;
 
 /* Fills options with defaults: one layer, 8 query heads, 2 KV heads, head_dim 128, bf16, 1 GiB host
@@ -867,7 +875,8 @@ VATTN_EXPORT vattn_code vattn_tables_save(const vattn_sequence* sequence, const 
 /* A pool, and what is set aside for the steps over it. */
 typedef struct vattn_paged_options {
   size_t struct_size; /* bytes of the struct that the caller knows */
-  /* File of vattn_tables_save for a model of this shape, softmax_scale and index. NULL with an index
+  /* File of vattn_tables_save for a model of this shape, softmax_scale and index; with first_kv_head
+   * that of all of the model's heads. NULL with an index
    * external or policy dense, which need none. */
   const char* tables;
   const char* model; /* INVALID_ARGUMENT if the file was saved for another one; NULL: any */

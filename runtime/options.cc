@@ -73,6 +73,9 @@ absl::Status CheckMachine(const Options& o) {
   VATTN_RETURN_IF_ERROR(InRange("num_threads", o.num_threads, 0, 4096));
   VATTN_RETURN_IF_ERROR(InRange("numa_node", o.numa_node, -1, 1023));
   VATTN_RETURN_IF_ERROR(Listed("admission", o.admission, Admission::kReserved));
+  // A layer has at most 1024 KV heads, and a random key 16 bits for the number of one.
+  VATTN_RETURN_IF_ERROR(
+      InRange("first_kv_head", o.first_kv_head, uint64_t{0}, uint64_t{65536 - 1024}));
   const uint64_t block = MakeStorage(o).block.bytes;
   if (o.host_bytes < block || o.host_bytes > uint64_t{1} << 46) {
     return InvalidArgumentError("host_bytes is ", o.host_bytes, ", must be at least one block of ",

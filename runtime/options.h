@@ -55,12 +55,17 @@ struct Options {
   bool pilot = false;
   Admission admission = Admission::kOvercommit;
   uint64_t tenant_bytes = 0;
+  uint64_t first_kv_head = 0;
 };
 
 // Checks every field and resolves those that mean "default" (softmax_scale, layer_kv_heads).
 // INVALID_ARGUMENT with name, value and limit.
 absl::Status ResolveOptions(Options& options);
 
+// The number of a runtime's KV head among the model's, of which it may have some (first_kv_head).
+inline uint32_t KvHeadOfModel(const Options& options, int head) {
+  return static_cast<uint32_t>(options.first_kv_head) + static_cast<uint32_t>(head);
+}
 ExactSets ExactSetsOf(const Options& options);
 // Rows and codes of such a runtime; base is not set.
 Storage MakeStorage(const Options& options);

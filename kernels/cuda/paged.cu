@@ -207,7 +207,7 @@ __global__ void MakeGroupsKernel(const __grid_constant__ PagedStepParams p) {
       if (layer.index != nullptr) g.index = layer.index[h];
       const PagedRow& of = p.rows[row];
       g.key = MakeRandomKey(p.seed, of.requests_before << 16 | static_cast<unsigned>(row),
-                            static_cast<uint32_t>(l), static_cast<uint32_t>(h));
+                            static_cast<uint32_t>(l), p.first_kv_head + static_cast<uint32_t>(h));
       g.step = of.step;
       g.hot_key = layer.hot_key + h * p.num_blocks * p.storage.host.block.tokens;
       g.tokens = p.lengths[r];

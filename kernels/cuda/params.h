@@ -303,6 +303,7 @@ struct PagedStepParams {
   Promise promise;
   ExactSets sets;
   uint64_t seed = 0;
+  uint32_t first_kv_head = 0;  // of the model's, for random numbers
   int32_t num_layers = 0;
   const PagedLayer* layers = nullptr;  // [num_layers] in device memory
   int64_t num_blocks = 0, max_tokens = 0, max_step_tokens = 0;

@@ -177,8 +177,8 @@ Group CpuBatch::MakeGroup(const AttendRequest& r, int slot, int h, std::byte* me
     for (int t = 0; t < query_tokens_; ++t)
       std::copy_n(kv_head.states.cbegin(), group_heads, group.state + t * group_heads);
   }
-  group.key = MakeRandomKey(o.seed, sequence.id(), static_cast<uint32_t>(r.layer),
-                            static_cast<uint32_t>(h));
+  group.key =
+      MakeRandomKey(o.seed, sequence.id(), static_cast<uint32_t>(r.layer), KvHeadOfModel(o, h));
   group.step = sequence.step();
   group.q = static_cast<const std::byte*>(r.q) + head * s.row.dim_k * element;
   PointTo(r, head, group);

@@ -198,7 +198,7 @@ Group CpuPaged::MakeGroup(const AttendRequest& r, const Request& of, int h, std:
     std::copy_n(StatesOf(r.layer, of.row).cbegin() + int64_t{h} * group_heads, group_heads,
                 states + t * group_heads);
   group.key = MakeRandomKey(o.seed, RequestId(of.row, row.requests_before),
-                            static_cast<uint32_t>(r.layer), static_cast<uint32_t>(h));
+                            static_cast<uint32_t>(r.layer), KvHeadOfModel(o, h));
   group.step = row.step;
   group.q = static_cast<const std::byte*>(r.q) + head * s.row.dim_k * element;
   group.out = static_cast<std::byte*>(r.out) + head * s.row.dim_v * out_element;

@@ -226,8 +226,8 @@ void CudaBatch::FillGroups(int l, int steps, cuda::StepHeader& header,
         g.index = kv_head.tables[0].DeviceTables();
         g.segments = on_device.segments(l, h);
       }
-      g.key = MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l),
-                            static_cast<uint32_t>(h));
+      g.key =
+          MakeRandomKey(o.seed, f.sequence->id(), static_cast<uint32_t>(l), KvHeadOfModel(o, h));
       g.slot = f.slot;
       g.kv_head = h;
       g.first_query = int64_t{f.slot} * query_tokens_;

@@ -282,6 +282,7 @@ absl::Status CudaPaged::AllocateSteps() {
   step_.promise = backend_.promise();
   step_.sets = ExactSetsOf(runtime_.options());
   step_.seed = runtime_.options().seed;
+  step_.first_kv_head = KvHeadOfModel(runtime_.options(), 0);
   step_.num_layers = runtime_.options().num_layers;
   step_.layers = device_layers_;
   step_.num_blocks = p.num_blocks;

@@ -18,15 +18,16 @@ using ModelTables = std::vector<std::vector<std::shared_ptr<const Index>>>;
 // Longest name of a model in a file.
 inline constexpr size_t kMostModelBytes = 4096;
 
-// A snapshot (memory/snapshot.h) of two records: the model's name, and the floats of the tables of
-// every KV head. The file appears whole or not at all. IO_ERROR, and INVALID_ARGUMENT for a path or a
+// A snapshot (memory/snapshot.h) of three records: the model's name, the numbers of its heads, and the
+// floats of the tables of every KV head. The file appears whole or not at all. IO_ERROR, and INVALID_ARGUMENT for a path or a
 // name that cannot be.
 absl::Status WriteTables(Runtime& runtime, const std::string& path, const std::string& model,
                          const ModelTables& tables);
 
-// Trusts nothing in the file. NOT_FOUND, IO_ERROR, DATA_LOSS: damaged, or for a runtime of another
-// shape, softmax_scale or index. INVALID_ARGUMENT if it was saved for another model than `model`,
-// unless that is empty.
+// The tables of a runtime's KV heads, which may be some of the file's (first_kv_head). Trusts nothing in
+// the file. NOT_FOUND, IO_ERROR, DATA_LOSS: damaged, or for a runtime of another shape of rows,
+// softmax_scale or index. INVALID_ARGUMENT if it lacks heads of the runtime or has groups of another
+// size, or was saved for another model than `model`, unless that is empty.
 absl::StatusOr<ModelTables> ReadTables(Runtime& runtime, const std::string& path,
                                        const std::string& model);
 

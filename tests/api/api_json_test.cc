@@ -62,6 +62,7 @@ const Key<int32_t> kWhole[] = {{"num_layers", &vattn_options::num_layers},
 const Key<uint64_t> kLong[] = {{"host_bytes", &vattn_options::host_bytes},
                                {"disk_bytes", &vattn_options::disk_bytes},
                                {"tenant_bytes", &vattn_options::tenant_bytes},
+                               {"first_kv_head", &vattn_options::first_kv_head},
                                {"seed", &vattn_options::seed}};
 const Key<float> kReal[] = {{"softmax_scale", &vattn_options::softmax_scale},
                             {"epsilon", &vattn_options::epsilon},

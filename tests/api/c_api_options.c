@@ -110,7 +110,7 @@ static void TestStructSizes(void) {
   vattn_runtime_destroy(runtime);
   longer.newer[9] = 1;
   CHECK_INVALID(vattn_runtime_create(&longer.options, &runtime),
-                "options.struct_size is 280 with byte 273 set");
+                "options.struct_size is 288 with byte 281 set");
   CHECK(runtime == NULL);
   /* An older caller: what it does not know keeps its default. */
   vattn_options older = MakeOptions();

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/api/attention_model.h"
@@ -70,7 +71,7 @@ class Pool {
   static constexpr int kMaxRequests = 8, kMaxQueries = 5;
 
   Pool(const PoolLayout& layout, vattn_options options, int64_t num_blocks,
-       const char* model = "gauss")
+       const char* model = "gauss", const std::string& whole_tables = "")
       : layout_(layout), shape_(layout.shape), runtime_(options), num_blocks_(num_blocks) {
     const int64_t element = shape_.dtype == VATTN_F32 ? 4 : 2, heads = shape_.kv_heads;
     const int64_t head = shape_.dim_k + (layout.packed ? shape_.dim_v : 0);
@@ -83,7 +84,8 @@ class Pool {
     void* v = layout.packed ? k_.data() + shape_.dim_k * element : v_.data();
     const bool coded =
         options.policy != VATTN_POLICY_DENSE && options.index == VATTN_INDEX_BALANCED;
-    const std::string tables = coded ? MakeTables(runtime_, shape_) : "";
+    const bool given = !whole_tables.empty();
+    const std::string tables = given ? whole_tables : coded ? MakeTables(runtime_, shape_) : "";
     vattn_paged_options o;
     vattn_paged_options_init(&o, sizeof(o));
     o.tables = coded ? tables.c_str() : nullptr;
@@ -100,7 +102,7 @@ class Pool {
     o.max_query_tokens = kMaxQueries;
     o.hot_bytes = 1 << 20;
     const vattn_code code = vattn_paged_create(runtime_.get(), &o, &paged_);
-    if (coded) std::filesystem::remove(tables);
+    if (coded && !given) std::filesystem::remove(tables);
     Check(code);
     free_.resize(static_cast<size_t>(num_blocks));
     std::iota(free_.begin(), free_.end(), 0);
@@ -163,9 +165,10 @@ class Pool {
     Write(r, from, by_library);
   }
 
-  // Attends for `queries` tokens of each request (0: it is passed over).
+  // Attends for `queries` tokens of each request (0: it is passed over), with Gaussian queries unless q
+  // has them.
   PagedCall Step(const std::vector<Request*>& requests, const std::vector<int>& queries,
-                 float sigma = 1, int32_t out_dtype = VATTN_F32) {
+                 float sigma = 1, int32_t out_dtype = VATTN_F32, std::vector<float> q = {}) {
     PagedCall call;
     const int64_t stride = (kMaxTokens + layout_.block_tokens - 1) / layout_.block_tokens;
     const size_t n = requests.size();
@@ -181,7 +184,9 @@ class Pool {
     }
     const size_t tokens = static_cast<size_t>(call.starts.back());
     const size_t heads = tokens * shape_.q_heads, groups = n * shape_.kv_heads;
-    call.q = Gaussian(engine_, shape_.dtype, static_cast<int64_t>(heads) * shape_.dim_k, sigma);
+    call.q = std::move(q);
+    if (call.q.empty())
+      call.q = Gaussian(engine_, shape_.dtype, static_cast<int64_t>(heads) * shape_.dim_k, sigma);
     call.q_bytes = ToBytes(shape_.dtype, call.q);
     call.out.resize(heads * shape_.dim_v * 4);
     call.lse.resize(heads), call.error.resize(heads), call.verdict.assign(heads, -7);

@@ -122,6 +122,7 @@ class Options(TypedDict, total=False):
     pilot: SupportsIndex
     admission: Admission | Literal["overcommit", "reserved"]
     tenant_bytes: SupportsIndex
+    first_kv_head: SupportsIndex
 
 
 class ResolvedOptions(TypedDict):
@@ -179,6 +180,7 @@ class ResolvedOptions(TypedDict):
     pilot: int
     admission: Admission
     tenant_bytes: int
+    first_kv_head: int
 
 
 _ENUMS: dict[str, type[enum.IntEnum]] = {

@@ -105,7 +105,8 @@ class Options(Struct):
         uint64 disk_bytes
         int32 spill io_engine io_depth io_block_bytes io_buffered io_timeout_ms
         log log
-        void *log_user""")
+        void *log_user
+        uint64 first_kv_head""")
 
 
 class SequenceOptions(Struct):
