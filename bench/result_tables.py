@@ -75,6 +75,32 @@ def stages() -> str:
     return table(["tokens x batch", *names, "times what the bytes need"], rows)
 
 
+H200_STEP_FILES = ("h200_step_b1", "h200_step_b1_wide", "h200_step_b16", "h200_step_resident")
+
+
+def h200_step() -> str:
+    flash = {(row["tokens"], row["batch"], row["kv_heads"]): row["us"] for row in result("h200_torch_flash")["rows"]}
+    rows = []
+    for name in H200_STEP_FILES:
+        of = result(name)
+        kv_heads = of["shape"]["kv_heads"]
+        for row in of["rows"]:
+            if name == "h200_step_resident" and not row["resident"]:
+                continue
+            dense = flash[row["tokens"], row["batch"], kv_heads]
+            rows.append([f"{tokens(row['tokens'])} x {row['batch']}{', resident' if row['resident'] else ''}",
+                         f"32 / {kv_heads}", number(row["us"]["p50"]), number(dense),
+                         *(number(x) for x in row["stage_us"].values()), number(sum(row["stage_us"].values())),
+                         f"{number(row['selected_rows']['mean'])} / {number(row['fetched_rows']['mean'])}"])
+    names = list(result(H200_STEP_FILES[0])["rows"][0]["stage_us"])
+    return table(["tokens x batch", "heads", "step, us", "torch flash, KV in HBM", *names, "sum",
+                  "rows selected / fetched a KV head"], rows)
+
+
+def h200_step_commands() -> str:
+    return commands(*H200_STEP_FILES)
+
+
 def decode_speed() -> str:
     rows = []
     for name in ("h100_decode_speed", "h100_decode_speed_random"):
@@ -234,9 +260,11 @@ def ranks_coverage() -> str:
 
 def ranks_step() -> str:
     rows = []
-    for name in ("h200x2_ranks_1", "h200x2_ranks_28"):
+    for name in ("h200x2_ranks_1", "h200x2_ranks_28", "h200_ranks_one_gpu"):
         for row in result(name)["results"]:
-            rows.append([tokens(row["tokens"]), str(row["layers"]), str(row["ranks"]), number(row["step_ms"], 2),
+            one = name == "h200_ranks_one_gpu" and row["ranks"] > 1
+            ranks = f"{row['ranks']} processes on 1" if one else str(row["ranks"])
+            rows.append([tokens(row["tokens"]), str(row["layers"]), ranks, number(row["step_ms"], 2),
                          number(row["gathers_a_step"]), number(row["bytes_sent_a_step"] / 1024), percent(row["rows_share"], 2),
                          f"{number(row['heads_wrong'])} of {number(row['heads_verified'])}", number(row["heads_whole"])])
     return table(["tokens", "layers", "GPUs", "step, ms", "all-gathers", "KiB that a GPU sends", "rows of the context",
@@ -244,7 +272,7 @@ def ranks_step() -> str:
 
 
 def ranks_commands() -> str:
-    return commands("h200x2_ranks_1", "h200x2_ranks_28")
+    return commands("h200x2_ranks_1", "h200x2_ranks_28", "h200_ranks_one_gpu")
 
 
 def kl(of: Row, policy: str) -> float:
