@@ -77,10 +77,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   FindPlan(team, sampled);
 }
 
-template <int kHeads, bool kFew>
+template <int kHeads, int kRounds>
 __global__ void __launch_bounds__(kPredictThreads, 4)
     PredictKernel(const __grid_constant__ StepParams p) {
-  __shared__ float part[kFew ? 1 : kPredictWarps][kFew ? 1 : kMaxDeviceGroup];
+  __shared__ float part[kRounds > 0 ? 1 : kPredictWarps][kRounds > 0 ? 1 : kMaxDeviceGroup];
   const int warp = threadIdx.x / kWarp, groups = NumGroups(p);
   // Segments go round the groups, so that neighbouring warps share no group's tables but all have
   // work.
@@ -91,19 +91,19 @@ __global__ void __launch_bounds__(kPredictThreads, 4)
     const DeviceGroup& group = p.groups[i / kMostSegments];
     const int segment = i % kMostSegments;
     if (group.tokens == 0 || segment >= NumSegments(NumBlocks(group))) continue;
-    PredictSegment<kHeads, kFew>(
+    PredictSegment<kHeads, kRounds>(
         group, p.group_heads, segment, group.scratch.log_gain, group.scratch.floor, 1.f,
         kCandidateScale,
         {.refresh = p.promise.refresh, .rank = static_cast<uint32_t>(p.slice.rank)},
-        part[kFew ? 0 : warp]);
+        part[kRounds > 0 ? 0 : warp]);
   }
 }
 
-template <int kHeads, bool kFew>
+template <int kHeads, int kRounds>
 int LaunchPredict(const StepParams& p, cudaStream_t stream) {
   const int64_t warps = static_cast<int64_t>(p.most_groups) * kMostSegments;
   const int64_t blocks = (warps + kPredictWarps - 1) / kPredictWarps;
-  PredictKernel<kHeads, kFew>
+  PredictKernel<kHeads, kRounds>
       <<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kPredictThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
@@ -150,9 +150,10 @@ int PlanDraw(const StepParams& p, int team, Stream stream) {
 
 int Predict(const StepParams& p, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream.handle);
-  return p.group_heads <= 4   ? LaunchPredict<4, true>(p, s)
-         : p.group_heads <= 8 ? LaunchPredict<8, true>(p, s)
-                              : LaunchPredict<8, false>(p, s);
+  return p.group_heads <= 4    ? LaunchPredict<4, 1>(p, s)
+         : p.group_heads <= 8  ? LaunchPredict<8, 1>(p, s)
+         : p.group_heads <= 16 ? LaunchPredict<8, 2>(p, s)
+                               : LaunchPredict<8, 0>(p, s);
 }
 
 }  // namespace vattn::cuda

@@ -161,9 +161,9 @@ inline __device__ int WriteCandidates(uint64_t* out, uint32_t first, int lane,
 // segment's first place in scratch.candidate on.
 //
 // The function is long because it is one loop over registers: up to kHeads heads stay in registers
-// over the segment, and with kAhead the next block is loaded meanwhile; more heads go in rounds, unless
-// kFew says that there are none. part [G], in shared memory, is this warp's; without kFew.
-template <int kHeads, bool kFew>
+// over the segment, and with kAhead the next block is loaded meanwhile; more heads go in rounds, of which
+// there are kRounds at most, or 0: any number. part [G], in shared memory, is this warp's; with kRounds 0.
+template <int kHeads, int kRounds>
 __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
                                const float* log_gain, const float* floors, float scale, float bound,
                                Randomness randomness, float* part) {
@@ -182,8 +182,9 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
   float expected = 0, variance[kHeads] = {}, floor[kHeads];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) floor[h] = h < heads ? floors[h] : 0;
-  const bool few = kFew || heads <= kHeads;
-  if (!few) {
+  const bool few = kRounds == 1 || (kRounds == 0 && heads <= kHeads);
+  float more[kRounds > 1 ? kRounds : 1][kHeads] = {};  // variance, with several rounds
+  if (kRounds == 0 && !few) {
     for (int h = lane; h < heads; h += kWarp) part[h] = 0;
     __syncwarp();
   }
@@ -222,7 +223,7 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
     unsigned always[kDrawTokens / 2] = {}, absent[kDrawTokens / 2] = {};
     float own = 0;  // gain of head lane % kHeads
 #pragma unroll 1
-    for (int first = 0; first < (kFew ? 1 : heads); first += kHeads) {
+    for (int first = 0; first < (kRounds == 1 ? 1 : heads); first += kHeads) {
       bool loaded = false;
       if constexpr (kAhead) {
         if (few) {
@@ -305,6 +306,25 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
         const float gain = __shfl_sync(kAllLanes, own, h);
         variance[h] = fmaf(sum, gain * gain, variance[h]);
       }
+    } else if constexpr (kRounds > 1) {
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round) {
+        load(b, round * kHeads, held, shift);
+        const int mine = round * kHeads + lane % kHeads;
+        own = mine < heads ? expf(log_gain[mine] + shift) : 0;
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+          float sum = 0;
+#pragma unroll
+          for (int k = 0; k < kDrawTokens / 2; ++k) {
+            const float2 e = __half22float2(held[h][k]);
+            sum = fmaf(e.x * e.x, excess[2 * k], sum);
+            sum = fmaf(e.y * e.y, excess[2 * k + 1], sum);
+          }
+          const float gain = __shfl_sync(kAllLanes, own, h);
+          more[round][h] = fmaf(sum, gain * gain, more[round][h]);
+        }
+      }
     } else {
 #pragma unroll 2
       for (int h = 0; h < heads; ++h) {
@@ -328,6 +348,12 @@ __device__ void PredictSegment(const DeviceGroup& group, int heads, int segment,
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       const float sum = WarpSum(variance[h]);
+      if (lane == 0 && h < heads) sums[h] = sum;
+    }
+  } else if constexpr (kRounds > 1) {
+#pragma unroll
+    for (int h = 0; h < kRounds * kHeads; ++h) {
+      const float sum = WarpSum(more[h / kHeads][h % kHeads]);
       if (lane == 0 && h < heads) sums[h] = sum;
     }
   } else {
@@ -368,9 +394,8 @@ __device__ __noinline__ void PredictAll(Team<kHeads>& team, float scale, float b
   __syncthreads();
   for (int s = team.SegmentBegin(threadIdx.x / kWarp);
        s < team.SegmentBegin(threadIdx.x / kWarp + 1); ++s) {
-    PredictSegment<kHeads, false>(team.group, team.heads(), s, team.shared.log_gain,
-                                  team.shared.floor, scale, bound, randomness,
-                                  team.shared.sums[threadIdx.x / kWarp]);
+    PredictSegment<kHeads, 0>(team.group, team.heads(), s, team.shared.log_gain, team.shared.floor,
+                              scale, bound, randomness, team.shared.sums[threadIdx.x / kWarp]);
   }
   team.Sync();
   SumPredicted(team);
