@@ -102,6 +102,7 @@ void HostStore::AddReference(BlockId block) {
   [[maybe_unused]] const int32_t before =
       std::atomic_ref<int32_t>(State(block).references).fetch_add(1, std::memory_order_relaxed);
   assert(before >= 1);
+  extra_references_.fetch_add(1, std::memory_order_relaxed);
 }
 
 bool HostStore::Drop(BlockId block) {
@@ -110,7 +111,10 @@ bool HostStore::Drop(BlockId block) {
   const int32_t before =
       std::atomic_ref<int32_t>(State(block).references).fetch_sub(1, std::memory_order_acq_rel);
   assert(before >= 1);
-  if (before != 1) return false;
+  if (before != 1) {
+    extra_references_.fetch_sub(1, std::memory_order_release);
+    return false;
+  }
   if (zero_on_free_) std::memset(data(block), 0, block_bytes_);
   return true;
 }
@@ -236,6 +240,7 @@ absl::Status HostStore::CheckInvariants() const {
                          " used of ", num_blocks_, " blocks");
   }
   std::vector<int64_t> used_by(tenants_.num_slots());
+  int64_t extra = 0;
   for (int64_t i = 0; i < num_blocks_; ++i) {
     const BlockId block = static_cast<BlockId>(i);
     const int32_t references = std::atomic_ref<int32_t>(State(block).references).load();
@@ -243,7 +248,13 @@ absl::Status HostStore::CheckInvariants() const {
       return InternalError("host store: block ", i, " is ", used_.IsTaken(i) ? "used" : "free",
                            " with ", references, " references");
     }
+    extra += std::max(references - 1, 0);
     if (used_.IsTaken(i)) ++used_by[static_cast<size_t>(State(block).tenant)];
+  }
+  if (extra != extra_references_) {
+    return InternalError("host store: ", extra,
+                         " references beyond one for each block, counted as ",
+                         extra_references_.load());
   }
   return tenants_.CheckInvariants(used_by, num_reserved_);
 }

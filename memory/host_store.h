@@ -2,6 +2,7 @@
 #ifndef VATTN_MEMORY_HOST_STORE_H_
 #define VATTN_MEMORY_HOST_STORE_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -91,6 +92,8 @@ class HostStore {
   // True if the caller's reference is the only one. Then everything that former holders did to the
   // block happened before, and the caller may write.
   bool IsUnique(BlockId block) const;
+  // False if every block that is used has one reference: then IsUnique is true for all of the caller's.
+  bool AnyShared() const { return extra_references_.load(std::memory_order_acquire) > 0; }
   // Who took a block that the caller holds.
   TenantSlot TenantOf(BlockId block) const { return State(block).tenant; }
   // References to a block that the caller holds, of which others may go at any time.
@@ -166,6 +169,7 @@ class HostStore {
 
   // Guards what follows. Not absl::Mutex: distributions build that without ThreadSanitizer, which
   // then takes everything under it for a race.
+  std::atomic<int64_t> extra_references_ = 0;  // to used blocks, beyond one for each
   mutable std::mutex mutex_;
   BlockBitmap used_;
   TenantLedger tenants_;

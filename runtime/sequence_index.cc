@@ -199,7 +199,10 @@ int64_t Sequence::FirstOwnBlock(const Layer& layer) const {
              runtime_->store().IsUnique(BlockId{kv_head.blocks[static_cast<size_t>(block)]});
     });
   };
-  const int64_t least = layer.segments.empty() ? 0 : layer.segments.back().first_block;
+  // Before this one it makes no difference.
+  const int64_t least =
+      layer.segments.empty() ? 0 : WithoutTables(layer.segments.back()) / kBlockTokens;
+  if (!runtime_->store().AnyShared()) return std::min(b + 1, least);
   while (b >= least && own(b)) --b;
   return b + 1;
 }

@@ -7,6 +7,11 @@
 
 namespace vattn {
 
+int64_t WithoutTables(const Segment& last) {
+  return last.provisional ? last.first_block * kBlockTokens
+                          : last.made_from / kBlockTokens * kBlockTokens;
+}
+
 CodingPlan PlanCoding(const std::vector<Segment>& segments, int64_t sinks, int64_t coded,
                       int64_t first_own, int64_t end, bool growing) {
   if (segments.empty()) return {Coding::kLearn, sinks, 0};
@@ -14,8 +19,7 @@ CodingPlan PlanCoding(const std::vector<Segment>& segments, int64_t sinks, int64
   CodingPlan extend{Coding::kExtend, std::max(coded, sinks), last.first_block};
   // Where the tokens begin that have no learnt tables, from the start of their block on: what
   // others hold too stays as it was coded.
-  const int64_t behind = last.provisional ? last.first_block * kBlockTokens
-                                          : last.made_from / kBlockTokens * kBlockTokens;
+  const int64_t behind = WithoutTables(last);
   const int64_t sealed = std::max(behind, first_own);
   const int64_t count = end - sealed;
   const bool appends = !last.provisional || sealed > behind;

@@ -50,6 +50,10 @@ struct CodingPlan {
   bool refused = false;
 };
 
+// The token from which on a layer has no learnt tables, at the start of its block: what a segment that
+// is made next may replace.
+int64_t WithoutTables(const Segment& last);
+
 // segments: those of the layer, in order. coded: tokens before it have codes, of which those in
 // blocks before `first_own` lie in blocks that other sequences hold too and that keep their codes;
 // both are token numbers, the second one a multiple of a block. end > sinks. growing: false for an

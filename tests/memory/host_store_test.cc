@@ -112,10 +112,13 @@ TEST(HostStoreTest, SharedBlocksLiveUntilTheLastReference) {
   const std::unique_ptr<HostStore> store = MakeStore(2);
   const BlockId block = static_cast<BlockId>(Allocate(*store, 1)[0]);
   EXPECT_TRUE(store->IsUnique(block));
+  EXPECT_FALSE(store->AnyShared());
   store->AddReference(block);
   EXPECT_FALSE(store->IsUnique(block));
+  EXPECT_TRUE(store->AnyShared());
   store->Release(block);
   EXPECT_TRUE(store->IsUnique(block));
+  EXPECT_FALSE(store->AnyShared());
   EXPECT_EQ(store->num_used(), 1);
   store->Release(block);
   EXPECT_EQ(store->num_used(), 0);
