@@ -1,0 +1,85 @@
+#include "api/llama_cpp/engine.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace vattn::llama_cpp {
+namespace {
+
+// Sequences of a layer's cache that are known at a time; others than these begin anew.
+constexpr size_t kMostRanges = 8;
+
+// Adds the time of its life to a counter.
+class Timer {
+ public:
+  explicit Timer(uint64_t& ns) : ns_(ns), start_(std::chrono::steady_clock::now()) {}
+  ~Timer() {
+    ns_ += static_cast<uint64_t>(
+        std::chrono::nanoseconds(std::chrono::steady_clock::now() - start_).count());
+  }
+
+ private:
+  uint64_t& ns_;
+  const std::chrono::steady_clock::time_point start_;
+};
+
+}  // namespace
+
+Range& Engine::Find(Ranges& ranges, const FlashAttention& f, const Run& run) {
+  auto found = std::find_if(ranges.begin(), ranges.end(),
+                            [&](const auto& r) { return r->begin() == run.begin; });
+  if (found == ranges.end()) {
+    if (ranges.size() == kMostRanges) ranges.erase(ranges.begin());
+    ranges.push_back(std::make_unique<Range>(f, run.begin));
+  } else {
+    std::rotate(found, found + 1, ranges.end());
+  }
+  return *ranges.back();
+}
+
+bool Engine::Answer(const FlashAttention& f) {
+  Ranges& ranges = layers_[f.k];
+  const Run run = FindRun(f);
+  if (!run.found()) {
+    for (const auto& range : ranges) range->SeeUnknown();
+    ++counters_.ggml_masks;
+    return false;
+  }
+  Range& range = Find(ranges, f, run);
+  for (const auto& other : ranges) {
+    if (other.get() != &range) other->SeeOther(run.end - f.num_tokens);
+  }
+  range.See(f, run.end);
+  try {
+    if (AnswerIn(range, f, run.end - run.begin)) return true;
+  } catch (const std::exception& error) {
+    // Whatever the range was in the middle of is not relied on any more.
+    counters_.failure = error.what();
+    ++counters_.ggml_failures;
+    ranges.pop_back();
+  }
+  return false;
+}
+
+bool Engine::AnswerIn(Range& range, const FlashAttention& f, int64_t length) {
+  if (f.num_tokens > Range::MostQueries(f.shape)) {
+    const Timer timer(counters_.chunk_ns);
+    range.Chunk(f, runtimes_, threads_);
+    ++counters_.chunk_calls;
+    return true;
+  }
+  const bool is_verified = settings_.options.policy == VATTN_POLICY_VERIFIED &&
+                           length >= settings_.min_tokens && range.CanVerify();
+  const Timer timer(is_verified ? counters_.verified_ns : counters_.dense_ns);
+  const bool finite = is_verified ? range.Verified(f, runtimes_, threads_, counters_)
+                                  : range.Dense(f, runtimes_, threads_);
+  if (!finite) {
+    counters_.failure = "an answer was not finite";
+    ++counters_.ggml_failures;
+    return false;
+  }
+  ++(is_verified ? counters_.verified_calls : counters_.dense_calls);
+  return true;
+}
+
+}  // namespace vattn::llama_cpp

@@ -1,0 +1,192 @@
+// How fast, and how well, llama.cpp decodes at a depth of context: over a text that is given, token by token, so
+// that runs with and without the backend of api/llama_cpp answer the same questions.
+//
+//   llama_cpp_decode MODEL TEXT STATES DEPTH [TOKENS] [THREADS] [TOKENS A STEP] [REFERENCE]
+//
+// STATES is a folder where what the model has read is kept, every 4,096 tokens, so that a text is read once.
+// REFERENCE is a file of log-probabilities: written if it is not there, else compared with. With
+// TOKENS 0 it only reads the text. Prints a line of JSON.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "ggml-backend.h"
+#include "llama.h"
+
+namespace {
+
+constexpr int64_t kSaveEvery = 4096;
+constexpr int kChunk = 512;
+
+[[noreturn]] void Fail(const std::string& text) {
+  std::fprintf(stderr, "llama_cpp_decode: %s\n", text.c_str());
+  std::exit(1);
+}
+
+double Seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::vector<llama_token> Tokens(const llama_model* model, const std::string& path, size_t most) {
+  std::ifstream file(path);
+  if (!file) Fail(path + " cannot be read");
+  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  std::vector<llama_token> tokens(text.size() + 16);
+  const int count =
+      llama_tokenize(llama_model_get_vocab(model), text.data(), static_cast<int32_t>(text.size()),
+                     tokens.data(), static_cast<int32_t>(tokens.size()), true, false);
+  if (count < 0) Fail("tokens do not fit");
+  tokens.resize(std::min(most, static_cast<size_t>(count)));
+  return tokens;
+}
+
+// Reads tokens [position, position + count); logits of all of them if `wanted`.
+void Read(llama_context* context, const std::vector<llama_token>& tokens, int64_t position,
+          int count, bool wanted) {
+  llama_batch batch = llama_batch_init(count, 0, 1);
+  for (int i = 0; i < count; ++i) {
+    batch.token[i] = tokens[static_cast<size_t>(position + i)];
+    batch.pos[i] = static_cast<llama_pos>(position + i);
+    batch.n_seq_id[i] = 1;
+    batch.seq_id[i][0] = 0;
+    batch.logits[i] = wanted;
+  }
+  batch.n_tokens = count;
+  if (llama_decode(context, batch) != 0) Fail("llama_decode failed");
+  llama_batch_free(batch);
+}
+
+std::string StatePath(const std::string& folder, int64_t depth) {
+  return folder + "/" + std::to_string(depth) + ".state";
+}
+
+// Brings the context to `depth` tokens of the text.
+void Fill(llama_context* context, const std::vector<llama_token>& tokens, const std::string& folder,
+          int64_t depth) {
+  int64_t at = depth;
+  while (at > 0 && !(std::filesystem::exists(StatePath(folder, at)))) --at;
+  if (at > 0) {
+    std::vector<llama_token> kept(static_cast<size_t>(at));
+    size_t count = 0;
+    if (llama_state_seq_load_file(context, StatePath(folder, at).c_str(), 0, kept.data(),
+                                  kept.size(), &count) == 0)
+      Fail("a state cannot be read");
+    if (!std::equal(kept.begin(), kept.end(), tokens.begin())) Fail("a state is of another text");
+  }
+  while (at < depth) {
+    const double start = Seconds();
+    const int64_t end = std::min(depth, (at / kSaveEvery + 1) * kSaveEvery);
+    for (int64_t i = at; i < end; i += kChunk)
+      Read(context, tokens, i, static_cast<int>(std::min<int64_t>(kChunk, end - i)), false);
+    std::fprintf(stderr, "%lld tokens read, the last %lld at %.1f tokens/s\n",
+                 static_cast<long long>(end), static_cast<long long>(end - at),
+                 static_cast<double>(end - at) / (Seconds() - start));
+    at = end;
+    const std::string path = StatePath(folder, at), part = path + ".part";
+    if (llama_state_seq_save_file(context, part.c_str(), 0, tokens.data(),
+                                  static_cast<size_t>(at)) == 0)
+      Fail("a state cannot be written");
+    std::filesystem::rename(part, path);
+  }
+}
+
+// Natural logarithms of the probabilities of one token's successors.
+void LogProbabilities(const float* logits, std::vector<float>& out) {
+  const float most = *std::max_element(logits, logits + out.size());
+  double sum = 0;
+  for (size_t i = 0; i < out.size(); ++i) sum += std::exp(static_cast<double>(logits[i] - most));
+  const float log_sum = most + static_cast<float>(std::log(sum));
+  for (size_t i = 0; i < out.size(); ++i) out[i] = logits[i] - log_sum;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 5)
+    Fail("usage: MODEL TEXT STATES DEPTH [TOKENS] [THREADS] [TOKENS A STEP] [REFERENCE]");
+  const std::string model_path = argv[1], text_path = argv[2], folder = argv[3];
+  const int64_t depth = std::atoll(argv[4]);
+  const int count = argc > 5 ? std::atoi(argv[5]) : 64, threads = argc > 6 ? std::atoi(argv[6]) : 2,
+            step = argc > 7 ? std::atoi(argv[7]) : 1;
+  const std::string reference_path = argc > 8 ? argv[8] : "";
+
+  llama_log_set(
+      [](ggml_log_level level, const char* text, void*) {
+        if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
+      },
+      nullptr);
+  ggml_backend_load_all_from_path(VATTN_LLAMA_CPP_BIN);
+  llama_model_params m = llama_model_default_params();
+  const std::unique_ptr<llama_model, decltype(&llama_model_free)> model(
+      llama_model_load_from_file(model_path.c_str(), m), llama_model_free);
+  if (!model) Fail(model_path + " cannot be read");
+  llama_context_params c = llama_context_default_params();
+  c.n_ctx = static_cast<uint32_t>(depth + std::max(count, 256));
+  c.n_batch = c.n_ubatch = kChunk;
+  c.n_threads = c.n_threads_batch = threads;
+  c.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  std::unique_ptr<llama_context, decltype(&llama_free)> context(
+      llama_init_from_model(model.get(), c), llama_free);
+  if (!context) Fail("no context");
+  const std::vector<llama_token> tokens =
+      Tokens(model.get(), text_path, static_cast<size_t>(depth + count + 1));
+  if (static_cast<int64_t>(tokens.size()) < depth + count + 1)
+    Fail("the text has only " + std::to_string(tokens.size()) + " tokens");
+  Fill(context.get(), tokens, folder, depth);
+  if (count == 0) return 0;
+
+  const size_t words =
+      static_cast<size_t>(llama_vocab_n_tokens(llama_model_get_vocab(model.get())));
+  const bool compares = !reference_path.empty() && std::filesystem::exists(reference_path);
+  std::fstream reference;
+  if (!reference_path.empty())
+    reference.open(reference_path, std::ios::binary | (compares ? std::ios::in : std::ios::out));
+  std::vector<float> log_p(words), other(words);
+  std::vector<double> seconds;
+  double loss = 0, divergence = 0;
+  int same = 0;
+  for (int i = 0; i < count; i += step) {
+    const int n = std::min(step, count - i);
+    const double start = Seconds();
+    Read(context.get(), tokens, depth + i, n, true);
+    seconds.push_back(Seconds() - start);
+    for (int t = 0; t < n; ++t) {
+      LogProbabilities(llama_get_logits_ith(context.get(), t), log_p);
+      loss -= static_cast<double>(log_p[static_cast<size_t>(tokens[depth + i + t + 1])]);
+      if (compares) {
+        reference.read(reinterpret_cast<char*>(other.data()),
+                       static_cast<std::streamsize>(words * sizeof(float)));
+        for (size_t w = 0; w < words; ++w)
+          divergence +=
+              std::exp(static_cast<double>(other[w])) * static_cast<double>(other[w] - log_p[w]);
+        same += std::max_element(other.begin(), other.end()) - other.begin() ==
+                std::max_element(log_p.begin(), log_p.end()) - log_p.begin();
+      } else if (reference.is_open()) {
+        reference.write(reinterpret_cast<const char*>(log_p.data()),
+                        static_cast<std::streamsize>(words * sizeof(float)));
+      }
+    }
+  }
+  std::vector<double> sorted = seconds;
+  std::sort(sorted.begin(), sorted.end());
+  const double all = std::accumulate(seconds.begin(), seconds.end(), 0.0);
+  std::printf(
+      "{\"depth\": %lld, \"tokens\": %d, \"threads\": %d, \"tokens_a_step\": %d, "
+      "\"seconds_median\": %.6f, \"seconds_mean\": %.6f, \"loss\": %.6f",
+      static_cast<long long>(depth), count, threads, step, sorted[sorted.size() / 2],
+      all / static_cast<double>(seconds.size()), loss / count);
+  if (compares)
+    std::printf(", \"divergence\": %.8f, \"same_first\": %.4f", divergence / count,
+                static_cast<double>(same) / count);
+  std::printf("}\n");
+  return 0;
+}
