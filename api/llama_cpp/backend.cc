@@ -21,6 +21,7 @@ struct Backend {
   explicit Backend(const Settings& settings) : engine(settings) {}
   Engine engine;
   int threads = GGML_DEFAULT_N_THREADS;
+  bool used = false;     // its context has computed a graph, with attention or without
   std::string counters;  // text of CountersOf
   // ggml's own, for what is not answered here.
   std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)> cpu{nullptr, ggml_backend_free};
@@ -32,7 +33,7 @@ const char* Name(ggml_backend_t) { return kName; }
 
 void Report(Backend& b) {
   const std::string& where = b.engine.settings().stats;
-  if (where.empty()) return;
+  if (where.empty() || !b.used) return;
   if (where == "1") {
     std::fputs(CountersText(b.engine.counters(), b.engine.Stats()).c_str(), stderr);
     return;
@@ -124,7 +125,11 @@ const char* CountersOf(ggml_backend_t backend) {
   return b.counters.c_str();
 }
 
-void SetThreads(ggml_backend_t backend, int threads) { Of(backend).threads = threads; }
+// Called by a context before each graph.
+void SetThreads(ggml_backend_t backend, int threads) {
+  Of(backend).threads = threads;
+  Of(backend).used = true;
+}
 
 // ---- The device ------------------------------------------------------------------------------
 

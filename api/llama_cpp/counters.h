@@ -30,7 +30,7 @@ struct Counters {
   std::string failure;     // text of the last one of ggml_failures
 };
 
-// One line of JSON; stats: what the runtimes counted together.
+// One line of JSON; stats: of policy verified.
 std::string CountersJson(const Counters& c, const vattn_stats& stats);
 // A few lines for people.
 std::string CountersText(const Counters& c, const vattn_stats& stats);

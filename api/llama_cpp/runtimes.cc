@@ -28,6 +28,7 @@ const Runtime& Runtimes::Get(const Shape& shape, int32_t policy, int32_t threads
 vattn_stats Runtimes::Stats() const {
   vattn_stats sum = {};
   for (const auto& [key, runtime] : made_) {
+    if (std::get<1>(key) != VATTN_POLICY_VERIFIED) continue;
     const vattn_stats s = runtime.Stats();
     sum.heads_exact += s.heads_exact, sum.heads_verified += s.heads_verified;
     sum.heads_dense += s.heads_dense, sum.heads_best_effort += s.heads_best_effort;

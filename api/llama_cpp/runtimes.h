@@ -19,7 +19,7 @@ class Runtimes {
 
   // Of one layer on the CPU, with this policy and as many threads; made when first asked for.
   const Runtime& Get(const Shape& shape, int32_t policy, int32_t threads);
-  // What all of them have counted.
+  // What those with policy verified have counted together.
   vattn_stats Stats() const;
   const vattn_options& options() const { return options_; }
 

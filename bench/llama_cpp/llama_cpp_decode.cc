@@ -1,11 +1,15 @@
 // How fast, and how well, llama.cpp decodes at a depth of context: over a text that is given, token by token, so
 // that runs with and without the backend of api/llama_cpp answer the same questions.
 //
-//   llama_cpp_decode MODEL TEXT STATES DEPTH [TOKENS] [THREADS] [TOKENS A STEP] [REFERENCE]
+//   llama_cpp_decode MODEL TEXT STATES DEPTH [--tokens N] [--threads N] [--tokens-a-step N]
+//       [--reference FILE] [--stretch BASE] [--batch-threads N] [--turn N]
 //
 // STATES is a folder where what the model has read is kept, every 4,096 tokens, so that a text is read once.
-// REFERENCE is a file of log-probabilities: written if it is not there, else compared with. With
-// TOKENS 0 it only reads the text. Prints a line of JSON.
+// --tokens 0 only reads it. --reference: log-probabilities; written if the file is not there, else compared
+// with. --turn: so many tokens are read in one call before those that are timed, as in a second turn, because
+// a state has no queries that the backend could learn from; default 64. The first step, in which it learns,
+// is told apart. --stretch: the context is the first BASE tokens again and again, at their later positions, where
+// reading DEPTH tokens would take too long: for speed, not for what the model says. Prints a line of JSON.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -99,6 +103,23 @@ void Fill(llama_context* context, const std::vector<llama_token>& tokens, const 
   }
 }
 
+// Brings the context to copies of its first `base` tokens, one behind the other.
+void Stretch(llama_context* context, const std::vector<llama_token>& tokens,
+             const std::string& folder, int64_t depth, int64_t base) {
+  Fill(context, tokens, folder, base);
+  llama_memory_t memory = llama_get_memory(context);
+  std::vector<llama_token> kept(static_cast<size_t>(base));
+  for (int32_t i = 1; i < depth / base; ++i) {
+    size_t count = 0;
+    if (llama_state_seq_load_file(context, StatePath(folder, base).c_str(), i, kept.data(),
+                                  kept.size(), &count) == 0)
+      Fail("a state cannot be read");
+    llama_memory_seq_add(memory, i, -1, -1, static_cast<llama_pos>(i * base));
+    llama_memory_seq_cp(memory, i, 0, -1, -1);
+    llama_memory_seq_rm(memory, i, -1, -1);
+  }
+}
+
 // Natural logarithms of the probabilities of one token's successors.
 void LogProbabilities(const float* logits, std::vector<float>& out) {
   const float most = *std::max_element(logits, logits + out.size());
@@ -111,13 +132,34 @@ void LogProbabilities(const float* logits, std::vector<float>& out) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 5)
-    Fail("usage: MODEL TEXT STATES DEPTH [TOKENS] [THREADS] [TOKENS A STEP] [REFERENCE]");
+  if (argc < 5) Fail("usage: MODEL TEXT STATES DEPTH [--NAME VALUE ...]");
   const std::string model_path = argv[1], text_path = argv[2], folder = argv[3];
   const int64_t depth = std::atoll(argv[4]);
-  const int count = argc > 5 ? std::atoi(argv[5]) : 64, threads = argc > 6 ? std::atoi(argv[6]) : 2,
-            step = argc > 7 ? std::atoi(argv[7]) : 1;
-  const std::string reference_path = argc > 8 ? argv[8] : "";
+  int count = 64, threads = 2, batch_threads = 0, step = 1, turn = 64;
+  int64_t base = 0;
+  std::string reference_path;
+  for (int i = 5; i + 1 < argc; i += 2) {
+    const std::string name = argv[i];
+    const char* const value = argv[i + 1];
+    if (name == "--tokens") {
+      count = std::atoi(value);
+    } else if (name == "--threads") {
+      threads = std::atoi(value);
+    } else if (name == "--batch-threads") {
+      batch_threads = std::atoi(value);
+    } else if (name == "--tokens-a-step") {
+      step = std::atoi(value);
+    } else if (name == "--turn") {
+      turn = std::atoi(value);
+    } else if (name == "--reference") {
+      reference_path = value;
+    } else if (name == "--stretch") {
+      base = std::atoll(value);
+    } else {
+      Fail("unknown: " + name);
+    }
+  }
+  if (base != 0 && depth % base != 0) Fail("DEPTH must be a multiple of BASE");
 
   llama_log_set(
       [](ggml_log_level level, const char* text, void*) {
@@ -130,18 +172,25 @@ int main(int argc, char** argv) {
       llama_model_load_from_file(model_path.c_str(), m), llama_model_free);
   if (!model) Fail(model_path + " cannot be read");
   llama_context_params c = llama_context_default_params();
-  c.n_ctx = static_cast<uint32_t>(depth + std::max(count, 256));
+  c.n_ctx = static_cast<uint32_t>(depth + std::max(count + turn, 256));
   c.n_batch = c.n_ubatch = kChunk;
-  c.n_threads = c.n_threads_batch = threads;
+  c.n_threads = threads;
+  c.n_threads_batch = batch_threads == 0 ? threads : batch_threads;
+  c.n_seq_max = base == 0 ? 1 : static_cast<uint32_t>(depth / base);
+  c.kv_unified = true;
   c.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
   std::unique_ptr<llama_context, decltype(&llama_free)> context(
       llama_init_from_model(model.get(), c), llama_free);
   if (!context) Fail("no context");
   const std::vector<llama_token> tokens =
-      Tokens(model.get(), text_path, static_cast<size_t>(depth + count + 1));
-  if (static_cast<int64_t>(tokens.size()) < depth + count + 1)
+      Tokens(model.get(), text_path, static_cast<size_t>(depth + turn + count + 1));
+  if (static_cast<int64_t>(tokens.size()) < depth + turn + count + 1)
     Fail("the text has only " + std::to_string(tokens.size()) + " tokens");
-  Fill(context.get(), tokens, folder, depth);
+  if (base == 0) {
+    Fill(context.get(), tokens, folder, depth);
+  } else {
+    Stretch(context.get(), tokens, folder, depth, base);
+  }
   if (count == 0) return 0;
 
   const size_t words =
@@ -150,6 +199,8 @@ int main(int argc, char** argv) {
   std::fstream reference;
   if (!reference_path.empty())
     reference.open(reference_path, std::ios::binary | (compares ? std::ios::in : std::ios::out));
+  const int64_t begin = depth + turn;
+  if (turn > 0) Read(context.get(), tokens, depth, turn, false);
   std::vector<float> log_p(words), other(words);
   std::vector<double> seconds;
   double loss = 0, divergence = 0;
@@ -157,11 +208,11 @@ int main(int argc, char** argv) {
   for (int i = 0; i < count; i += step) {
     const int n = std::min(step, count - i);
     const double start = Seconds();
-    Read(context.get(), tokens, depth + i, n, true);
+    Read(context.get(), tokens, begin + i, n, true);
     seconds.push_back(Seconds() - start);
     for (int t = 0; t < n; ++t) {
       LogProbabilities(llama_get_logits_ith(context.get(), t), log_p);
-      loss -= static_cast<double>(log_p[static_cast<size_t>(tokens[depth + i + t + 1])]);
+      loss -= static_cast<double>(log_p[static_cast<size_t>(tokens[begin + i + t + 1])]);
       if (compares) {
         reference.read(reinterpret_cast<char*>(other.data()),
                        static_cast<std::streamsize>(words * sizeof(float)));
@@ -176,14 +227,19 @@ int main(int argc, char** argv) {
       }
     }
   }
+  const double first = seconds[0];
+  if (seconds.size() > 1) seconds.erase(seconds.begin());
   std::vector<double> sorted = seconds;
   std::sort(sorted.begin(), sorted.end());
   const double all = std::accumulate(seconds.begin(), seconds.end(), 0.0);
   std::printf(
       "{\"depth\": %lld, \"tokens\": %d, \"threads\": %d, \"tokens_a_step\": %d, "
-      "\"seconds_median\": %.6f, \"seconds_mean\": %.6f, \"loss\": %.6f",
-      static_cast<long long>(depth), count, threads, step, sorted[sorted.size() / 2],
-      all / static_cast<double>(seconds.size()), loss / count);
+      "\"stretched_from\": %lld, \"seconds_first\": %.6f, \"seconds_least\": %.6f, "
+      "\"seconds_median\": %.6f, "
+      "\"seconds_mean\": %.6f, \"loss\": %.6f",
+      static_cast<long long>(depth), count, threads, step, static_cast<long long>(base), first,
+      sorted[0], sorted[sorted.size() / 2], all / static_cast<double>(seconds.size()),
+      loss / count);
   if (compares)
     std::printf(", \"divergence\": %.8f, \"same_first\": %.4f", divergence / count,
                 static_cast<double>(same) / count);
