@@ -14,9 +14,6 @@ std::vector<std::pair<const char*, uint64_t>> Fields(const Counters& c, const va
           {"chunk_calls", c.chunk_calls},
           {"ggml_calls", c.ggml_calls},
           {"ggml_masks", c.ggml_masks},
-          {"ggml_chunks", c.ggml_chunks},
-          {"ggml_short", c.ggml_short},
-          {"ggml_untaught", c.ggml_untaught},
           {"ggml_failures", c.ggml_failures},
           {"tables_learnt", c.tables_learnt},
           {"cells_coded", c.cells_coded},
@@ -82,11 +79,8 @@ std::string CountersText(const Counters& c, const vattn_stats& s) {
       "dropped, upkeep %.1f ms\n",
       count(c.tables_learnt), count(c.cells_coded), count(c.cells_recoded), count(c.checks),
       count(c.codes_dropped), ms(c.upkeep_ns));
-  text += Format(
-      "vattn: by ggml for the mask %llu, chunks %llu, short %llu, no tables yet %llu, failures "
-      "%llu\n",
-      count(c.ggml_masks), count(c.ggml_chunks), count(c.ggml_short), count(c.ggml_untaught),
-      count(c.ggml_failures));
+  text += Format("vattn: by ggml for the mask %llu, failures %llu\n", count(c.ggml_masks),
+                 count(c.ggml_failures));
   if (!c.failure.empty()) text += "vattn: last failure: " + c.failure + "\n";
   return text;
 }

@@ -14,12 +14,9 @@ struct Counters {
   uint64_t verified_calls = 0;  // answered by policy verified
   uint64_t dense_calls = 0;     // answered by vattn from every row
   uint64_t chunk_calls = 0;     // of more query tokens than a step has, answered exactly by vattn
-  uint64_t ggml_calls = 0;      // left to ggml's CPU backend; the next five say why
+  uint64_t ggml_calls = 0;      // left to ggml's CPU backend; the next two say why
   uint64_t ggml_masks = 0;      // the mask is no run of cells: other sequences, holes, windows
-  uint64_t ggml_chunks = 0;     // more query tokens than a step has
-  uint64_t ggml_short = 0;      // fewer cells than min_tokens
-  uint64_t ggml_untaught = 0;   // too few queries seen to learn tables from
-  uint64_t ggml_failures = 0;   // vattn had an error, or the answer was not finite
+  uint64_t ggml_failures = 0;   // vattn had an error, or a query or answer was not finite
   uint64_t tables_learnt = 0;
   uint64_t cells_coded = 0;
   uint64_t cells_recoded = 0;  // of cells_coded: their key had changed under the code

@@ -38,7 +38,7 @@ Range& Engine::Find(Ranges& ranges, const FlashAttention& f, const Run& run) {
 }
 
 bool Engine::Answer(const FlashAttention& f) {
-  Ranges& ranges = layers_[f.k];
+  Ranges& ranges = layers_[{f.k, f.v, f.cell_stride, f.head_stride, f.shape}];
   const Run run = FindRun(f);
   if (!run.found()) {
     for (const auto& range : ranges) range->SeeUnknown();
@@ -46,10 +46,12 @@ bool Engine::Answer(const FlashAttention& f) {
     return false;
   }
   Range& range = Find(ranges, f, run);
+  const bool plain = range.See(f, run.end);
   for (const auto& other : ranges) {
-    if (other.get() != &range) other->SeeOther(run.end - f.num_tokens);
+    if (other.get() == &range) continue;
+    other->SeeOther(run.end - f.num_tokens, run.end);
+    if (!plain) other->SeeUnknown();
   }
-  range.See(f, run.end);
   try {
     if (AnswerIn(range, f, run.end - run.begin)) return true;
   } catch (const std::exception& error) {
@@ -62,24 +64,23 @@ bool Engine::Answer(const FlashAttention& f) {
 }
 
 bool Engine::AnswerIn(Range& range, const FlashAttention& f, int64_t length) {
-  if (f.num_tokens > Range::MostQueries(f.shape)) {
-    const Timer timer(counters_.chunk_ns);
-    range.Chunk(f, runtimes_, threads_);
-    ++counters_.chunk_calls;
-    return true;
-  }
-  const bool is_verified = settings_.options.policy == VATTN_POLICY_VERIFIED &&
+  uint64_t *calls = &counters_.dense_calls, *ns = &counters_.dense_ns;
+  const bool is_chunk = f.num_tokens > Range::MostQueries(f.shape);
+  const bool is_verified = !is_chunk && settings_.options.policy == VATTN_POLICY_VERIFIED &&
                            length >= settings_.min_tokens && range.CanVerify();
-  const Timer timer(is_verified ? counters_.verified_ns : counters_.dense_ns);
-  const bool finite = is_verified ? range.Verified(f, runtimes_, threads_, counters_)
-                                  : range.Dense(f, runtimes_, threads_);
-  if (!finite) {
-    counters_.failure = "an answer was not finite";
+  if (is_chunk) calls = &counters_.chunk_calls, ns = &counters_.chunk_ns;
+  if (is_verified) calls = &counters_.verified_calls, ns = &counters_.verified_ns;
+  const Timer timer(*ns);
+  const bool finite = is_chunk      ? range.Chunk(f, runtimes_, threads_)
+                      : is_verified ? range.Verified(f, runtimes_, threads_, counters_)
+                                    : range.Dense(f, runtimes_, threads_);
+  if (finite) {
+    ++*calls;
+  } else {
+    counters_.failure = "a query or an answer is not finite in fp16";
     ++counters_.ggml_failures;
-    return false;
   }
-  ++(is_verified ? counters_.verified_calls : counters_.dense_calls);
-  return true;
+  return finite;
 }
 
 }  // namespace vattn::llama_cpp

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "api/llama_cpp/counters.h"
@@ -28,6 +29,8 @@ class Engine {
   const Settings& settings() const { return settings_; }
 
  private:
+  // What a layer is told by. Layers that share a cache are apart: each is asked other questions.
+  using Layer = std::tuple<const void*, const void*, int64_t, int64_t, Shape>;
   using Ranges = std::vector<std::unique_ptr<Range>>;  // of one layer, the latest used last
 
   Range& Find(Ranges& ranges, const FlashAttention& f, const Run& run);
@@ -35,7 +38,7 @@ class Engine {
 
   const Settings settings_;
   Runtimes runtimes_;
-  std::map<const void*, Ranges> layers_;  // by the address of a layer's K
+  std::map<Layer, Ranges> layers_;
   int32_t threads_ = 1;
   Counters counters_;
 };

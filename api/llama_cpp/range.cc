@@ -51,17 +51,18 @@ int32_t Range::MostQueries(const Shape& shape) {
   return std::min(16, 1024 / (shape.q_heads / shape.kv_heads));
 }
 
-void Range::See(const FlashAttention& f, int64_t end) {
+bool Range::See(const FlashAttention& f, int64_t end) {
   const int64_t length = end - begin_, fresh = length - f.num_tokens;
-  if (fresh != length_) suspect_ = true;
+  const bool plain = fresh == length_;
+  if (!plain) suspect_ = true;
   coded_ = std::min(coded_, fresh);
   length_ = length;
   TakeQueries(f);
+  return plain;
 }
 
-void Range::SeeOther(int64_t begin) {
-  coded_ = std::min(coded_, std::max<int64_t>(0, begin - begin_));
-  suspect_ = true;
+void Range::SeeOther(int64_t begin, int64_t end) {
+  if (end > begin_) coded_ = std::min(coded_, std::max<int64_t>(0, begin - begin_));
 }
 
 void Range::TakeQueries(const FlashAttention& f) {
@@ -79,7 +80,8 @@ void Range::TakeQueries(const FlashAttention& f) {
   }
 }
 
-const void* Range::HalfQueries(const FlashAttention& f) {
+// False: one is too large for fp16.
+bool Range::RoundQueries(const FlashAttention& f) {
   const int64_t dim = f.shape.head_dim_k;
   q_.resize(static_cast<size_t>(f.num_tokens) * f.shape.q_heads * dim);
   for (int64_t t = 0; t < f.num_tokens; ++t) {
@@ -88,7 +90,7 @@ const void* Range::HalfQueries(const FlashAttention& f) {
                             q_.data() + (t * f.shape.q_heads + h) * dim, dim);
     }
   }
-  return q_.data();
+  return std::none_of(q_.begin(), q_.end(), [](uint16_t q) { return (q & 0x7C00) == 0x7C00; });
 }
 
 Paged Range::MakePool(const FlashAttention& f, const Runtime& runtime, const char* tables) const {
@@ -110,6 +112,7 @@ Paged Range::MakePool(const FlashAttention& f, const Runtime& runtime, const cha
 }
 
 bool Range::Step(const FlashAttention& f, Paged& pool, bool first) {
+  if (!RoundQueries(f)) return false;
   const int32_t length = static_cast<int32_t>(length_), row = 0, reset = first ? 1 : 0;
   const int32_t starts[2] = {0, f.num_tokens};
   vattn_paged_step step = Init<vattn_paged_step>();
@@ -129,11 +132,12 @@ bool Range::Step(const FlashAttention& f, Paged& pool, bool first) {
   vattn_attend_params a = Init<vattn_attend_params>();
   a.num_tokens = f.num_tokens;
   a.out_dtype = VATTN_F32;
-  a.q = HalfQueries(f);
+  a.q = q_.data();
   a.out = f.out;
   a.verdict = verdicts_.data();
   a.error = errors_.data();
   pool.Attend(a);
+  // An answer that is not finite has no finite bound.
   for (size_t i = 0; i < heads; ++i) {
     if (verdicts_[i] == VATTN_VERDICT_BEST_EFFORT && !std::isfinite(errors_[i])) return false;
   }
@@ -146,17 +150,20 @@ bool Range::Dense(const FlashAttention& f, Runtimes& runtimes, int32_t threads) 
   return Step(f, *dense_, false);
 }
 
-void Range::Chunk(const FlashAttention& f, Runtimes& runtimes, int32_t threads) {
+bool Range::Chunk(const FlashAttention& f, Runtimes& runtimes, int32_t threads) {
   if (!dense_)
     dense_.emplace(MakePool(f, runtimes.Get(f.shape, VATTN_POLICY_DENSE, threads), nullptr));
+  if (!RoundQueries(f)) return false;
   vattn_paged_prefill_params p = Init<vattn_paged_prefill_params>();
   p.num_tokens = f.num_tokens;
   p.out_dtype = VATTN_F32;
   p.length = length_;
   p.blocks = blocks_.data();
-  p.q = HalfQueries(f);
+  p.q = q_.data();
   p.out = f.out;
   dense_->Prefill(p);
+  return std::all_of(f.out, f.out + int64_t{f.num_tokens} * f.shape.q_heads * f.shape.head_dim_v,
+                     [](float x) { return std::isfinite(x); });
 }
 
 bool Range::CanVerify() const {

@@ -32,11 +32,11 @@ class Range {
 
   int64_t begin() const { return begin_; }
 
-  // Every call on the range, before it is answered: its run ends with these query tokens.
-  void See(const FlashAttention& f, int64_t end);
-  // A call on the same cache that wrote to these cells of the stream, and the first of its tokens perhaps
-  // elsewhere.
-  void SeeOther(int64_t begin);
+  // Every call on the range, before it is answered: its run ends with these query tokens. Answers whether it has
+  // grown by them and nothing else.
+  bool See(const FlashAttention& f, int64_t end);
+  // A call on the same cache, for another range, that wrote to cells [begin, end) of the stream.
+  void SeeOther(int64_t begin, int64_t end);
   // A call on the same cache of which it is not known where it wrote.
   void SeeUnknown() { suspect_ = true; }
 
@@ -46,7 +46,7 @@ class Range {
   // vattn::Error.
   bool Verified(const FlashAttention& f, Runtimes& runtimes, int32_t threads, Counters& counters);
   bool Dense(const FlashAttention& f, Runtimes& runtimes, int32_t threads);
-  void Chunk(const FlashAttention& f, Runtimes& runtimes, int32_t threads);
+  bool Chunk(const FlashAttention& f, Runtimes& runtimes, int32_t threads);
 
   // Most query tokens of a step.
   static int32_t MostQueries(const Shape& shape);
@@ -55,7 +55,7 @@ class Range {
   Paged MakePool(const FlashAttention& f, const Runtime& runtime, const char* tables) const;
   bool Step(const FlashAttention& f, Paged& pool, bool first);
   void TakeQueries(const FlashAttention& f);
-  const void* HalfQueries(const FlashAttention& f);
+  bool RoundQueries(const FlashAttention& f);
   uint64_t Tag(int64_t cell) const;
   void Learn(const FlashAttention& f, const Runtime& runtime, Counters& counters);
   void Check(Counters& counters);

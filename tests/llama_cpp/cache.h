@@ -31,6 +31,7 @@ class Cache {
   void Spoil(int64_t cell);
 
   const Sizes& sizes() const { return sizes_; }
+  void set_q_heads(int64_t heads) { sizes_.q_heads = heads; }
   ggml_tensor* k() const { return k_; }
   ggml_tensor* v() const { return v_; }
   std::mt19937_64& random() { return random_; }
@@ -40,7 +41,7 @@ class Cache {
  private:
   uint16_t* Row(ggml_tensor* of, int64_t cell, int64_t stream) const;
 
-  const Sizes sizes_;
+  Sizes sizes_;
   std::mt19937_64 random_;
   std::unique_ptr<ggml_context, decltype(&ggml_free)> context_;
   std::unique_ptr<ggml_backend_buffer, decltype(&ggml_backend_buffer_free)> buffer_;

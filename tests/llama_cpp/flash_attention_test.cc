@@ -230,6 +230,7 @@ TEST(FlashAttentionTest, SequencesOneBehindTheOther) {
   EXPECT_LE(first.Steps(20), kDelta);
   EXPECT_EQ(Counter(b.get(), "tables_learnt"), 2u);
   EXPECT_EQ(Counter(b.get(), "verified_calls"), 60u);
+  EXPECT_LT(Counter(b.get(), "cells_coded"), 6200u);  // each once
   // Both in one call.
   Mask both = RunMask(0, first.end(), 1, Padded(second.end()));
   both.push_back(RunMask(3100, second.end(), 1, Padded(second.end()))[0]);
@@ -278,6 +279,32 @@ TEST(FlashAttentionTest, AnswersThatAreNotFiniteAreGgmls) {
   EXPECT_GE(Counter(b.get(), "ggml_failures"), 1u);
   cache.Fill(500);
   EXPECT_LE(text.Steps(20), kDelta);
+}
+
+TEST(FlashAttentionTest, QueriesThatAreTooLargeAreGgmls) {
+  const BackendPtr b = Make();
+  Cache cache({}, 18);
+  Text text(b.get(), cache);
+  text.Prompt(3000);
+  for (const int64_t tokens : {1, 40}) {
+    std::vector<float> queries = cache.Queries(tokens);
+    queries[5] = 1e5f;
+    Attend(b.get(), cache, {RunMask(0, 3000, tokens, 3072)}, 1, &queries);
+  }
+  EXPECT_EQ(Counter(b.get(), "ggml_failures"), 2u);
+}
+
+// Two layers that read one cache, as in models that share KV, with other numbers of query heads.
+TEST(FlashAttentionTest, LayersThatShareACacheAreApart) {
+  const BackendPtr b = Make();
+  Cache cache({}, 19);
+  Text text(b.get(), cache);
+  text.Prompt(3000);
+  text.Steps(3);
+  cache.set_q_heads(8);
+  for (int64_t end = 3000; end < 3040; ++end)
+    EXPECT_LT(Attend(b.get(), cache, {RunMask(0, end, 1, 3072)}).worst(), 5 * kEpsilon);
+  EXPECT_EQ(Counter(b.get(), "tables_learnt"), 2u);
 }
 
 TEST(FlashAttentionTest, OptionsCount) {
