@@ -6,6 +6,7 @@
 #include <string>
 
 #include "api/llama_cpp/engine.h"
+#include "api/llama_cpp/team.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml-impl.h"
@@ -21,8 +22,9 @@ struct Backend {
   explicit Backend(const Settings& settings) : engine(settings) {}
   Engine engine;
   int threads = GGML_DEFAULT_N_THREADS;
-  bool used = false;     // its context has computed a graph, with attention or without
-  std::string counters;  // text of CountersOf
+  bool has_team = false;  // ggml's threads are an OpenMP team
+  bool used = false;      // its context has computed a graph, with attention or without
+  std::string counters;   // text of CountersOf
   // ggml's own, for what is not answered here.
   std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)> cpu{nullptr, ggml_backend_free};
 };
@@ -88,10 +90,35 @@ ggml_status StreamByGgml(Backend& b, const ggml_tensor& node, int64_t stream) {
   return ByGgml(b, &part);
 }
 
+// Whether ggml's CPU backend divides its work by OpenMP.
+bool UsesOpenMp() {
+  ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+  const auto features =
+      device == nullptr
+          ? nullptr
+          : reinterpret_cast<ggml_backend_get_features_t>(ggml_backend_reg_get_proc_address(
+                ggml_backend_dev_backend_reg(device), "ggml_backend_get_features"));
+  if (features == nullptr) return false;
+  for (const ggml_backend_feature* f = features(ggml_backend_dev_backend_reg(device));
+       f->name != nullptr; ++f) {
+    if (std::strcmp(f->name, "OPENMP") == 0) return true;
+  }
+  return false;
+}
+
+bool Answer(Backend& b, const FlashAttention& f) {
+  // Sleeping and waking takes longer than spinning for what is short.
+  constexpr int64_t kLeastWork = 2048;  // query tokens times cells
+  if (!b.has_team || f.num_tokens * f.num_cells < kLeastWork) return b.engine.Answer(f);
+  bool answered = false;
+  RunAlone(b.threads, [&] { answered = b.engine.Answer(f); });
+  return answered;
+}
+
 ggml_status Attend(Backend& b, const ggml_tensor& node) {
   b.engine.set_num_threads(b.threads);
   for (int64_t stream = 0; stream < NumStreams(node); ++stream) {
-    if (b.engine.Answer(Describe(node, stream))) continue;
+    if (Answer(b, Describe(node, stream))) continue;
     const int64_t start = ggml_time_us();
     const ggml_status status = StreamByGgml(b, node, stream);
     if (status != GGML_STATUS_SUCCESS) return status;
@@ -156,8 +183,9 @@ ggml_backend_t MakeBackend(ggml_backend_dev_t device, const char*) {
   calls.get_name = Name;
   calls.free = Free;
   calls.graph_compute = Compute;
-  return new ggml_backend{
-      .guid = Guid(), .iface = calls, .device = device, .context = new Backend(settings)};
+  Backend* const backend = new Backend(settings);
+  backend->has_team = UsesOpenMp();
+  return new ggml_backend{.guid = Guid(), .iface = calls, .device = device, .context = backend};
 }
 
 ggml_backend_buffer_type_t BufferType(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }

@@ -3,18 +3,26 @@
     llama_cpp_speed.py PROGRAM LIBRARY MODEL.gguf TEXT STATES CASE ... --threads 1 --rounds 3 --json OUT
 
 PROGRAM is llama_cpp_decode, a CASE DEPTH or DEPTHxBASE (--stretch BASE). Of each way and depth the least and the median time
-of a step over all rounds are kept: other programs on the machine only ever add time.
+of a step over all rounds are kept, and the processor's time, which other programs hardly change: cpu_seconds, of the median step.
 """
 
 import argparse
+import datetime
 import json
 import os
 import pathlib
 import statistics
 import subprocess
+import sys
 import tempfile
 
 WAYS = {"llama.cpp": None, "vattn dense": '{"policy": "dense"}', "vattn verified": "1"}
+
+
+def machine() -> str:
+    models = [line.split(":", 1)[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+              if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}, shared with other programs"
 
 
 def run(o: argparse.Namespace, depth: int, base: int, way: str, reference: str) -> dict[str, float]:
@@ -46,9 +54,11 @@ def main() -> None:
     p.add_argument("--turn", type=int, default=64)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--json", required=True)
+    p.add_argument("--name", default="", help="what the tables call the model")
+    p.add_argument("--json", required=True, help="the last argument")
     o = p.parse_args()
     rows = []
+    said = sys.argv[6:sys.argv.index("--json")]
     with tempfile.TemporaryDirectory() as folder:
         for case in o.cases:
             depth, _, base = case.partition("x")
@@ -58,13 +68,16 @@ def main() -> None:
                 for way in WAYS:
                     runs[way].append(run(o, int(depth), int(base or 0), way, reference))
             for way, all_rounds in runs.items():
-                row = dict(all_rounds[0], way=way, rounds=o.rounds)
+                # The last round has been compared with the first one's reference.
+                row = dict(all_rounds[-1], model=o.name or pathlib.Path(o.model).stem, way=way, rounds=o.rounds)
                 row["seconds_least"] = min(r["seconds_least"] for r in all_rounds)
-                row["seconds_median"] = statistics.median(r["seconds_median"] for r in all_rounds)
-                row["seconds_first"] = min(r["seconds_first"] for r in all_rounds)
+                for name in ("seconds_median", "cpu_seconds", "cpu_seconds_first"):
+                    row[name] = statistics.median(r[name] for r in all_rounds)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-            pathlib.Path(o.json).write_text(json.dumps({"model": pathlib.Path(o.model).name, "rows": rows}, indent=1) + "\n")
+            of = {"command": "python bench/llama_cpp/llama_cpp_speed.py PROGRAM LIBRARY MODEL TEXT STATES " + " ".join(said),
+                  "date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}
+            pathlib.Path(o.json).write_text(json.dumps(of, indent=1) + "\n")
 
 
 if __name__ == "__main__":
