@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <numeric>
 #include <stdexcept>
 
 #include "ggml-cpu.h"
@@ -103,6 +103,10 @@ double Answer::worst() const {
   double most = 0;
   for (const double error : errors) most = std::isfinite(error) ? std::max(most, error) : INFINITY;
   return most;
+}
+
+double Answer::Mean() const {
+  return std::accumulate(errors.begin(), errors.end(), 0.0) / static_cast<double>(errors.size());
 }
 
 double Answer::Misses(double epsilon) const {

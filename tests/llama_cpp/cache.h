@@ -57,6 +57,7 @@ struct Answer {
   std::vector<float> out;      // [streams, tokens, q_heads, dim]
   std::vector<double> errors;  // [streams, tokens, q_heads] relative, as the promise measures it
   double worst() const;
+  double Mean() const;
   double Misses(double epsilon) const;  // share of errors over epsilon
 };
 

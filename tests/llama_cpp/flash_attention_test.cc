@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -323,6 +324,22 @@ TEST(FlashAttentionTest, OptionsCount) {
   text.Prompt(3000);
   for (int i = 0; i < 40; ++i) EXPECT_LT(text.Add(1).worst(), kExact);
   EXPECT_EQ(Counter(dense.get(), "dense_calls"), 40u);
+}
+
+// ggml sums values up in fp16 in a step of one token, which tells on long runs.
+TEST(FlashAttentionTest, ErrorsOfBoth) {
+  const BackendPtr dense = Make(R"({"policy": "dense"})");
+  const BackendPtr ggml(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr),
+                        ggml_backend_free);
+  Cache cache({.q_heads = 12, .kv_heads = 2, .dim = 128, .cells = 32768}, 1);
+  cache.Fill(0, 32768, 0);
+  for (const int64_t cells : {4096, 16384, 32768}) {
+    const double ours = Attend(dense.get(), cache, {RunMask(0, cells, 1, cells)}).Mean(),
+                 theirs = Attend(ggml.get(), cache, {RunMask(0, cells, 1, cells)}).Mean();
+    std::printf("%lld cells: mean error %.1e by vattn with policy dense, %.1e by ggml\n",
+                static_cast<long long>(cells), ours, theirs);
+    EXPECT_LT(ours, 1e-3);
+  }
 }
 
 TEST(FlashAttentionTest, WrongOptionsAreRefused) {
