@@ -156,7 +156,7 @@ def second_turn_commands() -> str:
 
 
 LLAMA_CPP = ("cpu_llama_cpp_4k", "cpu_llama_cpp_long")
-LLAMA_CPP_QUALITY = ("cpu_llama_cpp_4k",)
+LLAMA_CPP_QUALITY = ("cpu_llama_cpp_quality", "cpu_llama_cpp_4k")
 
 
 def llama_cpp() -> str:

@@ -14,7 +14,7 @@ struct Settings {
   // that has the library beside it computes as without.
   bool asked = false;
   // Runs of fewer cells than GGML_VATTN_MIN_TOKENS are attended exactly.
-  int64_t min_tokens = 2048;
+  int64_t min_tokens = 4096;
   // Where GGML_VATTN_STATS wants the counters when a context ends: "" nowhere, "1" to stderr as
   // text, else the name of a file to which a line of JSON is added.
   std::string stats;

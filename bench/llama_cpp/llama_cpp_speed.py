@@ -31,7 +31,8 @@ def run(o: argparse.Namespace, depth: int, base: int, way: str, reference: str) 
     with tempfile.TemporaryDirectory() as folder:
         stats = pathlib.Path(folder) / "stats.json"
         if settings is not None:
-            environment |= {"GGML_VATTN": settings, "GGML_BACKEND_PATH": o.library, "GGML_VATTN_STATS": str(stats)}
+            environment |= {"GGML_VATTN": settings, "GGML_BACKEND_PATH": o.library, "GGML_VATTN_STATS": str(stats),
+                            "GGML_VATTN_MIN_TOKENS": str(o.min_tokens)}
         command = [o.program, o.model, o.text, o.states, str(depth), "--tokens", str(o.tokens), "--threads", str(o.threads),
                    "--turn", str(o.turn), "--tokens-a-step", str(o.tokens_a_step)]
         command += ["--stretch", str(base)] if base else ["--reference", reference]
@@ -52,6 +53,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=48)
     p.add_argument("--tokens-a-step", type=int, default=1)
     p.add_argument("--turn", type=int, default=64)
+    p.add_argument("--min-tokens", type=int, default=2048)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--name", default="", help="what the tables call the model")
