@@ -38,8 +38,22 @@ Range& Engine::Find(Ranges& ranges, const FlashAttention& f, const Run& run) {
 }
 
 bool Engine::Answer(const FlashAttention& f) {
-  Ranges& ranges = layers_[{f.k, f.v, f.cell_stride, f.head_stride, f.shape}];
+  Ranges* ranges = nullptr;
+  try {
+    ranges = &layers_[{f.k, f.v, f.cell_stride, f.head_stride, f.shape}];
+    return AnswerIn(*ranges, f);
+  } catch (const std::exception& error) {
+    // What the layer was in the middle of is not relied on any more.
+    if (ranges != nullptr) ranges->clear();
+    counters_.failure = error.what();
+    ++counters_.ggml_failures;
+    return false;
+  }
+}
+
+bool Engine::AnswerIn(Ranges& ranges, const FlashAttention& f) {
   const Run run = FindRun(f);
+  const bool is_step = f.num_tokens <= Range::MostQueries(f.shape);
   if (!run.found()) {
     for (const auto& range : ranges) range->SeeUnknown();
     ++counters_.ggml_masks;
@@ -52,26 +66,22 @@ bool Engine::Answer(const FlashAttention& f) {
     other->SeeOther(run.end - f.num_tokens, run.end);
     if (!plain) other->SeeUnknown();
   }
-  try {
-    if (AnswerIn(range, f, run.end - run.begin)) return true;
-  } catch (const std::exception& error) {
-    // Whatever the range was in the middle of is not relied on any more.
-    counters_.failure = error.what();
-    ++counters_.ggml_failures;
-    ranges.pop_back();
+  // A sliding window is another run in every step.
+  if (is_step && range.is_new() && run.begin > 0) {
+    ++counters_.ggml_masks;
+    return false;
   }
-  return false;
+  return AnswerFrom(range, f, is_step, run.end - run.begin);
 }
 
-bool Engine::AnswerIn(Range& range, const FlashAttention& f, int64_t length) {
+bool Engine::AnswerFrom(Range& range, const FlashAttention& f, bool is_step, int64_t length) {
   uint64_t *calls = &counters_.dense_calls, *ns = &counters_.dense_ns;
-  const bool is_chunk = f.num_tokens > Range::MostQueries(f.shape);
-  const bool is_verified = !is_chunk && settings_.options.policy == VATTN_POLICY_VERIFIED &&
+  const bool is_verified = is_step && settings_.options.policy == VATTN_POLICY_VERIFIED &&
                            length >= settings_.min_tokens && range.CanVerify();
-  if (is_chunk) calls = &counters_.chunk_calls, ns = &counters_.chunk_ns;
+  if (!is_step) calls = &counters_.chunk_calls, ns = &counters_.chunk_ns;
   if (is_verified) calls = &counters_.verified_calls, ns = &counters_.verified_ns;
   const Timer timer(*ns);
-  const bool finite = is_chunk      ? range.Chunk(f, runtimes_, threads_)
+  const bool finite = !is_step      ? range.Chunk(f, runtimes_, threads_)
                       : is_verified ? range.Verified(f, runtimes_, threads_, counters_)
                                     : range.Dense(f, runtimes_, threads_);
   if (finite) {

@@ -34,7 +34,8 @@ class Engine {
   using Ranges = std::vector<std::unique_ptr<Range>>;  // of one layer, the latest used last
 
   Range& Find(Ranges& ranges, const FlashAttention& f, const Run& run);
-  bool AnswerIn(Range& range, const FlashAttention& f, int64_t length);
+  bool AnswerIn(Ranges& ranges, const FlashAttention& f);
+  bool AnswerFrom(Range& range, const FlashAttention& f, bool is_step, int64_t length);
 
   const Settings settings_;
   Runtimes runtimes_;

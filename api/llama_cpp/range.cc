@@ -55,6 +55,7 @@ bool Range::See(const FlashAttention& f, int64_t end) {
   const int64_t length = end - begin_, fresh = length - f.num_tokens;
   const bool plain = fresh == length_;
   if (!plain) suspect_ = true;
+  ++calls_;
   coded_ = std::min(coded_, fresh);
   length_ = length;
   TakeQueries(f);

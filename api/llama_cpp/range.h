@@ -31,6 +31,8 @@ class Range {
   Range(const FlashAttention& f, int64_t begin);
 
   int64_t begin() const { return begin_; }
+  // Whether it has seen one call alone.
+  bool is_new() const { return calls_ == 1; }
 
   // Every call on the range, before it is answered: its run ends with these query tokens. Answers whether it has
   // grown by them and nothing else.
@@ -66,6 +68,7 @@ class Range {
   uint16_t *const k_, *const v_;  // of cell `begin`
   const int64_t cell_stride_, head_stride_, capacity_;
   const int64_t tag_bytes_;
+  int64_t calls_ = 0;
   int64_t length_ = 0;    // cells of the run that was seen last
   bool suspect_ = false;  // cells may have been written since tags were compared
   std::vector<int32_t> blocks_;

@@ -30,6 +30,9 @@ Settings ReadSettings() {
   if (s.options.policy != VATTN_POLICY_VERIFIED && s.options.policy != VATTN_POLICY_DENSE)
     s.error = "GGML_VATTN: policy must be verified or dense";
   if (s.options.index != VATTN_INDEX_BALANCED) s.error = "GGML_VATTN: index must be balanced";
+  if (s.options.profile != nullptr || s.options.sign_maps != nullptr ||
+      s.options.disk_path != nullptr)
+    s.error = "GGML_VATTN: profile, sign_maps and disk_path are of no use here";
   if (s.options.value_bits != 0) s.error = "GGML_VATTN: value_bits must be 0";
   const std::string least = Environment("GGML_VATTN_MIN_TOKENS");
   if (!least.empty()) {

@@ -217,7 +217,7 @@ TEST(FlashAttentionTest, ASlidingWindowIsLeftToGgml) {
   cache.Fill(0, 4000, 0);
   for (int64_t end = 3000; end < 3060; ++end)
     EXPECT_LT(Attend(b.get(), cache, {RunMask(end - 2000, end, 1, 3072)}).worst(), kByGgml);
-  EXPECT_EQ(Counter(b.get(), "verified_calls"), 0u);
+  EXPECT_EQ(Counter(b.get(), "ggml_masks"), 60u);
 }
 
 TEST(FlashAttentionTest, SequencesOneBehindTheOther) {
@@ -345,6 +345,7 @@ TEST(FlashAttentionTest, ErrorsOfBoth) {
 TEST(FlashAttentionTest, WrongOptionsAreRefused) {
   EXPECT_EQ(Make(R"({"epsilom": 0.2})"), nullptr);
   EXPECT_EQ(Make(R"({"policy": "topk"})"), nullptr);
+  EXPECT_EQ(Make(R"({"profile": "file"})"), nullptr);
   EXPECT_EQ(Make("yes"), nullptr);
   EXPECT_EQ(Make("1", "many"), nullptr);
   EXPECT_EQ(Make("1", "0"), nullptr);
