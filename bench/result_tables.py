@@ -8,6 +8,7 @@ A table stands between two lines, <!-- begin table NAME --> and <!-- end table N
 """
 
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -178,6 +179,45 @@ def second_turn() -> str:
 
 def second_turn_commands() -> str:
     return commands(*SECOND_TURNS)
+
+
+LLAMA_CPP = ("cpu_llama_cpp_4k", "cpu_llama_cpp_long")
+LLAMA_CPP_QUALITY = ("cpu_llama_cpp_quality", "cpu_llama_cpp_4k")
+
+
+def llama_cpp() -> str:
+    rows = []
+    alone: dict[tuple[int, int], float] = {}
+    for of in [row for name in LLAMA_CPP for row in result(name)["rows"]]:
+        case = (of["depth"], of["threads"])
+        counted = of.get("counters", {})
+        if of["way"] == "llama.cpp":
+            alone[case] = of["cpu_seconds"]
+        stretched = f", {number(of['stretched_from'])} again and again" if of["stretched_from"] else ""
+        rows.append([f"{number(of['depth'])}{stretched}", of["way"], number(1000 * of["cpu_seconds"]), number(1 / of["cpu_seconds"], 2),
+                     number(alone[case] / of["cpu_seconds"], 1), number(of["cpu_seconds_first"], 1), number(1000 * of["seconds_least"]),
+                     percent(counted["rows_selected"] / counted["rows_middle"]) if counted.get("rows_middle") else ""])
+    return table(["cells", "attention", "a token, ms", "tokens/s", "times llama.cpp's", "first token, s", "least on the clock, ms",
+                  "rows read"], rows, 2)
+
+
+def llama_cpp_quality() -> str:
+    rows = []
+    alone: dict[str, float] = {}
+    for of in [row for name in LLAMA_CPP_QUALITY for row in result(name)["rows"]]:
+        if of["way"] == "llama.cpp":
+            alone[of["model"]] = of["loss"]
+        counted = of.get("counters", {})
+        rows.append([of["model"], number(of["depth"]), number(of["tokens"]), of["way"], number(math.exp(of["loss"]), 4),
+                     percent(math.exp(of["loss"] - alone[of["model"]]) - 1, 2),
+                     number(of["divergence"], 4) if "divergence" in of else "",
+                     percent(of["same_first"]) if "same_first" in of else "",
+                     percent(counted["rows_selected"] / counted["rows_middle"]) if counted.get("rows_middle") else ""])
+    return table(["model", "cells", "tokens", "attention", "perplexity", "off", "KL, nats", "same first token", "rows read"], rows)
+
+
+def llama_cpp_commands() -> str:
+    return commands(*dict.fromkeys(LLAMA_CPP + LLAMA_CPP_QUALITY))
 
 
 def paged() -> str:

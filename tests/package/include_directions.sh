@@ -52,7 +52,7 @@ home 'cuda' memory/device_cuda.cc memory/page_ops_cuda.cc kernels/cuda
 for folder in bench/*/; do
   [ -n "$(find "$folder" -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')" ] || continue
   case $folder in
-    bench/cli/ | bench/ops/) may='' ;;
+    bench/cli/ | bench/llama_cpp/ | bench/ops/) may='' ;;
     bench/cuda/ | bench/trace/) may='cli' ;;
     bench/baselines/ | bench/gather/) may='cli|cuda' ;;
     bench/replay/) may='cli|trace' ;;
