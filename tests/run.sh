@@ -2,7 +2,8 @@
 # Installs what is missing (for Python into build/python), builds, and runs every test: a release build with everything, then the
 # library's tests (not those of the vattn program) under AddressSanitizer + UBSan, and those with threads
 # under ThreadSanitizer. Where clang is to be had, the sanitizers are its own, so that both compilers see library and
-# tests, and the fuzzers of tests/fuzz start from their kept corpora, ten seconds each. VATTN_QUICK=1 runs the first alone.
+# tests, and the fuzzers of tests/fuzz start from their kept corpora, ten seconds each. VATTN_QUICK=1 runs the first alone. VATTN_VLLM=1
+# also runs the tests that need vLLM (tests/vllm.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tests/install_packages.sh
@@ -22,6 +23,7 @@ build build all -DVATTN_TESTS=ON -DVATTN_CUDA=AUTO -DCMAKE_CUDA_ARCHITECTURES=$a
   "-DCMAKE_CUDA_FLAGS=$cuda_flags" -DVATTN_HARNESS_OPTIONS=-O0
 wait
 ctest --test-dir build --output-on-failure -j "$jobs"
+[ "${VATTN_VLLM:-0}" = 1 ] && bash tests/vllm.sh build
 [ "${VATTN_QUICK:-0}" = 1 ] && exit 0
 sanitized=(-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DVATTN_HARNESS_OPTIONS=-O0
   -DVATTN_BENCH=OFF -DVATTN_CUDA=OFF)

@@ -12,7 +12,7 @@ for python in "${VATTN_TEST_PYTHON:-}" "$build/python/bin/python" python3; do
   [ -n "$python" ] && "$python" -c 'import pdoc, torch, transformers' 2>/dev/null || continue
   # Fields of a TypedDict have no source line of their own.
   VATTN_LIBRARY=$library PYTHONPATH=api/python PYTHONDONTWRITEBYTECODE=1 "$python" -W error::UserWarning \
-    -W "ignore:Cannot determine where" -m pdoc -o "$out/python" vattn vattn.transformers
+    -W "ignore:Cannot determine where" -m pdoc -o "$out/python" vattn vattn.transformers vattn.vllm
   exit 0
 done
 echo "skipped after Doxygen's part: no Python here has pdoc, torch and transformers"
