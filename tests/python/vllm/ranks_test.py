@@ -1,4 +1,4 @@
-"""Tensor parallelism: two ranks on the CPU answer as one does."""
+"""Tensor parallelism inside vLLM, on the CPU."""
 
 import json
 import pathlib
@@ -15,8 +15,11 @@ RANKS = {
 
 
 class Ranks(unittest.TestCase):
-    def test_two_ranks_are_one(self):
-        """Greedy tokens; that a rank's heads have the bits they have with all is in vllm_plan_test.py."""
+    def test_two_ranks_answer_as_stock(self):
+        """Greedy tokens beside vLLM's own attention on two ranks: weights that are made up are other ones on one.
+
+        That a rank's heads have the bits that they have with all is in vllm_plan_test.py.
+        """
         with tempfile.TemporaryDirectory() as folder:
             pathlib.Path(folder, "config.json").write_text(json.dumps(MODELS["llama"]))
             engine = {
@@ -24,26 +27,20 @@ class Ranks(unittest.TestCase):
                 "load_format": "dummy",
                 "skip_tokenizer_init": True,
                 "max_model_len": 1024,
-                **real.ours(policy="dense"),
+                "tensor_parallel_size": 2,
             }
             prompts = [[(7 * i * i + n) % 500 for i in range(300 + 50 * n)] for n in range(3)]
             call = [{"prompts": prompts, "tokens": 12}]
-            one = real.run(call, **engine)
-            two = real.run(
-                call,
-                environment=RANKS | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-                **engine,
-                tensor_parallel_size=2,
-            )
-        self.assertNotIn("refused", one)
-        self.assertNotIn("refused", two)
+            environment = RANKS | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+            stock = real.run(call, environment=environment, **engine)
+            ours = real.run(call, environment=environment, **engine, **real.ours(policy="dense"))
+        self.assertNotIn("refused", stock)
+        self.assertNotIn("refused", ours)
         self.assertEqual(
-            [answer["ids"] for answer in one["calls"][0]], [answer["ids"] for answer in two["calls"][0]]
+            [answer["ids"] for answer in ours["calls"][0]],
+            [answer["ids"] for answer in stock["calls"][0]],
         )
-        # Each rank has a pool with half of the heads, and both count.
-        heads = "vattn_heads_exact_total"
-        self.assertGreater(one["counters"][heads], 0)
-        self.assertEqual(two["counters"][heads], one["counters"][heads])
+        self.assertGreater(ours["counters"]["vattn_heads_exact_total"], 0)
 
 
 if __name__ == "__main__":
