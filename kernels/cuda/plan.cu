@@ -108,7 +108,8 @@ int LaunchPredict(const StepParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Teams are clusters where the device has them, and single thread blocks elsewhere.
+// Teams are clusters where the device has them and this code was compiled for such a device (Team::Sync
+// has the cluster's barrier from compute capability 9.0 on), and single thread blocks elsewhere.
 int LaunchPlan(const StepParams& p, int size, cudaStream_t stream) {
   int device = 0, most = 0, clusters = 0;
   cudaFuncAttributes attributes;
@@ -119,7 +120,7 @@ int LaunchPlan(const StepParams& p, int size, cudaStream_t stream) {
     error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, PlanKernel);
   if (error != cudaSuccess) return error;
-  if (clusters == 0) size = 1;
+  if (clusters == 0 || attributes.ptxVersion < 90) size = 1;
   int bytes = TopsBytes(p.group_heads) + Sample::Bytes(p.group_heads, size);
   bool sampled = bytes + static_cast<int>(attributes.sharedSizeBytes) <= most;
   if (!sampled) bytes = TopsBytes(p.group_heads);
