@@ -13,7 +13,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -53,6 +53,24 @@ def fingerprint(
     return (
         f"vattn-model-1 {len(heads)} layers {shape[0]}/{most} heads {head_dim_k}/{head_dim_v} "
         f"{digest.hexdigest()[:32]}"
+    )
+
+
+def config_fingerprint(config: Any, full: Sequence[bool], keys: Iterable[Array]) -> str:
+    """The `fingerprint` of a model with such a text config of transformers.
+
+    full: whether each layer has full attention. keys: as of `fingerprint`, of those layers.
+    """
+    q_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    return fingerprint(
+        num_q_heads=q_heads,
+        layer_kv_heads=[kv_heads * one for one in full],
+        head_dim_k=dim,
+        head_dim_v=dim,
+        rope=getattr(config, "rope_parameters", None) or {},
+        keys=keys,
     )
 
 

@@ -11,7 +11,7 @@ from transformers.masking_utils import sdpa_mask
 from .._options import Path
 from .._runtime import Runtime
 from .._sequence import Sequence
-from ..tables import fingerprint as fingerprint_of
+from ..tables import config_fingerprint
 from ._attention import NAME as OFFLOADED
 from ._attention import Result
 from ._attentions import _configs, _set
@@ -40,17 +40,8 @@ def fingerprint(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no key projection by a known name in layer {missing[0]}: "
             "give save_tables a name"
         )
-    q_heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
-    rope = getattr(config, "rope_parameters", None)
-    return fingerprint_of(
-        num_q_heads=q_heads,
-        layer_kv_heads=[kv_heads * full for full in layers],
-        head_dim_k=dim,
-        head_dim_v=dim,
-        rope={} if rope is None else rope,
-        keys=(projections[layer] for layer, full in enumerate(layers) if full),
+    return config_fingerprint(
+        config, layers, (projections[layer] for layer, full in enumerate(layers) if full)
     )
 
 

@@ -4,7 +4,7 @@ import pathlib
 import re
 from typing import Any
 
-from ..tables import fingerprint
+from ..tables import config_fingerprint
 from ._options import Options
 
 _KEYS = re.compile(r"(?:^|\.)layers?\.(\d+)\..*\b(k_proj|qkv_proj|query_key_value|c_attn)\.weight$")
@@ -56,20 +56,9 @@ def model_of(config: Any) -> str | None:
     layers = text.num_hidden_layers
     if sorted(weights) != list(range(layers)):
         return None
-    q_heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or q_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
     full = [kind == "full_attention" for kind in kinds]
-    rope = getattr(text, "rope_parameters", None)
-    return fingerprint(
-        num_q_heads=q_heads,
-        layer_kv_heads=[kv_heads * one for one in full],
-        head_dim_k=dim,
-        head_dim_v=dim,
-        rope={} if rope is None else rope,
-        keys=(weights[layer]() for layer in range(layers) if full[layer]),
-    )
+    return config_fingerprint(text, full, (weights[layer]() for layer in range(layers) if full[layer]))
 
 
 def _key_weights(folder: pathlib.Path) -> dict[int, Any]:
