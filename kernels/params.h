@@ -157,7 +157,7 @@ struct HeadWork {
   float fixed_norm2 = 0;   // sum of e |v|^2 over the exact sets
   float value_norm2 = 0;   // mean |v|^2, weighted by attention
   float least_ref = 0;     // what the error is relative to, at least: norm_floor rms|v|, or 0
-  float output_norm2 = 0;  // |o'|^2, on CUDA
+  float output_norm2 = 0;  // |o'|^2; the CPU hands it on instead
   float ref = 0;
   float cos2 = 0;  // 1 / effective rank
   float few = 1;   // sum t^2 / (sum t)^2 over the terms t of the variance

@@ -2,8 +2,8 @@
 # Installs what is missing (for Python into build/python), builds, and runs every test: a release build with everything, then the
 # library's tests (not those of the vattn program) under AddressSanitizer + UBSan, and those with threads
 # under ThreadSanitizer. Where clang is to be had, the sanitizers are its own, so that both compilers see library and
-# tests, and the fuzzers of tests/fuzz start from their kept corpora, ten seconds each. VATTN_QUICK=1 runs the first alone. VATTN_VLLM=1
-# also runs the tests that need vLLM (tests/vllm.sh).
+# tests, and the fuzzers of tests/fuzz start from their kept corpora, ten seconds each. VATTN_QUICK=1 runs the first
+# alone. VATTN_VLLM=1 also runs the tests that need vLLM (tests/vllm.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tests/install_packages.sh
@@ -15,8 +15,8 @@ build() { # build DIR TARGET OPTIONS...
 }
 bash tests/python/install.sh "$PWD/build/python" &  # the network's time beside the compiler's
 # CUDA code is compiled for the GPU of this machine. Without a GPU it is still compiled, for compute capability 9.0
-# alone and hardly optimised, which takes half the time, to show that it builds. What only calls the library and prints is not optimised. (At -O1, GCC 12 sees overruns in
-# std::string that are not there.)
+# alone and hardly optimised, which takes two thirds of the time, to show that it builds. What only calls the library
+# and prints is not optimised. (At -O1, GCC 12 sees overruns in std::string that are not there.)
 architectures=90 cuda_flags='-Xcicc -O1 -Xptxas -O1'
 nvidia-smi -L 2>/dev/null | grep -q GPU && architectures=native cuda_flags=
 build build all -DVATTN_TESTS=ON -DVATTN_CUDA=AUTO -DCMAKE_CUDA_ARCHITECTURES=$architectures \

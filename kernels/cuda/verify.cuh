@@ -36,8 +36,8 @@ inline __device__ double BlockScan(double x, double* scratch) {
 }
 
 // The sums of the certificate in TeamShared::total, by name: five of each head, how many tokens the
-// tail has, with value codes two more of each head, and the misses of the team. A thread's own sums, before they are added,
-// are in the order of Place.
+// tail has, with value codes two more of each head, and the rows of all draws that were not in the
+// hot set. A thread's own sums, before they are added, are in the order of Place.
 struct TailTotals {
   enum Place { kVariance, kSquares, kOwn, kMass, kSpread, kTail, kRelative, kEstimate };
   static constexpr int kEach = 5, kEachCoded = 2;
@@ -50,7 +50,7 @@ struct TailTotals {
   __device__ double* Coded(int h) const {  // relative, estimate
     return total + kEach * heads + 1 + kEachCoded * h;
   }
-  // Misses of all draws so far.
+  // Rows of all draws so far that were not in the hot set.
   __device__ double& Fetched(bool more) const {
     return total[(more ? kEach + kEachCoded : kEach) * heads + 1];
   }
